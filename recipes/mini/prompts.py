@@ -1,0 +1,51 @@
+"""The prompts of `prompts.txt`, and the pairs among them that differ in one noun."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from gouache.errors import RequestError
+from recipes.mini.names import COLOURS, load_things
+
+PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What is asked, the names of the things that must be seen, and the background colour's name."""
+
+    text: str
+    things: tuple[str, ...]
+    colour: str
+
+
+def read_prompts(path: Path = PROMPTS_FILE) -> tuple[Prompt, ...]:
+    """The prompts of a file in its order; every thing and colour must be one that the model is taught."""
+    known = {thing.name for thing in load_things()}
+    colours = {colour.name for colour in COLOURS}
+    prompts = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line or line.startswith("#"):
+            continue
+        parts = line.split("\t")
+        if len(parts) != 3:
+            raise RequestError("prompts", f"{path} line {number}: expected prompt, things, colour between tabs")
+        prompt = Prompt(parts[0], tuple(parts[1].split(", ")), parts[2])
+        for unknown in {*prompt.things} - known | {prompt.colour} - colours:
+            raise RequestError("prompts", f"{path} line {number}: {unknown!r} is not a thing or colour of names.py")
+        prompts.append(prompt)
+    return tuple(prompts)
+
+
+def noun_pairs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
+    """Numbers (from 0) of prompts that differ in one word only and ask for different things."""
+    pairs = []
+    for (i, a), (j, b) in combinations(enumerate(prompts), 2):
+        words, others = a.text.split(), b.text.split()
+        differing = len(words) == len(others) and sum(x != y for x, y in zip(words, others))
+        if differing == 1 and a.things != b.things:
+            pairs.append((i, j))
+    return pairs

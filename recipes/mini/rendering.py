@@ -1,0 +1,113 @@
+"""Scene to picture: colour glyphs of an emoji font, scaled, turned and laid over a background.
+
+The font's bitmaps are read once, cut to their content and kept, so that a picture of 128 px costs a millisecond.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from gouache.errors import RequestError
+from recipes.mini.names import Colour
+from recipes.mini.scenes import Background, Placed, Scene
+
+FONT_NAME = "NotoColorEmoji.ttf"
+FONT_FOLDERS = (
+    "/usr/share/fonts",
+    "/usr/local/share/fonts",
+    "~/.local/share/fonts",
+    "~/.fonts",
+    "/opt/homebrew/share/fonts",
+    "/Library/Fonts",
+    "~/Library/Fonts",
+)
+STRIKE = 109  # the one size in pixels that the font's bitmaps exist in
+
+
+def find_font(font: Path | None = None) -> Path:
+    """`font` if given, else Noto Color Emoji in the usual font folders."""
+    if font is not None:
+        if not font.is_file():
+            raise RequestError("font", f"there is no file {font}")
+        return font
+    for folder in FONT_FOLDERS:
+        for path in sorted(Path(folder).expanduser().rglob(FONT_NAME)):
+            return path
+    raise RequestError(
+        "font",
+        f"{FONT_NAME} is in none of the usual font folders; install the package fonts-noto-color-emoji"
+        " (Debian, Ubuntu), google-noto-emoji-color-fonts (Fedora) or noto-fonts-emoji (Arch), or name the file",
+    )
+
+
+class Glyphs:
+    """The font's bitmaps by glyph: RGBA with premultiplied colour, cut to content, read when first asked for."""
+
+    def __init__(self, font: Path | None = None) -> None:
+        self.path = find_font(font)
+        try:
+            self._font = ImageFont.truetype(str(self.path), STRIKE, layout_engine=ImageFont.Layout.BASIC)
+        except OSError as error:
+            raise RequestError(
+                "font", f"{self.path} cannot be used ({error}); {FONT_NAME} with bitmaps of size {STRIKE} is expected"
+            ) from error
+        self._bitmaps: dict[str, Image.Image] = {}
+
+    def __getitem__(self, glyph: str) -> Image.Image:
+        if glyph not in self._bitmaps:
+            canvas = Image.new("RGBA", (2 * STRIKE, 2 * STRIKE))
+            ImageDraw.Draw(canvas).text((STRIKE // 4, STRIKE // 4), glyph, font=self._font, embedded_color=True)
+            box = canvas.getchannel("A").getbbox()
+            if box is None:
+                raise RequestError("font", f"{self.path} has no colour bitmap for {glyph!r}")
+            cut = canvas.crop(box)
+            # Text pasted onto nothing is already multiplied by its own coverage: the bytes are premultiplied.
+            self._bitmaps[glyph] = Image.frombytes("RGBa", cut.size, cut.tobytes())
+        return self._bitmaps[glyph]
+
+
+def render(scene: Scene, glyphs: Glyphs, size: int = 128) -> Image.Image:
+    """The RGB picture of `scene`, `size` pixels square; later things lie over earlier ones."""
+    picture = _paint_background(scene.background, size)
+    for placed in scene.things:
+        _lay(picture, placed, glyphs[placed.thing.glyph])
+    return picture
+
+
+def _lay(picture: Image.Image, placed: Placed, bitmap: Image.Image) -> None:
+    scale = placed.size * picture.width / max(bitmap.size)
+    if placed.flip:
+        bitmap = bitmap.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if placed.angle:
+        bitmap = bitmap.rotate(placed.angle, Image.Resampling.BICUBIC, expand=True)
+    width, height = (max(1, round(side * scale)) for side in bitmap.size)
+    # Scaled after turning: the resize averages over whole source pixels, so small things stay free of jaggies.
+    bitmap = bitmap.resize((width, height), Image.Resampling.HAMMING).convert("RGBA")
+    corner = round(placed.x * picture.width - width / 2), round(placed.y * picture.height - height / 2)
+    picture.paste(bitmap, corner, bitmap)
+
+
+def shade(colour: Colour, amount: float) -> np.ndarray:
+    """`colour` moved by |amount| of the way towards white (amount > 0) or black (amount < 0), as (3,) float32."""
+    rgb = np.asarray(colour.rgb, np.float32)
+    return rgb + abs(amount) * ((255.0 if amount > 0 else 0.0) - rgb)
+
+
+def _paint_background(background: Background, size: int) -> Image.Image:
+    if not background.direction:
+        return Image.new("RGB", (size, size), background.start.rgb)
+    if background.start == background.end:
+        start, end = shade(background.start, -0.15), shade(background.end, 0.15)
+    else:
+        start, end = shade(background.start, 0.0), shade(background.end, 0.0)
+    line = np.linspace(0.0, 1.0, size, dtype=np.float32)
+    ramps = {
+        "vertical": np.broadcast_to(line[:, None], (size, size)),
+        "horizontal": np.broadcast_to(line[None, :], (size, size)),
+        "diagonal": (line[:, None] + line[None, :]) / 2,
+    }
+    ramp = ramps[background.direction][..., None]
+    return Image.fromarray(np.rint(start + ramp * (end - start)).astype(np.uint8))

@@ -1,0 +1,154 @@
+"""A scene: one to three things, placed, scaled and turned, on a plain or graded background; how it is drawn by lot.
+
+A scene is plain data. `draw_scene` draws one from a `Distribution` with the random generator it is given;
+`rendering.render` makes its picture, `captions.caption` its words, `dataset` both together.
+Lengths are fractions of the frame's side; x runs right, y runs down, both from the top left corner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from recipes.mini.names import COLOURS, Colour, Thing
+
+DIRECTIONS = ("vertical", "horizontal", "diagonal")  # top to bottom, left to right, top left to bottom right
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A thing in the frame: its centre, the longer side of its glyph before turning, degrees counter-clockwise."""
+
+    thing: Thing
+    x: float
+    y: float
+    size: float
+    angle: float = 0.0
+    flip: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Background:
+    """Plain where `direction` is empty; else it runs along it from `start` to `end`.
+
+    With `start` and `end` the same colour it runs from a darker to a lighter shade of that colour.
+    """
+
+    start: Colour
+    end: Colour
+    direction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    things: tuple[Placed, ...]
+    background: Background
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How scenes are drawn. Shares are relative weights; pairs are (least, most) of a uniform draw.
+
+    The defaults are those of the first stage: mostly one thing, near the centre, on a plain background.
+    """
+
+    counts: tuple[float, float, float] = (0.70, 0.25, 0.05)  # scenes of one, two, three things
+    graded: float = 0.25  # the share of backgrounds that are not plain
+    two_colours: float = 0.4  # of the graded ones, those between two named colours
+    small: float = 0.2  # of single things; the rest after small and large is of middle size
+    large: float = 0.4
+    small_size: tuple[float, float] = (0.30, 0.45)
+    middle_size: tuple[float, float] = (0.48, 0.62)
+    large_size: tuple[float, float] = (0.65, 0.92)
+    placed: float = 0.5  # of small single things, those at a named place away from the centre
+    shift: float = 0.03  # how far a centre strays from its place, either way
+    turned: float = 0.4  # the share of things that are turned, by at most `turn` degrees
+    turn: float = 20.0
+    flipped: float = 0.25  # the share that is mirrored
+
+
+FIRST_STAGE = Distribution()
+
+
+# Centres and the most a thing may measure there, for scenes of several things. Captions read the arrangement
+# back from the centres, so a slot's place is what the words say.
+SIDE_BY_SIDE = (((0.26, 0.5), (0.74, 0.5)), 0.46)
+ONE_ABOVE_THE_OTHER = (((0.5, 0.26), (0.5, 0.74)), 0.46)
+IN_A_ROW = (((0.18, 0.5), (0.5, 0.5), (0.82, 0.5)), 0.31)
+ONE_OVER_TWO = (((0.5, 0.26), (0.26, 0.74), (0.74, 0.74)), 0.44)
+ARRANGEMENTS = {
+    2: ((SIDE_BY_SIDE, 0.8), (ONE_ABOVE_THE_OTHER, 0.2)),
+    3: ((IN_A_ROW, 0.5), (ONE_OVER_TWO, 0.5)),
+}
+
+
+def draw_scene(
+    rng: Random,
+    things: Sequence[Thing],
+    colours: Sequence[Colour] = COLOURS,
+    distribution: Distribution = FIRST_STAGE,
+) -> Scene:
+    """One scene by lot; all its chance comes from `rng`. No thing occurs twice in it."""
+    count = rng.choices((1, 2, 3), distribution.counts)[0]
+    chosen = rng.sample(things, count)
+    if count == 1:
+        placed = (_draw_single(rng, chosen[0], distribution),)
+    else:
+        arrangements, weights = zip(*ARRANGEMENTS[count])
+        centres, most = rng.choices(arrangements, weights)[0]
+        placed = tuple(
+            _draw_placed(rng, thing, centre, rng.uniform(0.85, 1.0) * most, distribution)
+            for thing, centre in zip(chosen, centres)
+        )
+    return Scene(placed, _draw_background(rng, colours, distribution))
+
+
+def _draw_single(rng: Random, thing: Thing, distribution: Distribution) -> Placed:
+    d = distribution
+    sizes = (d.small_size, d.middle_size, d.large_size)
+    size_range = rng.choices(sizes, (d.small, 1 - d.small - d.large, d.large))[0]
+    size = rng.uniform(*size_range)
+    centre = (0.5, 0.5)
+    if size_range == d.small_size and rng.random() < d.placed:
+        near = size / 2 + 0.03 + d.shift
+        places = [(x, y) for x in (near, 0.5, 1 - near) for y in (near, 0.5, 1 - near) if (x, y) != (0.5, 0.5)]
+        centre = rng.choice(places)
+    return _draw_placed(rng, thing, centre, size, d)
+
+
+def _draw_placed(
+    rng: Random, thing: Thing, centre: tuple[float, float], size: float, distribution: Distribution
+) -> Placed:
+    shift, turn = distribution.shift, distribution.turn
+    x, y = (place + rng.uniform(-shift, shift) for place in centre)
+    angle = rng.uniform(-turn, turn) if rng.random() < distribution.turned else 0.0
+    return Placed(thing, x, y, size, angle, rng.random() < distribution.flipped)
+
+
+def _draw_background(rng: Random, colours: Sequence[Colour], distribution: Distribution) -> Background:
+    start = rng.choice(colours)
+    if rng.random() >= distribution.graded:
+        return Background(start, start)
+    end = start
+    if rng.random() < distribution.two_colours:
+        end = rng.choice([colour for colour in colours if colour != start])
+    return Background(start, end, rng.choice(DIRECTIONS))
+
+
+def size_word(scene: Scene, distribution: Distribution = FIRST_STAGE) -> str:
+    """What captions may say of the size: "small", "large", or nothing (of middle size, or one of several)."""
+    if len(scene.things) != 1:
+        return ""
+    size = scene.things[0].size
+    if size <= distribution.small_size[1]:
+        return "small"
+    return "large" if size >= distribution.large_size[0] else ""
+
+
+def place_of(placed: Placed) -> str:
+    """The ninth of the frame that the centre lies in: "top left", "left", "centre", "bottom right", ..."""
+    # Centres of things that were put aside lie at most 0.32 from an edge, those left in the middle past 0.45.
+    column = ("left", "", "right")[(placed.x > 0.4) + (placed.x > 0.6)]
+    row = ("top", "", "bottom")[(placed.y > 0.4) + (placed.y > 0.6)]
+    return f"{row} {column}".strip() or "centre"

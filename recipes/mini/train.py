@@ -1,0 +1,240 @@
+"""Train the embedded model: python -m recipes.mini.train STAGE [--folder runs/mini] [--seconds N] [--threads N]
+
+Stages, in order: vae, text, unet. Each can be stopped by Ctrl-C or a kill at any moment and goes on where its newest
+checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gouache.diffusion.conditioning import Conditioning
+from gouache.diffusion.schedule import Schedule
+from gouache.errors import GouacheError, RequestError
+from gouache.nn.clip_text import ClipText
+from gouache.nn.clip_vision import ClipVision
+from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec, VisionSpec
+from gouache.nn.unet import UNet
+from gouache.nn.vae import Autoencoder
+from gouache.prompts.tokenizer import Tokenizer
+from gouache.training import state
+from gouache.training.autoencoder import Pictures, Reconstruction, psnr
+from gouache.training.contrastive import Contrast, Pairs
+from gouache.training.denoising import Captioned, Denoising
+from gouache.training.loop import Progress, Result, train
+from gouache.training.objective import chance
+from gouache.training.settings import Settings, read
+from recipes.mini import start
+from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
+from recipes.mini.names import load_things
+from recipes.mini.rendering import Glyphs, render
+
+VAE = VaeSpec(channels=64, channel_mult=(1, 1, 1, 1))
+TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=512, projection=128)
+VISION = VisionSpec(width=128, layers=4, heads=2, mlp_width=512, image_size=64, patch_size=8, projection=128)
+UNET = UNetSpec(channels=32, channel_mult=(1, 2, 3, 4), context_dim=128)
+PREDICTION = "v"
+CROP = 64
+SHORT = 32  # tokens of a caption, its ends included: attention is causal, so what follows the end changes nothing
+
+
+class Scenes:
+    """The recipe's pictures and captions by number, as tensors."""
+
+    def __init__(self) -> None:
+        self.things = load_things()
+        self.glyphs = Glyphs()
+        self.tokenizer = Tokenizer()
+
+    def batch(self, seed: int, first: int, count: int, size: int = 128) -> tuple[Tensor, list[str]]:
+        """(images (count, 3, size, size) in [-1, 1], captions) of the samples from `first` on."""
+        samples = [sample(seed, index, self.things) for index in range(first, first + count)]
+        pixels = np.stack([np.asarray(render(each.scene, self.glyphs, size)) for each in samples])
+        return _as_images(pixels), [each.caption for each in samples]
+
+    def tokens(self, captions: Iterable[str], length: int) -> Tensor:
+        """(B, length) int64: begin, words, end, and the end again as padding."""
+        rows = []
+        for caption in captions:
+            words = self.tokenizer.encode(caption)[: length - 2]
+            row = [self.tokenizer.begin, *words, self.tokenizer.end]
+            rows.append(row + [self.tokenizer.end] * (length - len(row)))
+        return torch.tensor(rows)
+
+    def colours(self) -> start.Colours:
+        return start.measure(self.batch(TRAINING_SEED, 0, 2000)[0])
+
+
+def _as_images(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def new_vae(colours: start.Colours) -> Autoencoder:
+    torch.manual_seed(1)
+    vae = Autoencoder(VAE)
+    start.prepare(vae, colours)
+    return vae.to(memory_format=torch.channels_last)
+
+
+def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float) -> Result:
+    colours = scenes.colours()
+    vae = new_vae(colours)
+    objective = Reconstruction(vae, settings.seed, autocast=True, own_groups=tuple(start.groups(vae, encoder=False)))
+
+    def batches(number: int) -> Pictures:
+        whole, _ = scenes.batch(TRAINING_SEED, number * settings.batch, settings.batch)
+        corners = torch.randint(0, (128 - CROP) // 8 + 1, (len(whole), 2), generator=chance(settings.seed, number)) * 8
+        images = torch.stack([image[:, y : y + CROP, x : x + CROP] for image, (y, x) in zip(whole, corners.tolist())])
+        return Pictures(images, start.latents(images, colours))
+
+    unseen, _ = scenes.batch(VALIDATION_SEED, 0, 32)
+
+    @torch.no_grad()
+    def validate() -> Mapping[str, float]:
+        back = vae.decode(start.latents(unseen, colours))
+        return {"loss": -float(psnr(back, unseen).mean())}
+
+    return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+
+
+def new_text(scenes: Scenes) -> ClipText:
+    """A text tower whose tokens are neutral (zero) where no caption of the recipe can hold them."""
+    torch.manual_seed(2)
+    text = ClipText(TEXT)
+    captions = (sample(TRAINING_SEED, index, scenes.things).caption for index in range(50_000))
+    met = scenes.tokens(captions, SHORT).unique()
+    table = text.text_model.embeddings.token_embedding.weight
+    with torch.no_grad():
+        table.zero_()
+        table[met] = torch.randn(len(met), TEXT.width) * 0.1
+        text.text_model.embeddings.position_embedding.weight.mul_(0.1)
+    return text
+
+
+def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float) -> Result:
+    text = new_text(scenes)
+    vision = ClipVision(VISION)
+    with torch.no_grad():
+        vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
+    objective = Contrast(text, vision)
+
+    def pairs(seed: int, number: int) -> Pairs:
+        images, captions = scenes.batch(seed, number * settings.batch, settings.batch, size=VISION.image_size)
+        return Pairs(images, scenes.tokens(captions, SHORT))
+
+    unseen = [pairs(VALIDATION_SEED, number) for number in range(4)]
+
+    @torch.no_grad()
+    def validate() -> Mapping[str, float]:
+        losses = [objective.losses(batch, 0) for batch in unseen]
+        return {name: float(torch.stack([each[name] for each in losses]).mean()) for name in losses[0]}
+
+    batches = lambda number: pairs(TRAINING_SEED, number)  # noqa: E731
+    return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+
+
+def trained_text(folder: Path) -> ClipText:
+    """The text tower of a finished text stage, averaged weights, frozen."""
+    weights = averaged(folder, "text")
+    text = ClipText(TEXT)
+    text.load_state_dict(weights)
+    return text.requires_grad_(False).eval()
+
+
+def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float) -> Result:
+    text = trained_text(folder.parent / "text")
+    colours = scenes.colours()
+    torch.manual_seed(3)
+    unet = _quiet(UNet(UNET)).to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def said(captions: list[str]) -> Conditioning:
+        return Conditioning(text(scenes.tokens(captions, TEXT.positions)).last)
+
+    def captioned(seed: int, first: int, count: int) -> Captioned:
+        images, captions = scenes.batch(seed, first, count)
+        return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(captions))
+
+    schedule = Schedule.scaled_linear()
+    objective = Denoising(unet, schedule, PREDICTION, said([""]), settings.seed)
+
+    # Unseen scenes, each at eight fixed times under fixed noise.
+    unseen = captioned(VALIDATION_SEED, 0, 128)
+    noise = torch.randn(unseen.latents.shape, generator=chance(settings.seed, -1))
+    times = (torch.arange(8) * 125 + 62).repeat(16)
+    loud = torch.zeros(len(times), dtype=torch.bool)
+
+    @torch.no_grad()
+    def validate() -> Mapping[str, float]:
+        loss = objective.loss(unseen, times, noise, loud)
+        return {"loss": float(loss.mean())}
+
+    return train(
+        objective,
+        lambda number: captioned(TRAINING_SEED, number * settings.batch, settings.batch),
+        settings,
+        folder,
+        on_log=_tell,
+        validate=validate,
+        seconds=seconds,
+    )
+
+
+@torch.no_grad()
+def _quiet(unet: UNet) -> UNet:
+    """Residual branches and the output start at zero, as in the original U-Net: each block begins as doing nothing."""
+    for name, parameter in unet.named_parameters():
+        if "out_layers.3" in name or "proj_out" in name or name.startswith("out.2"):
+            parameter.zero_()
+    return unet
+
+
+def averaged(folder: Path, network: str) -> dict[str, Tensor]:
+    """The weights of `network` in the newest checkpoint of a stage, averages where they were trained."""
+    found = state.newest(folder)
+    if found is None:
+        raise RequestError("stage", f"{folder} holds no checkpoint yet; train that stage first")
+    weights = {**found.tensors["weights"], **found.tensors.get("ema", {})}
+    return {
+        name.removeprefix(f"{network}."): value for name, value in weights.items() if name.startswith(f"{network}.")
+    }
+
+
+def _tell(progress: Progress) -> None:
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items())
+    left = progress.left / 60
+    print(f"step {progress.step}/{progress.steps}  {losses}  {progress.seconds:.0f} s, {left:.0f} min left", flush=True)
+
+
+STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so long")
+    parser.add_argument("--threads", type=int, default=None)
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        settings = read(Path(__file__).with_name("recipe.toml"), options.stage)
+        result = STAGES[options.stage](Scenes(), settings, options.folder / options.stage, options.seconds)
+    except GouacheError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.stage}: step {result.step}, {'finished' if result.finished else 'stopped; run again to go on'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""Gouache: Stable Diffusion as one package.
+
+    import gouache
+    model = gouache.load("model.safetensors")  # any format, or "mini"
+    for picture in model.paint("a cat", steps=20, seed=7):
+        picture.save("cat.png")
+
+This module is the public face. It imports nothing until a name is asked for, so that `import gouache` costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gouache.version import __version__
+
+if TYPE_CHECKING:
+    from gouache.face import GouacheError, Model, Picture, Request, identify, load, open_model
+
+__all__ = ["GouacheError", "Model", "Picture", "Request", "__version__", "identify", "load", "open_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'gouache' has no attribute {name!r}")
+    from gouache import face
+
+    return getattr(face, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

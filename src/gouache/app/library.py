@@ -1,0 +1,88 @@
+"""Names to model files: "mini", a path, or the name of a file or folder in one of the model folders."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from gouache.app.settings import Settings
+from gouache.errors import RequestError
+from gouache.files.record import ModelFile
+from gouache.files.write import write_atomic
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
+SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft")
+DEFAULT = "mini"
+
+
+def resolve(name: str, settings: Settings) -> Path:
+    """The file or folder that `name` means. Raises RequestError with the nearest names where there is none."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    inside = embedded(name)
+    if inside is not None:
+        return inside
+    known = dict[str, Path]()
+    for folder in settings.models:
+        for candidate in models(folder):
+            inner = candidate.relative_to(folder)
+            for called in (candidate.name, candidate.stem, inner.as_posix(), inner.with_suffix("").as_posix()):
+                known.setdefault(called, candidate)
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, [*known, DEFAULT], n=3)
+    hint = f"the nearest are {', '.join(near)}" if near else f"looked in {', '.join(map(str, settings.models))}"
+    raise RequestError("model", f"there is no file {name!r} and no model of that name; {hint}")
+
+
+def embedded(name: str) -> Path | None:
+    """The model `name` inside the package, if there is one."""
+    path = EMBEDDED / f"{name}.safetensors"
+    return path if path.is_file() else None
+
+
+def models(folder: Path) -> Iterator[Path]:
+    """Model files and diffusers folders below `folder`, in name order."""
+    if not folder.is_dir():
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            if (path / "model_index.json").is_file():
+                yield path
+            else:
+                yield from models(path)
+        elif path.suffix.lower() in SUFFIXES:
+            yield path
+
+
+def sha256(file: ModelFile, settings: Settings) -> str:
+    """The hash of a model file, remembered by path, size and time, because gigabytes take seconds."""
+    key = "|".join(f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(file.files))
+    store = settings.cache / "hashes.json"
+    known = read_cache(store)
+    if key in known:
+        return str(known[key])
+    digest = file.sha256()
+    write_cache(store, {**known, key: digest})
+    return digest
+
+
+def read_cache(path: Path) -> dict[str, object]:
+    """A JSON object kept in the cache folder; empty where there is none, or a damaged one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        return value if isinstance(value, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def write_cache(path: Path, values: dict[str, object]) -> None:
+    """Keep `values`; a cache folder that cannot be written costs time next time and nothing else."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(values, indent=1).encode())
+    except OSError:
+        return

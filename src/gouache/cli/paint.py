@@ -1,0 +1,115 @@
+"""`gouache paint`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+if TYPE_CHECKING:
+    from gouache.face import Model
+    from gouache.generate.request import Request
+
+
+def paint(
+    prompt: Annotated[str, Argument(help="What to paint, in A1111's prompt language.", show_default=False)],
+    negative: Annotated[str, Option("--negative", "-n", help="What to keep out of the picture.")] = "",
+    model: Annotated[
+        str, Option("--model", "-m", help="A model file, a folder, or a name; see `gouache doctor`.")
+    ] = "mini",
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="A .png file, or a folder ending in /.", show_default="outputs/")
+    ] = None,
+    sampler: Annotated[str, Option(help="See `gouache samplers`.")] = "DPM++ 2M",
+    schedule: Annotated[str, Option(help="How the steps are spaced; see `gouache samplers`.")] = "Automatic",
+    steps: Annotated[int, Option(help="Steps of the sampler.")] = 25,
+    cfg: Annotated[float, Option(help="How closely to follow the prompt; 1 turns the negative off.")] = 7.0,
+    seed: Annotated[int | None, Option(help="The first picture's seed.", show_default="random")] = None,
+    size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels.", show_default="the model's own")] = None,
+    count: Annotated[int, Option(help="How many pictures; each has the next seed.")] = 1,
+    batch: Annotated[int, Option(help="How many are painted at once.")] = 1,
+    clip_skip: Annotated[
+        int | None, Option(help="Which layer of the text encoder, from the end.", show_default="the model's own")
+    ] = None,
+    emphasis: Annotated[str, Option(help="What weights do: original, no norm, ignore.")] = "original",
+    init: Annotated[Path | None, Option(help="A picture to start from.")] = None,
+    strength: Annotated[float, Option(help="How much of --init is repainted, 0 to 1.")] = 0.6,
+    mask: Annotated[Path | None, Option(help="White where --init is to be painted over.")] = None,
+    image_cfg: Annotated[float, Option(help="For instruct-pix2pix: how closely to keep to --init.")] = 1.5,
+    depth: Annotated[Path | None, Option(help="For depth models: a depth picture, near is white.")] = None,
+    variation_seed: Annotated[int | None, Option(help="A seed to vary towards.")] = None,
+    variation_strength: Annotated[float, Option(help="How far, 0 to 1.")] = 0.0,
+    rng: Annotated[str, Option(help="Whose noise: cpu, or nv for that of NVIDIA GPUs.")] = "cpu",
+    eta: Annotated[
+        float | None, Option(help="Noise added by DDIM and ancestral samplers.", show_default="theirs")
+    ] = None,
+    ensd: Annotated[int, Option(help="A1111's eta noise seed delta.")] = 0,
+    rescale: Annotated[float, Option(help="Guidance rescale, 0 to 1; for v-prediction models.")] = 0.0,
+    device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best there is")] = None,
+    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="the fastest measured")] = None,
+    prediction: Annotated[str | None, Option(help="eps or v, where the file does not tell.")] = None,
+    family: Annotated[str | None, Option(help="sd1, sd2, sdxl, where the file does not tell.")] = None,
+    as_json: Annotated[bool, Option("--json", help="Print one JSON object a picture.")] = False,
+) -> None:
+    """Paint pictures of PROMPT."""
+    from gouache.generate.request import Request
+
+    knobs = dict(  # noqa: C408
+        prompt=prompt, negative=negative, sampler=sampler, schedule=schedule, steps=steps, cfg=cfg, seed=seed,
+        size=size, count=count, batch=batch, clip_skip=clip_skip, emphasis=emphasis, init=init, strength=strength,
+        mask=mask, image_cfg=image_cfg, depth=depth, variation_seed=variation_seed,
+        variation_strength=variation_strength, rng=rng, eta=eta, ensd=ensd, rescale=rescale,
+    )  # fmt: skip
+    request = Request.from_json(knobs).settled()
+    from gouache.diffusion.samplers import catalog
+
+    catalog.find(request.sampler, request.schedule)  # a misspelt name is refused before gigabytes are read
+
+    from gouache.app.settings import read
+    from gouache.face import load
+
+    settings = read()
+    target = output if output is not None else settings.output
+    loaded = load(model, device=device, dtype=dtype, prediction=prediction, family=family, settings=settings)
+    _notes(loaded, request)
+    _paint(loaded, request, target, as_file=output is not None and output.suffix.lower() == ".png", as_json=as_json)
+
+
+def _paint(model: Model, request: Request, target: Path, *, as_file: bool, as_json: bool) -> None:
+    from gouache.cli.progress import Steps
+
+    saved = 0
+    with Steps(request.count, request.batch) as steps:
+        try:
+            for picture in model.paint(request, on_step=steps.on_step):
+                path = picture.save(_path(target, picture.seed, saved, request.count, as_file))
+                saved += 1
+                if as_json:
+                    print(json.dumps({"path": str(path), "seed": picture.seed, **picture.recipe}), flush=True)
+                else:
+                    print(path, flush=True)
+        except KeyboardInterrupt:
+            steps.close()
+            print(f"stopped; {saved} of {request.count} pictures are done and saved", file=sys.stderr)
+            sys.exit(130)
+    if model.upcast:
+        print(f"note: NaN in {model.dtype}; computed in float32 instead: {', '.join(model.upcast)}", file=sys.stderr)
+
+
+def _path(target: Path, seed: int, index: int, count: int, as_file: bool) -> Path:
+    """Where a picture goes: the named file (numbered, if there are several), or the next free name in a folder."""
+    if as_file:
+        return target if count == 1 else target.with_stem(f"{target.stem}-{index + 1:0{len(str(count))}d}")
+    taken = [int(path.name[:5]) for path in target.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")] if target.is_dir() else []
+    return target / f"{max(taken, default=-1) + 1:05d}-{seed}.png"
+
+
+def _notes(model: Model, request: Request) -> None:
+    """What the user should know of this prompt before waiting for it."""
+    from gouache.generate.notes import notes
+
+    for note in notes(model, request):
+        print(f"note: {note}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""A Brownian path over noise levels that answers the same whatever was asked before.
+
+Samplers of stochastic equations need noise that belongs to an interval: two half steps must see the halves of what
+one whole step sees. The path is the virtual Brownian tree of Li et al. 2020: W(0) = 0, W(2^14) is drawn, and each
+midpoint is drawn given its neighbours (a Brownian bridge), from a seed that only the node and the path know. Every
+float is a dyadic fraction, so halving ends exactly on the level asked for: 30 to 45 draws a level.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+from gouache.errors import RequestError
+
+HIGHEST_LEVEL = 2.0**14  # above every model's sigma_max, the 4518.8 of a zero terminal SNR included
+
+
+class BrownianPath:
+    """One path W(sigma) of tensors of `shape`, with W(0) = 0 and Var[W(b) - W(a)] = |b - a|, fixed by `seed`."""
+
+    def __init__(self, seed: int, shape: tuple[int, ...]) -> None:
+        self._seed = seed
+        self._shape = shape
+        self._recent: dict[float, Tensor] = {}
+
+    def between(self, sigma: float, sigma_next: float) -> Tensor:
+        """The increment from sigma to sigma_next divided by sqrt|sigma_next - sigma|: standard normal, float32.
+
+        The levels are rounded to float32 first. Two equal levels have no increment: the answer is 0.
+        """
+        start, end = (_as_float32(level) for level in (sigma, sigma_next))
+        # A sampler's next interval starts at a level of this one: keeping two halves the work.
+        self._recent = {level: self._at(level) for level in (start, end)}
+        if start == end:
+            return torch.zeros(self._shape)
+        return (self._recent[end] - self._recent[start]) / math.sqrt(abs(end - start))
+
+    def _at(self, level: float) -> Tensor:
+        if level in self._recent:
+            return self._recent[level]
+        if not 0 <= level <= HIGHEST_LEVEL:
+            raise RequestError("sigmas", f"a noise level of {level} is outside 0 to {HIGHEST_LEVEL:.0f}")
+        low, high, node = 0.0, HIGHEST_LEVEL, 1
+        at_low, at_high = torch.zeros(self._shape), math.sqrt(HIGHEST_LEVEL) * self._normal(0)
+        while low < level < high:
+            middle = (low + high) / 2
+            at_middle = (at_low + at_high) / 2 + math.sqrt(high - low) / 2 * self._normal(node)
+            if level < middle:
+                high, at_high, node = middle, at_middle, 2 * node
+            else:
+                low, at_low, node = middle, at_middle, 2 * node + 1
+        return at_low if level == low else at_high
+
+    def _normal(self, node: int) -> Tensor:
+        digest = hashlib.blake2b(f"{self._seed} {node}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.randn(self._shape, generator=generator)
+
+
+def _as_float32(level: float) -> float:
+    return float(torch.tensor(level, dtype=torch.float32))

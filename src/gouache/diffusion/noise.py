@@ -1,0 +1,111 @@
+"""All randomness of a run: starting noise and what samplers add, each image from its own seed.
+
+A batch of N is N singles: no number depends on the other images. "cpu" noise is torch's CPU generator, the same on
+every device; "nv" is torch's GPU generator, reproduced on any machine (A1111 calls both so). Numbers are drawn on the
+CPU in float32 and moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from gouache.diffusion.brownian import BrownianPath
+from gouache.diffusion.philox import NvGenerator
+from gouache.errors import RequestError
+
+SEEDS = 2**64
+
+
+class _Source(Protocol):
+    def normal(self, shape: tuple[int, ...]) -> Tensor: ...
+
+
+class Noise:
+    """The noise of one batch. It remembers how much was drawn: make a new one for each run.
+
+    `seeds` has one whole number from 0 to 2^64 - 1 an image; `shape` is that of one image's latent, (C, h, w).
+    `variation_seeds` and `variation_strength` (0 to 1) turn the starting noise towards other seeds' noise. `ensd` is
+    A1111's eta noise seed delta: unless 0, what samplers draw comes from fresh generators seeded seed + ensd; the
+    starting noise, and the Brownian path, never change with it.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: tuple[int, ...],
+        *,
+        generator: Literal["cpu", "nv"] = "cpu",
+        device: torch.device | str = "cpu",
+        variation_seeds: Sequence[int] | None = None,
+        variation_strength: float = 0.0,
+        ensd: int = 0,
+    ) -> None:
+        _check(seeds, "seed")
+        self._shape = shape
+        self._device = device
+        self._generators = [_generator(generator, seed) for seed in seeds]
+        self._paths = [BrownianPath(seed, shape) for seed in seeds]
+        # Drawn now and kept, so that the samplers' draws follow it in every generator whether or not it is used.
+        start = [source.normal(shape) for source in self._generators]
+        if variation_seeds is not None and variation_strength:
+            _check(variation_seeds, "variation_seed")
+            if len(variation_seeds) != len(seeds):
+                counts = f"{len(variation_seeds)} variation seeds for {len(seeds)} seeds"
+                raise RequestError("variation_seed", f"{counts}; give one an image")
+            others = [_generator(generator, seed).normal(shape) for seed in variation_seeds]
+            start = [slerp(a, b, variation_strength) for a, b in zip(start, others)]
+        self._start = torch.stack(start).to(device)
+        if ensd:
+            self._generators = [_generator(generator, (seed + ensd) % SEEDS) for seed in seeds]
+
+    def start(self) -> Tensor:
+        """The standard normal starting noise (B, C, h, w), the same at every call."""
+        return self._start.clone()
+
+    def draw(self) -> Tensor:
+        """The next standard normal noise (B, C, h, w) of each image's generator."""
+        return torch.stack([source.normal(self._shape) for source in self._generators]).to(self._device)
+
+    def between(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        """The increments (B, C, h, w) of each image's Brownian path between two levels, scaled to unit variance."""
+        levels = float(sigma), float(sigma_next)
+        return torch.stack([path.between(*levels) for path in self._paths]).to(self._device)
+
+
+def slerp(a: Tensor, b: Tensor, strength: float) -> Tensor:
+    """From `a` (strength 0) to `b` (1) along the arc between them; two latents (C, h, w).
+
+    The vectors are the columns of the latent, along h, since that is the axis A1111 measures angles on. Where they
+    all but coincide (a mean cosine above 0.9995) the arc is a straight line.
+    """
+    cosine = (a / a.norm(dim=1, keepdim=True) * b / b.norm(dim=1, keepdim=True)).sum(1, keepdim=True)  # (C, 1, w)
+    if cosine.mean() > 0.9995:
+        return torch.lerp(a, b, strength)
+    angle = cosine.acos()
+    return (((1 - strength) * angle).sin() * a + (strength * angle).sin() * b) / angle.sin()
+
+
+class _CpuGenerator:
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+
+def _generator(kind: str, seed: int) -> _Source:
+    if kind == "cpu":
+        return _CpuGenerator(seed)
+    if kind == "nv":
+        return NvGenerator(seed)
+    raise RequestError("generator", f"{kind!r} is not known; noise comes from 'cpu' or 'nv'")
+
+
+def _check(seeds: Sequence[int], setting: str) -> None:
+    for seed in seeds:
+        if not 0 <= seed < SEEDS:
+            raise RequestError(setting, f"{seed} is out of range; a seed is a whole number from 0 to 2^64 - 1")

@@ -1,0 +1,111 @@
+"""Family: the frozen facts of a model line that its files do not tell, and where its parts sit in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gouache.layouts.rules import Drop
+from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
+from gouache.prompts.recipe import TextRecipe
+
+Spec = UNetSpec | VaeSpec | TextSpec
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The noise levels a line was trained on, as plain numbers for `diffusion.schedule` to be made from.
+
+    "scaled_linear": `steps` levels whose betas run from `low` to `high`, evenly in their square roots.
+    "edm": every sigma from `low` to `high`; the network is told ln(sigma) / 4.
+    """
+
+    kind: Literal["scaled_linear", "edm"] = "scaled_linear"
+    low: float = 0.00085
+    high: float = 0.012
+    steps: int = 1000
+
+
+@dataclass(frozen=True)
+class Place:
+    """A component: its name (that of its folder in the diffusers layout) and where single files keep it.
+
+    `layout` names the component's own names behind `prefix`: "original", "transformers" or "openclip". `spec` is that
+    of the released weights; None where the network is not built yet.
+    """
+
+    component: str
+    prefix: str
+    layout: str
+    spec: Spec | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """A line of models that share everything but their weights.
+
+    `variants` maps the U-Net's input channels to what they are for. `size` is the side in pixels that the released
+    weights were trained on; a fine-tune's metadata may say another. `leftovers` are tensors that files of this line
+    carry and nothing needs, each with its reason.
+    """
+
+    name: str
+    title: str
+    places: tuple[Place, ...]
+    text: TextRecipe | None
+    latent_scale: float
+    size: int
+    variants: Mapping[int, str]
+    prediction: Literal["eps", "v"] = "eps"
+    levels: Levels = field(default_factory=Levels)
+    leftovers: tuple[Drop, ...] = ()
+
+    @property
+    def unet(self) -> UNetSpec | None:
+        """The U-Net of the released base model."""
+        spec = self.spec("unet")
+        return spec if isinstance(spec, UNetSpec) else None
+
+    def spec(self, component: str) -> Spec | None:
+        """The released weights' spec of `component`; None where the line has none, or it is not built yet."""
+        return next((place.spec for place in self.places if place.component == component), None)
+
+
+_SCHEDULE = "a buffer of the noise schedule, which is computed anew: files in circulation hold damaged ones"
+
+COMMON_LEFTOVERS: tuple[Drop, ...] = (
+    *(
+        Drop(name, _SCHEDULE)
+        for name in (
+            "betas",
+            "alphas_cumprod",
+            "alphas_cumprod_prev",
+            "sqrt_alphas_cumprod",
+            "sqrt_one_minus_alphas_cumprod",
+            "log_one_minus_alphas_cumprod",
+            "sqrt_recip_alphas_cumprod",
+            "sqrt_recipm1_alphas_cumprod",
+            "posterior_variance",
+            "posterior_log_variance_clipped",
+            "posterior_mean_coef1",
+            "posterior_mean_coef2",
+            "logvar",
+            "lvlb_weights",
+            "denoiser.sigmas",
+        )
+    ),
+    Drop("scale_factor", "the latent scale, which is the family's"),
+    Drop("model_ema.decay", "the decay of the weight average (EMA)"),
+    Drop("model_ema.num_updates", "the counter of the weight average (EMA)"),
+    Drop("loss.{rest*}", "the loss that the autoencoder was trained with"),
+    Drop("first_stage_model.loss.{rest*}", "the loss that the autoencoder was trained with"),
+    Drop("cond_stage_model.logit_scale", "the temperature of CLIP's contrastive loss"),
+    Drop("conditioner.embedders.0.logit_scale", "the temperature of CLIP's contrastive loss"),
+    Drop("safety_checker/{rest*}", "the checker of finished pictures, which has no part in painting"),
+    *(
+        Drop(name, "a marker of what the network predicts")
+        for name in ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+    ),
+)
+"""What files of any line may carry. Anything that neither a network nor these lists name is reported as unknown."""

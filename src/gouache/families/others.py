@@ -1,0 +1,59 @@
+"""Files of the field that are no Stable Diffusion model: told by one telling piece of a name each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gouache.errors import printable
+from gouache.families.found import Fact
+
+# (kind, what it is, pieces of names: a file that holds any of them is it)
+_OTHERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    (
+        "controlnet",
+        "a ControlNet",
+        ("control_model.", "controlnet_cond_embedding.", "controlnet_down_blocks.", "input_hint_block.", "lllite_unet"),
+    ),
+    ("t2i-adapter", "a T2I-Adapter", ("adapter.body.", "body.0.in_conv.", "body.0.resnets.")),
+    ("ip-adapter", "an IP-Adapter", ("ip_adapter.", "image_proj.")),
+    ("motion module", "an AnimateDiff motion module", ("motion_modules.",)),
+    ("upscaler", "an ESRGAN upscaler", ("RDB1.conv1.", "rdb1.conv1.", "RRDB_trunk.")),
+    ("upscaler", "a SwinIR or HAT upscaler", ("residual_group.blocks.",)),
+    ("upscaler", "Stable Diffusion's own upscaler", ("label_emb.weight", "unet/class_embedding.weight")),
+    ("preview decoder", "a TAESD autoencoder", ("taesd_encoder.", "taesd_decoder.", "decoder.layers.1.conv.0.")),
+    ("unknown", "Stable Diffusion 3", ("joint_blocks.",)),
+    ("unknown", "Flux", ("double_blocks.", "single_transformer_blocks.")),
+    ("unknown", "Stable Cascade", ("clip_txt_mapper.", "channelwise.")),
+    ("unknown", "a diffusion transformer", ("adaLN_modulation", "adaln_single.", "cap_embedder.", "scale_shift_table")),
+    ("unknown", "a T5 text encoder", ("SelfAttention.relative_attention_bias.",)),
+)
+_IMAGE_TOWER = ("vision_model.encoder.", "visual.transformer.resblocks.")
+
+
+def other_kind(names: Iterable[str]) -> Fact[str] | None:
+    """The kind of a file that holds `names`, with the name that tells it; None where nothing here fits."""
+    every = "\n".join(sorted(names))
+    for kind, title, pieces in _OTHERS:
+        for piece in pieces:
+            if (at := every.find(piece)) >= 0:
+                name = _line(every, at)
+                what = f"resembles {title}" if kind == "unknown" else f"is {title}"
+                return Fact(kind, f"the name {printable(name)} says that this {what}", "likely")
+    return None
+
+
+def image_tower(names: Iterable[str]) -> Fact[str] | None:
+    """The kind of a file that, holding nothing else we know, holds an image tower or the safety checker made of one."""
+    every = list(names)
+    if any("special_care_embeds" in name for name in every):
+        return Fact("safety checker", "the name special_care_embeds says that this is a safety checker", "certain")
+    name = next((name for name in every if any(piece in name for piece in _IMAGE_TOWER)), None)
+    return (
+        Fact("image encoder", f"the name {printable(name)} says that this is a CLIP image tower", "likely")
+        if name
+        else None
+    )
+
+
+def _line(text: str, at: int) -> str:
+    return text[text.rfind("\n", 0, at) + 1 :].partition("\n")[0]

@@ -1,0 +1,41 @@
+"""Stable Video Diffusion (Blattmann et al. 2023): a picture in, a short film out. Recognised, not yet built.
+
+svd and svd_xt differ in the number of frames they were trained on, which their files do not say.
+"""
+
+from __future__ import annotations
+
+from gouache.families.family import Family, Levels, Place
+from gouache.layouts.rules import Drop
+from gouache.nn.spec import VaeSpec
+
+_TEXT = "a leftover of CLIP's text tower, of which this line uses the image tower alone"
+
+SVD = Family(
+    name="svd",
+    title="Stable Video Diffusion",
+    places=(
+        Place("unet", "model.diffusion_model.", "original", None),
+        Place("vae", "first_stage_model.", "original", None),
+        Place("image_encoder", "conditioner.embedders.0.open_clip.model.visual.", "openclip", None),
+        # The first frame's latent is made by an ordinary autoencoder, and is not scaled.
+        Place("frame_vae", "conditioner.embedders.3.encoder.", "original", VaeSpec()),
+    ),
+    text=None,
+    latent_scale=0.18215,
+    size=1024,
+    variants={8: "image to video"},
+    prediction="v",
+    levels=Levels("edm", 0.002, 700.0),
+    leftovers=tuple(
+        Drop(f"conditioner.embedders.0.open_clip.model.{name}", _TEXT)
+        for name in (
+            "token_embedding.weight",
+            "positional_embedding",
+            "ln_final.{leaf}",
+            "text_projection",
+            "logit_scale",
+            "attn_mask",
+        )
+    ),
+)

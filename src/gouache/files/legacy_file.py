@@ -1,0 +1,205 @@
+"""What torch.save wrote before its zip form, and plain pickles.
+
+    torch legacy (0.1.2 to 1.5)   pickles of a magic number, a version, the writer's machine, the value and the
+                                  storage keys; then for each key a count (8 bytes) and the storage's elements
+    torch tar (before 0.1.2)      a tar archive of `storages`, `tensors` and `pickle`
+    pickle                        one pickle, its arrays numpy's
+
+The storages of the first two are always little-endian: big-endian machines swapped them when writing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from gouache.errors import DamagedFile, NotAModel, UnsafeFile, printable
+from gouache.files.pickle_machine import Name
+from gouache.files.pickle_names import VOCABULARY, unfold
+from gouache.files.pickle_reader import Parsed, interpret
+from gouache.files.source import Source, size_text, truncated
+from gouache.files.stored import STORAGE_TYPES, Storage, StorageId, StoredTensor, storage_id, view
+
+MAGIC = 0x1950A86A20F9469CFC6C
+VERSION = 1001
+HEAD_BUDGET = 64_000  # bytes of each pickle before the value
+KEYS_BUDGET = 4_000_000  # bytes of the list of storage keys
+MAX_RECORDS = 20_000  # storages, or tensors, of a tar archive; each has a small pickle of its own
+
+
+@dataclass(frozen=True)
+class Unpickled:
+    """The tree of values, its tensors `StoredTensor`s; which form the file has; remarks."""
+
+    value: Any
+    format: str
+    notes: tuple[str, ...] = ()
+
+
+def mentions(parsed: Parsed) -> tuple[str, ...]:
+    """A remark on the names that a pickle holds as mere values, if there are any."""
+    if not parsed.mentioned:
+        return ()
+    names = ", ".join(printable(str(name), 80) for name in parsed.mentioned[:5])
+    return (f"its pickle mentions {names}{' and more' if len(parsed.mentioned) > 5 else ''} without using them",)
+
+
+def read_legacy(source: Source) -> Unpickled:
+    """A torch legacy file, or a plain pickle."""
+    path, data, size = source.path, source.data, source.size
+    first = interpret(path, data, 0, size, VOCABULARY)
+    if type(first.value) is not int or first.value != MAGIC:
+        if first.end != size:
+            raise DamagedFile(path, f"has {size_text(size - first.end)} after the end of its pickle")
+        value = unfold(path, first.value, lambda claim: _no_storage(source))
+        return Unpickled(value, "pickle", mentions(first))
+
+    version = interpret(path, data, first.end, size, VOCABULARY, HEAD_BUDGET)
+    if type(version.value) is not int or version.value != VERSION:
+        raise DamagedFile(path, f"is a torch file of an unknown version (expected {VERSION})")
+    machine = interpret(path, data, version.end, size, VOCABULARY, HEAD_BUDGET)
+    parsed = interpret(path, data, machine.end, size, VOCABULARY)
+    keys = interpret(path, data, parsed.end, size, VOCABULARY, KEYS_BUDGET)
+
+    claims: dict[Any, StorageId] = {}
+    for reference in parsed.persistent:
+        claim = storage_id(path, reference.id)
+        known = claims.setdefault(claim.key, claim)
+        if (known.dtype, known.count) != (claim.dtype, claim.count):
+            raise DamagedFile(path, f"its pickle describes storage {printable(claim.key, 40)!r} in two ways")
+    listed = keys.value
+    if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
+        raise DamagedFile(path, "has no list of its storages")
+    if len(set(listed)) != len(listed) or set(listed) != claims.keys():
+        raise DamagedFile(
+            path, f"lists {len(listed)} storages, its pickle refers to {len(claims)} that are not the same"
+        )
+
+    wanted = keys.end + sum(8 + claim.nbytes for claim in claims.values())
+    if wanted > size:
+        raise truncated(path, size, wanted)
+    if wanted < size:
+        raise DamagedFile(path, f"has {size_text(size - wanted)} after its last storage")
+    offsets: dict[Any, int] = {}
+    at = keys.end
+    for key in listed:
+        count = int.from_bytes(data[at : at + 8], "little")
+        if count != claims[key].count:
+            raise DamagedFile(path, f"storage {printable(key, 40)!r} has {count} elements, its pickle says otherwise")
+        offsets[key] = at + 8
+        at += 8 + claims[key].nbytes
+
+    def find_storage(claim: Any) -> Storage:
+        wanted = storage_id(path, claim)
+        return wanted.at(offsets[wanted.key])
+
+    return Unpickled(unfold(path, parsed.value, find_storage), "torch legacy", mentions(parsed))
+
+
+def _no_storage(source: Source) -> Storage:
+    raise DamagedFile(source.path, "its pickle refers to tensors that are not in this file")
+
+
+def read_tar(source: Source) -> Unpickled:
+    """A torch file of the tar form."""
+    path, data = source.path, source.data
+    members = _tar_members(source)
+    if not {"storages", "tensors", "pickle"} <= members.keys():
+        raise NotAModel(path, "is a tar archive and no PyTorch file: unpack it first")
+
+    storages: dict[Any, StorageId] = {}
+    offsets: dict[Any, int] = {}
+    at, end = members["storages"]
+    count, at = _count(source, at, end)
+    for _ in range(count):
+        head = interpret(path, data, at, end, VOCABULARY, HEAD_BUDGET)
+        key, _, kind = _three(source, head.value)
+        dtype = STORAGE_TYPES.get(kind) if isinstance(kind, Name) else None
+        if dtype is None:
+            raise UnsafeFile(path, f"holds a storage of the unsupported kind {printable(str(kind), 80)}")
+        at = head.end + 8
+        storage = StorageId(key, dtype, int.from_bytes(data[head.end : at], "little"))
+        if storage.nbytes > end - at:
+            raise DamagedFile(path, f"ends within its storage {printable(str(key), 40)}: fetch it again")
+        storages[key], offsets[key] = storage, at
+        at += storage.nbytes
+    views = interpret(path, data, at, end, VOCABULARY, KEYS_BUDGET)
+    if not isinstance(views.value, list):
+        raise DamagedFile(path, "has no list of its storage views")
+    for part in views.value:
+        if not isinstance(part, tuple) or len(part) != 4 or not all(type(n) is int and n >= 0 for n in part):
+            raise DamagedFile(path, "has a damaged list of storage views")
+        key, root, first, length = part
+        if root not in storages or first + length > storages[root].count:
+            raise DamagedFile(path, "has a storage view that lies outside of its storage")
+        storages[key] = StorageId(key, storages[root].dtype, storages[root].count, (first, length))
+        offsets[key] = offsets[root]
+
+    tensors: dict[int, StoredTensor] = {}
+    at, end = members["tensors"]
+    count, at = _count(source, at, end)
+    for _ in range(count):
+        head = interpret(path, data, at, end, VOCABULARY, HEAD_BUDGET)
+        key, root, _ = _three(source, head.value)
+        if not _is_key(root) or root not in storages:
+            raise DamagedFile(path, "has a tensor without a storage")
+        # Dimensions as 4 bytes and 4 unused ones; then sizes, strides and the offset, 8 bytes each.
+        dimensions = int.from_bytes(data[head.end : head.end + 4], "little")
+        at = head.end + 8 + 8 * (2 * dimensions + 1)
+        if at > end:
+            raise DamagedFile(path, "ends within its list of tensors: fetch it again")
+        numbers = [int.from_bytes(data[i : i + 8], "little") for i in range(head.end + 8, at, 8)]
+        storage = storages[root].at(offsets[root])
+        shape, stride = numbers[:dimensions], numbers[dimensions:-1]
+        tensors[key] = view(path, storage, storage.dtype, numbers[-1], shape, stride)
+
+    def find_tensor(claim: Any) -> StoredTensor:
+        key = int(claim) if isinstance(claim, str) and claim.isdecimal() and len(claim) < 30 else claim
+        if not _is_key(key) or key not in tensors:
+            raise DamagedFile(path, "its pickle refers to a tensor that is not in this file")
+        return tensors[key]
+
+    parsed = interpret(path, data, *members["pickle"], VOCABULARY)
+    return Unpickled(unfold(path, parsed.value, find_tensor), "torch tar", mentions(parsed))
+
+
+def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
+    """name -> (first byte, byte after the last) of each regular file of a tar archive in POSIX form."""
+    path, data = source.path, source.data
+    members: dict[str, tuple[int, int]] = {}
+    at = 0
+    while data[at : at + 1] not in (b"", b"\0") and len(members) < 100:
+        header = data[at : at + 512]
+        name = header[:100].split(b"\0")[0].decode("ascii", "replace")
+        size = header[124:136].strip(b" \0")
+        if len(header) < 512 or header[257:262] != b"ustar" or not size.isdigit() or b"8" in size or b"9" in size:
+            raise DamagedFile(path, f"its tar archive is damaged at byte {at}")
+        start = at + 512
+        end = start + int(size, 8)
+        if end > source.size:
+            raise truncated(path, source.size, end)
+        if header[156:157] in (b"0", b"\0"):
+            if name in members:
+                raise UnsafeFile(path, f"holds two tar entries named {printable(name)!r}")
+            members[name] = (start, end)
+        elif header[156:157] != b"x" or b" path=" in data[start:end] or b" size=" in data[start:end]:
+            raise DamagedFile(path, "is a tar archive with special entries; PyTorch wrote none")
+        at = start + -(-(end - start) // 512) * 512
+    return members
+
+
+def _count(source: Source, at: int, end: int) -> tuple[int, int]:
+    parsed = interpret(source.path, source.data, at, end, VOCABULARY, HEAD_BUDGET)
+    if type(parsed.value) is not int or not 0 <= parsed.value <= MAX_RECORDS:
+        raise DamagedFile(source.path, "does not say how many tensors it holds")
+    return parsed.value, parsed.end
+
+
+def _three(source: Source, value: Any) -> tuple[Any, Any, Any]:
+    if not isinstance(value, tuple) or len(value) != 3 or not _is_key(value[0]):
+        raise DamagedFile(source.path, "has a damaged list of tensors or storages")
+    return value
+
+
+def _is_key(value: Any) -> bool:
+    return type(value) is int

@@ -1,0 +1,27 @@
+"""Any path that can hold a model, as a record."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gouache.errors import RequestError, printable
+from gouache.files.folder import open_folder, open_shards
+from gouache.files.record import ModelFile
+from gouache.files.single_file import open_file
+
+
+def open_model(path: str | Path, *, variant: str | None = None) -> ModelFile:
+    """The model at `path`: a weight file of any kind, a diffusers folder, one component of it, or a shard index.
+
+    Reads names, shapes and metadata, no weights; imports no torch. `variant` chooses among the weights of a folder
+    ('fp16'). Raises a FileError, of one line, for whatever cannot be opened; nothing in a file is ever run.
+    """
+    path = Path(path)
+    if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", variant):
+        raise RequestError("variant", f"{printable(variant, 60)!r} is no variant's name; expected one like 'fp16'")
+    if path.is_dir():
+        return open_folder(path, variant)
+    if path.suffix == ".json":
+        return open_shards(path)
+    return open_file(path)

@@ -1,0 +1,45 @@
+"""One file, whatever it is, as a record: its bytes choose the reader, its name is only a hint."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gouache.errors import DamagedFile, NotAModel
+from gouache.files.content import kind_of, unknown
+from gouache.files.pickle_file import read_pickle
+from gouache.files.record import ModelFile
+from gouache.files.safetensors_file import read_safetensors
+from gouache.files.source import Source
+
+_SUFFIXES = {
+    ".safetensors": "safetensors", ".sft": "safetensors",
+    ".ckpt": "pickle", ".pt": "pickle", ".pth": "pickle", ".pkl": "pickle", ".bin": "pickle",
+}  # fmt: skip
+
+
+def open_file(path: str | Path) -> ModelFile:
+    """The weight file at `path` as a record; a suffix that contradicts the content is remarked on in its notes.
+
+    Raises FileError if it cannot be read, NotAModel, DamagedFile or UnsafeFile for what it is.
+    """
+    source = Source(path)
+    kind = kind_of(source)
+    if kind == "shard index":
+        raise NotAModel(source.path, "lists the parts of a model; open it as a model, not as one file")
+    if kind == "safetensors":
+        return _with_hint(read_safetensors(source), "safetensors")
+    if kind == "pickle":
+        return _with_hint(read_pickle(source), "pickle")
+    try:
+        return _with_hint(read_pickle(source), "pickle")
+    except DamagedFile:
+        raise unknown(source) from None
+
+
+def _with_hint(file: ModelFile, kind: str) -> ModelFile:
+    suffix = file.path.suffix.lower()
+    if _SUFFIXES.get(suffix, kind) == kind:
+        return file
+    note = f"the name ends in {suffix}, but the content is a {file.format} file"
+    return replace(file, notes=(note, *file.notes))

@@ -1,0 +1,175 @@
+"""Files written whole or not at all, and safetensors written tensor by tensor.
+
+Everything goes to a temporary file in the same folder first: written, flushed to the disk, read back and compared,
+and only then put in the place of the old one. Whatever stops that half-way (an error, Ctrl-C, a full disk, kill -9,
+a power cut) leaves the old file as it was; and a file that is mapped somewhere is never written to.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from gouache.errors import DamagedFile, FileError, ModelError, printable
+from gouache.files.record import ITEM_SIZE, TensorInfo
+from gouache.files.source import TORCH_NAMES, size_text
+
+if TYPE_CHECKING:
+    import torch
+
+_DTYPE_NAMES = {f"torch.{torch_name}": dtype for dtype, torch_name in TORCH_NAMES.items()}
+_SPARE = 16_000_000  # bytes to leave free on the disk
+
+
+class AtomicOutput:
+    """A file being written under a temporary name; `write` hashes what it passes on."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+
+@contextmanager
+def atomic_output(path: str | Path, size: int = 0) -> Iterator[AtomicOutput]:
+    """With it, write a file that appears at `path` complete when the block ends, or, if it raises, never.
+
+    `size`, where known, is the bytes to come: too small a disk is refused before anything is written. A file that is
+    replaced hands on its permissions; a symbolic link is replaced, not followed. Raises FileError.
+    """
+    path = Path(path)
+    temporary = path.parent / f".gouache-{secrets.token_hex(6)}.tmp"
+    try:
+        _check_target(path, size)
+        with temporary.open("xb") as file:
+            output = AtomicOutput(file)
+            yield output
+            file.flush()
+            with suppress(FileNotFoundError):
+                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+            os.fsync(file.fileno())
+        with temporary.open("rb") as written:
+            if hashlib.file_digest(written, "sha256").digest() != output.digest.digest():
+                raise DamagedFile(path, "did not read back as it was written: the disk or its driver is at fault")
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise FileError(path, f"cannot be written: {reason}; what was there before is untouched") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def write_atomic(path: str | Path, data: bytes) -> None:
+    """`data` as the file `path`, whole or not at all."""
+    with atomic_output(path, len(data)) as output:
+        output.write(data)
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> str:
+    """`tensors` as a safetensors file; returns its SHA-256 in hexadecimal."""
+    infos = {name: describe(tensor) for name, tensor in tensors.items()}
+    return stream_safetensors(path, infos, tensors.__getitem__, metadata)
+
+
+def stream_safetensors(
+    path: str | Path,
+    infos: Mapping[str, TensorInfo],
+    read: Callable[[str], torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """A safetensors file of tensors that `read` hands over one at a time; only one is in memory. Returns its SHA-256.
+
+    The order is the library's: by dtype, widest first, so that every tensor is aligned, then by name. `infos` and
+    `read` of a ModelFile fit. Raises ModelError if `read` gives another shape or dtype than was announced.
+    """
+    order = sorted(infos, key=lambda name: (_RANK[infos[name].dtype], name))
+    header = _header(path, order, infos, metadata or {})
+    total = len(header) + sum(info.nbytes for info in infos.values())
+    with atomic_output(path, total) as output:
+        output.write(header)
+        for name in order:
+            output.write(_bytes_of(name, read(name), infos[name]))
+    return output.digest.hexdigest()
+
+
+def describe(tensor: torch.Tensor) -> TensorInfo:
+    """Shape and dtype of a tensor in the words of this package. Raises ModelError for a dtype no file can hold."""
+    dtype = _DTYPE_NAMES.get(str(tensor.dtype))
+    if dtype is None:
+        raise ModelError(f"a tensor of dtype {tensor.dtype} cannot be stored in a safetensors file")
+    return TensorInfo(tuple(tensor.shape), dtype)
+
+
+_RANK = {dtype: rank for rank, dtype in enumerate(ITEM_SIZE)}
+
+
+def _header(path: str | Path, order: list[str], infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise ModelError(f"metadata {printable(str(key), 60)!r} is no text; safetensors metadata is text only")
+    if "__metadata__" in infos:
+        raise ModelError("a tensor cannot be called '__metadata__': safetensors keeps that name for itself")
+    fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        info = infos[name]
+        begin, end = end, end + info.nbytes
+        fields[name] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": [begin, end]}
+    try:
+        text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise FileError(path, "cannot be written: a name or metadata text in it is not valid Unicode") from None
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(name: str, tensor: torch.Tensor, info: TensorInfo) -> memoryview | bytes:
+    import torch
+
+    found = describe(tensor)
+    if found != info:
+        raise ModelError(
+            f"tensor {printable(name)!r} was to be {info.dtype} {list(info.shape)}, and is "
+            f"{found.dtype} {list(found.shape)}"
+        )
+    if info.nbytes == 0:
+        return b""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _check_target(path: Path, size: int) -> None:
+    folder = path.parent
+    if not folder.is_dir():
+        raise FileError(path, "cannot be written: its folder does not exist")
+    if path.exists() and not path.is_file():
+        raise FileError(path, "cannot be written: it is a folder or a device, not a file")
+    free = shutil.disk_usage(folder).free
+    if size and size + _SPARE > free:
+        raise FileError(path, f"cannot be written: it takes {size_text(size)}, and {size_text(free)} are free there")
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and renaming is made durable by the system
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

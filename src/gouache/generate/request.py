@@ -1,0 +1,122 @@
+"""Request: every knob of a painting, under the one name that Python, the command line and a picture's recipe use."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from gouache.errors import RequestError
+from gouache.prompts.encode import Emphasis
+
+Rng = Literal["cpu", "nv"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to paint and how. `None` means: the model's or the sampler's own.
+
+    `prompt`, `negative`: A1111's prompt language. `sampler`, `schedule`: names as `gouache samplers` lists them.
+    `steps` 1 to 1000. `cfg`: the guidance scale, 1 for none. `seed` 0 to 2^64 - 1; picture i has seed + i.
+    `size` (width, height) in pixels, multiples of 8. `count` pictures, `batch` of them at once.
+    `clip_skip` n reads the text encoder's n-th layer from the end. `emphasis` is what weights do.
+    `init`: a picture to start from, of which `strength` (0 to 1) is repainted. `mask`: white where to paint.
+    `image_cfg`: how closely instruct-pix2pix keeps to `init`. `depth`: a depth picture, near is white.
+    `variation_seed` and `variation_strength` (0 to 1) turn the starting noise towards another seed's.
+    `rng`: "cpu", or "nv" for the noise that NVIDIA GPUs draw; the same on every device. `eta`: the noise that DDIM and
+    the ancestral samplers add, None for their usual. `ensd`: A1111's eta noise seed delta. `rescale`: guidance rescale.
+    """
+
+    prompt: str = ""
+    negative: str = ""
+    sampler: str = "DPM++ 2M"
+    schedule: str = "Automatic"
+    steps: int = 25
+    cfg: float = 7.0
+    seed: int | None = None
+    size: tuple[int, int] | None = None
+    count: int = 1
+    batch: int = 1
+    clip_skip: int | None = None
+    emphasis: Emphasis = "original"
+    init: Path | None = None
+    strength: float = 0.6
+    mask: Path | None = None
+    image_cfg: float = 1.5
+    depth: Path | None = None
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
+    rng: Rng = "cpu"
+    eta: float | None = None
+    ensd: int = 0
+    rescale: float = 0.0
+
+    def __post_init__(self) -> None:
+        _within("steps", self.steps, 1, 1000)
+        _within("cfg", self.cfg, 0, 1000)
+        _within("count", self.count, 1, 100_000)
+        _within("batch", self.batch, 1, 1024)
+        _within("strength", self.strength, 0, 1)
+        _within("variation_strength", self.variation_strength, 0, 1)
+        _within("rescale", self.rescale, 0, 1)
+        _within("image_cfg", self.image_cfg, 0, 1000)
+        for name in ("seed", "variation_seed"):
+            if getattr(self, name) is not None:
+                _within(name, getattr(self, name), 0, 2**64 - 1)
+        if self.clip_skip is not None:
+            _within("clip_skip", self.clip_skip, 1, 48)
+        if self.eta is not None:
+            _within("eta", self.eta, 0, 100)
+        for name, choices in (("rng", get_args(Rng)), ("emphasis", get_args(Emphasis))):
+            if getattr(self, name) not in choices:
+                raise RequestError(name, f"{getattr(self, name)!r} is not known; use {' or '.join(choices)}")
+        if self.size is not None:
+            for side in self.size:
+                if side % 8 or not 8 <= side <= 16384:
+                    raise RequestError("size", f"{_size_text(self.size)} cannot be painted; sides are multiples of 8")
+        if self.mask is not None and self.init is None:
+            raise RequestError("mask", "needs a picture to change; give it as init")
+
+    def settled(self) -> Request:
+        """The same with a seed: the given one, or one drawn now."""
+        return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
+
+    def to_json(self) -> dict[str, Any]:
+        """Knobs by name, as JSON can say them."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        values["size"] = None if self.size is None else _size_text(self.size)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Request:
+        """The reverse of `to_json`. Raises RequestError for knobs that are not known, or not of their type."""
+        known = {each.name for each in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise RequestError(name, f"is not a setting; there are {', '.join(sorted(known))}")
+        values = dict(values)
+        if isinstance(values.get("size"), str):
+            values["size"] = parse_size(values["size"])
+        for name in ("init", "mask", "depth"):
+            if values.get(name) is not None:
+                values[name] = Path(values[name])
+        return cls(**values)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """ "640x512" -> (640, 512); one number means a square."""
+    match = re.fullmatch(r"\s*(\d{1,6})(?:\s*[x×X*]\s*(\d{1,6}))?\s*", text)
+    if match is None:
+        raise RequestError("size", f"{text!r} is not a size; write WIDTHxHEIGHT, for example 640x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise RequestError(name, f"{value!r} is out of range; it goes from {low} to {high}")

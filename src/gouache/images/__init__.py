@@ -1,0 +1,1 @@
+"""Pictures as files and as tensors. Nothing here knows a model."""

@@ -1,0 +1,68 @@
+"""The text tower under its several names, to those of Transformers that `ClipText` carries.
+
+OpenCLIP (SD2, SDXL's second encoder) fuses query, key and value into one tensor and keeps the projection as a
+parameter applied from the right, `x @ P`, which is the transpose of a linear layer's weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gouache.layouts.rules import Drop, Rename, Rule, Split, Transpose
+
+_BLOCK, _LAYER = "transformer.resblocks.{i}", "text_model.encoder.layers.{i}"
+
+OPENCLIP: tuple[Rule, ...] = (
+    Rename("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
+    Rename("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    *(
+        Split(
+            f"{_BLOCK}.attn.in_proj_{leaf}",
+            tuple(f"{_LAYER}.self_attn.{part}_proj.{leaf}" for part in ("q", "k", "v")),
+        )
+        for leaf in ("weight", "bias")
+    ),
+    Rename(f"{_BLOCK}.attn.out_proj.{{leaf}}", f"{_LAYER}.self_attn.out_proj.{{leaf}}"),
+    Rename(f"{_BLOCK}.ln_1.{{leaf}}", f"{_LAYER}.layer_norm1.{{leaf}}"),
+    Rename(f"{_BLOCK}.ln_2.{{leaf}}", f"{_LAYER}.layer_norm2.{{leaf}}"),
+    Rename(f"{_BLOCK}.mlp.c_fc.{{leaf}}", f"{_LAYER}.mlp.fc1.{{leaf}}"),
+    Rename(f"{_BLOCK}.mlp.c_proj.{{leaf}}", f"{_LAYER}.mlp.fc2.{{leaf}}"),
+    Rename("ln_final.{leaf}", "text_model.final_layer_norm.{leaf}"),
+    Transpose("text_projection", "text_projection.weight"),
+    Drop("logit_scale", "the temperature of CLIP's contrastive loss, of no use in painting"),
+    Drop("attn_mask", "the causal mask, which is made where it is needed"),
+    Drop("visual.{rest*}", "CLIP's image tower, of no use in reading prompts"),
+)
+
+_POSITION_IDS = "the numbers 0 to 76, which merging tools damage and nothing needs"
+_TEMPERATURE = "the temperature of CLIP's contrastive loss, of no use in painting"
+_IMAGE_TOWER = "CLIP's image tower, of no use in reading prompts"
+
+TRANSFORMERS: tuple[Rule, ...] = (
+    Drop("text_model.embeddings.position_ids", _POSITION_IDS),
+    Rename("text_model.{rest*}", "text_model.{rest*}"),
+    Rename("text_projection.weight", "text_projection.weight"),
+    Drop("logit_scale", _TEMPERATURE),
+    Drop("vision_model.{rest*}", _IMAGE_TOWER),
+    Drop("visual_projection.{rest*}", _IMAGE_TOWER),
+)
+
+BARE: tuple[Rule, ...] = (
+    Drop("embeddings.position_ids", _POSITION_IDS),
+    *(Rename(f"{part}.{{rest*}}", f"text_model.{part}.{{rest*}}") for part in ("embeddings", "encoder")),
+    Rename("final_layer_norm.{leaf}", "text_model.final_layer_norm.{leaf}"),
+    Rename("text_projection.weight", "text_projection.weight"),
+)
+"""Transformers' names without `text_model.`: SD1 files of the first weeks, and folders saved by transformers 5."""
+
+
+def text_layout(names: Iterable[str]) -> tuple[str, tuple[Rule, ...]] | None:
+    """The name of the layout and its table, told by the first name that only one of them has; else None."""
+    for name in names:
+        if name.startswith(("transformer.resblocks.", "token_embedding.", "ln_final.", "positional_embedding")):
+            return "openclip", OPENCLIP
+        if name.startswith("text_model."):
+            return "transformers", TRANSFORMERS
+        if name.startswith(("embeddings.", "encoder.layers.", "final_layer_norm.")):
+            return "transformers without text_model", BARE
+    return None

@@ -1,0 +1,134 @@
+"""A file to a Model: identify, build on the meta device, map the weights in, count.
+
+    ModelFile -> families.identify -> Found -> networks on meta -> files.assign -> Model
+
+Nothing is loaded in part: a component that is missing, or not whole, is named before any weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from gouache.diffusion.schedule import Schedule
+from gouache.errors import ModelError, printable
+from gouache.families.family import Family, Levels
+from gouache.families.found import Component, Found
+from gouache.files.assign import assign
+from gouache.files.record import ModelFile
+from gouache.model.model import Model
+from gouache.nn.clip_text import ClipText
+from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
+from gouache.nn.unet import UNet
+from gouache.nn.vae import Autoencoder
+from gouache.prompts.tokenizer import Tokenizer
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def load(
+    file: ModelFile,
+    found: Found,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    kind: type[Model] = Model,
+) -> Model:
+    """Load a whole model from `file`, which `found` describes (`families.identify`).
+
+    Raises ModelError where the file is no model, or not all of one, or of a family that is not painted with yet.
+    """
+    line = _family(found)
+    parts = {place.component: found.component(place.component) for place in line.places}
+    _no_unknowns(found)
+    recipe = found.text_recipe
+    if recipe is None or found.prediction is None or found.latent_scale is None:
+        raise ModelError(f"{printable(str(file.path))}: {line.title} cannot be painted with yet; it can be inspected")
+
+    place = torch.device(device)
+    unet = _network(UNet, UNetSpec, parts["unet"], file, place, dtype)
+    vae = _network(Autoencoder, VaeSpec, parts["vae"], file, place, dtype)
+    encoders = {
+        each.name: _network(ClipText, TextSpec, parts[each.name], file, place, dtype) for each in recipe.encoders
+    }
+    return kind(
+        file=file,
+        found=found,
+        family=line,
+        unet=unet,
+        vae=vae,
+        text_encoders=encoders,
+        text_recipe=recipe,
+        tokenizer=Tokenizer(),
+        schedule=_schedule(found.levels.value if found.levels else line.levels, found),
+        prediction="v" if found.prediction.value == "v" else "eps",
+        latent_scale=found.latent_scale.value,
+        device=place,
+        dtype=dtype,
+    )
+
+
+def _family(found: Found) -> Family:
+    where = printable(str(found.path))
+    if found.kind.value not in ("checkpoint", "diffusers folder"):
+        raise ModelError(f"{where} is not a model to paint with: it is {found.kind.value} ({found.kind.evidence})")
+    if found.family.value is None:
+        raise ModelError(f"{where}: the family cannot be told ({found.family.evidence}); name it with --family")
+    family = found.family.value
+    if any(place.spec is None for place in family.places):
+        raise ModelError(f"{where} is {family.title}, which can be inspected and converted but not painted with yet")
+    return family
+
+
+def _no_unknowns(found: Found) -> None:
+    if found.unknown:
+        names = ", ".join(printable(name, 80) for name in found.unknown[:3])
+        family = found.family.value
+        raise ModelError(
+            f"{printable(str(found.path))} looks like {family.title if family else 'nothing known'}, but holds "
+            f"{len(found.unknown)} tensors that no part of it has: {names}"
+        )
+
+
+def _network(
+    build: type[Network],
+    expected: type,
+    component: Component,
+    file: ModelFile,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Network:
+    if not isinstance(component.spec, expected):
+        raise ModelError(f"{printable(str(file.path))}: {component.name} has a form that is not built yet")
+    with torch.device("meta"):
+        network = build(component.spec)
+    assign(network, _Tensors(component, file), device=device, dtype=dtype)
+    return network.eval()
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """The tensors of a component under the network's names, each read when it is asked for."""
+
+    def __init__(self, component: Component, file: ModelFile) -> None:
+        self._origins = component.origins
+        self._file = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._origins[name].tensor(self._file.tensor)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._origins)
+
+    def __len__(self) -> int:
+        return len(self._origins)
+
+
+def _schedule(levels: Levels, found: Found) -> Schedule:
+    if levels.kind == "edm":
+        schedule = Schedule.edm(levels.low, levels.high)
+    else:
+        schedule = Schedule.scaled_linear(levels.low, levels.high, levels.steps)
+    return schedule.zero_terminal_snr() if found.zero_snr is not None and found.zero_snr.value else schedule

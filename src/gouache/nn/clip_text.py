@@ -1,0 +1,76 @@
+"""CLIP's text tower, for every family: CLIP-L, and OpenCLIP's ViT-H and bigG under the same names.
+
+OpenCLIP files store other names and fused tensors; `layouts/text.py` turns them into these as views.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gouache.nn.clip import Encoder
+from gouache.nn.spec import TextSpec
+
+
+@dataclass(frozen=True)
+class TextOutput:
+    """What the tower says of B prompts of N tokens.
+
+    `layers[0]` is the embedded prompt and `layers[-1]` the last block's output, all (B, N, width) and before the
+    final norm. `last` is `layers[-1]` normed. `pooled` (B, projection or width) is `last` at the end token, projected
+    where the tower has a projection.
+    """
+
+    layers: tuple[Tensor, ...]
+    last: Tensor
+    pooled: Tensor
+
+
+class Embeddings(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(spec.vocabulary, spec.width)
+        self.position_embedding = nn.Embedding(spec.positions, spec.width)
+
+
+class TextModel(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(spec)
+        self.encoder = Encoder(spec.layers, spec.width, spec.heads, spec.mlp_width, spec.activation, causal=True)
+        self.final_layer_norm = nn.LayerNorm(spec.width)
+
+
+class ClipText(nn.Module):
+    def __init__(self, spec: TextSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.text_model = TextModel(spec)
+        if spec.projection is not None:
+            self.text_projection = nn.Linear(spec.width, spec.projection, bias=False)
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The final layer norm, for a hidden state of a block before the last (clip skip)."""
+        return self.text_model.final_layer_norm(x)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens (B, N) -> their vectors (B, N, width), positions not yet added."""
+        return self.text_model.embeddings.token_embedding(tokens)
+
+    def forward(self, tokens: Tensor, vectors: Tensor | None = None) -> TextOutput:
+        """tokens (B, N) int64, N <= positions, begin and end tokens included.
+
+        `vectors` (B, N, width) stand in for the embedded tokens, which then only tell where the prompt ends.
+        """
+        vectors = self.embed(tokens) if vectors is None else vectors
+        positions = self.text_model.embeddings.position_embedding.weight[: tokens.shape[1]]
+        layers = self.text_model.encoder(vectors + positions)
+        last = self.norm(layers[-1])
+        # The end token has the highest id; CLIP-L also pads with it, so the first one counts.
+        end = (tokens == self.spec.vocabulary - 1).int().argmax(dim=1)
+        pooled = last[torch.arange(len(tokens), device=tokens.device), end]
+        if self.spec.projection is not None:
+            pooled = self.text_projection(pooled)
+        return TextOutput(layers, last, pooled)

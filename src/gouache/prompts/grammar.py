@@ -1,0 +1,184 @@
+r"""The prompt language of A1111's web UI: text to a tree, and a tree to weighted text.
+
+    (a)       a counts 1.1 times as much        [a]      1.1 times less
+    (a:1.3)   1.3 times as much                 BREAK    the rest starts a new chunk of 75 tokens
+    \( \) \[ \] \\   the character itself
+
+Nested weights multiply. Every text is a prompt: a bracket that is never closed reaches to the end, one that was never
+opened is text, and so is a malformed weight. Round and square brackets may cross, `(a [b) c]`; the tree then holds
+the overlap as a node of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+EMPHASIS = 1.1
+
+
+@dataclass(frozen=True)
+class Text:
+    """Words to be tokenized as they stand."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Break:
+    """The end of a chunk of tokens, wherever it stands; weights around it do not concern it."""
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Parts that follow each other."""
+
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A part that counts `weight` times as much as it would without."""
+
+    body: Node
+    weight: float
+
+
+Node = Text | Break | Sequence | Weighted
+
+# A backslash before anything else than these characters disappears, and so does one at the end.
+_TOKEN = re.compile(
+    r"""
+      \\ (?P<escaped> [\\()\[\]]? )
+    | :\s* (?P<weight> [+-]? (?: \d+ (?:\.\d*)? | \.\d+ ) ) \s*\)
+    | (?P<bracket> [()\[\]] )
+    | (?P<text> [^\\()\[\]:]+ | : )
+    """,
+    re.VERBOSE,
+)
+_BREAK = re.compile(r"\bBREAK\b")
+
+_TAG = re.compile(r"<\w+:[^<>]+>")
+_AND = re.compile(r"\bAND\b")
+_SWITCH = re.compile(r":\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\Z")
+
+
+def parse(text: str) -> Sequence:
+    """The tree of `text`; never fails."""
+    tokens = list(_TOKEN.finditer(text))
+    weights, openers = _pair(tokens)
+
+    frames: list[tuple[int, list[Node]]] = [(-1, [])]  # an open bracket's token, and the parts since
+
+    def close() -> int:
+        opener, parts = frames.pop()
+        if parts:
+            frames[-1][1].append(Weighted(Sequence(tuple(parts)), weights[opener]))
+        return opener
+
+    for index, token in enumerate(tokens):
+        if index in weights:
+            frames.append((index, []))
+        elif index in openers:
+            crossed = []
+            while (opener := close()) != openers[index]:
+                crossed.append(opener)
+            frames.extend((opener, []) for opener in reversed(crossed))
+        else:
+            frames[-1][1].extend(_literal(token))
+    while len(frames) > 1:
+        close()
+    return Sequence(tuple(frames[0][1]))
+
+
+def flatten(tree: Node) -> list[tuple[str, float] | Break]:
+    """The tree's text from left to right, each run of equal weight as one (text, weight), between breaks."""
+    runs: list[tuple[list[str], float] | Break] = []
+    waiting: list[tuple[Node, float]] = [(tree, 1.0)]  # no recursion: brackets may be thousands deep
+    while waiting:
+        node, weight = waiting.pop()
+        if isinstance(node, Sequence):
+            waiting.extend((part, weight) for part in reversed(node.parts))
+        elif isinstance(node, Weighted):
+            waiting.append((node.body, weight * node.weight))
+        elif isinstance(node, Break):
+            runs.append(node)
+        # Joined before they are tokenized: `(un)(common)` is one word.
+        elif runs and isinstance(last := runs[-1], tuple) and math.isclose(last[1], weight):
+            last[0].append(node.text)
+        else:
+            runs.append(([node.text], weight))
+    return [run if isinstance(run, Break) else ("".join(run[0]), run[1]) for run in runs]
+
+
+def escape(text: str) -> str:
+    """A prompt that means `text` literally, whatever brackets, backslashes or BREAKs it holds."""
+    return re.sub(r"[\\()\[\]]|(?<=B)(?=REAK)", r"\\\g<0>", text)
+
+
+def unsupported(text: str) -> list[str]:
+    """The parts of `text` that A1111 would read as more than weighted text and `parse` does not yet.
+
+    These are tags `<lora:name:1>`, scheduled `[from:to:0.5]` and alternating `[a|b]` words, and `AND`; each as it
+    stands in the text, the outermost only, no part twice.
+    """
+    spans = [match.span() for pattern in (_TAG, _AND) for match in pattern.finditer(text)]
+    frames: list[tuple[str, int, list[str]]] = []  # an open bracket, where it stands, its own text without nested ones
+    for token in _TOKEN.finditer(text):
+        piece = token[0]
+        if piece in ("(", "["):
+            frames.append((piece, token.start(), []))
+        elif frames and frames[-1][0] + piece[-1] in ("()", "[]") and token["escaped"] is None:
+            opened, start, own = frames.pop()
+            inside = "".join(own)
+            if opened == "[" and ("|" in inside or _SWITCH.search(inside)):
+                spans.append((start, token.end()))
+        elif frames:
+            frames[-1][2].append(piece)
+
+    found: dict[str, None] = {}
+    end = 0
+    for start, stop in sorted(spans, key=lambda span: (span[0], -span[1])):
+        if start >= end:
+            found[text[start:stop]] = None
+            end = stop
+    return list(found)
+
+
+def _pair(tokens: list[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
+    """(opening bracket -> its weight, closing bracket -> the opening one), as token numbers."""
+    weights: dict[int, float] = {}
+    openers: dict[int, int] = {}
+    open_round: list[int] = []
+    open_square: list[int] = []
+    for index, token in enumerate(tokens):
+        if token["bracket"] == "(":
+            weights[index] = EMPHASIS
+            open_round.append(index)
+        elif token["bracket"] == "[":
+            weights[index] = 1 / EMPHASIS
+            open_square.append(index)
+        elif token["bracket"] == "]" and open_square:
+            openers[index] = open_square.pop()
+        elif (token["bracket"] == ")" or token["weight"]) and open_round:
+            openers[index] = opener = open_round.pop()
+            if token["weight"]:
+                weights[opener] = float(token["weight"])
+    return weights, openers
+
+
+def _literal(token: re.Match[str]) -> list[Node]:
+    if token["escaped"] is not None:
+        return [Text(token["escaped"])] if token["escaped"] else []
+    nodes: list[Node] = []
+    parts = _BREAK.split(token[0])
+    for number, part in enumerate(parts):
+        if number > 0:
+            nodes.append(Break())
+            part = part.lstrip()
+        if number < len(parts) - 1:
+            part = part.rstrip()
+        if part:
+            nodes.append(Text(part))
+    return nodes

@@ -1,0 +1,117 @@
+"""CLIP's tokenizer: text to the ids of its byte-pair pieces (Radford et al. 2021), the same for every family.
+
+The merges are OpenAI's file, shipped beside this module under its own licence (LICENSE.OpenAI-CLIP). Text is read as
+the Transformers library reads it: NFC, runs of whitespace as one space, lower case. OpenAI's own code also runs ftfy
+and decodes HTML entities, so that it takes a curly apostrophe for a straight one; Transformers, and hence the
+systems people paint with, do not.
+"""
+
+from __future__ import annotations
+
+import gzip
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+BEGIN_ID, END_ID = 49406, 49407
+
+_MERGES = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+_MERGE_COUNT = 49152 - 256 - 2  # the file holds 262,144 merges, CLIP was trained with the first ones
+
+# What a word is: a contraction's tail, letters, one digit, or a run of anything else that is not space.
+_WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Tokenizer:
+    """Text to token ids and back, without begin and end tokens around it.
+
+    Building one takes about 0.2 s, so keep it. `<|startoftext|>` and `<|endoftext|>` written in a text become the
+    ids 49406 and 49407, as in CLIP's own code.
+    """
+
+    begin = BEGIN_ID
+    end = END_ID
+
+    def __init__(self) -> None:
+        self._backend = _build()
+
+    def __len__(self) -> int:
+        """Entries of the vocabulary: 49408."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, as many as it takes. Lone surrogates count as question marks."""
+        return self._backend.encode(_valid(text), add_special_tokens=False).ids
+
+    def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
+        """The words of `text` as it was written, in order, each with its token ids."""
+        text = _valid(text)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        spans: dict[int, tuple[int, int]] = {}
+        ids: dict[int, list[int]] = {}
+        for word, (start, stop), token in zip(encoding.word_ids, encoding.offsets, encoding.ids):
+            if word is None:
+                continue
+            first = spans.get(word, (start, stop))[0]
+            spans[word] = (first, stop)
+            ids.setdefault(word, []).append(token)
+        return [(text[slice(*spans[word])], tuple(ids[word])) for word in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, lower case, a space after every word; begin and end tokens leave nothing."""
+        return self._backend.decode(ids, skip_special_tokens=True).replace("</w>", " ").strip()
+
+    def token(self, id: int) -> str | None:
+        """The vocabulary's entry, such as `cat</w>` (`</w>` ends a word); None past its end."""
+        return self._backend.id_to_token(id)
+
+    def id(self, token: str) -> int | None:
+        """The id of a vocabulary entry, such as 2368 for `cat</w>`; None if there is no such entry."""
+        return self._backend.token_to_id(token)
+
+
+def _build() -> tokenizers.Tokenizer:
+    # Imported here: the rest of this room, and all of --help, must not wait for it.
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    with gzip.open(_MERGES, "rt", encoding="utf-8") as lines:
+        merges = [(a, b) for a, b in (line.split() for line in islice(lines, 1, 1 + _MERGE_COUNT))]
+    characters = _byte_characters()
+    entries = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges), BEGIN, END]
+
+    backend = Tokenizer(
+        models.BPE(
+            vocab={entry: id for id, entry in enumerate(entries)},
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            unk_token=END,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORD), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(BEGIN, normalized=True), AddedToken(END, normalized=True)])
+    return backend
+
+
+def _byte_characters() -> list[str]:
+    """A printable character for each byte, in vocabulary order: printable Latin-1 as itself, then the other 68."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(byte) for byte in plain] + [chr(256 + n) for n in range(256 - len(plain))]
+
+
+def _valid(text: str) -> str:
+    # Command lines in a foreign encoding and JSON escapes can carry half a surrogate pair, which UTF-8 has not.
+    return text.encode("utf-8", "replace").decode("utf-8")

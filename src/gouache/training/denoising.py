@@ -1,0 +1,66 @@
+"""Latent diffusion's objective: say what noise (or velocity) hides a latent, told its caption or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gouache.diffusion.conditioning import Conditioning
+from gouache.diffusion.denoiser import Denoiser, Prediction, min_snr
+from gouache.diffusion.schedule import Schedule
+from gouache.nn.unet import UNet
+from gouache.training.objective import Group, by_decay, chance
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """`latents` (B, C, h, w), scaled to about unit variance, and what is said of them."""
+
+    latents: Tensor
+    said: Conditioning
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """`unsaid` (one row) stands in for a caption in `dropout` of the cases, so that guidance has a negative.
+
+    Weighted by min-SNR with `gamma` (Hang et al. 2023).
+    """
+
+    unet: UNet
+    schedule: Schedule
+    prediction: Prediction
+    unsaid: Conditioning
+    seed: int
+    dropout: float = 0.1
+    gamma: float = 5.0
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return {"unet": self.unet}
+
+    def groups(self) -> list[Group]:
+        return by_decay(self.networks)
+
+    def losses(self, batch: Captioned, step: int) -> Mapping[str, Tensor]:
+        chances = chance(self.seed, step)
+        count = len(batch.latents)
+        t = torch.randint(len(self.schedule.sigmas), (count,), generator=chances)
+        noise = torch.randn(batch.latents.shape, generator=chances)
+        silent = torch.rand(count, generator=chances) < self.dropout
+        return {"loss": self.loss(batch, t, noise, silent).mean()}
+
+    def loss(self, batch: Captioned, t: Tensor, noise: Tensor, silent: Tensor) -> Tensor:
+        """The weighted squared error of each image (B,), at times t (B,), under `noise`; `silent` (B,) drop captions."""
+        sigma = self.schedule.sigma(t)
+        context = torch.where(silent[:, None, None], self.unsaid.context, batch.said.context)
+
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            return self.unet(x, time, context)
+
+        said, target = Denoiser(network, self.schedule, self.prediction).loss_terms(batch.latents, noise, sigma)
+        error = (said - target).pow(2).flatten(1).mean(1)
+        return min_snr(self.schedule.snr(t), self.gamma, self.prediction).to(error) * error

@@ -1,0 +1,73 @@
+"""The knobs of a training run, as a TOML file says them; an unknown or impossible one is refused by name."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gouache.errors import FileError, RequestError
+
+
+class Settings(BaseModel):
+    """Everything the loop reads. Steps are optimizer steps; times are seconds.
+
+    The learning rate rises linearly over `warmup` steps, then stays or falls along half a cosine to
+    `final_rate * learning_rate` at the last step. `ema_decay` 0 keeps no average. `save_seconds` bounds how much
+    work a crash can cost; `keep` is how many checkpoints stay.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = Field(default=100, ge=0)
+    final_rate: float = Field(default=0.05, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = Field(default=1.0, gt=0)
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    accumulate: int = Field(default=1, gt=0)
+    seed: int = Field(default=0, ge=0)
+    log_steps: int = Field(default=50, gt=0)
+    validate_steps: int = Field(default=1000, gt=0)
+    save_seconds: float = Field(default=300, gt=0)
+    keep: int = Field(default=2, gt=0)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.learning_rate * (self.final_rate + (1 - self.final_rate) * height)
+
+
+def read(path: Path, section: str) -> Settings:
+    """The settings in table `[section]` of a TOML file. Raises FileError or RequestError, naming the key."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FileError(path, f"is not TOML: {error}") from None
+    if section not in table:
+        raise FileError(path, f"has no table [{section}]; it has {', '.join(table) or 'none'}")
+    return checked(table[section], f"{path.name} [{section}]")
+
+
+def checked(values: dict[str, object], where: str) -> Settings:
+    """`values` as Settings. Raises RequestError naming the first key that is unknown or out of range."""
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise RequestError(f"{where} {key}", f"{first['msg'].lower()}, but it is {first.get('input')!r}") from None

@@ -1,0 +1,1 @@
+"""Files in, files out, a tensor at a time: no network is ever built here."""

@@ -1,0 +1,85 @@
+"""No line of the package may draw from a generator that others share: a picture belongs to its seed."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gouache import errors
+
+PACKAGE = Path(errors.__file__).parent
+
+DRAWS = {"rand", "randn", "randint", "randperm", "normal", "bernoulli", "multinomial", "poisson"}
+DRAWS_LIKE = {"rand_like", "randn_like", "randint_like"}  # those that take no generator
+DRAWS_IN_PLACE = {
+    "normal_", "uniform_", "random_", "bernoulli_", "exponential_", "cauchy_", "geometric_", "log_normal_",
+    "trunc_normal_", "xavier_normal_", "xavier_uniform_", "kaiming_normal_", "kaiming_uniform_", "orthogonal_",
+}  # fmt: skip
+SEEDS_THE_SHARED_ONE = {"manual_seed", "manual_seed_all", "seed", "set_rng_state"}
+NUMPY_GENERATORS = {"Generator", "Philox", "PCG64", "SFC64", "SeedSequence", "default_rng"}
+PYTHON_GENERATORS = {"Random", "SystemRandom"}
+
+
+def shared_randomness(source: str) -> Iterator[str]:
+    """Each call in `source` that draws from, or seeds, a generator shared by the whole process, as line: call."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        given = any(keyword.arg == "generator" for keyword in node.keywords)
+        on_torch = owner in ("torch", "torch.cuda", "torch.random", "torch.nn.init", "nn.init", "init")
+        on_numpy = owner in ("np.random", "numpy.random")
+        shared = (
+            (on_torch and name in DRAWS and not given)
+            or (name in DRAWS_LIKE and not given)
+            or (name in DRAWS_IN_PLACE and not given)
+            or (on_torch and name in SEEDS_THE_SHARED_ONE)
+            or (on_numpy and name not in NUMPY_GENERATORS)
+            or (on_numpy and name == "default_rng" and not node.args)
+            or (owner == "random" and name not in PYTHON_GENERATORS)
+        )
+        if shared:
+            yield f"{node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_module_draws_without_a_generator(path: Path):
+    assert list(shared_randomness(path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.randn(3)",
+        "torch.randn_like(x)",
+        "torch.randint(0, 3, (2,))",
+        "torch.randperm(4)",
+        "x.normal_()",
+        "nn.init.normal_(x, std=0.02)",
+        "torch.manual_seed(3)",
+        "np.random.rand(3)",
+        "np.random.default_rng()",
+        "random.random()",
+        "random.shuffle(x)",
+    ],
+)
+def test_the_scan_sees_every_way_to_draw(line: str):
+    assert list(shared_randomness(line)) == [f"1: {line}"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.randn(3, generator=g)",
+        "x.normal_(generator=g)",
+        "torch.Generator().manual_seed(3)",
+        "np.random.default_rng(7)",
+        "random.Random(3)",
+        "g.random()",
+    ],
+)
+def test_the_scan_lets_own_generators_pass(line: str):
+    assert list(shared_randomness(line)) == []

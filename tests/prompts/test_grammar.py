@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import math
+import re
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gouache.prompts.grammar import Break, Sequence, Text, Weighted, escape, flatten, parse, unsupported
+
+# Prompts made of what matters to the grammar, so that brackets meet often.
+TANGLED = st.lists(
+    st.sampled_from(
+        ["(", ")", "[", "]", "\\", "\\(", "\\)", "\\[", "\\]", "\\\\", ":", "|", " ", "a", "b c", ",", "1.5", "-", "."]
+    )
+    | st.sampled_from([":1.3)", ": 0.5 )", ":-2)", ":+.5)", ":2.)", ":1.2.3)", ":.)", ":)"])
+    | st.sampled_from(["BREAK", " BREAK ", "xBREAK", "é"]),
+    max_size=30,
+).map("".join)
+
+
+def runs(text: str) -> list[tuple[str, float] | Break]:
+    return flatten(parse(text))
+
+
+def approximately(expected: list[tuple[str, float]]) -> list[tuple[str, object]]:
+    return [(text, pytest.approx(weight)) for text, weight in expected]
+
+
+def by_character(text: str) -> list[tuple[str, float]]:
+    """A1111's rules, a character at a time: a closing bracket multiplies all that was written since it was opened."""
+    written: list[list] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def close(kind: str, factor: float) -> None:
+        for entry in written[opened[kind].pop() :]:
+            entry[1] *= factor
+
+    def is_number(digits: str) -> bool:
+        try:
+            return math.isfinite(float(digits))
+        except ValueError:
+            return False
+
+    while text:
+        weight = re.match(r":\s*([-+]?[.\d]+)\s*\)", text)
+        length = 1
+        if text[0] == "\\":
+            length = 2 if text[1:2] and text[1] in "()[]\\" else 1
+            written += [[character, 1.0] for character in text[1:length]]
+        elif text[0] in "([":
+            opened[text[0]].append(len(written))
+        elif weight and is_number(weight[1]):
+            length = weight.end()
+            if opened["("]:
+                close("(", float(weight[1]))
+            else:
+                written += [[character, 1.0] for character in text[:length]]
+        elif text[0] == ")" and opened["("]:
+            close("(", 1.1)
+        elif text[0] == "]" and opened["["]:
+            close("[", 1 / 1.1)
+        else:
+            plain = re.match(r"[^\\()\[\]:]+", text)
+            length = plain.end() if plain else 1
+            for number, part in enumerate(re.split(r"\s*\bBREAK\b\s*", text[:length])):
+                if number:
+                    written.append(["BREAK", math.nan])
+                written += [[character, 1.0] for character in part]
+        text = text[length:]
+    while opened["("]:
+        close("(", 1.1)
+    while opened["["]:
+        close("[", 1 / 1.1)
+    return [(character, weight) for character, weight in written]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("normal text", [("normal text", 1.0)]),
+        ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        (r"\(literal\]", [("(literal]", 1.0)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [
+                ("a ", 1.0),
+                ("house", 1.5730000000000004),
+                (" ", 1.1),
+                ("on", 1.0),
+                (" a ", 1.1),
+                ("hill", 0.55),
+                (", sun, ", 1.1),
+                ("sky", 1.4641000000000006),
+                (".", 1.1),
+            ],
+        ),
+    ],
+)
+def test_the_documented_examples_of_a1111(text: str, expected: list[tuple[str, float]]):
+    assert runs(text) == approximately(expected)
+
+
+@given(text=TANGLED)
+@settings(deadline=None)
+def test_every_character_gets_the_weight_of_the_rules(text: str):
+    found: list[tuple[str, object]] = []
+    for run in runs(text):
+        if isinstance(run, Break):
+            found.append(("BREAK", pytest.approx(math.nan, nan_ok=True)))
+        else:
+            found += [(character, pytest.approx(run[1])) for character in run[0]]
+
+    assert found == by_character(text)
+
+
+@given(text=st.text())
+@settings(deadline=None)
+def test_any_text_parses_to_runs_that_differ_from_their_neighbours(text: str):
+    found = [run for run in runs(text) if not isinstance(run, Break)]
+
+    assert all(words for words, _ in found)
+    if not re.search(r"[\\()\[\]]|BREAK", text):
+        assert found == ([(text, 1.0)] if text else [])
+
+
+@given(text=st.one_of(st.text(), TANGLED))
+@settings(deadline=None)
+def test_escaped_text_means_itself(text: str):
+    assert runs(escape(text)) == ([(text, 1.0)] if text else [])
+
+
+@given(text=TANGLED.filter(lambda text: text), weight=st.decimals(0, 3, places=2))
+@settings(deadline=None)
+def test_a_weight_around_escaped_text_is_its_weight(text: str, weight):
+    assert runs(f"({escape(text)}:{weight})") == [(text, pytest.approx(float(weight)))]
+
+
+@given(weights=st.lists(st.decimals("0.1", 3, places=1), min_size=1, max_size=6))
+@settings(deadline=None)
+def test_nested_weights_multiply(weights: list):
+    text = "(" * len(weights) + "a" + "".join(f":{weight})" for weight in weights)
+
+    assert runs(text) == [("a", pytest.approx(math.prod(map(float, weights))))]
+
+
+@pytest.mark.parametrize("weight", ["1.2.3", ".", "1.2x", "--1", "", "1e3", "nan"])
+def test_a_malformed_weight_is_text(weight: str):
+    assert runs(f"(a:{weight})") == [(f"a:{weight}", pytest.approx(1.1))]
+
+
+def test_unopened_brackets_are_text():
+    assert runs("a) b] c:1.3) d") == [("a) b] c:1.3) d", 1.0)]
+
+
+def test_crossing_brackets_overlap():
+    assert runs("(a [b:2) c]") == approximately([("a ", 2.0), ("b", 2 / 1.1), (" c", 1 / 1.1)])
+    assert runs("[a (b] c:2)") == approximately([("a ", 1 / 1.1), ("b", 2 / 1.1), (" c", 2.0)])
+
+
+def test_break_stands_between_runs_and_takes_its_spaces_with_it():
+    assert runs("a  BREAK\n b") == [("a", 1.0), Break(), ("b", 1.0)]
+    assert runs("(a BREAK b:1.5) BREAK") == [("a", 1.5), Break(), ("b", 1.5), Break()]
+    assert runs("BREAKFAST breaking xBREAK") == [("BREAKFAST breaking xBREAK", 1.0)]
+
+
+def test_the_tree_keeps_the_nesting():
+    tree = parse("a (b [c]:1.5) BREAK d")
+
+    inner = Weighted(Sequence((Text("c"),)), pytest.approx(1 / 1.1))  # type: ignore
+    outer = Weighted(Sequence((Text("b "), inner)), 1.5)
+    assert tree == Sequence((Text("a "), outer, Break(), Text("d")))
+
+
+@pytest.mark.parametrize("text", ["(" * 20_000 + "a", "(a" * 20_000, " " * 50_000, ":" * 50_000, "1" * 50_000])
+def test_hostile_prompts_take_no_recursion_and_no_long_time(text: str):
+    start = time.process_time()
+
+    flatten(parse(text))
+    unsupported(text)
+
+    assert time.process_time() - start < 5  # 0.1 s; anything quadratic takes minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a [red] (cat:1.2), [[dog]], 16:9 (a:b:0.5) a|b, BAND <3 x>y", []),
+        (r"\[a:b:0.5\] \[a|b]", []),
+        ("a <lora:detail:0.8> b <hypernet:anime:1>", ["<lora:detail:0.8>", "<hypernet:anime:1>"]),
+        ("a [cat:dog:0.4] b", ["[cat:dog:0.4]"]),
+        ("[cat:5] [cat::8] [:dog:.5] [cat: 3 ]", ["[cat:5]", "[cat::8]", "[:dog:.5]", "[cat: 3 ]"]),
+        ("[cow|horse] in a [field|]", ["[cow|horse]", "[field|]"]),
+        ("[(a:1.2):(b:1.3):0.5]", ["[(a:1.2):(b:1.3):0.5]"]),
+        ("(very [a:[b|c]:3]:1.2)", ["[a:[b|c]:3]"]),
+        ("[a:<lora:x:1>:0.3] <lora:x:1>", ["[a:<lora:x:1>:0.3]", "<lora:x:1>"]),
+        ("((a][:b:c [d:3]", ["[d:3]"]),
+        ("a cat AND a dog AND a bird :0.5", ["AND"]),
+    ],
+)
+def test_what_is_not_yet_supported_is_named(text: str, found: list[str]):
+    assert unsupported(text) == found
+
+
+@given(text=TANGLED)
+@settings(deadline=None)
+def test_naming_the_unsupported_never_fails_and_quotes_the_text(text: str):
+    assert all(part in text for part in unsupported(text))
