@@ -70,4 +70,4 @@ def load(
 
 def _channels(found: Found) -> int:
     unet = found.components.get("unet")
-    return unet.spec.channels if unet is not None and isinstance(unet.spec, UNetSpec) else residency.WIDE
+    return unet.spec.channels if unet is not None and isinstance(unet.spec, UNetSpec) else residency.CHANNELS

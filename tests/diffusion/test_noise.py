@@ -63,6 +63,19 @@ def test_philox_gives_the_known_answers_of_its_authors(counter, key, words):
     assert given.ravel().tolist() == words
 
 
+def test_the_second_nv_tensor_counts_one_draw_and_each_element_its_index():
+    """cuRAND's layout: the draws before in word 0 of the counter, the thread in word 2, the seed as the key."""
+    seed, generator = 2**33 + 5, NvGenerator(2**33 + 5)
+    generator.normal((7,))
+
+    second = generator.normal((3,))
+
+    counters = np.array([[1, 1, 1], [0, 0, 0], [0, 1, 2], [0, 0, 0]], dtype=np.uint32)
+    words = philox4x32(counters, np.array([seed % 2**32, seed // 2**32], dtype=np.uint32)).astype(np.float64)
+    radius, angle = np.sqrt(-2 * np.log((words[0] + 0.5) / 2**32)), 2 * np.pi * (words[1] + 0.5) / 2**32
+    np.testing.assert_allclose(second.numpy(), radius * np.sin(angle), rtol=1e-5, atol=1e-6)
+
+
 def test_nv_seeds_use_all_64_bits():
     low, high = (Noise([seed], SHAPE, generator="nv").start() for seed in (5, 5 + 2**32))
 

@@ -7,8 +7,10 @@ import torch
 
 from gouache.families.family import Levels
 from gouache.families.identify import identify
+from gouache.families.sd import SD2
 from gouache.families.sdxl import SDXL
 from gouache.files.record import TensorInfo
+from gouache.nn.spec import UNetSpec
 
 from .records import infos, narrow, official, official_folder, record
 
@@ -47,9 +49,6 @@ def test_v_models_of_sd2_are_painted_at_768():
 
 
 def test_the_bias_is_a_mere_guess_for_a_network_of_other_widths():
-    from gouache.families.sd import SD2
-    from gouache.nn.spec import UNetSpec
-
     unet = UNetSpec(channels=64, heads=None, head_channels=64, context_dim=128, linear_projection=True)
 
     assert prediction(narrow(SD2, unet), {BIAS: bias_of_spread(0.2, 64)}).sure == "guess"

@@ -53,7 +53,7 @@ class Conditioning:
         missing = chunks - self.tokens // empty.shape[1]
         if missing <= 0:
             return self
-        filling = empty.to(self.context).repeat(len(self), 1, 1)
+        filling = empty.to(self.context).repeat(len(self), missing, 1)
         return Conditioning(torch.cat([self.context, filling], dim=1), self.vector, self.concat)
 
     def stacks_with(self, other: Conditioning) -> bool:

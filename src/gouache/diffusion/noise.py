@@ -102,7 +102,7 @@ def _generator(kind: str, seed: int) -> _Source:
         return _CpuGenerator(seed)
     if kind == "nv":
         return NvGenerator(seed)
-    raise RequestError("generator", f"{kind!r} is not known; noise comes from 'cpu' or 'nv'")
+    raise RequestError("rng", f"{kind!r} is not known; noise comes from 'cpu' or 'nv'")
 
 
 def _check(seeds: Sequence[int], setting: str) -> None:

@@ -81,7 +81,8 @@ def read_components(file: ModelFile, names: Iterable[str]) -> tuple[dict[str, Re
         members = [name for name in rest if _belongs(alone, name)]
         reading = _read(file, alone, "", members)
         if reading is not None:
-            readings[alone] = reading
+            reading = replace(reading, name=_tower(reading.spec)) if isinstance(reading.spec, TextSpec) else reading
+            readings[reading.name] = reading
             rest = [name for name in rest if not _belongs(alone, name)]
     return readings, tuple(sorted(rest))
 
@@ -113,6 +114,13 @@ def _alone(names: Iterable[str]) -> str | None:
     """The component that a file without prefixes is, by the names that most of its tensors have."""
     votes = Counter(part for name in names for part in ("unet", "vae", "text_encoder") if _belongs(part, name))
     return max(votes, key=lambda part: votes[part]) if votes else None
+
+
+def _tower(spec: TextSpec) -> str:
+    """Which encoder a text tower without a prefix is: the second where only a second one has its size."""
+    places = [place for family in FAMILIES for place in family.places]
+    sizes = {(p.spec.width, p.spec.layers): p.component for p in places if isinstance(p.spec, TextSpec)}
+    return sizes.get((spec.width, spec.layers), "text_encoder")
 
 
 def _belongs(component: str, name: str) -> bool:

@@ -41,9 +41,9 @@ class Place:
     spec: Spec | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """A line of models that share everything but their weights.
+    """A line of models that share everything but their weights. There is one value for each, compared by identity.
 
     `variants` maps the U-Net's input channels to what they are for. `size` is the side in pixels that the released
     weights were trained on; a fine-tune's metadata may say another. `leftovers` are tensors that files of this line

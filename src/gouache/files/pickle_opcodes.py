@@ -194,15 +194,18 @@ def _dictionary(m: Machine) -> None:
 
 
 def _list(m: Machine) -> None:
-    m.stack.append(m.pop_to_mark())
+    items = m.pop_to_mark()  # first: it changes which stack is the current one
+    m.stack.append(items)
 
 
 def _tuple(m: Machine) -> None:
-    m.stack.append(tuple(m.pop_to_mark()))
+    items = m.pop_to_mark()
+    m.stack.append(tuple(items))
 
 
 def _frozen_set(m: Machine) -> None:
-    m.stack.append(Call(FROZEN_SET, (m.pop_to_mark(),)))
+    items = m.pop_to_mark()
+    m.stack.append(Call(FROZEN_SET, (items,)))
 
 
 def _global(m: Machine) -> None:
