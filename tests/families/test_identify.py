@@ -1,4 +1,4 @@
-"""Every official key list identified, from names, shapes and metadata alone; and what happens when some are gone."""
+"""Every official key list identified from names, shapes and metadata alone, and files that are something else."""
 
 from __future__ import annotations
 
@@ -8,24 +8,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
 from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gouache.errors import ModelError, RequestError
 from gouache.families.catalog import FAMILIES, family_named
+from gouache.families.components import PREFIXES
 from gouache.families.found import Fact
 from gouache.families.identify import identify
-from gouache.families.sd import OPENCLIP_H, SD1, SD2
-from gouache.families.sdxl import OPENCLIP_BIGG, REFINER, SDXL
+from gouache.families.sd import SD1, SD2
+from gouache.families.sdxl import SDXL
 from gouache.files.record import TensorInfo
-from gouache.layouts.original import text_shapes, unet_shapes, vae_shapes
-from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
+from gouache.layouts.original import unet_shapes
+from gouache.nn.spec import UNetSpec, VaeSpec
 
-from .records import infos, manifest, narrow, official, official_folder, openclip_shapes, record
+from .records import infos, manifest, official, official_folder, record
 
 SD = {"unet", "vae", "text_encoder"}
 XL = SD | {"text_encoder_2"}
+PIECES = sorted(
+    {piece for name in ("sd15_emaonly", "sd21_768_v") for key in official(name) for piece in key.split(".")}
+)
 VIDEO = {"unet", "vae", "image_encoder", "frame_vae"}
 
 # name, kind, family, variant, components, EMA: as the table of the key lists and the released models have them
@@ -72,6 +78,24 @@ def test_official_folders_are_identified(name, family, components):
     assert found.size is not None and found.size.value == ((512, 512) if family == "sd1" else (1024, 1024))
     assert found.latent_scale is not None
     assert (found.latent_scale.value, found.latent_scale.sure) == (0.18215 if family == "sd1" else 0.13025, "certain")
+
+
+def test_a_video_folder_of_diffusers_is_recognised():
+    with torch.device("meta"):
+        unet = UNetSpatioTemporalConditionModel(block_out_channels=(32, 64, 64, 64), num_attention_heads=(1, 2, 2, 2))
+        vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",))
+    tensors = {
+        f"{part}/{name}": TensorInfo(tuple(tensor.shape), "F32")
+        for part, model in (("unet", unet), ("vae", vae))
+        for name, tensor in model.state_dict().items()
+    }
+
+    found = identify(record(tensors, format="diffusers folder"))
+
+    assert found.family.value is family_named("svd")
+    assert set(found.components) == {"unet", "vae"}
+    assert found.component("unet").spec is None
+    assert found.unknown == ()
 
 
 @pytest.mark.parametrize("folder", ["diffusers_sd15", "diffusers_sdxl_base"])
@@ -190,59 +214,6 @@ def test_every_tensor_is_used_or_left_over_or_unknown_and_only_one_of_these(name
     assert sorted(spoken) == sorted([*tensors, "some.other.weight"])
 
 
-OFFICIAL = {name: official(name) for name in ("sd15_emaonly", "sd2_inpainting", "sdxl_base", "sdxl_refiner")}
-# The tensors that each component needs. SD2 makes no use of its projection, and its folders do not have it.
-NEEDED = {
-    (name, part.name): sorted(
-        {s for o in part.origins.values() for s in o.sources} - {"cond_stage_model.model.text_projection"}
-    )
-    for name, tensors in OFFICIAL.items()
-    for part in identify(record(tensors)).components.values()
-}
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.data())
-def test_a_component_that_lacks_any_one_tensor_is_called_missing_and_no_other_is(data):
-    name, part = data.draw(st.sampled_from(sorted(NEEDED)))
-    gone = data.draw(st.sampled_from(NEEDED[name, part]))
-
-    found = identify(record({key: info for key, info in OFFICIAL[name].items() if key != gone}))
-
-    assert found.kind.value == "checkpoint"
-    assert set(found.components) == {other for file, other in NEEDED if file == name} - {part}
-    assert set(found.missing) == {part}
-    assert "missing" in found.missing[part]
-    with pytest.raises(ModelError, match=f"no usable {part}"):
-        found.component(part)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.sampled_from(sorted(OFFICIAL)), st.booleans(), st.data())
-def test_a_component_with_a_tensor_of_the_wrong_shape_or_name_is_called_missing(name, reshape, data):
-    odd = data.draw(st.sampled_from(NEEDED[name, "unet"]))
-    tensors = dict(OFFICIAL[name])
-    info = tensors.pop(odd)
-    if reshape:
-        tensors[odd] = TensorInfo((*info.shape[:-1], info.shape[-1] + 1), info.dtype)
-    else:
-        tensors[odd + "_orig"] = info
-
-    found = identify(record(tensors))
-
-    assert set(found.missing) == {"unet"}
-
-
-@pytest.mark.parametrize("part", sorted(XL))
-def test_a_whole_component_that_is_gone_is_called_missing(part):
-    prefix = next(place.prefix for place in SDXL.places if place.component == part)
-
-    found = identify(record({k: v for k, v in official("sdxl_base").items() if not k.startswith(prefix)}))
-
-    assert found.family.value is SDXL
-    assert found.missing == {part: f"no tensor stands under {prefix}"}
-
-
 def test_the_error_for_an_unusable_component_is_one_line_that_says_what_the_file_is():
     found = identify(record(official("lora_kohya_sd15")))
 
@@ -255,72 +226,6 @@ def test_the_error_for_an_unusable_component_is_one_line_that_says_what_the_file
         assert piece in message
 
 
-NARROW = {
-    "sd1": UNetSpec(channels=32, channel_mult=(1, 2, 3, 3), context_dim=64),
-    "sd2": UNetSpec(channels=64, heads=None, head_channels=64, context_dim=128, linear_projection=True),
-    "sdxl": replace(
-        SDXL.unet, channels=64, attention_depth=(0, 1, 2), middle_depth=2, context_dim=192, vector_channels=99
-    ),
-    "sdxl-refiner": replace(REFINER.unet, channels=64, context_dim=128, vector_channels=99),
-}
-
-
-@pytest.mark.parametrize("name", NARROW)
-def test_narrower_models_of_the_same_topology_are_recognised_with_their_widths(name):
-    family = family_named(name)
-
-    found = identify(record(narrow(family, NARROW[name])), prediction="eps")
-
-    assert found.kind.value == "checkpoint"
-    assert (found.family.value, found.family.sure) == (family, "certain")
-    assert (found.missing, found.unknown) == ({}, ())
-    assert found.component("unet").spec == NARROW[name]
-    assert found.variant.value == "base"
-
-
-@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "model.diffusion_model.", "unet/"])
-@pytest.mark.parametrize("family", [SD1, SD2, SDXL, REFINER], ids=lambda family: family.name)
-def test_a_unet_alone_is_recognised_with_or_without_a_prefix(family, prefix):
-    found = identify(record(infos(unet_shapes(family.unet), prefix)), prediction="eps")
-
-    assert found.kind.value == "unet"
-    assert found.family.value is family
-    assert found.component("unet").spec == family.unet
-    assert set(found.missing) == {place.component for place in family.places} - {"unet"}
-
-
-@pytest.mark.parametrize(
-    ("shapes", "spec", "family"),
-    [
-        (text_shapes(TextSpec()), TextSpec(), None),
-        (openclip_shapes(OPENCLIP_H), OPENCLIP_H, SD2),
-        (openclip_shapes(OPENCLIP_BIGG), OPENCLIP_BIGG, SDXL),
-        (text_shapes(OPENCLIP_BIGG), OPENCLIP_BIGG, SDXL),
-        (
-            {name.removeprefix("text_model."): shape for name, shape in text_shapes(TextSpec()).items()},
-            TextSpec(),
-            None,
-        ),
-    ],
-    ids=["CLIP-L", "OpenCLIP H", "OpenCLIP bigG", "bigG in a folder", "CLIP-L of transformers 5"],
-)
-def test_a_text_encoder_alone_is_recognised(shapes, spec, family):
-    found = identify(record(infos(shapes)))
-
-    assert found.kind.value == "text encoder"
-    assert found.family.value is family
-    assert found.component("text_encoder_2" if family is SDXL else "text_encoder").spec == spec
-
-
-def test_the_oldest_sd1_files_lack_text_model_in_their_names():
-    old = {key.replace("transformer.text_model.", "transformer."): i for key, i in official("sd15_emaonly").items()}
-
-    found = identify(record(old))
-
-    assert set(found.components) == SD
-    assert found.component("text_encoder").origins.keys() == text_shapes(TextSpec()).keys()
-
-
 def test_the_file_suffix_says_nothing():
     tensors = official("sd15_emaonly")
 
@@ -328,41 +233,6 @@ def test_the_file_suffix_says_nothing():
 
     assert {f.kind.value for f in found.values()} == {"checkpoint"}
     assert {f.family.value for f in found.values()} == {SD1}
-
-
-def test_averages_are_found_by_squeezing_the_known_names():
-    tensors = official("sd15_pruned_full")
-
-    found = identify(record(tensors))
-
-    averages = {key for key in tensors if key.startswith("model_ema.")} - {"model_ema.decay", "model_ema.num_updates"}
-    assert set(found.ema_names.values()) == averages
-    assert all(
-        tensors[average].shape == tensors[f"model.diffusion_model.{name}"].shape
-        for name, average in found.ema_names.items()
-    )
-
-
-def test_averages_of_nothing_known_are_unknown():
-    stray = {"model_ema.diffusion_modelinput_blocks99weight": TensorInfo((3,), "F32")}
-
-    found = identify(record(official("sd15_pruned_full") | stray))
-
-    assert found.unknown == tuple(stray)
-
-
-def test_dtypes_are_told_for_each_component():
-    half = {
-        key: replace(info, dtype="F16") if key.startswith("model.diffusion_model.") else info
-        for key, info in official("sd15_emaonly").items()
-    }
-    half["model.diffusion_model.out.2.bias"] = TensorInfo((4,), "F32")
-
-    found = identify(record(half))
-
-    assert found.component("vae").dtype.value == "F32"
-    assert found.component("unet").dtype.value == "F16 + F32"
-    assert found.component("unet").dtype.evidence == "685 tensors are F16, 1 tensors are F32"
 
 
 def test_a_stated_family_overrides_and_what_speaks_against_it_is_said():
@@ -378,31 +248,6 @@ def test_an_unknown_family_or_prediction_is_refused_with_the_choices():
         identify(record({}), family="sd9")
     with pytest.raises(RequestError, match="eps, v, edm"):
         identify(record({}), prediction="x0")
-
-
-def test_an_sd2_folder_ends_a_block_early_and_is_read_at_its_end():
-    """diffusers stores 23 of the 24 blocks, so the block to read is the last there and the one before it in files."""
-    cut = replace(OPENCLIP_H, layers=23, projection=None)
-    folder = (
-        infos(unet_shapes(SD2.unet), "unet/")
-        | infos(vae_shapes(VaeSpec()), "vae/")
-        | infos(text_shapes(cut), "text_encoder/")
-    )
-
-    in_folder = identify(record(folder, format="diffusers folder"), prediction="eps")
-    in_file = identify(record(official("sd2_inpainting")))
-
-    assert in_folder.component("text_encoder").spec == cut
-    assert in_folder.text_recipe is not None and in_file.text_recipe is not None
-    assert [encoder.layer for encoder in in_folder.text_recipe.encoders] == [1]
-    assert [encoder.layer for encoder in in_file.text_recipe.encoders] == [2]
-
-
-def test_a_second_encoder_of_sdxl_without_its_projection_is_not_whole():
-    tensors = official("sdxl_base")
-    del tensors["conditioner.embedders.1.model.text_projection"]
-
-    assert "text_projection is missing" in identify(record(tensors)).missing["text_encoder_2"]
 
 
 def test_fp8_scales_and_other_additions_are_unknown_but_do_not_hide_the_model():
@@ -458,6 +303,32 @@ def test_what_nothing_is_known_of_is_unknown_and_no_error():
         assert found.family.value is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_no_names_and_shapes_whatever_make_it_fail(data):
+    pieces = st.sampled_from(PIECES)
+    name = st.lists(pieces, min_size=1, max_size=6).map(".".join)
+    prefix = st.sampled_from(["", "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.", "unet/"])
+    shape = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+    known = st.sampled_from(["input_blocks.0.0.weight", "out.2.weight", "conv_in.weight", "token_embedding.weight"])
+    names = data.draw(st.lists(st.tuples(prefix, name | known), max_size=12))
+    tensors = infos({head + tail: data.draw(shape) for head, tail in names})
+
+    found = identify(record(tensors, extra={"unet/config.json": {"sample_size": -1}, "global_step": "x"}))
+
+    assert found.kind.evidence
+
+
+def test_a_file_that_claims_absurd_numbers_costs_nothing():
+    hostile = {f"down_blocks.{10**12}.resnets.{10**12}.norm1.weight": (1,)}
+    hostile |= {f"input_blocks.{i}.{i}.transformer_blocks.{j}.x": (1, 1, 1, 1) for i in range(99) for j in range(99)}
+    hostile |= {f"down_blocks.{i}.resnets.{i}.norm1.weight": (1,) for i in range(2000)} | {"conv_in." * 9999: (1,)}
+
+    found = identify(record(infos(hostile)))
+
+    assert found.components == {}
+
+
 def test_metadata_tells_the_size_that_a_fine_tune_was_trained_at():
     found = identify(record(official("sd15_emaonly"), metadata={"modelspec.resolution": "640x448"}))
 
@@ -468,6 +339,10 @@ def test_identifying_imports_no_torch():
     code = "import sys, gouache.families.identify; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_prefix_of_a_component_begins_with_another():
+    assert not [(a, b) for a in PREFIXES for b in PREFIXES if a != b and a.startswith(b)]
 
 
 def test_the_families_of_the_catalog_agree_with_themselves():

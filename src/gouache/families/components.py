@@ -36,8 +36,8 @@ _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
 _UNET_HEADS = frozenset(("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"))
 _FOLDER_UNET_HEADS = frozenset(("down_blocks", "mid_block", "up_blocks", "time_embedding", "add_embedding"))
 _FOLDER_UNET_ENDS = frozenset(("conv_in", "conv_out", "conv_norm_out"))
-_VAE_PARTS = frozenset(
-    ("conv_in", "conv_out", "down", "up", "mid", "norm_out", "down_blocks", "up_blocks", "mid_block")
+_VAE_PARTS = frozenset(("conv_in", "conv_out", "norm_out", "conv_norm_out")) | frozenset(
+    ("down", "up", "mid", "down_blocks", "up_blocks", "mid_block")
 )
 _TEXT_STRAYS = frozenset(("text_projection", "logit_scale", "attn_mask", "visual", "vision_model", "visual_projection"))
 _VIDEO = (".time_stack.", ".time_mixer.", "temporal")
@@ -135,50 +135,49 @@ def _belongs(component: str, name: str) -> bool:
 
 def _read(file: ModelFile, component: str, prefix: str, names: list[str]) -> Reading | None:
     """`names`, all under `prefix`, as `component`; None where they are not in any layout of it."""
-    bare = [name[len(prefix) :] for name in names]
-    layout, rules = _layout(component, bare)
-    if not rules:
-        return None
-    rules = under(prefix, rules)
+    if component == "image_encoder" or any(mark in name for name in names for mark in _VIDEO):
+        rules = under(prefix, _SAME)
+        layout = "diffusers" if prefix.endswith("/") else "original"
+        return Reading(component, prefix, layout, rules, plan(rules, names), video=True)
     shapes: dict[str, Shape] = {name: file.tensors[name].shape for name in names}
+    reading = Reading(component, prefix, "unreadable", (), Plan({}, {}, ()))
     try:
+        layout, rules = _layout(component, [name[len(prefix) :] for name in names])
+        if not rules:
+            return None
+        rules = under(prefix, rules)
         found = plan(rules, names)
         reading = Reading(component, prefix, layout, rules, found, surplus=found.unnamed)
-        if component == "image_encoder" or any(mark in name for name in names for mark in _VIDEO):
-            return replace(reading, video=True)
         return _measure(reading, {name: origin.shape(shapes) for name, origin in found.origins.items()})
     except ModelError as error:
-        return Reading(component, prefix, layout, rules, Plan({}, {}, ()), trouble=str(error))
+        return replace(reading, trouble=str(error))
 
 
 def _layout(component: str, names: list[str]) -> tuple[str, tuple[Rule, ...]]:
+    """The name of the layout that `names` are in and its table, which is empty where they are in none."""
     if component.startswith("text_encoder"):
         return text_layout(names) or ("", ())
-    heads = {name.partition(".")[0] for name in names}
-    if component == "unet":
-        if heads & _FOLDER_UNET_HEADS and not any("temporal" in name for name in names):
-            return "diffusers", unet_rules(*unet_topology(names))
-        return "original", _SAME
+    if component == "unet" and not _FOLDER_UNET_HEADS.isdisjoint(name.partition(".")[0] for name in names):
+        return "diffusers", unet_rules(*unet_topology(names))
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in names):
-        levels, old = vae_topology(names)
-        return "diffusers", vae_rules(levels, old)
+        return "diffusers", vae_rules(*vae_topology(names))
     return "original", _SAME
 
 
 def _measure(reading: Reading, shapes: Mapping[str, Shape]) -> Reading:
-    """`reading` with the spec that its shapes, by the network's names, tell, and what they lack of it."""
-    try:
-        if reading.name == "unet":
-            spec = unet_spec(shapes)
-            wanted = unet_shapes(spec)
-        elif reading.name.startswith("text_encoder"):
-            spec = text_spec(shapes, "gelu" if reading.layout == "openclip" else "quick_gelu")
-            wanted = text_shapes(spec)
-        else:
-            spec = vae_spec(shapes)
-            wanted = vae_shapes(spec)
-    except ModelError as error:
-        return replace(reading, trouble=str(error))
+    """`reading` with the spec that its shapes, by the network's names, tell, and what they lack of it.
+
+    ModelError says what cannot be told.
+    """
+    if reading.name == "unet":
+        spec = unet_spec(shapes)
+        wanted = unet_shapes(spec)
+    elif reading.name.startswith("text_encoder"):
+        spec = text_spec(shapes, "gelu" if reading.layout == "openclip" else "quick_gelu")
+        wanted = text_shapes(spec)
+    else:
+        spec = vae_spec(shapes)
+        wanted = vae_shapes(spec)
     surplus = sorted(set(shapes) - set(wanted))
     sources = {source for name in surplus for source in reading.plan.origins[name].sources}
     origins = {name: reading.plan.origins[name] for name in wanted if name in shapes}
@@ -232,5 +231,5 @@ def _dtype(reading: Reading, file: ModelFile) -> Fact[str]:
     """The dtype of the component's tensors; of several, all of them, the commonest first."""
     sources = {source for origin in reading.plan.origins.values() for source in origin.sources}
     counts = Counter(file.tensors[source].dtype for source in sources).most_common()
-    evidence = ", ".join(f"{count} tensors are {dtype}" for dtype, count in counts)
+    evidence = "tensors of each: " + ", ".join(f"{dtype} {count}" for dtype, count in counts)
     return Fact(" + ".join(dtype for dtype, _ in counts), evidence, "certain")

@@ -45,9 +45,9 @@ class Place:
 class Family:
     """A line of models that share everything but their weights. There is one value for each, compared by identity.
 
-    `variants` maps the U-Net's input channels to what they are for. `size` is the side in pixels that the released
-    weights were trained on; a fine-tune's metadata may say another. `leftovers` are tensors that files of this line
-    carry and nothing needs, each with its reason.
+    `variants` maps the U-Net's input channels to what they are for. `size` is (width, height) in pixels that the
+    released weights were trained on; a fine-tune's metadata may say another. `leftovers` are tensors that files of
+    this line carry and nothing needs, each with its reason.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Family:
     places: tuple[Place, ...]
     text: TextRecipe | None
     latent_scale: float
-    size: int
+    size: tuple[int, int]
     variants: Mapping[int, str]
     prediction: Literal["eps", "v"] = "eps"
     levels: Levels = field(default_factory=Levels)

@@ -86,7 +86,7 @@ def _with_sampling(found: Found, file: ModelFile, readings: Mapping[str, Reading
         return found
     scale = Fact(family.latent_scale, f"that of {family.title}; no single file says it", found.family.sure)
     stated = config(file, readings["vae"]).get("scaling_factor") if "vae" in readings else None
-    if isinstance(stated, float | int):
+    if isinstance(stated, float | int) and 0 < stated < 1000:
         scale = Fact(float(stated), "the autoencoder's config.json says scaling_factor", "certain")
     found = replace(found, latent_scale=scale)
     if "unet" not in readings:
@@ -137,7 +137,7 @@ def _missing(
     missing = {name: result for name, result in done.items() if isinstance(result, str)}
     for place in family.places if family is not None else ():
         if place.component not in readings:
-            missing[place.component] = f"no tensor stands under {place.prefix}"
+            missing[place.component] = f"not in the file; single files keep it under {place.prefix}"
     return missing
 
 
@@ -169,12 +169,12 @@ def _size(file: ModelFile, family: Family, prediction: str, readings: Mapping[st
         return Fact((int(stated[1]), int(stated[2])), "the metadata says modelspec.resolution", "certain")
     cells = config(file, readings["unet"]).get("sample_size")
     vae = readings["vae"].spec if "vae" in readings else None
-    if isinstance(cells, int) and isinstance(vae, VaeSpec):
+    if isinstance(cells, int) and 0 < cells <= 4096 and isinstance(vae, VaeSpec):
         side = cells * vae.factor
         return Fact((side, side), f"the U-Net's config.json says a sample_size of {cells}", "certain")
     if family.name == "sd2" and prediction == "v":
         return Fact((768, 768), "models of Stable Diffusion 2 that predict velocity were trained at 768", "likely")
-    return Fact((family.size, family.size), f"the size of {family.title}", "likely")
+    return Fact(family.size, f"the size of {family.title}", "likely")
 
 
 def _adapter(file: ModelFile, names: AdapterNames, told: Fact[Family | None] | None) -> Found:
@@ -191,7 +191,7 @@ def _adapter(file: ModelFile, names: AdapterNames, told: Fact[Family | None] | N
 
 
 def _embedding(file: ModelFile, names: EmbeddingNames, told: Fact[Family | None] | None) -> Found:
-    kind = Fact("embedding", f"{names.vectors} vectors, in the form {names.format}", "likely")
+    kind = Fact("embedding", f"the names are those of the form {names.format}; vectors: {names.vectors}", "likely")
     widths = " and ".join(map(str, names.widths.values()))
     family = _by_width(file, sum(names.widths.values()), f"its vectors are {widths} wide", told)
     return _small(file, kind, names.format, family)

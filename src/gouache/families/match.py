@@ -9,8 +9,8 @@ from gouache.families.catalog import FAMILIES
 from gouache.families.components import Reading
 from gouache.families.family import Family
 from gouache.families.found import Fact
-from gouache.families.sd import SD1, SD2
-from gouache.families.sdxl import REFINER, SDXL
+from gouache.families.sd import OPENCLIP_H, SD1, SD2
+from gouache.families.sdxl import OPENCLIP_BIGG, REFINER, SDXL
 from gouache.families.svd import SVD
 from gouache.nn.spec import TextSpec, UNetSpec
 
@@ -26,6 +26,9 @@ _ARCHITECTURES = (  # beginnings of `modelspec.architecture` and of kohya's `ss_
     ("sd_v2", SD2),
     ("sd_2", SD2),
 )
+_TEXT_PREFIXES = {
+    place.prefix: family for family in FAMILIES for place in family.places if place.component.startswith("text_encoder")
+}
 
 
 def family_hints(
@@ -85,17 +88,11 @@ def family_of_width(width: int) -> Family | None:
 
 
 def _text_hints(readings: Mapping[str, Reading]) -> Iterator[Fact[Family | None]]:
-    places = {
-        place.prefix: family for family in FAMILIES for place in family.places if place.component.startswith("text")
-    }
-    found = [reading for name, reading in readings.items() if name.startswith("text_encoder")]
-    # SDXL keeps its first encoder where nobody else has one, so either of its two prefixes is enough.
-    for reading in found:
-        if (family := places.get(reading.prefix)) is not None:
+    towers = [reading for name, reading in readings.items() if name.startswith("text_encoder")]
+    for reading in towers:
+        if (family := _TEXT_PREFIXES.get(reading.prefix)) is not None:
             yield Fact(family, f"a text encoder stands under {reading.prefix}", "likely")
-    if len(found) == 1 and set(readings) == {found[0].name} and isinstance(found[0].spec, TextSpec):
-        spec = replace(found[0].spec, activation="", projection=None)
-        for family in (SD2, REFINER):
-            known = next((p.spec for p in family.places if isinstance(p.spec, TextSpec)), None)
-            if known is not None and spec == replace(known, activation="", projection=None):
-                yield Fact(SDXL if family is REFINER else family, f"its text tower is {family.title}'s", "likely")
+    if len(readings) == len(towers) == 1 and isinstance(spec := towers[0].spec, TextSpec):
+        for family, known in ((SD2, OPENCLIP_H), (SDXL, OPENCLIP_BIGG)):
+            if (spec.width, spec.layers) == (known.width, known.layers):
+                yield Fact(family, f"this text tower has the size of one of {family.title}", "likely")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gouache.errors import printable
 from gouache.families.components import Reading
 from gouache.families.family import Family, Levels
 from gouache.families.found import Fact, settle
@@ -19,7 +20,7 @@ from gouache.families.sd import SD2
 from gouache.files.record import ModelFile
 
 PREDICTIONS = ("eps", "v", "edm")
-""" "edm" predicts the picture itself, scaled as by Karras et al. 2022 (Playground 2.5)."""
+""" "edm" is the mixture of noise and picture of Karras et al. 2022, equation 7 (Playground 2.5)."""
 
 _WORDS = {"epsilon": "eps", "eps": "eps", "v": "v", "v_prediction": "v", "v-prediction": "v", "vpred": "v"}
 _SD2_STEPS = {875000: "eps", 220000: "eps", 110000: "v"}
@@ -39,7 +40,9 @@ def prediction(
     if fact is None:
         # SD2 is as often one as the other; in the other lines, a model that departs from the rule is marked.
         sure = "guess" if family is SD2 else "likely"
-        fact = Fact(family.prediction, f"nothing in the file says it; most of {family.title} do", sure)
+        fact = Fact(
+            family.prediction, f"nothing in the file says it; it is what most models of {family.title} predict", sure
+        )
     return fact
 
 
@@ -110,14 +113,15 @@ def _sidecar(path: Path) -> Iterator[Fact[str]]:
             text = file.read(_SIDECAR_LIMIT).decode("utf-8", "replace")
     except OSError:  # a hint that cannot be read is no hint
         return
+    name = printable(beside.name)
     stated = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE)
     scaling = re.search(r"\.(V|Eps)Scaling(?:WithEDMcNoise)?\b", text)
     if stated is not None and stated[1] in _WORDS:
-        yield Fact(_WORDS[stated[1]], f"{beside.name} beside it says parameterization: {stated[1]}", "certain")
+        yield Fact(_WORDS[stated[1]], f"{name} beside it says parameterization: {stated[1]}", "certain")
     elif scaling is not None:
-        yield Fact(scaling[1].lower(), f"{beside.name} beside it says {scaling[0][1:]}", "certain")
+        yield Fact(scaling[1].lower(), f"{name} beside it says {scaling[0][1:]}", "certain")
     elif re.search(r"\bldm\.models\.diffusion\.ddpm\.", text):
-        yield Fact("eps", f"{beside.name} beside it states no parameterization, hence noise", "certain")
+        yield Fact("eps", f"{name} beside it states no parameterization, hence noise", "certain")
 
 
 def _spread(file: ModelFile, unet: Reading) -> Fact[str] | None:

@@ -20,7 +20,7 @@ SD1 = Family(
     ),
     text=TextRecipe(encoders=(EncoderRecipe("text_encoder"),)),
     latent_scale=0.18215,
-    size=512,
+    size=(512, 512),
     variants={4: "base", 9: "inpainting", 8: "instruct-pix2pix"},
 )
 
@@ -40,7 +40,7 @@ SD2 = Family(
     ),
     text=TextRecipe(encoders=(EncoderRecipe("text_encoder", pad_token=0, layer=2),)),
     latent_scale=0.18215,
-    size=512,
+    size=(512, 512),
     variants={4: "base", 9: "inpainting", 5: "depth"},
     leftovers=(
         Drop("depth_model.{rest*}", "MiDaS, which guesses a picture's depth; depth maps are handed in"),

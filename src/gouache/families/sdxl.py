@@ -42,7 +42,7 @@ SDXL = Family(
         zero_empty_negative=True,
     ),
     latent_scale=0.13025,
-    size=1024,
+    size=(1024, 1024),
     variants={4: "base", 9: "inpainting", 8: "instruct-pix2pix"},
 )
 
@@ -75,6 +75,6 @@ REFINER = Family(
         size_ids="refiner",
     ),
     latent_scale=0.13025,
-    size=1024,
+    size=(1024, 1024),
     variants={4: "base"},
 )

@@ -10,9 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from gouache.errors import ModelError
+from gouache.errors import ModelError, printable
 from gouache.layouts.rules import Shape
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
+
+_DEEPEST = 6  # segments of a path that is counted: input_blocks.4.1.transformer_blocks.0
+_MOST = 64  # modules in a row; released networks have 32 at most
 
 
 def unet_spec(shapes: Mapping[str, Shape]) -> UNetSpec:
@@ -97,7 +100,7 @@ def unet_heads(spec: UNetSpec, config: Mapping[str, Any]) -> UNetSpec:
     levels = len(spec.channel_mult)
     heads = [stated] * levels if isinstance(stated, int) else stated
     if not isinstance(heads, list) or len(heads) != levels or not all(isinstance(n, int) and n > 0 for n in heads):
-        raise ModelError(f"its config.json states {stated!r} attention heads for a U-Net of {levels} levels")
+        raise ModelError(f"its config.json states {_short(stated)} attention heads for a U-Net of {levels} levels")
     attending = [level for level, depth in enumerate(spec.attention_depth) if depth] + [levels - 1]
     if len({heads[level] for level in attending}) == 1:
         return replace(spec, heads=heads[-1], head_channels=None)
@@ -122,28 +125,39 @@ def text_config(spec: TextSpec, config: Mapping[str, Any]) -> TextSpec:
     """`spec` with the heads and the activation that a Transformers config states; ModelError if they cannot be."""
     heads, activation = config.get("num_attention_heads", spec.heads), config.get("hidden_act", spec.activation)
     if not isinstance(heads, int) or heads < 1 or spec.width % heads:
-        raise ModelError(f"its config.json states {heads!r} attention heads for a width of {spec.width}")
+        raise ModelError(f"its config.json states {_short(heads)} attention heads for a width of {spec.width}")
     if activation not in ("quick_gelu", "gelu"):
-        raise ModelError(f"its config.json states the activation {activation!r}; known are quick_gelu and gelu")
+        raise ModelError(f"its config.json states the activation {_short(activation)}; known are quick_gelu and gelu")
     return replace(spec, heads=heads, activation=activation)
 
 
+def _short(value: Any) -> str:
+    return printable(repr(value), 60)
+
+
 def _modules(names: Iterable[str]) -> frozenset[str]:
-    """Every dotted path that leads to one of `names`."""
+    """Every dotted path of up to `_DEEPEST` segments that leads to one of `names`."""
     paths = set[str]()
     for name in names:
-        end = name.rfind(".")
-        while end > 0 and name[:end] not in paths:
+        end = -1
+        for _ in range(_DEEPEST):
+            end = name.find(".", end + 1)
+            if end < 0:
+                break
             paths.add(name[:end])
-            end = name.rfind(".", 0, end)
     return frozenset(paths)
 
 
 def _count(modules: frozenset[str], path: str) -> int:
-    """How many numbered modules stand under `path`, counted from 0 without a gap."""
+    """How many numbered modules stand under `path`, counted from 0 without a gap; ModelError beyond reason.
+
+    Depths multiply when the names they ask for are written out, so a file may not state them at will.
+    """
     count = 0
     while f"{path}.{count}" in modules:
         count += 1
+        if count > _MOST:
+            raise ModelError(f"more than {_MOST} modules stand under {path}")
     return count
 
 

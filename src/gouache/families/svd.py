@@ -23,7 +23,7 @@ SVD = Family(
     ),
     text=None,
     latent_scale=0.18215,
-    size=1024,
+    size=(1024, 576),
     variants={8: "image to video"},
     prediction="v",
     levels=Levels("edm", 0.002, 700.0),

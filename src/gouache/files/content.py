@@ -14,7 +14,7 @@ from typing import Any, Literal
 from gouache.errors import DamagedFile, FileError, NotAModel, printable
 from gouache.files.source import Source, size_text
 
-Kind = Literal["safetensors", "pickle", "old pickle", "shard index"]
+Kind = Literal["safetensors", "pickle", "shard index", "unknown"]
 
 _HEAD = 4096
 MAX_JSON = 4_000_000  # bytes; the largest shard index of a diffusion model has some 200,000
@@ -55,7 +55,10 @@ _TENSORFLOW = (
 
 
 def kind_of(source: Source) -> Kind:
-    """Which reader opens the file. Raises NotAModel, or DamagedFile where only the kind of damage is plain."""
+    """Which reader opens the file: "unknown" for a file that has no signature, as pickles of protocol 0 have none.
+
+    Raises NotAModel, or DamagedFile where only the damage is plain.
+    """
     path, size = source.path, source.size
     if size == 0:
         raise NotAModel(path, "is empty: the download failed, fetch it again")
@@ -71,7 +74,7 @@ def kind_of(source: Source) -> Kind:
         return "pickle"
 
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if text[:1] in (b"{", b"[", b"<") or head.startswith(b"version https://git-lfs"):
+    if b"\0" not in head and (text[:1] in (b"{", b"[", b"<") or head.startswith(b"version https://git-lfs")):
         return _text_kind(source, text)
     if _claims_safetensors(head):
         return "safetensors"
@@ -83,9 +86,7 @@ def kind_of(source: Source) -> Kind:
         raise NotAModel(path, f"is an ONNX model: {_MODELS_ELSEWHERE}")
     if not head.strip(b"\0"):
         raise DamagedFile(path, "holds only zeros where it should begin: the download never finished, fetch it again")
-    if head[:1] in b"(cidl]}FGIJKLMNSTUVX":
-        return "old pickle"  # protocols 0 and 1 have no signature: the reader will tell
-    raise unknown(source)
+    return "unknown"
 
 
 def unknown(source: Source) -> FileError:

@@ -104,7 +104,10 @@ def read_tar(source: Source) -> Unpickled:
     """A torch file of the tar form."""
     path, data = source.path, source.data
     members = _tar_members(source)
-    if not {"storages", "tensors", "pickle"} <= members.keys():
+    missing = {"storages", "tensors", "pickle"} - members.keys()
+    if 0 < len(missing) < 3:
+        raise DamagedFile(path, f"ends before its part {min(missing)!r}: the download is incomplete")
+    if missing:
         raise NotAModel(path, "is a tar archive and no PyTorch file: unpack it first")
 
     storages: dict[Any, StorageId] = {}

@@ -19,7 +19,7 @@ from typing import Any
 MAX_BYTES = 64_000_000  # of one pickle
 MAX_STEPS = 1_000_000  # opcodes of one pickle; some 40 a tensor, so 25,000 tensors
 MAX_TEXT = 96_000_000  # bytes of memory for all text, bytes and numbers of one pickle
-MAX_NUMBER_KEYS = 20_000  # numbers can be chosen to collide as dictionary keys; honest keys are parameter indexes
+MAX_NUMBER_KEYS = 10_000  # numbers can be chosen to collide as dictionary keys; honest keys are parameter indexes
 MAX_NAME = 500  # characters of a module or class name
 _MAX_REPORTED = 100
 
@@ -70,6 +70,10 @@ class Broken(Exception):
     """The bytes are no pickle. The text completes 'its pickle ...'."""
 
 
+class Exhausted(Broken):
+    """The bytes end before the pickle does."""
+
+
 class Unsafe(Exception):
     """The pickle asks for more than weights need. The text completes 'its pickle ...'."""
 
@@ -93,7 +97,7 @@ class Machine:
 
     def take(self, count: int) -> bytes:
         if count > self.end - self.position:
-            raise Broken(f"announces {count} bytes where {self.end - self.position} are left")
+            raise Exhausted(f"announces {count} bytes where {self.end - self.position} are left")
         self.position += count
         return self.data[self.position - count : self.position]
 
@@ -103,7 +107,7 @@ class Machine:
     def line_length(self, longest: int) -> int:
         stop = self.data.find(b"\n", self.position, min(self.end, self.position + longest + 1))
         if stop < 0:
-            raise Broken("has a line without an end")
+            raise Exhausted("has a line without an end")
         return stop - self.position
 
     def line(self, longest: int) -> bytes:

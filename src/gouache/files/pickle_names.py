@@ -62,9 +62,14 @@ def _of_type(u: Unfolding, call: Call, depth: int) -> Any:
     if not plain or not isinstance(args, tuple):
         raise UnsafeFile(
             u.path,
-            f"holds a tensor of the special kind {printable(str(kind), 80)}, which only its own program can read",
+            f"asks for {_shown(function)} to be run to make a tensor of the kind {_shown(kind)}: refused. Weights need "
+            "no code: get a .safetensors file instead",
         )
     return u.value(Call(function, args), depth)
+
+
+def _shown(name: Any) -> str:
+    return printable(str(name), 80) if isinstance(name, Name) else "something without a name"
 
 
 # ---- numpy

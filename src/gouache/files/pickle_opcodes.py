@@ -21,6 +21,7 @@ from gouache.files.pickle_machine import (
     Broken,
     Call,
     Machine,
+    Name,
     Persistent,
     Unsafe,
     noun,
@@ -258,7 +259,11 @@ def _build(m: Machine) -> None:
 
 
 def _persistent(m: Machine) -> None:
-    found = Persistent(m.pop())
+    claim = m.pop()
+    if isinstance(claim, tuple) and len(claim) == 4 and claim[0] == "module" and isinstance(claim[1], Name):
+        m.stack.append(claim[1])  # how torch's legacy form names a module's class, its source text beside it
+        return
+    found = Persistent(claim)
     m.persistent.append(found)
     m.stack.append(found)
 

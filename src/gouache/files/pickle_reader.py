@@ -10,9 +10,9 @@ from typing import Any
 from gouache.errors import DamagedFile, UnsafeFile, printable
 from gouache.files.pickle_machine import (
     MAX_BYTES,
-    MAX_NAME,
     MAX_STEPS,
     Broken,
+    Exhausted,
     Machine,
     Name,
     Persistent,
@@ -46,7 +46,7 @@ def interpret(
         _refuse(path, machine)
         if isinstance(error, Unsafe):
             raise UnsafeFile(path, f"its pickle {error} (byte {machine.at}): refused") from None
-        if machine.end < end and machine.end - machine.position < MAX_NAME:
+        if isinstance(error, Exhausted) and machine.end < end:
             raise UnsafeFile(path, f"its pickle is longer than {budget:,} bytes: refused") from None
         raise DamagedFile(path, f"its pickle {error} (byte {machine.at}): damaged, or no pickle") from None
     _refuse(path, machine)
@@ -59,7 +59,7 @@ def _run(machine: Machine) -> Any:
     for _ in range(MAX_STEPS):
         at = machine.at = machine.position
         if at >= end:
-            raise Broken("ends without a STOP")
+            raise Exhausted("ends without a STOP")
         machine.position = at + 1
         code = data[at]
         if code == STOP:

@@ -18,7 +18,7 @@ from gouache.files.record import ITEM_SIZE
 from gouache.files.stored import Storage, StoredTensor, view
 
 MAX_DEPTH = 200
-MAX_NODES = 1_000_000
+MAX_NODES = 500_000
 MAX_COPIED = 64_000_000  # bytes that unfolding may copy
 
 

@@ -21,7 +21,7 @@ from gouache.files.record import ITEM_SIZE, ModelFile, TensorInfo
 from gouache.files.source import Source, size_text, truncated
 
 MAX_HEADER = 100_000_000  # the format's own limit
-MAX_TENSORS = 200_000  # the largest Stable Diffusion training state has some 20,000
+MAX_TENSORS = 100_000  # the largest Stable Diffusion training state has some 20,000
 MAX_TEXT = 128_000_000  # bytes of memory for names and metadata together
 MAX_DIMENSIONS = 16
 

@@ -32,7 +32,7 @@ def open_file(path: str | Path) -> ModelFile:
     if kind == "pickle":
         return _with_hint(read_pickle(source), "pickle")
     try:
-        return _with_hint(read_pickle(source), "pickle")
+        return _with_hint(read_pickle(source), "pickle")  # any bytes may be a program for a pickle reader
     except DamagedFile:
         raise unknown(source) from None
 

@@ -86,7 +86,7 @@ def _directory(source: Source) -> tuple[int, int, int]:
     path, data, size = source.path, source.data, source.size
     at = size - _END.size
     if at < 0 or data[at : at + 4] != b"PK\x05\x06":
-        if data.find(b"PK\x05\x06", max(0, at - 0xFFFF)) >= 0:
+        if 0 <= data.rfind(b"PK\x05\x06", max(0, at - 0xFFFF)) < at:
             raise DamagedFile(path, "has bytes after the end of its zip archive; PyTorch writes none there")
         raise DamagedFile(
             path, f"ends before its zip directory ({size_text(size)} are here): the download is incomplete"

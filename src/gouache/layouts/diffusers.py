@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from gouache.errors import ModelError
 from gouache.layouts.rules import AsConv, Rename, Rule
+
+_MOST = 16  # levels, and residual blocks a level, that a table is written out for; released U-Nets have 4 and 2
 
 _STEM = {
     "conv_in": "input_blocks.0.0",
@@ -80,15 +83,21 @@ def unet_rules(attends: Sequence[bool], res_blocks: int) -> tuple[Rule, ...]:
 
 
 def unet_topology(names: Iterable[str]) -> tuple[tuple[bool, ...], int]:
-    """(attends, res_blocks) of a U-Net under diffusers' names, for `unet_rules`."""
-    levels, blocks, attending = 0, 0, set[int]()
+    """(attends, res_blocks) of a U-Net under diffusers' names, for `unet_rules`.
+
+    Numbers are counted, not believed: a file that names level 1e12 has one level. ModelError for more than are sane.
+    """
+    levels, blocks, attending = set[str](), set[str](), set[str]()
     for name in names:
         match name.split(".")[:4]:
-            case ["down_blocks", level, "resnets", index] if level.isdecimal() and index.isdecimal():
-                levels, blocks = max(levels, int(level) + 1), max(blocks, int(index) + 1)
-            case ["down_blocks", level, "attentions", _] if level.isdecimal():
-                attending.add(int(level))
-    return tuple(level in attending for level in range(levels)), blocks
+            case ["down_blocks", level, "resnets", index]:
+                levels.add(level)
+                blocks.add(index)
+            case ["down_blocks", level, "attentions", _]:
+                attending.add(level)
+    if len(levels) > _MOST or len(blocks) > _MOST:
+        raise ModelError(f"its U-Net has {len(levels)} levels of {len(blocks)} blocks: expected at most {_MOST}")
+    return tuple(str(level) in attending for level in range(len(levels))), len(blocks)
 
 
 def vae_rules(levels: int, old_attention: bool = False) -> tuple[Rule, ...]:
@@ -123,12 +132,14 @@ def vae_rules(levels: int, old_attention: bool = False) -> tuple[Rule, ...]:
 
 
 def vae_topology(names: Iterable[str]) -> tuple[int, bool]:
-    """(levels, old_attention) of an autoencoder under diffusers' names, for `vae_rules`."""
-    levels, old = 0, False
+    """(levels, old_attention) of an autoencoder under diffusers' names, for `vae_rules`. Levels are counted."""
+    down, up, old = set[str](), set[str](), False
     for name in names:
-        match name.split("."):
-            case ["encoder", "down_blocks", level, *_] | ["decoder", "up_blocks", level, *_] if level.isdecimal():
-                levels = max(levels, int(level) + 1)
+        match name.split(".", 6):
+            case ["encoder", "down_blocks", level, *_]:
+                down.add(level)
+            case ["decoder", "up_blocks", level, *_]:
+                up.add(level)
             case [_, "mid_block", "attentions", "0", "query" | "key" | "value" | "proj_attn", _]:
                 old = True
-    return levels, old
+    return max(len(down), len(up)), old

@@ -17,6 +17,17 @@ def activate(x: Tensor, name: str) -> Tensor:
     return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.gelu(x)
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors that costs nothing to build on the meta device.
+
+    There is nothing to fill there, yet torch would import its compiler, a second of work, only to draw no numbers.
+    """
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()

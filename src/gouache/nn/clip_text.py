@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gouache.nn.clip import Encoder
+from gouache.nn.clip import Embedding, Encoder
 from gouache.nn.spec import TextSpec
 
 
@@ -31,8 +31,8 @@ class TextOutput:
 class Embeddings(nn.Module):
     def __init__(self, spec: TextSpec) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(spec.vocabulary, spec.width)
-        self.position_embedding = nn.Embedding(spec.positions, spec.width)
+        self.token_embedding = Embedding(spec.vocabulary, spec.width)
+        self.position_embedding = Embedding(spec.positions, spec.width)
 
 
 class TextModel(nn.Module):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from gouache.nn.clip import Encoder
+from gouache.nn.clip import Embedding, Encoder
 from gouache.nn.spec import VisionSpec
 
 
@@ -25,7 +25,7 @@ class Embeddings(nn.Module):
         patches = (spec.image_size // spec.patch_size) ** 2
         self.class_embedding = nn.Parameter(torch.zeros(spec.width))
         self.patch_embedding = nn.Conv2d(3, spec.width, spec.patch_size, stride=spec.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(patches + 1, spec.width)
+        self.position_embedding = Embedding(patches + 1, spec.width)
 
     def forward(self, image: Tensor) -> Tensor:
         patches = self.patch_embedding(image).flatten(2).transpose(1, 2)  # B N D

@@ -1,0 +1,84 @@
+"""What several rooms' tests share: a home of their own, CLIP's vocabulary, narrow models in every form."""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import json
+import os
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.pipelines import Narrow, build, save
+
+if TYPE_CHECKING:
+    from gouache import Model
+    from gouache.app.settings import Settings
+
+
+@pytest.fixture(scope="session", autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Settings, caches and model folders in an empty place: a test never reads or writes the user's own."""
+    place = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "HOME"):
+            patch.setenv(name, str(place))
+        for name in [name for name in os.environ if name.startswith("GOUACHE_")]:
+            patch.delenv(name)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield place
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CLIP's vocabulary, read without our code, in the form that Transformers loads."""
+    packed = resources.files("gouache.prompts").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    merges = gzip.decompress(packed).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    # In vocabulary order: bytes whose Latin-1 character shows, then the rest as characters from U+0100.
+    shown = [chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    letters = shown + [chr(0x100 + number) for number in range(256 - len(shown))]
+    entries = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    entries += ["<|startoftext|>", "<|endoftext|>"]
+
+    folder = tmp_path_factory.mktemp("clip")
+    (folder / "vocab.json").write_text(json.dumps({entry: number for number, entry in enumerate(entries)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    special = {"bos_token": "<|startoftext|>"} | dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def narrow(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Callable[[str], Narrow]:
+    """The narrow model of a line ("sd1", "sd1-inpainting", "sd2", "sdxl"), made when it is first asked for."""
+    from gouache.workshop.convert import convert
+
+    @functools.cache
+    def make(line: str) -> Narrow:
+        place = tmp_path_factory.mktemp(line)
+        pipeline = build(line, clip_folder)
+        folder, file = save(pipeline, place / "folder"), place / f"{line}.safetensors"
+        convert(folder, file)
+        return Narrow(pipeline, folder, file)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def settings(home: Path) -> Settings:
+    from gouache.app.settings import Settings
+
+    return Settings(models=(), output=home / "outputs", device="cpu", dtype="fp32", cache=home / "gouache")
+
+
+@pytest.fixture(scope="session")
+def loaded(narrow: Callable[[str], Narrow], settings: Settings) -> Callable[[str], Model]:
+    """The single file of a narrow line, loaded by Gouache in float32 on the CPU. Not to be changed by a test."""
+    import gouache
+
+    return functools.cache(lambda line: gouache.load(narrow(line).file, settings=settings))

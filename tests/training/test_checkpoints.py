@@ -1,0 +1,238 @@
+"""Checkpoints on the disk: whole or not there, whatever is cut off, flipped, lost or full."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from gouache.errors import GouacheError, TrainingError
+from gouache.training import state
+from gouache.training.state import State
+
+
+def made(step: int) -> State:
+    drawn = torch.Generator().manual_seed(step)
+    weights = {"net.weight": torch.randn(8, 8, generator=drawn), "net.bias": torch.randn(8, generator=drawn).half()}
+    return State({"weights": weights, "ema": {"net.weight": torch.full((8, 8), float(step))}}, {"step": step, "seed": 7})
+
+
+def same(a: State | None, b: State) -> bool:
+    return (
+        a is not None
+        and a.values == b.values
+        and a.tensors.keys() == b.tensors.keys()
+        and all(a.tensors[file].keys() == b.tensors[file].keys() for file in b.tensors)
+        and all(torch.equal(a.tensors[file][name], t) for file in b.tensors for name, t in b.tensors[file].items())
+    )
+
+
+def saved(folder: Path, *steps: int, keep: int = 9) -> list[Path]:
+    return [state.save(folder, made(step), keep) for step in steps]
+
+
+def test_what_was_saved_is_read_again_and_the_files_open_in_safetensors_and_json(tmp_path):
+    from safetensors.torch import load_file
+
+    (path,) = saved(tmp_path, 5)
+
+    assert same(state.newest(tmp_path), made(5))
+    assert torch.equal(load_file(path / "weights.safetensors")["net.bias"], made(5).tensors["weights"]["net.bias"])
+    assert json.loads((path / "state.json").read_text()) == {"step": 5, "seed": 7}
+
+
+def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
+    assert state.newest(tmp_path) is None
+
+
+def test_the_number_in_the_name_counts_not_its_spelling_nor_its_date(tmp_path):
+    older, newer = saved(tmp_path, 99_999_999, 100_000_000)
+    os.utime(older, (2e9, 2e9))
+
+    assert same(state.newest(tmp_path), made(100_000_000))
+    assert state.checkpoints(tmp_path) == [older, newer]
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    saved(tmp_path, 1, 2, 3, 4, keep=2)
+
+    assert [path.name for path in state.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def from_the_step_before(path: Path) -> None:
+    shutil.copy(path.parent.with_name("step-00000002") / path.name, path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "ema.safetensors", "state.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [cut, flip, zero, empty, from_the_step_before, Path.unlink])
+def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage, name):
+    saved(tmp_path, 1, 2, 3)
+    damage(tmp_path / "step-00000003" / name)
+
+    found = state.newest(tmp_path)
+
+    assert same(found, made(2))
+
+
+def test_a_checkpoint_under_the_number_of_another_does_not_count(tmp_path):
+    older, newer = saved(tmp_path, 1, 2)
+    shutil.rmtree(newer)
+    shutil.copytree(older, newer)
+
+    assert same(state.newest(tmp_path), made(1))
+
+
+def test_damaged_checkpoints_are_set_aside_without_replacing_earlier_ones(tmp_path):
+    saved(tmp_path, 1, 2)
+    state.set_aside(tmp_path, after=1)
+    saved(tmp_path, 2)
+    state.set_aside(tmp_path, after=1)
+
+    assert [path.name for path in state.checkpoints(tmp_path)] == ["step-00000001"]
+    assert sorted(path.name for path in tmp_path.glob("*.bad*")) == ["step-00000002.bad", "step-00000002.bad1"]
+
+
+def test_where_all_are_damaged_every_start_stops_and_nothing_is_moved(tmp_path):
+    for path in saved(tmp_path, 1, 2):
+        cut(path / "weights.safetensors")
+
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="all checkpoints are damaged .*step-00000001.*backup"):
+            state.newest(tmp_path)
+
+    assert len(state.checkpoints(tmp_path)) == 2
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_taken_for_damaged(tmp_path):
+    _, path = saved(tmp_path, 1, 2)
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": state.FORMAT + 1}))
+
+    with pytest.raises(TrainingError, match="newer Gouache"):
+        state.newest(tmp_path)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that the process does after it reaches the disk."""
+
+
+def die_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
+    """Let so many calls that change the disk through, and none after them."""
+    left = calls
+
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal left
+            if left == 0:
+                raise Killed
+            left -= 1
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("mkdir", "fsync", "replace", "rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders are synced on POSIX only")
+def test_a_kill_between_any_two_changes_of_the_disk_leaves_the_old_checkpoint_or_the_new(tmp_path, monkeypatch):
+    before = tmp_path / "before"
+    saved(before, 1, 2)
+    seen = []
+
+    for calls in range(1000):
+        folder = tmp_path / f"died-after-{calls}"
+        shutil.copytree(before, folder)
+        with monkeypatch.context() as patch:
+            die_after(patch, calls)
+            try:
+                state.save(folder, made(3), keep=1)
+                died = False
+            except Killed:
+                died = True
+        found = state.newest(folder)
+        assert same(found, made(2)) or same(found, made(3))
+        assert found is not None
+        seen.append(found.step)
+        if not died:
+            break
+        # The next start clears what lay half written, and saves the next step.
+        with state.locked(folder):
+            assert same(state.newest(folder), found)
+            assert not [path for path in folder.iterdir() if path.suffix in (".part", ".tmp")]
+            state.save(folder, made(found.step + 1), keep=1)
+            assert [path.name for path in state.checkpoints(folder)] == [f"step-{found.step + 1:08d}"]
+
+    assert seen == sorted(seen) and seen.count(2) > 10 and seen.count(3) > 3
+
+
+def test_a_disk_that_gives_back_other_bytes_costs_no_older_checkpoint(tmp_path, monkeypatch):
+    import hashlib
+
+    saved(tmp_path, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", lambda file, name: hashlib.new(name, b"something else"))
+        with pytest.raises(GouacheError):
+            state.save(tmp_path, made(2), keep=1)
+
+    assert same(state.newest(tmp_path), made(1))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_full_disk_costs_no_older_checkpoint(tmp_path):
+    import resource
+
+    saved(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
+    try:
+        with pytest.raises(GouacheError, match="cannot be written"):
+            state.save(tmp_path, made(2), keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    assert same(state.newest(tmp_path), made(1))
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+
+    with pytest.raises(TrainingError, match="file/run: cannot be written to"), state.locked(tmp_path / "file" / "run"):
+        pass
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no flock")
+def test_a_locked_folder_is_refused_to_a_second_run(tmp_path):
+    with (
+        state.locked(tmp_path),
+        pytest.raises(TrainingError, match="another run is training here"),
+        state.locked(tmp_path),
+    ):
+        pass
+    with state.locked(tmp_path):
+        pass
