@@ -56,7 +56,7 @@ def build(line: str, clip_folder: Path) -> Any:
 
 
 def scheduler(sampler: str, line: str) -> Any:
-    """diffusers' scheduler that visits the levels of a spacing of ours (`SPACINGS`) with the same method as `sampler`."""
+    """diffusers' scheduler of the method `sampler`, on the levels of the spacing that `SPACINGS` names."""
     import diffusers
 
     levels = LEVELS | {"prediction_type": "v_prediction" if line == "sd2" else "epsilon"}

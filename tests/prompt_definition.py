@@ -23,7 +23,7 @@ def plain(words: str) -> Chunk:
 
 
 def context(encoder: Any, tokenizer: Any, chunks: list[Chunk], *, layer: int, norm: bool) -> Tensor:
-    """(1, 77 * chunks, D) float64: what the `layer`-th hidden state from the end says, after the last norm if `norm`."""
+    """(1, 77 * chunks, D) float64: the `layer`-th hidden state from the end, through the last norm if `norm`."""
     encoder = copy.deepcopy(encoder).double()
     final_norm = dict(encoder.named_modules())[_final_norm(encoder)]
     said = []

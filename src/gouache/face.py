@@ -29,13 +29,10 @@ class Model(model.Model):
     settings: Settings
 
     def paint(self, prompt: str | Request, *, on_step: OnStep | None = None, **knobs: Any) -> Iterator[Picture]:
-        """Paint `prompt`; `knobs` are the fields of `Request`. Pictures come one by one, as each is done."""
-        if isinstance(prompt, str):
-            for name in ("init", "mask", "depth"):
-                if isinstance(knobs.get(name), str):
-                    knobs[name] = Path(knobs[name])
-            prompt = Request.from_json({"prompt": prompt, **knobs})
-        return run.paint(self, prompt, model_hash=self.sha256, on_step=on_step)
+        """Paint `prompt`; `knobs` are the fields of `Request`, over those of one. Pictures come as each is done."""
+        base = prompt.to_json() if isinstance(prompt, Request) else {"prompt": prompt}
+        request = Request.from_json({**base, **knobs})
+        return run.paint(self, request, model_hash=self.sha256, on_step=on_step)
 
     @property
     def sha256(self) -> str:

@@ -10,9 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from diffusers.loaders.single_file_utils import CHECKPOINT_KEY_NAMES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gouache.errors import ModelError, RequestError
 from gouache.families.catalog import FAMILIES, family_named
@@ -22,16 +19,12 @@ from gouache.families.identify import identify
 from gouache.families.sd import SD1, SD2
 from gouache.families.sdxl import SDXL
 from gouache.files.record import TensorInfo
-from gouache.layouts.original import unet_shapes
 from gouache.nn.spec import UNetSpec, VaeSpec
 
 from .records import infos, manifest, official, official_folder, record
 
 SD = {"unet", "vae", "text_encoder"}
 XL = SD | {"text_encoder_2"}
-PIECES = sorted(
-    {piece for name in ("sd15_emaonly", "sd21_768_v") for key in official(name) for piece in key.split(".")}
-)
 VIDEO = {"unet", "vae", "image_encoder", "frame_vae"}
 
 # name, kind, family, variant, components, EMA: as the table of the key lists and the released models have them
@@ -148,6 +141,22 @@ def test_official_adapters_are_identified(name, kind, family):
     assert found.prediction is None
 
 
+def test_a_lora_of_sd2_is_told_from_one_of_sd1_by_the_prompts_it_reads():
+    wider = {
+        name: replace(info, shape=(8, 1024)) if name.endswith("attn2_to_k.lora_down.weight") else info
+        for name, info in official("lora_kohya_sd15").items()
+    }
+
+    assert identify(record(wider)).family.value is SD2
+
+
+def test_a_lora_that_leaves_the_unet_alone_is_told_by_its_metadata():
+    text = {name: info for name, info in official("lora_kohya_sd15").items() if name.startswith("lora_te_")}
+
+    assert identify(record(text)).family.value is None
+    assert identify(record(text, metadata={"ss_base_model_version": "sd_v1"})).family.value is SD1
+
+
 def test_a_hypernetwork_is_identified():
     layers = manifest("a1111_hypernetwork")["examples"]["default_768"]
     tensors = {
@@ -257,76 +266,6 @@ def test_fp8_scales_and_other_additions_are_unknown_but_do_not_hide_the_model():
 
     assert set(found.components) == SD
     assert set(found.unknown) == set(extra)
-
-
-@pytest.mark.parametrize(
-    ("key", "kind", "word"),
-    [
-        ("controlnet", "controlnet", "ControlNet"),
-        ("animatediff", "motion module", "AnimateDiff"),
-        ("sd3", "unknown", "Stable Diffusion 3"),
-        ("flux", "unknown", "Flux"),
-        ("lumina2", "unknown", "diffusion transformer"),
-        ("stable_cascade_stage_c", "unknown", "Stable Cascade"),
-    ],
-)
-def test_the_telling_names_that_diffusers_lists_for_other_models_are_known(key, kind, word):
-    names = CHECKPOINT_KEY_NAMES[key]
-
-    found = identify(record(infos(dict.fromkeys([names] if isinstance(names, str) else names, (8, 8)))))
-
-    assert found.kind.value == kind
-    assert word in found.kind.evidence
-
-
-def test_sd2s_own_upscaler_is_told_by_its_class_embedding():
-    tensors = infos(unet_shapes(replace(SD2.unet, in_channels=7)), "model.diffusion_model.")
-
-    found = identify(record(tensors | {"model.diffusion_model.label_emb.weight": TensorInfo((1000, 1280), "F32")}))
-
-    assert found.kind.value == "upscaler"
-
-
-def test_a_controlnet_is_told_for_its_family_by_the_prompts_it_attends_to():
-    control = infos(unet_shapes(UNetSpec()), "control_model.")
-
-    found = identify(record(control))
-
-    assert (found.kind.value, found.family.value) == ("controlnet", SD1)
-
-
-def test_what_nothing_is_known_of_is_unknown_and_no_error():
-    for tensors in ({}, infos({"weight": (3, 3), "layer.bias": (3,)})):
-        found = identify(record(tensors))
-
-        assert found.kind.value == "unknown"
-        assert found.family.value is None
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_no_names_and_shapes_whatever_make_it_fail(data):
-    pieces = st.sampled_from(PIECES)
-    name = st.lists(pieces, min_size=1, max_size=6).map(".".join)
-    prefix = st.sampled_from(["", "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.", "unet/"])
-    shape = st.lists(st.integers(0, 4), max_size=4).map(tuple)
-    known = st.sampled_from(["input_blocks.0.0.weight", "out.2.weight", "conv_in.weight", "token_embedding.weight"])
-    names = data.draw(st.lists(st.tuples(prefix, name | known), max_size=12))
-    tensors = infos({head + tail: data.draw(shape) for head, tail in names})
-
-    found = identify(record(tensors, extra={"unet/config.json": {"sample_size": -1}, "global_step": "x"}))
-
-    assert found.kind.evidence
-
-
-def test_a_file_that_claims_absurd_numbers_costs_nothing():
-    hostile = {f"down_blocks.{10**12}.resnets.{10**12}.norm1.weight": (1,)}
-    hostile |= {f"input_blocks.{i}.{i}.transformer_blocks.{j}.x": (1, 1, 1, 1) for i in range(99) for j in range(99)}
-    hostile |= {f"down_blocks.{i}.resnets.{i}.norm1.weight": (1,) for i in range(2000)} | {"conv_in." * 9999: (1,)}
-
-    found = identify(record(infos(hostile)))
-
-    assert found.components == {}
 
 
 def test_metadata_tells_the_size_that_a_fine_tune_was_trained_at():

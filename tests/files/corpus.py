@@ -146,9 +146,8 @@ def calls(folder: str) -> Iterator[tuple[str, bytes, str, bool]]:
     yield "extension-4", program(b"\x84\x07\0\0\0", b")R"), "extension 7", False
     yield "persistent-text", b"Pos.system\n.", "persistent id", False
     yield "next-buffer", program(b"\x97", protocol=5), "buffer", False
-    yield "defaultdict-eval", program(
-        call("collections", "defaultdict", name("builtins", "eval")), b"0", call("os", "mkdir", sized("defaultdict-eval"))
-    ), says, True  # fmt: skip
+    factory = call("collections", "defaultdict", name("builtins", "eval"))
+    yield "defaultdict", program(factory, b"0", call("os", "mkdir", sized("defaultdict"))), says, True
     yield "rebuild-from-type", program(call(
         "torch._tensor", "_rebuild_from_type_v2", name("os", "system"), name("torch", "Tensor"),
         tuple_of(text("mkdir " + proof("rebuild-from-type"))), b"N")), "os.system", True  # fmt: skip
@@ -172,7 +171,10 @@ def _call_containers(folder: str) -> Iterator[tuple[Case, bytes]]:
     head = a.legacy(program(dict_of()), [])[: -len(program(list_of()))]
     yield case, head + program(call("os", "mkdir", text(proof)))
     case = Case("container-legacy-info.pt", UNSAFE, "os.mkdir", True)
-    yield case, program(number(a.MAGIC)) + program(number(1001)) + payload(case.name) + program(dict_of()) + program(b"]")
+    yield (
+        case,
+        program(number(a.MAGIC)) + program(number(1001)) + payload(case.name) + program(dict_of()) + program(b"]"),
+    )
     case = Case("container-tar.pt", UNSAFE, "os.mkdir", True)
     yield case, a.torch_tar(payload(case.name))
     case = Case("container-legacy-then-zip.ckpt", UNSAFE, "os.mkdir", True)
@@ -180,8 +182,13 @@ def _call_containers(folder: str) -> Iterator[tuple[Case, bytes]]:
     case = Case("container-plain-then-zip.ckpt", DAMAGED, "after the end")
     yield case, program(dict_of(text("w"), number(1))) + a.torch_zip()
     yield Case("container-zip-then-pickle.ckpt", DAMAGED, "zip"), a.torch_zip() + payload("x")
-    yield Case("container-torchscript.pt", NOT_A_MODEL, "TorchScript"), a.zip_archive(
-        *a.torch_members(), Member("archive/code/__torch__.py", b"import os"), Member("archive/constants.pkl", b"N.")
+    yield (
+        Case("container-torchscript.pt", NOT_A_MODEL, "TorchScript"),
+        a.zip_archive(
+            *a.torch_members(),
+            Member("archive/code/__torch__.py", b"import os"),
+            Member("archive/constants.pkl", b"N."),
+        ),
     )
 
 
@@ -193,18 +200,21 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
         return Case(f"bomb-{case_name}.ckpt", verdict, says), pickle
 
     doubling_tuple = b"N" + b"2\x86" * 40
-    doubling_list = b"]" + b"".join(b"q" + bytes([i]) + b"0](h" + bytes([i]) + b"h" + bytes([i]) + b"e" for i in range(60))
+    # each list, dictionary holds the one before it twice
+    before = [(b"q" + bytes([i]) + b"0", b"h" + bytes([i])) for i in range(60)]
+    doubling_list = b"]" + b"".join(keep + b"](" + recall * 2 + b"e" for keep, recall in before)
+    doubling_dict = b"}" + b"".join(keep + dict_of(text("a"), recall, text("b"), recall) for keep, recall in before)
     yield case("tuple-key", "dictionary key", program(b"}", doubling_tuple, b"Ns"))
     yield case("tuple-in-set", "unfolds", program(b"\x8f(", doubling_tuple, b"\x90", protocol=4))
     yield case("tuple-in-frozenset", "unfolds", program(b"(", doubling_tuple, b"\x91", protocol=4))
-    yield case("tuple-in-counter", "dictionary key", program(call("collections", "Counter", b"}" + doubling_tuple + b"Ns")))
+    yield case(
+        "tuple-in-counter", "dictionary key", program(call("collections", "Counter", b"}" + doubling_tuple + b"Ns"))
+    )
     yield case("tuple-in-pairs", "unfolds", program(
         call("collections", "OrderedDict", list_of(tuple_of(doubling_tuple, b"N")))))  # fmt: skip
     yield case("doubling-tuple", "unfolds", program(doubling_tuple))
     yield case("doubling-list", "unfolds", program(doubling_list))
-    yield case("doubling-dict", "unfolds", program(
-        b"}" + b"".join(b"q" + bytes([i]) + b"0}(" + text("a") + b"h" + bytes([i]) + text("b") + b"h" + bytes([i]) + b"u" for i in range(60))
-    ))  # fmt: skip
+    yield case("doubling-dict", "unfolds", program(doubling_dict))
     yield case("deep-list", "deep", program(b"]" * 100_000 + b"a" * 99_999))
     yield case("deep-tuple", "deep", program(b"N" + b"\x85" * 500_000))
     yield case("deep-calls", "deep", program(name("builtins", "list") * 5000 + b"]" + b"\x85R" * 5000))
@@ -225,8 +235,8 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
         list_of(*(number(i * (2**61 - 1)) for i in range(15_000))), b"q\1",
         list_of(*[name("builtins", "set") + b"h\1\x85R"] * 60)))  # fmt: skip
     yield case("wide-text", "text and numbers", program(text("a" * 30_000_000 + "\N{SMILING FACE WITH HORNS}")))
-    yield case("latin", "unfolds", program(
-        text("a" * 3_000_000), b"q\1", list_of(*[call("_codecs", "encode", b"h\1", text("latin1"))] * 100)))  # fmt: skip
+    encoded = call("_codecs", "encode", b"h\1", text("latin1"))
+    yield case("latin", "unfolds", program(text("a" * 3_000_000), b"q\1", list_of(*[encoded] * 100)))
     yield case("bytearray", "as PyTorch never does", program(call("builtins", "bytearray", number(10**10))), DAMAGED)
     yield case("bytes-of-number", "as PyTorch never does", program(call("builtins", "bytes", number(10**10))), DAMAGED)
     yield case("deque-maxlen", "as PyTorch never does", program(call("collections", "deque", number(10**9))), DAMAGED)
@@ -254,7 +264,9 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
 
 def _tensor_lies() -> Iterator[tuple[Case, bytes]]:
     def case(case_name: str, verdict: str, says: str, value: bytes, *storages: bytes) -> tuple[Case, bytes]:
-        return Case(f"tensor-{case_name}.ckpt", verdict, says), a.torch_zip(program(dict_of(text("w"), value)), *storages)
+        return Case(f"tensor-{case_name}.ckpt", verdict, says), a.torch_zip(
+            program(dict_of(text("w"), value)), *storages
+        )
 
     four = a.storage()
     yield case("more-than-stored", DAMAGED, "16 bytes", tensor(a.storage(count=1000), (1000,), (1,)))
@@ -276,7 +288,9 @@ def _tensor_lies() -> Iterator[tuple[Case, bytes]]:
     hooks = call("collections", "OrderedDict")
     fraction = call("torch._utils", "_rebuild_tensor_v2", four, number(0), sizes, tuple_of(number(1)), b"\x89", hooks)
     yield case("fraction-size", DAMAGED, "whole numbers", fraction)
-    truth = call("torch._utils", "_rebuild_tensor_v2", four, number(0), tuple_of(b"\x88"), tuple_of(number(1)), b"\x89", hooks)
+    truth = call(
+        "torch._utils", "_rebuild_tensor_v2", four, number(0), tuple_of(b"\x88"), tuple_of(number(1)), b"\x89", hooks
+    )
     yield case("truth-size", DAMAGED, "whole numbers", truth)
     yield case("missing-storage", DAMAGED, "lacks the storage '1'", tensor(a.storage("1")))
     yield case("path-storage", DAMAGED, "lacks the storage", tensor(a.storage("../../../etc/passwd")))
@@ -366,7 +380,9 @@ def _legacy_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("unlisted", DAMAGED, "not the same", a.legacy(pickle, [], (4, FLOATS)))
     yield case("listed-twice", DAMAGED, "not the same", a.legacy(pickle, ["77", "77"], (4, FLOATS), (4, FLOATS)))
     yield case("listed-more", DAMAGED, "not the same", a.legacy(pickle, ["77", "78"], (4, FLOATS), (4, FLOATS)))
-    yield case("no-keys", DAMAGED, "list of its storages", good.replace(program(list_of(text("77"))), program(number(3))))
+    yield case(
+        "no-keys", DAMAGED, "list of its storages", good.replace(program(list_of(text("77"))), program(number(3)))
+    )
     two = program(list_of(tensor(a.storage("77", 4, extra=b"N")), tensor(a.storage("77", 5, extra=b"N"))))
     yield case("two-counts", DAMAGED, "two ways", a.legacy(two, ["77"], (4, FLOATS)))
     window = tuple_of(text("78"), number(2), number(3))

@@ -68,9 +68,17 @@ def main() -> None:
             watched = None
             verdict, message = "CRASH", repr(error)[:500]
         seconds = time.process_time() - start
-        reports.append(dict(path=path, verdict=verdict, message=message, seconds=seconds, events=seen[:5],
-                            peak=peak()))  # fmt: skip
-    json.dump(dict(reports=reports, torch="torch" in sys.modules), sys.stdout)
+        reports.append(
+            {
+                "path": path,
+                "verdict": verdict,
+                "message": message,
+                "seconds": seconds,
+                "events": seen[:5],
+                "peak": peak(),
+            }
+        )
+    json.dump({"reports": reports, "torch": "torch" in sys.modules}, sys.stdout)
 
 
 main()

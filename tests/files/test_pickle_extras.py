@@ -154,7 +154,12 @@ def test_a_whole_module_is_refused_by_the_name_of_its_class(tmp_path: Path):
 
 def test_a_webui_embedding_is_named_by_its_keys(tmp_path: Path):
     vectors = torch.randn(4, 768, generator=torch.Generator().manual_seed(1))
-    embedding = {"string_to_token": {"*": 265}, "string_to_param": {"*": nn.Parameter(vectors)}, "name": "cat", "step": 9}
+    embedding = {
+        "string_to_token": {"*": 265},
+        "string_to_param": {"*": nn.Parameter(vectors)},
+        "name": "cat",
+        "step": 9,
+    }
     torch.save(embedding, tmp_path / "cat.pt")
 
     file = open_model(tmp_path / "cat.pt")

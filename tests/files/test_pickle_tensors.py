@@ -86,8 +86,8 @@ def assert_same_tensors(file: ModelFile, expected: dict[str, Tensor]) -> None:
         found = file.tensor(name)
         info = file.tensors[name]
         assert (found.dtype, found.shape, info.shape) == (want.dtype, want.shape, tuple(want.shape)), name
-        assert found.contiguous().view(-1).view(torch.uint8).equal(
-            want.detach().contiguous().view(-1).view(torch.uint8)
+        assert (
+            found.contiguous().view(-1).view(torch.uint8).equal(want.detach().contiguous().view(-1).view(torch.uint8))
         ), name
         assert found.stride() == want.stride() or 1 in want.shape or want.numel() == 0, name
         assert not found.requires_grad
@@ -249,3 +249,13 @@ def test_the_zip64_form_is_read(tmp_path: Path):
     (tmp_path / "zip64.pt").write_bytes(content)
 
     assert_same_tensors(open_model(tmp_path / "zip64.pt"), tensors)
+
+
+@pytest.mark.full
+def test_a_file_of_more_than_four_gigabytes_is_read(tmp_path: Path):
+    torch.save({"big": torch.zeros(1 << 29, dtype=torch.float64), "w": torch.arange(5.0)}, tmp_path / "big.ckpt")
+
+    file = open_model(tmp_path / "big.ckpt")
+
+    assert file.tensor("w").tolist() == [0, 1, 2, 3, 4]
+    assert file.tensor("big")[-1].item() == 0

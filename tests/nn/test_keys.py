@@ -188,7 +188,11 @@ def test_autoencoder_files_are_exactly_the_autoencoder_and_known_leftovers(file)
         (ClipText, OPENCLIP_BIGG, 694_659_840),
         # OpenAI's ViT-L/14 and OpenCLIP's ViT-H/14, as transformers counts CLIPVisionModelWithProjection
         (ClipVision, VisionSpec(), 303_966_208),
-        (ClipVision, VisionSpec(width=1280, layers=32, heads=16, mlp_width=5120, activation="gelu", projection=1024), 632_076_800),
+        (
+            ClipVision,
+            VisionSpec(width=1280, layers=32, heads=16, mlp_width=5120, activation="gelu", projection=1024),
+            632_076_800,
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", None) or (str(value) if isinstance(value, int) else "spec"),
 )
@@ -229,7 +233,9 @@ def test_the_levels_that_attend_are_those_of_the_original(spec, depths):
 
 def test_sd1_has_eight_heads_everywhere_and_later_families_64_channels_a_head():
     sd1 = [module for module in built(UNet, SD1).modules() if hasattr(module, "to_q")]
-    later = [module for spec in (SD2, SDXL, REFINER) for module in built(UNet, spec).modules() if hasattr(module, "to_q")]
+    later = [
+        module for spec in (SD2, SDXL, REFINER) for module in built(UNet, spec).modules() if hasattr(module, "to_q")
+    ]
 
     assert {module.heads for module in sd1} == {8}
     assert {module.to_q.out_features / module.heads for module in sd1} == {40, 80, 160}

@@ -19,7 +19,9 @@ from gouache.training.state import State
 def made(step: int) -> State:
     drawn = torch.Generator().manual_seed(step)
     weights = {"net.weight": torch.randn(8, 8, generator=drawn), "net.bias": torch.randn(8, generator=drawn).half()}
-    return State({"weights": weights, "ema": {"net.weight": torch.full((8, 8), float(step))}}, {"step": step, "seed": 7})
+    return State(
+        {"weights": weights, "ema": {"net.weight": torch.full((8, 8), float(step))}}, {"step": step, "seed": 7}
+    )
 
 
 def same(a: State | None, b: State) -> bool:
@@ -120,7 +122,7 @@ def test_where_all_are_damaged_every_start_stops_and_nothing_is_moved(tmp_path):
         cut(path / "weights.safetensors")
 
     for _ in range(2):
-        with pytest.raises(TrainingError, match="all checkpoints are damaged .*step-00000001.*backup"):
+        with pytest.raises(TrainingError, match=r"all checkpoints are damaged .*step-00000001.*backup"):
             state.newest(tmp_path)
 
     assert len(state.checkpoints(tmp_path)) == 2

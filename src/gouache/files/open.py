@@ -20,7 +20,11 @@ def open_model(path: str | Path, *, variant: str | None = None) -> ModelFile:
     path = Path(path)
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", variant):
         raise RequestError("variant", f"{printable(variant, 60)!r} is no variant's name; expected one like 'fp16'")
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError:
+        is_folder = False  # opening it as a file will say what is wrong
+    if is_folder:
         return open_folder(path, variant)
     if path.suffix == ".json":
         return open_shards(path)

@@ -12,6 +12,7 @@ from gouache.errors import RequestError
 from gouache.prompts.encode import Emphasis
 
 Rng = Literal["cpu", "nv"]
+SEEDS = 2**64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,21 +55,21 @@ class Request:
     rescale: float = 0.0
 
     def __post_init__(self) -> None:
-        _within("steps", self.steps, 1, 1000)
-        _within("cfg", self.cfg, 0, 1000)
-        _within("count", self.count, 1, 100_000)
-        _within("batch", self.batch, 1, 1024)
-        _within("strength", self.strength, 0, 1)
-        _within("variation_strength", self.variation_strength, 0, 1)
-        _within("rescale", self.rescale, 0, 1)
-        _within("image_cfg", self.image_cfg, 0, 1000)
-        for name in ("seed", "variation_seed"):
+        for name in ("prompt", "negative", "sampler", "schedule"):
+            if not isinstance(getattr(self, name), str):
+                raise RequestError(name, f"{getattr(self, name)!r} is not text")
+        for name, high in (("steps", 1000), ("count", 100_000), ("batch", 1024)):
+            _within(name, getattr(self, name), 1, high, whole=True)
+        for name, low, high in (("seed", 0, SEEDS - 1), ("variation_seed", 0, SEEDS - 1), ("clip_skip", 1, 48)):
             if getattr(self, name) is not None:
-                _within(name, getattr(self, name), 0, 2**64 - 1)
-        if self.clip_skip is not None:
-            _within("clip_skip", self.clip_skip, 1, 48)
+                _within(name, getattr(self, name), low, high, whole=True)
+        for name, high in (
+            ("cfg", 1000), ("image_cfg", 1000), ("strength", 1), ("variation_strength", 1), ("rescale", 1)
+        ):  # fmt: skip
+            _within(name, getattr(self, name), 0, high)
         if self.eta is not None:
             _within("eta", self.eta, 0, 100)
+        _within("ensd", self.ensd, -SEEDS, SEEDS, whole=True)
         for name, choices in (("rng", get_args(Rng)), ("emphasis", get_args(Emphasis))):
             if getattr(self, name) not in choices:
                 raise RequestError(name, f"{getattr(self, name)!r} is not known; use {' or '.join(choices)}")
@@ -97,10 +98,12 @@ class Request:
             if name not in known:
                 raise RequestError(name, f"is not a setting; there are {', '.join(sorted(known))}")
         values = dict(values)
-        if isinstance(values.get("size"), str):
-            values["size"] = parse_size(values["size"])
+        if values.get("size") is not None:
+            values["size"] = _read_size(values["size"])
         for name in ("init", "mask", "depth"):
             if values.get(name) is not None:
+                if not isinstance(values[name], str | Path):
+                    raise RequestError(name, f"{values[name]!r} is not the path of a picture")
                 values[name] = Path(values[name])
         return cls(**values)
 
@@ -113,10 +116,19 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def _read_size(value: Any) -> tuple[int, int]:
+    if isinstance(value, str):
+        return parse_size(value)
+    if isinstance(value, list | tuple) and len(value) == 2 and all(type(side) is int for side in value):
+        return value[0], value[1]
+    raise RequestError("size", f"{value!r} is not a size; write WIDTHxHEIGHT, for example 640x512")
+
+
 def _size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise RequestError(name, f"{value!r} is out of range; it goes from {low} to {high}")
+def _within(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not low <= value <= high:
+        kind = "whole numbers" if whole else "numbers"
+        raise RequestError(name, f"{value!r} cannot be used; it takes {kind} from {low} to {high}")

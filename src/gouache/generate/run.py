@@ -93,7 +93,8 @@ def _prompts(model: Model, plan: _Plan) -> tuple[Conditioning, Conditioning]:
     if positive.tokens < negative.tokens:
         positive = positive.pad_to(chunks, said("", False).context)
     elif negative.tokens < positive.tokens:
-        negative = negative.pad_to(chunks, said("", True).context)
+        # With nothing said at all, a family may put zeros in place of words; they fill up only such a prompt.
+        negative = negative.pad_to(chunks, said("", not request.negative.strip()).context)
     if plan.source.concat is not None:
         positive, negative = (replace(each, concat=plan.source.concat) for each in (positive, negative))
     return positive, negative

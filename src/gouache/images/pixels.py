@@ -43,7 +43,7 @@ def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
 
 def mask_to_tensor(picture: Image.Image) -> Tensor:
     """A mask, white where to paint -> (1, 1, H, W) of 0 and 1."""
-    return torch.from_numpy(np.asarray(picture.convert("L"))).float()[None, None].div(255).round()
+    return torch.from_numpy(np.array(picture.convert("L"))).float()[None, None].div(255).round()
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:

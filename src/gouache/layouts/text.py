@@ -10,6 +10,10 @@ from collections.abc import Iterable
 
 from gouache.layouts.rules import Drop, Rename, Rule, Split, Transpose
 
+_POSITION_IDS = "the numbers 0 to 76, which merging tools damage and nothing needs"
+_TEMPERATURE = "the temperature of CLIP's contrastive loss, of no use in painting"
+_IMAGE_TOWER = "CLIP's image tower, of no use in reading prompts"
+
 _BLOCK, _LAYER = "transformer.resblocks.{i}", "text_model.encoder.layers.{i}"
 
 OPENCLIP: tuple[Rule, ...] = (
@@ -29,14 +33,10 @@ OPENCLIP: tuple[Rule, ...] = (
     Rename(f"{_BLOCK}.mlp.c_proj.{{leaf}}", f"{_LAYER}.mlp.fc2.{{leaf}}"),
     Rename("ln_final.{leaf}", "text_model.final_layer_norm.{leaf}"),
     Transpose("text_projection", "text_projection.weight"),
-    Drop("logit_scale", "the temperature of CLIP's contrastive loss, of no use in painting"),
+    Drop("logit_scale", _TEMPERATURE),
     Drop("attn_mask", "the causal mask, which is made where it is needed"),
-    Drop("visual.{rest*}", "CLIP's image tower, of no use in reading prompts"),
+    Drop("visual.{rest*}", _IMAGE_TOWER),
 )
-
-_POSITION_IDS = "the numbers 0 to 76, which merging tools damage and nothing needs"
-_TEMPERATURE = "the temperature of CLIP's contrastive loss, of no use in painting"
-_IMAGE_TOWER = "CLIP's image tower, of no use in reading prompts"
 
 TRANSFORMERS: tuple[Rule, ...] = (
     Drop("text_model.embeddings.position_ids", _POSITION_IDS),

@@ -55,7 +55,7 @@ class Model:
     @property
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels that the weights were trained on, as far as the file or its family tells."""
-        return self.found.size.value if self.found.size is not None else (self.family.size, self.family.size)
+        return self.found.size.value if self.found.size is not None else self.family.size
 
     @property
     def variant(self) -> str:

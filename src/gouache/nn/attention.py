@@ -6,6 +6,7 @@ Names follow CompVis' `ldm/modules/attention.py`, as files carry them.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -16,8 +17,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     q is (B, N, heads * d); k and v are (B, M, heads * d); returns (B, N, heads * d).
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B heads N d
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    if _blocks_pay(q, k) and not causal:
+        out = _in_blocks(q, k, v)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # B N heads*d
+
+
+BLOCK = 2**19  # scores computed at once by a thread: a megabyte in bfloat16, which stays in its cache
+
+
+def _blocks_pay(q: Tensor, k: Tensor) -> bool:
+    """Torch's fused kernel multiplies bfloat16 as float32 on a CPU; plain products of blocks use the faster units.
+
+    Measured on Zen 4, one thread: 1.4 times as fast for 4096 tokens, 1.6 for 1024. It keeps no gradients.
+    """
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return on_cpu and not torch.is_grad_enabled() and k.shape[2] >= 256 and q.shape[2] >= 256
+
+
+def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention a head and a block of rows at a time; all (B, heads, N or M, d)."""
+    batch, heads, rows, width = q.shape
+    q, v = (x.flatten(0, 1) for x in (q * width**-0.5, v))  # B*heads N d
+    k = k.flatten(0, 1).transpose(1, 2)  # B*heads d M
+    step = max(1, BLOCK * torch.get_num_threads() // k.shape[2])
+    out = torch.empty_like(q)
+    for head in range(batch * heads):
+        for first in range(0, rows, step):
+            block = slice(first, first + step)
+            torch.mm((q[head, block] @ k[head]).softmax(-1), v[head], out=out[head, block])
+    return out.unflatten(0, (batch, heads))
 
 
 class CrossAttention(nn.Module):

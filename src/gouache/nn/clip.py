@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gouache.errors import ModelError
 from gouache.nn.attention import attention
 
 
@@ -45,6 +46,8 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, width: int, inner: int, activation: str) -> None:
         super().__init__()
+        if activation not in ("quick_gelu", "gelu"):
+            raise ModelError(f"activation {activation!r} is not known; a CLIP tower has 'quick_gelu' or 'gelu'")
         self.activation = activation
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)

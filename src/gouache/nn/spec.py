@@ -10,8 +10,8 @@ class UNetSpec:
     """The U-Net of SD1, SD2 and SDXL, in the words of the original configurations.
 
     `attention_depth[i]` is the number of transformer blocks in each spatial transformer of level i, 0 for none;
-    `middle_depth` the same for the middle block. Either `heads` (SD1: 8 everywhere) or `head_channels` (all later
-    families: 64) is set. `vector_channels` is the width of the extra vector (SDXL's `adm`), 0 for none.
+    `middle_depth`, at least 1, the same for the middle block. Either `heads` (SD1: 8 everywhere) or `head_channels`
+    (all later families: 64) is set. `vector_channels` is the width of the extra vector (SDXL's `adm`), 0 for none.
     """
 
     in_channels: int = 4

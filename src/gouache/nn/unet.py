@@ -40,7 +40,7 @@ class UNet(nn.Module):
         widths = [base]
         channels = base
         last = len(spec.channel_mult) - 1
-        for level, (mult, depth) in enumerate(zip(spec.channel_mult, spec.attention_depth)):
+        for level, (mult, depth) in enumerate(zip(spec.channel_mult, spec.attention_depth, strict=True)):
             for _ in range(spec.res_blocks):
                 block: list[nn.Module] = [ResBlock(channels, time, mult * base)]
                 channels = mult * base

@@ -49,14 +49,18 @@ class Denoising:
         chances = chance(self.seed, step)
         count = len(batch.latents)
         t = torch.randint(len(self.schedule.sigmas), (count,), generator=chances)
-        noise = torch.randn(batch.latents.shape, generator=chances)
+        noise = torch.randn(batch.latents.shape, generator=chances).to(batch.latents)
         silent = torch.rand(count, generator=chances) < self.dropout
         return {"loss": self.loss(batch, t, noise, silent).mean()}
 
     def loss(self, batch: Captioned, t: Tensor, noise: Tensor, silent: Tensor) -> Tensor:
-        """The weighted squared error of each image (B,), at times t (B,), under `noise`; `silent` (B,) drop captions."""
+        """The weighted squared error of each image (B,), at times t (B,), under `noise`.
+
+        Where `silent` (B,) is true, the caption is not told.
+        """
         sigma = self.schedule.sigma(t)
-        context = torch.where(silent[:, None, None], self.unsaid.context, batch.said.context)
+        heard = batch.said.context
+        context = torch.where(silent.to(heard.device)[:, None, None], self.unsaid.context.to(heard), heard)
 
         def network(x: Tensor, time: Tensor) -> Tensor:
             return self.unet(x, time, context)

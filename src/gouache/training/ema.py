@@ -22,5 +22,5 @@ class Ema:
     def update(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        averages = list(self.weights.values())
-        torch._foreach_lerp_(averages, [parameters[name].detach().float() for name in self.weights], 1 - decay)
+        for name, average in self.weights.items():
+            average.lerp_(parameters[name].float(), 1 - decay)

@@ -1,30 +1,30 @@
 """The training loop: one for every objective.
 
-    settings, objective, batches -> resume or start -> per step: losses, gradients, optimizer, average -> checkpoints
+    settings, objective, batches -> begin or resume -> per step: losses, gradients, optimizer, average -> checkpoints
 
 The body of `train` is the second straight line of the house. It knows no network and no data.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gouache.errors import TrainingError
+from gouache.files.write import write_safetensors
 from gouache.training import state as checkpoint
-from gouache.training.ema import Ema
-from gouache.training.objective import Group, Objective
+from gouache.training.interrupt import stop_signals
+from gouache.training.log import Log
+from gouache.training.objective import Objective
 from gouache.training.settings import Settings
+from gouache.training.snapshot import Run, averaged, begin, put_back, take, weights
 
 Batches = Callable[[int], Any]
 """The batch of a number, counted from 0: a function of the number alone, so that a run can resume anywhere."""
@@ -43,7 +43,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: at `step`, `finished` or stopped, with the averages (the weights, where none are kept)."""
+    """How a run ended: at `step`, `finished` or stopped. `weights` are averages where some are kept, `last` are not."""
 
     step: int
     finished: bool
@@ -64,36 +64,27 @@ def train(
     """Train until `settings.steps`, or for `seconds`, or until Ctrl-C; then save. Called again, it goes on.
 
     `folder` holds the checkpoints and `log.jsonl`. `validate` is called with the averaged weights in place; the
-    checkpoint of the lowest "loss" it returned is kept as `best.safetensors`. Raises TrainingError when a loss is
-    not finite, or when the folder belongs to a run of other settings.
+    weights of the lowest "loss" it returned are kept as `best.safetensors`. Raises TrainingError when a loss or
+    gradient is not finite, when another run trains in the folder, or when the folder belongs to a different run.
     """
-    with checkpoint.locked(folder), _stop_signals() as stopped:
-        groups = objective.groups()
-        parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-        optimizer = _optimizer(groups, settings)
-        ema = Ema(parameters, settings.ema_decay) if settings.ema_decay else None
-        step, best = _resume(folder, objective, parameters, optimizer, ema, settings)
+    with checkpoint.locked(folder), stop_signals() as stopped:
+        run = begin(objective, settings)
+        step, best = _resume(run, folder)
+        first = saved = step
+        began = saved_at = time.monotonic()
+        log = Log(folder / "log.jsonl", step)
 
-        began = saved = time.monotonic()
-        first = step
-        log = _Log(folder / "log.jsonl", step)
         while step < settings.steps and not stopped() and time.monotonic() - began < seconds:
-            for part in range(settings.accumulate):
-                number = step * settings.accumulate + part
-                losses = objective.losses(batches(number), number)
-                (losses["loss"] / settings.accumulate).backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), settings.clip_norm)
-            if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"step {step}: the gradient is not finite (losses {_floats(losses)}); "
-                    f"{folder} still holds the last good checkpoint: lower the learning rate and go on from it"
-                )
-            for group, described in zip(optimizer.param_groups, groups):
-                group["lr"] = settings.rate(step) * described.rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema is not None:
-                ema.update(parameters)
+            losses = _descend(objective, batches, step, settings.accumulate)
+            norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), settings.clip_norm)
+            if not torch.isfinite(norm + losses["loss"]):
+                raise TrainingError(_not_finite(step, losses, saved, folder))
+            for group in run.optimizer.param_groups:
+                group["lr"] = settings.rate(step) * group["rate"]
+            run.optimizer.step()
+            run.optimizer.zero_grad(set_to_none=True)
+            if run.ema is not None:
+                run.ema.update(run.parameters)
             step += 1
 
             if step % settings.log_steps == 0 or step == settings.steps:
@@ -104,169 +95,52 @@ def train(
                 if on_log is not None:
                     on_log(told)
             if validate is not None and (step % settings.validate_steps == 0 or step == settings.steps):
-                with _averaged(parameters, ema):
+                with averaged(run):
                     scores = dict(validate())
                     log.write(step=step, **{f"validation {name}": value for name, value in scores.items()})
                     if scores["loss"] < best:
                         best = scores["loss"]
-                        checkpoint.write_tensors(folder / "best.safetensors", _weights(objective))
-            if time.monotonic() - saved > settings.save_seconds:
-                checkpoint.save(folder, _state(step, best, objective, optimizer, ema, settings), settings.keep)
-                saved = time.monotonic()
+                        write_safetensors(folder / "best.safetensors", weights(run.networks))
+            if time.monotonic() - saved_at > settings.save_seconds:
+                checkpoint.save(folder, take(run, step, best), settings.keep)
+                saved, saved_at = step, time.monotonic()
 
-        if step > first:
-            checkpoint.save(folder, _state(step, best, objective, optimizer, ema, settings), settings.keep)
-        last = {name: tensor.clone() for name, tensor in _weights(objective).items()}
-        with _averaged(parameters, ema):
-            weights = {name: tensor.clone() for name, tensor in _weights(objective).items()}
-        return Result(step, step >= settings.steps, weights, last)
-
-
-def _optimizer(groups: list[Group], settings: Settings) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [
-            {
-                "params": list(group.parameters.values()),
-                "weight_decay": settings.weight_decay if group.decay else 0.0,
-            }
-            for group in groups
-        ],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-    )
+        if step > saved:
+            checkpoint.save(folder, take(run, step, best), settings.keep)
+        last = {name: tensor.clone() for name, tensor in weights(run.networks).items()}
+        with averaged(run):
+            means = {name: tensor.clone() for name, tensor in weights(run.networks).items()}
+        return Result(step, step >= settings.steps, means, last)
 
 
-def _weights(objective: Objective) -> dict[str, Tensor]:
-    """All weights of the networks, trained or not, by network and name."""
-    return {
-        f"{name}.{key}": tensor.detach()
-        for name, network in objective.networks.items()
-        for key, tensor in network.state_dict().items()
-    }
-
-
-def _state(
-    step: int, best: float, objective: Objective, optimizer: torch.optim.Optimizer, ema: Ema | None, settings: Settings
-) -> checkpoint.State:
-    moments = {
-        f"{index}.{name}": value
-        for index, moment in optimizer.state_dict()["state"].items()
-        for name, value in moment.items()
-    }
-    tensors = {"weights": _weights(objective), "optimizer": moments}
-    if ema is not None:
-        tensors["ema"] = ema.weights
-    values = {
-        "step": step,
-        "best": best if math.isfinite(best) else None,
-        "ema_updates": ema.updates if ema is not None else 0,
-        "settings": settings.model_dump(mode="json"),
-    }
-    return checkpoint.State(tensors, values)
-
-
-def _resume(
-    folder: Path,
-    objective: Objective,
-    parameters: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Ema | None,
-    settings: Settings,
-) -> tuple[int, float]:
-    """Put the newest checkpoint, if any, in place; returns its step and the best validation loss so far."""
+def _resume(run: Run, folder: Path) -> tuple[int, float]:
+    """Put the newest whole checkpoint in place; (its step, the lowest validation loss), or (0, inf) if none was."""
     state = checkpoint.newest(folder)
     if state is None:
         return 0, math.inf
-    # The length of the run and how often it is saved may change; what the numbers depend on may not.
-    free = {"steps", "log_steps", "validate_steps", "save_seconds", "keep"}
-    now = settings.model_dump(mode="json", exclude=free)
-    then = {name: value for name, value in state.values["settings"].items() if name not in free}
-    if now != then:
-        changed = sorted(name for name in now if now[name] != then.get(name))
-        raise TrainingError(
-            f"{folder}: holds a run with other {', '.join(changed)} "
-            f"({', '.join(f'{name} {then.get(name)}' for name in changed)}); keep those, or give another folder"
-        )
-    weights = _weights(objective)
-    stored = state.tensors["weights"]
-    if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in stored.items()}:
-        raise TrainingError(f"{folder}: holds a run of other networks; give another folder")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            tensor.copy_(stored[name])
-    if ema is not None:
-        ema.updates = state.values["ema_updates"]
-        for name, tensor in state.tensors["ema"].items():
-            ema.weights[name].copy_(tensor)
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in state.tensors["optimizer"].items():
-        index, name = key.split(".", 1)
-        moments.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    best = state.values["best"]
-    return state.step, math.inf if best is None else best
+    step, best = put_back(run, state, folder)
+    checkpoint.set_aside(folder, after=step)
+    return step, best
 
 
-@contextmanager
-def _averaged(parameters: Mapping[str, nn.Parameter], ema: Ema | None) -> Iterator[None]:
-    """The averages in the networks for a while, then the weights again."""
-    if ema is None:
-        yield
-        return
-    kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(ema.weights[name])
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(kept[name])
+def _descend(objective: Objective, batches: Batches, step: int, accumulate: int) -> dict[str, Tensor]:
+    """The gradients of one step's batches, added up in the parameters; returns the mean of each loss."""
+    means: dict[str, Tensor] = {}
+    for number in range(step * accumulate, (step + 1) * accumulate):
+        losses = objective.losses(batches(number), number)
+        (losses["loss"] / accumulate).backward()
+        for name, value in losses.items():
+            share = value.detach() / accumulate
+            means[name] = means[name] + share if name in means else share
+    return means
 
 
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C or SIGTERM once: finish the step, save, return. Ctrl-C again: stop at once; the last save stands."""
-    asked = False
-
-    def note(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    try:
-        before = {name: signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs the loop there stops it by `seconds`
-        before = {}
-    try:
-        yield lambda: asked
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)
-
-
-class _Log:
-    """One JSON object a line; on resuming, lines of steps that are to be done again are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        self.path = path
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in lines))
-
-    def write(self, **values: float) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
-        return math.inf
+def _not_finite(step: int, losses: Mapping[str, Tensor], saved: int, folder: Path) -> str:
+    told = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
+    found = f"step {step + 1}: a loss or gradient is not finite ({told})"
+    kept = f"{folder} holds the good checkpoint of step {saved}" if saved else "no checkpoint was saved yet"
+    return f"{found}; {kept}; train in a new folder with a lower learning rate"
 
 
 def _floats(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(value.detach()) for name, value in losses.items()}
+    return {name: float(value) for name, value in losses.items()}

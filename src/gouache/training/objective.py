@@ -22,7 +22,8 @@ class Group:
 class Objective(Protocol):
     """`networks` are saved and averaged under their names; `groups` are what the optimizer moves."""
 
-    networks: Mapping[str, nn.Module]
+    @property
+    def networks(self) -> Mapping[str, nn.Module]: ...
 
     def groups(self) -> list[Group]: ...
 

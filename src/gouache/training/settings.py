@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import tomllib
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gouache.errors import FileError, RequestError
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Settings(BaseModel):
-    """Everything the loop reads. Steps are optimizer steps; times are seconds.
+    """Everything the loop reads, and the size of a batch. Steps are optimizer steps; times are seconds.
 
-    The learning rate rises linearly over `warmup` steps, then stays or falls along half a cosine to
-    `final_rate * learning_rate` at the last step. `ema_decay` 0 keeps no average. `save_seconds` bounds how much
+    The learning rate rises linearly over `warmup` steps, then stays or falls along half a cosine, which ends at
+    `final_rate * learning_rate` after the last step. `ema_decay` 0 keeps no average. `save_seconds` bounds how much
     work a crash can cost; `keep` is how many checkpoints stay.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
@@ -29,9 +31,9 @@ class Settings(BaseModel):
     warmup: int = Field(default=100, ge=0)
     final_rate: float = Field(default=0.05, ge=0, le=1)
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Share, Share] = (0.9, 0.99)
     clip_norm: float = Field(default=1.0, gt=0)
-    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    ema_decay: Share = 0.999
     accumulate: int = Field(default=1, gt=0)
     seed: int = Field(default=0, ge=0)
     log_steps: int = Field(default=50, gt=0)
@@ -58,7 +60,7 @@ def read(path: Path, section: str) -> Settings:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise FileError(path, f"is not TOML: {error}") from None
-    if section not in table:
+    if not isinstance(table.get(section), dict):
         raise FileError(path, f"has no table [{section}]; it has {', '.join(table) or 'none'}")
     return checked(table[section], f"{path.name} [{section}]")
 
@@ -68,6 +70,11 @@ def checked(values: dict[str, object], where: str) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise RequestError(f"{where} {key}", f"{first['msg'].lower()}, but it is {first.get('input')!r}") from None
+        fault = error.errors()[0]
+        if fault["type"] == "extra_forbidden":
+            message = f"is not a setting of a run; there are {', '.join(Settings.model_fields)}"
+        elif fault["type"] == "missing":
+            message = "is missing, and has no default"
+        else:
+            message = f"{fault['msg'].lower()}, but it is {fault['input']!r}"
+        raise RequestError(f"{where} {'.'.join(map(str, fault['loc']))}", message) from None

@@ -1,0 +1,179 @@
+"""Files that are no models under models' names: each is called what it is, in one line that says what to do."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import struct
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy
+import pytest
+import safetensors.torch
+import torch
+from PIL import Image
+
+from gouache.errors import DamagedFile, FileError, NotAModel
+from gouache.files.open import open_model
+
+
+def picture(form: str) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, form)
+    return stream.getvalue()
+
+
+def zipped() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model/readme.txt", "hello " * 100)
+    return stream.getvalue()
+
+
+def tarred() -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("readme.txt"))
+    return stream.getvalue()
+
+
+def field(number: int, content: bytes) -> bytes:
+    """One length-delimited field of a protobuf message."""
+    length, size = b"", len(content)
+    while size > 127:
+        length, size = length + bytes([size & 127 | 128]), size >> 7
+    return bytes([number << 3 | 2]) + length + bytes([size]) + content
+
+
+# tensorflow.MetaGraphDef { meta_info_def { tensorflow_version } graph_def { node } saver_def }
+META_GRAPH = (
+    field(1, field(5, b"1.4.0") + field(6, b"unknown")) + field(2, field(1, field(1, b"conv" * 50))) + field(3, b"")
+)
+LFS = (
+    b"version https://git-lfs.github.com/spec/v1\n"
+    b"oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 4265146304\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("empty.ckpt", b"", "is empty"),
+        ("page.safetensors", b"\n<!DOCTYPE html>\n<html lang='en'><title>Sign in</title>", "web page"),
+        ("page.ckpt", b"<html><body>404</body></html>", "web page"),
+        ("denied.ckpt", b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "XML"),
+        ("error.safetensors", b'{"error": "Invalid credentials in Authorization header"}', "Invalid credentials"),
+        ("pointer.safetensors", LFS, "git-lfs pointer to 4265 MB"),
+        ("config.ckpt", json.dumps({"_class_name": "UNet2DConditionModel"}).encode(), "give the folder"),
+        ("model.safetensors", picture("PNG"), "PNG picture"),
+        ("model.ckpt", picture("JPEG"), "JPEG picture"),
+        ("model.ckpt", picture("WEBP"), "WebP picture"),
+        ("model.ckpt", gzip.compress(b"hello" * 99), "gzip"),
+        ("model.ckpt", bz2.compress(b"hello" * 99), "bzip2"),
+        ("model.ckpt", lzma.compress(b"hello" * 99), "xz archive"),
+        ("model.ckpt", b"7z\xbc\xaf\x27\x1c" + bytes(99), "7-Zip"),
+        ("model.ckpt", b"Rar!\x1a\x07\x01\x00" + bytes(99), "RAR"),
+        ("model.ckpt", zipped(), "ordinary zip"),
+        ("model.ckpt", tarred(), "tar archive"),
+        ("model.gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "GGUF"),
+        ("model.h5", b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+        ("model.onnx", b"\x08\x07\x12\x07pytorch\x1a\x052.1.0" + bytes(99), "ONNX"),
+        ("array.npy", b"\x93NUMPY\x01\x00" + bytes(99), "numpy array"),
+        ("model.ckpt.index", bytes(range(1, 90)) + bytes.fromhex("57fb808b247547db"), "TensorFlow checkpoint index"),
+        ("model.ckpt.meta", META_GRAPH, "TensorFlow graph"),
+        ("model.ckpt.data-00000-of-00001", numpy.linspace(-1, 1, 99).tobytes(), "TensorFlow checkpoint's data part"),
+        ("notes.ckpt", b"Lorem ipsum dolor sit amet.\n" * 9, "no known kind"),
+        ("noise.bin", b"\xde\xad\xbe\xef" * 30, "no known kind"),
+        ("setup.ckpt", b"MZ" + bytes(99), "Windows program"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_what_is_no_model_is_named(tmp_path: Path, name: str, content: bytes, says: str):
+    (tmp_path / name).write_bytes(content)
+
+    with pytest.raises(NotAModel, match=says) as caught:
+        open_model(tmp_path / name)
+
+    assert str(caught.value).startswith(f"{tmp_path / name}: is ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tensorflow_file_says_what_to_get_instead(tmp_path: Path):
+    (tmp_path / "m.ckpt.meta").write_bytes(META_GRAPH)
+
+    with pytest.raises(NotAModel, match=r"no Stable Diffusion weights .* \.safetensors or \.ckpt"):
+        open_model(tmp_path / "m.ckpt.meta")
+
+
+def test_a_download_that_stopped_says_how_much_is_here(tmp_path: Path):
+    safetensors.torch.save_file({"w": torch.zeros(5_000_000)}, tmp_path / "m.safetensors")
+    whole = (tmp_path / "m.safetensors").read_bytes()
+    (tmp_path / "m.safetensors").write_bytes(whole[:6_100_000])
+
+    with pytest.raises(DamagedFile, match="ends after 6 of 20 MB: the download is incomplete"):
+        open_model(tmp_path / "m.safetensors")
+
+
+def test_a_preallocated_download_is_named(tmp_path: Path):
+    (tmp_path / "m.safetensors").write_bytes(bytes(100_000))
+
+    with pytest.raises(DamagedFile, match="only zeros"):
+        open_model(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["m.ckpt", "m.pt", "m.bin", "m.safetensors", "m", "m.png"])
+def test_content_decides_and_a_lying_suffix_is_noted(tmp_path: Path, name: str):
+    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / name)
+
+    file = open_model(tmp_path / name)
+
+    assert file.format == "safetensors"
+    assert bool(file.notes) == (name in ("m.ckpt", "m.pt", "m.bin"))
+
+
+def test_a_checkpoint_named_safetensors_opens_with_a_note(tmp_path: Path):
+    torch.save({"w": torch.zeros(2)}, tmp_path / "m.safetensors")
+
+    file = open_model(tmp_path / "m.safetensors")
+
+    assert file.format == "torch zip"
+    assert "the name ends in .safetensors" in file.notes[0]
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x8B1F, 0x4D5A, 0x5A4D, 0x4B50, 0x3C3C])
+def test_a_header_length_that_looks_like_another_signature_does_not_mislead(tmp_path: Path, length: int):
+    header = b'{"w":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'.ljust(length)
+    (tmp_path / "m.safetensors").write_bytes(struct.pack("<Q", length) + header + b"abcd")
+
+    assert open_model(tmp_path / "m.safetensors").tensor("w").tolist() == list(b"abcd")
+
+
+def test_a_link_to_a_file_is_followed(tmp_path: Path):
+    # The Hugging Face cache keeps files under their hashes, and links to them under their names.
+    safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "0a1b2c")
+    (tmp_path / "model.safetensors").symlink_to("0a1b2c")
+
+    assert list(open_model(tmp_path / "model.safetensors")) == ["w"]
+
+
+def test_a_file_that_may_not_be_read_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "m.ckpt").write_bytes(b"x")
+
+    def denied(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.open", denied)  # permissions do not bind the superuser, who may run the tests
+
+    with pytest.raises(FileError, match="permission denied"):
+        open_model(tmp_path / "m.ckpt")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300])
+def test_an_impossible_path_is_one_line(name: str):
+    with pytest.raises(FileError, match="cannot be opened"):
+        open_model(Path(name))

@@ -1,0 +1,248 @@
+"""The loop's own manners, on a linear regression: rates, averages, logs, validation, and runs that go wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from gouache.errors import TrainingError
+from gouache.training import state
+from gouache.training.loop import train
+from gouache.training.objective import Group, by_decay, chance
+
+from .toys import Regression, points, regression, settings
+
+
+def log_of(folder) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_regression_finds_the_line_it_was_drawn_from(tmp_path):
+    objective = regression()
+    truth = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.3, 3.0]])
+
+    def batch(number: int):
+        x = torch.randn(16, 3, generator=chance(0, number))
+        return x, x @ truth.T + 0.25
+
+    result = train(objective, batch, settings(steps=500, learning_rate=0.05, weight_decay=0.0), tmp_path)
+
+    assert result.finished and result.step == 500
+    torch.testing.assert_close(result.last["net.weight"], truth, atol=0.02, rtol=0)
+    torch.testing.assert_close(result.last["net.bias"], torch.tensor([0.25, 0.25]), atol=0.02, rtol=0)
+
+
+def test_steps_are_those_of_a_plain_loop_over_torchs_own_adamw(tmp_path):
+    given = settings(steps=7, learning_rate=0.02, warmup=3, weight_decay=0.1, clip_norm=0.5, schedule="cosine")
+    net = regression().net
+    optimizer = torch.optim.AdamW(
+        [{"params": [net.weight], "weight_decay": 0.1}, {"params": [net.bias], "weight_decay": 0.0}],
+        betas=(0.9, 0.99),
+    )
+    for step in range(7):
+        x, y = points(step)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(net(x), y).backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = given.rate(step)
+        optimizer.step()
+
+    result = train(regression(), points, given, tmp_path)
+
+    torch.testing.assert_close(result.last["net.weight"], net.weight.detach())
+    torch.testing.assert_close(result.last["net.bias"], net.bias.detach())
+
+
+def test_a_group_learns_at_its_own_share_of_the_rate(tmp_path):
+    # Adam's first step is the learning rate itself, whatever the size of the gradient.
+    objective = regression()
+    start = {name: value.clone() for name, value in objective.net.state_dict().items()}
+    groups = (
+        Group({"net.weight": objective.net.weight}, rate=0.1, decay=False),
+        Group({"net.bias": objective.net.bias}, decay=False),
+    )
+
+    train(Regression(objective.net, groups), points, settings(steps=1, learning_rate=0.01), tmp_path)
+
+    moved = {name: (value - start[name]).abs() for name, value in objective.net.state_dict().items()}
+    torch.testing.assert_close(moved["weight"], torch.full((2, 3), 0.001), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(moved["bias"], torch.full((2,), 0.01), rtol=1e-3, atol=1e-7)
+
+
+def test_matrices_decay_and_vectors_do_not():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 2))
+    network[2].bias.requires_grad_(False)
+
+    decaying, staying = by_decay({"n": network})
+
+    assert decaying.decay and set(decaying.parameters) == {"n.0.weight", "n.2.weight"}
+    assert not staying.decay and set(staying.parameters) == {"n.0.bias", "n.1.weight", "n.1.bias"}
+
+
+def test_a_step_of_several_batches_is_a_step_of_their_union(tmp_path):
+    def halves(number: int):
+        x, y = points(number // 2)
+        return (x[:2], y[:2]) if number % 2 == 0 else (x[2:], y[2:])
+
+    split = train(regression(), halves, settings(accumulate=2, log_steps=1), tmp_path / "split")
+    whole = train(regression(), points, settings(log_steps=1), tmp_path / "whole")
+
+    torch.testing.assert_close(split.last, whole.last)
+    losses = [[line["loss"] for line in log_of(tmp_path / name)] for name in ("split", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_is_validated_are_the_averages_and_the_weights_come_back(tmp_path):
+    objective = regression()
+    seen = []
+
+    def validate():
+        seen.append(objective.net.weight.detach().clone())
+        return {"loss": 0.0}
+
+    result = train(
+        objective, points, settings(steps=3, ema_decay=0.5, validate_steps=3, learning_rate=0.3), tmp_path,
+        validate=validate,
+    )  # fmt: skip
+
+    (average,) = seen
+    stored = state.newest(tmp_path)
+    assert stored is not None
+    assert torch.equal(average, stored.tensors["ema"]["net.weight"])
+    assert torch.equal(result.weights["net.weight"], average)
+    assert torch.equal(result.last["net.weight"], objective.net.weight)
+    assert torch.equal(stored.tensors["weights"]["net.weight"], objective.net.weight)
+    assert not torch.allclose(average, objective.net.weight, atol=0.01)
+
+
+def test_weights_come_back_even_if_validation_fails(tmp_path):
+    objective = regression()
+    before = []
+
+    def validate():
+        before.append(objective.net.weight.detach().clone())
+        raise RuntimeError("no picture")
+
+    with pytest.raises(RuntimeError, match="no picture"):
+        train(
+            objective, points, settings(ema_decay=0.5, validate_steps=2, learning_rate=0.3), tmp_path, validate=validate
+        )
+
+    assert not torch.equal(before[0], objective.net.weight)
+
+
+def test_without_averages_the_weights_themselves_are_the_result(tmp_path):
+    result = train(regression(), points, settings(ema_decay=0), tmp_path)
+
+    stored = state.newest(tmp_path)
+    assert stored is not None and stored.tensors.keys() == {"weights", "optimizer"}
+    assert torch.equal(result.weights["net.weight"], result.last["net.weight"])
+
+
+def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
+    objective = regression()
+    scores = iter([5.0, 2.0, math.nan, 3.0])
+    seen = []
+
+    def validate():
+        seen.append(objective.net.weight.detach().clone())
+        return {"loss": next(scores), "psnr": 1.0}
+
+    train(objective, points, settings(steps=4, validate_steps=1), tmp_path, validate=validate)
+
+    assert torch.equal(load_file(tmp_path / "best.safetensors")["net.weight"], seen[1])
+    assert [line["validation psnr"] for line in log_of(tmp_path) if "validation psnr" in line] == [1.0] * 4
+
+
+def test_the_log_has_the_rate_the_loss_and_the_norm_of_each_step_however_small(tmp_path):
+    told = []
+
+    train(regression(), points, settings(steps=5, learning_rate=3e-9, log_steps=2), tmp_path, on_log=told.append)
+
+    lines = log_of(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert all(line["rate"] == pytest.approx(3e-9) for line in lines)
+    assert all(line["norm"] > 0 for line in lines)
+    assert [progress.step for progress in told] == [2, 4, 5]
+    assert [progress.losses["loss"] for progress in told] == pytest.approx([line["loss"] for line in lines], rel=1e-5)
+    assert told[-1].left == 0
+
+
+def test_a_run_out_of_time_stops_where_it_is_and_one_that_is_finished_does_nothing(tmp_path):
+    stopped = train(regression(), points, settings(), tmp_path, seconds=0)
+    assert (stopped.step, stopped.finished, state.newest(tmp_path)) == (0, False, None)
+
+    done = train(regression(), points, settings(), tmp_path)
+    again = train(regression(), lambda number: pytest.fail("a batch was asked for"), settings(), tmp_path)
+
+    assert done.finished and again.finished and again.step == 6
+    torch.testing.assert_close(again.last, done.last, rtol=0, atol=0)
+
+
+@dataclass(frozen=True)
+class Poisoned(Regression):
+    """Not finite at one step: in the loss, or, behind a finite loss, in the gradient."""
+
+    step: int = 0
+    where: str = "loss"
+
+    def losses(self, batch, step):
+        good = super().losses(batch, step)["loss"]
+        if step != self.step:
+            return {"loss": good}
+        if self.where == "loss":
+            return {"loss": good * math.nan}
+        # sqrt has an infinite slope at zero
+        return {"loss": good + (self.net.weight.sum() * 0).sqrt()}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint_intact(tmp_path, where):
+    net = regression().net
+    good = train(regression(), points, settings(steps=3), tmp_path / "good")
+
+    with pytest.raises(TrainingError, match=r"step 4: .*not finite \(loss .*checkpoint of step 3") as caught:
+        train(Poisoned(net, step=3, where=where), points, settings(save_seconds=1e-9), tmp_path / "bad")
+
+    stored = state.newest(tmp_path / "bad")
+    assert stored is not None and stored.step == 3
+    torch.testing.assert_close(dict(stored.tensors["weights"]), dict(good.last), rtol=0, atol=0)
+    assert "\n" not in str(caught.value)
+    assert torch.isfinite(net.weight).all()
+
+
+def test_a_first_step_that_is_not_finite_says_that_nothing_was_saved(tmp_path):
+    with pytest.raises(TrainingError, match=r"step 1: .*no checkpoint was saved yet"):
+        train(Poisoned(regression().net, step=0), points, settings(), tmp_path)
+
+    assert state.newest(tmp_path) is None
+
+
+def test_a_run_outside_the_main_thread_needs_no_signals(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(train, regression(), points, settings(), tmp_path).result()
+
+    assert result.finished
+
+
+def test_chance_is_the_same_for_a_step_and_another_for_every_other():
+    draws = {
+        (seed, step): tuple(torch.randn(3, generator=chance(seed, step)).tolist())
+        for seed in range(5)
+        for step in range(-1, 200)
+    }
+
+    assert len(set(draws.values())) == len(draws)
+    assert draws[2, 7] == tuple(torch.randn(3, generator=chance(2, 7)).tolist())
+    first = torch.tensor([draw[0] for draw in draws.values()])
+    assert abs(float(first.mean())) < 0.15 and abs(float(first.std()) - 1) < 0.1
