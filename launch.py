@@ -8,7 +8,8 @@ later runs go straight to `gouache`, until pyproject.toml changes. `python3 laun
 import sys
 
 if sys.version_info < (3, 11):
-    sys.exit("error: Gouache needs Python 3.11 or newer; this is Python %d.%d" % sys.version_info[:2])
+    sys.stderr.write("error: Gouache needs Python 3.11 or newer; this is Python %d.%d\n" % sys.version_info[:2])
+    sys.exit(2)
 
 import hashlib
 import os
@@ -38,7 +39,11 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on", file=sys.stderr)
         return 130
-    command = [str(PYTHON), "-m", "pytest", *arguments[1:]] if testing else [str(PYTHON), "-m", "gouache.cli.main", *arguments]
+    command = (
+        [str(PYTHON), "-m", "pytest", *arguments[1:]]
+        if testing
+        else [str(PYTHON), "-m", "gouache.cli.main", *arguments]
+    )
     folder = HERE if testing else None  # pytest looks for its settings here; pictures belong where the user is
     if os.name == "nt" or folder is not None:
         try:
@@ -68,7 +73,10 @@ def install(extra: str) -> None:
         # PyTorch keeps its CPU builds on an index of its own. Where that cannot be reached, the attempt costs
         # seconds, and the ordinary index serves instead.
         run([*pip, "--retries", "0", "--timeout", "5", "--extra-index-url", CPU_INDEX, torch_requirement()], "torch")
-    run([*pip, "--editable", f"{HERE}[{extra}]" if extra else str(HERE)], "gouache" + (" and its tests" if extra else ""))
+    run(
+        [*pip, "--editable", f"{HERE}[{extra}]" if extra else str(HERE)],
+        "gouache" + (" and its tests" if extra else ""),
+    )
     (VENV / stamps(extra)[0]).write_text(wanted)
 
 
@@ -84,8 +92,12 @@ def stamp(extra: str) -> str:
 
 
 def torch_build() -> str:
-    """"cuda" where an NVIDIA driver answers, else "cpu" (on a Mac that build brings Metal along)."""
-    return "cuda" if shutil.which("nvidia-smi") and not subprocess.run(["nvidia-smi"], capture_output=True).returncode else "cpu"
+    """ "cuda" where an NVIDIA driver answers, else "cpu" (on a Mac that build brings Metal along)."""
+    return (
+        "cuda"
+        if shutil.which("nvidia-smi") and not subprocess.run(["nvidia-smi"], capture_output=True).returncode
+        else "cpu"
+    )
 
 
 def torch_requirement() -> str:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from gouache.app.settings import Settings
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:diffusers")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Settings, caches and model folders in an empty place: a test never reads or writes the user's own."""

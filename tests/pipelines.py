@@ -8,9 +8,12 @@ channels each everywhere else.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tests.nn.narrow import scramble
 
@@ -74,11 +77,6 @@ def scheduler(sampler: str, line: str) -> Any:
 
 
 SPACINGS = {"Euler": "Uniform", "DDIM": "DDIM", "DPM++ 2M": "Simple"}
-
-
-def single_file_config(folder: Path) -> dict[str, Any]:
-    """Arguments that let `from_single_file` read its configuration from `folder`, offline."""
-    return {"config": str(folder), "local_files_only": True}
 
 
 def _unet(*, in_channels: int = 4, linear: bool = False, sdxl: bool = False, cross_attention_dim: int = 64) -> Any:
@@ -152,3 +150,15 @@ def save(pipeline: Any, folder: Path, **options: Any) -> Path:
         warnings.simplefilter("ignore")
         pipeline.save_pretrained(folder, **options)
     return folder
+
+
+def altered(file: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """`target`, with the tensors and metadata of the safetensors file `file` after `change` has had them."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    change(tensors)
+    with safe_open(file, "pt") as opened:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, target, opened.metadata())
+    return target

@@ -45,7 +45,7 @@ def options(
 def main() -> None:
     """The console script."""
     try:
-        app()
+        app(prog_name="gouache")
     except GouacheError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,0 +1,154 @@
+"""A file becomes a model: mapped where it can be, in one dtype, the same picture from every form of the file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import gouache
+from gouache import Model
+from gouache.app.settings import Settings
+from tests.pipelines import Narrow, altered
+
+Narrows = Callable[[str], Narrow]
+Models = Callable[[str], Model]
+
+
+def networks(model: Model) -> list[nn.Module]:
+    return [model.unet, model.vae, *model.text_encoders.values()]
+
+
+def weights(model: Model) -> Iterator[Tensor]:
+    for network in networks(model):
+        yield from network.parameters()
+        yield from network.buffers()
+
+
+def picture(model: Model) -> bytes:
+    knobs: dict[str, Any] = {"steps": 2, "seed": 3, "size": (64, 64), "negative": "dog"}
+    return next(model.paint("a cat", **knobs)).image.tobytes()
+
+
+def mixed_dtypes(tensors: dict[str, Tensor]) -> None:
+    for index, (name, tensor) in enumerate(tensors.items()):
+        tensors[name] = tensor.to((torch.float16, torch.bfloat16, torch.float32, torch.float64)[index % 4])
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
+def test_every_weight_has_the_one_dtype_and_none_is_left_on_meta(
+    line: str, dtype: str, narrow: Narrows, settings: Settings, tmp_path: Path
+):
+    file = altered(narrow(line).file, tmp_path / "mixed.safetensors", mixed_dtypes)
+
+    model = gouache.load(file, dtype=dtype, settings=settings)
+
+    expected = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert {(weight.dtype, weight.device.type) for weight in weights(model)} == {(expected, "cpu")}
+    assert not any(weight.requires_grad for weight in weights(model))
+    assert not any(network.training for network in networks(model))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
+def test_weights_of_the_files_own_dtype_stay_in_the_mapped_file(line: str, narrow: Narrows, settings: Settings):
+    """OpenCLIP's fused and transposed tensors too: they are taken apart as views."""
+    file = narrow(line).file
+
+    model = gouache.load(file, settings=settings)
+
+    mapped = list[range]()
+    for entry in Path("/proc/self/maps").read_text().splitlines():
+        if entry.endswith(str(file)):
+            begin, end = entry.split()[0].split("-")
+            mapped.append(range(int(begin, 16), int(end, 16)))
+    assert mapped
+    assert all(any(weight.data_ptr() in place for place in mapped) for weight in weights(model))
+
+
+@pytest.mark.parametrize("zip_form", [True, False], ids=["zip", "legacy"])
+def test_a_ckpt_paints_what_its_safetensors_paints(
+    zip_form: bool, narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
+):
+    path = tmp_path / "model.ckpt"
+    content = {"state_dict": load_file(narrow("sd1").file), "global_step": 470000, "epoch": 3}
+    torch.save(content, path, _use_new_zipfile_serialization=zip_form)
+
+    model = gouache.load(path, settings=settings)
+
+    assert model.file.format == ("torch zip" if zip_form else "torch legacy")
+    assert picture(model) == picture(loaded("sd1"))
+
+
+def test_what_released_files_carry_besides_the_networks_changes_nothing(
+    narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
+):
+    def burden(tensors: dict[str, Tensor]) -> None:
+        positions = "cond_stage_model.transformer.text_model.embeddings.position_ids"
+        tensors[positions] = torch.arange(77)[None].half() * 1.01  # merges have left it damaged in many a file
+        tensors["betas"] = torch.full((1000,), torch.nan)
+        tensors["alphas_cumprod"] = torch.zeros(1000)
+        tensors["model_ema.decay"], tensors["model_ema.num_updates"] = torch.tensor(0.9999), torch.tensor(470000)
+
+    file = altered(narrow("sd1").file, tmp_path / "burdened.safetensors", burden)
+
+    assert picture(gouache.load(file, settings=settings)) == picture(loaded("sd1"))
+
+
+def test_old_names_of_the_text_encoder_are_understood(
+    narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
+):
+    def age(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if "transformer.text_model." in name]:
+            tensors[name.replace("text_model.", "")] = tensors.pop(name)
+
+    file = altered(narrow("sd1").file, tmp_path / "old.safetensors", age)
+
+    assert picture(gouache.load(file, settings=settings)) == picture(loaded("sd1"))
+
+
+def test_what_the_caller_says_of_the_prediction_counts(narrow: Narrows, loaded: Models, settings: Settings):
+    told = gouache.load(narrow("sd1").file, prediction="v", settings=settings)
+
+    assert (told.prediction, loaded("sd1").prediction) == ("v", "eps")
+    assert picture(told) != picture(loaded("sd1"))
+
+
+def test_a_velocity_model_says_so_in_the_folder_and_in_the_file(narrow: Narrows, loaded: Models, settings: Settings):
+    folder = gouache.load(narrow("sd2").folder, settings=settings)
+
+    assert folder.prediction == loaded("sd2").prediction == "v"
+
+
+def test_a_zero_snr_folder_keeps_its_levels_in_the_single_file(narrow: Narrows, settings: Settings, tmp_path: Path):
+    import json
+    import shutil
+
+    from gouache.workshop.convert import convert
+
+    folder, file = tmp_path / "folder", tmp_path / "file.safetensors"
+    shutil.copytree(narrow("sd2").folder, folder)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rescale_betas_zero_snr": True}))
+    convert(folder, file)
+
+    models = [gouache.load(path, settings=settings) for path in (folder, file)]
+
+    assert all(model.schedule.sigma_max > 4000 for model in models)
+
+
+def test_the_models_own_size_is_that_of_its_folder_and_of_its_single_file(
+    narrow: Narrows, loaded: Models, settings: Settings
+):
+    """The folder's U-Net says 8 cells a side, of 8 pixels each."""
+    folder = gouache.load(narrow("sd1").folder, settings=settings)
+
+    assert folder.size == loaded("sd1").size == (64, 64)
+    assert next(loaded("sd1").paint("a cat", steps=1, seed=0)).image.size == (64, 64)
