@@ -200,7 +200,7 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
         return Case(f"bomb-{case_name}.ckpt", verdict, says), pickle
 
     doubling_tuple = b"N" + b"2\x86" * 40
-    # each list, dictionary holds the one before it twice
+    # each list, or dictionary, holds the one before it twice
     before = [(b"q" + bytes([i]) + b"0", b"h" + bytes([i])) for i in range(60)]
     doubling_list = b"]" + b"".join(keep + b"](" + recall * 2 + b"e" for keep, recall in before)
     doubling_dict = b"}" + b"".join(keep + dict_of(text("a"), recall, text("b"), recall) for keep, recall in before)
@@ -237,6 +237,18 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
     yield case("wide-text", "text and numbers", program(text("a" * 30_000_000 + "\N{SMILING FACE WITH HORNS}")))
     encoded = call("_codecs", "encode", b"h\1", text("latin1"))
     yield case("latin", "unfolds", program(text("a" * 3_000_000), b"q\1", list_of(*[encoded] * 100)))
+    # values that are short, and endless once printed
+    made = call("torch._utils", "_rebuild_tensor_v3", b"N", b"N", b"N", b"N", b"N", b"N", doubling_list)
+    yield case("printed-dtype", "unsupported dtype list", program(made), FILE)
+    yield case("printed-storage", "unsupported kind list", a.torch_zip(program(
+        tensor(tuple_of(text("storage"), doubling_list, text("0"), text("cpu"), number(4)) + b"Q"))), FILE)  # fmt: skip
+    made = call("torch._tensor", "_rebuild_from_type_v2", doubling_list, doubling_list, b")", b"N")
+    yield case("printed-function", "asks for list", program(made))
+    shape = b"(" + number(2**250) * 100_000 + b"t"
+    array = call("numpy.core.multiarray", "_reconstruct", name("numpy", "ndarray"), b")", text("b"))
+    kind = call("numpy", "dtype", text("f4"), b"\x89", b"\x88")
+    state = tuple_of(number(1), shape, kind, b"\x89", b"C\x04abcd")
+    yield case("numpy-dimensions", "as PyTorch never does", program(array + state + b"b"), DAMAGED)
     yield case("bytearray", "as PyTorch never does", program(call("builtins", "bytearray", number(10**10))), DAMAGED)
     yield case("bytes-of-number", "as PyTorch never does", program(call("builtins", "bytes", number(10**10))), DAMAGED)
     yield case("deque-maxlen", "as PyTorch never does", program(call("collections", "deque", number(10**9))), DAMAGED)
@@ -296,8 +308,8 @@ def _tensor_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("path-storage", DAMAGED, "lacks the storage", tensor(a.storage("../../../etc/passwd")))
     yield case("digit-storage", DAMAGED, "lacks the storage", tensor(a.storage("\N{ARABIC-INDIC DIGIT ZERO}")))
     yield case("two-dtypes", DAMAGED, "16 bytes", tuple_of(tensor(four), tensor(a.storage(kind="IntStorage"))))
-    yield case("quantized", UNSAFE, "QInt8Storage", tensor(a.storage(kind="QInt8Storage")))
-    yield case("complex128", UNSAFE, "ComplexDoubleStorage", tensor(a.storage(kind="ComplexDoubleStorage")))
+    yield case("quantized", FILE, "QInt8Storage", tensor(a.storage(kind="QInt8Storage")))
+    yield case("complex128", FILE, "ComplexDoubleStorage", tensor(a.storage(kind="ComplexDoubleStorage")))
     yield case("no-storage", DAMAGED, "as PyTorch never does", tensor(b"N"))
     yield case("odd-id", DAMAGED, "no tensor storage", tensor(number(3) + b"Q"))
     yield case("too-few-arguments", DAMAGED, "as PyTorch never does", call("torch._utils", "_rebuild_tensor_v2", four))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 import gouache
 from gouache import Model
 from gouache.app.settings import Settings
+from gouache.workshop.convert import convert
 from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]
@@ -31,9 +35,16 @@ def weights(model: Model) -> Iterator[Tensor]:
         yield from network.buffers()
 
 
-def picture(model: Model) -> bytes:
+def picture(model: Model) -> np.ndarray:
     knobs: dict[str, Any] = {"steps": 2, "seed": 3, "size": (64, 64), "negative": "dog"}
-    return next(model.paint("a cat", **knobs)).image.tobytes()
+    return np.asarray(next(model.paint("a cat", **knobs)).image, np.int16)
+
+
+def assert_same(model: Model, other: Model) -> None:
+    """The same weights to the bit; the picture may round otherwise, since weights lie otherwise aligned in memory."""
+    for ours, theirs in zip(networks(model), networks(other)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+    assert np.abs(picture(model) - picture(other)).max() <= 1
 
 
 def mixed_dtypes(tensors: dict[str, Tensor]) -> None:
@@ -84,7 +95,7 @@ def test_a_ckpt_paints_what_its_safetensors_paints(
     model = gouache.load(path, settings=settings)
 
     assert model.file.format == ("torch zip" if zip_form else "torch legacy")
-    assert picture(model) == picture(loaded("sd1"))
+    assert_same(model, loaded("sd1"))
 
 
 def test_what_released_files_carry_besides_the_networks_changes_nothing(
@@ -99,7 +110,7 @@ def test_what_released_files_carry_besides_the_networks_changes_nothing(
 
     file = altered(narrow("sd1").file, tmp_path / "burdened.safetensors", burden)
 
-    assert picture(gouache.load(file, settings=settings)) == picture(loaded("sd1"))
+    assert_same(gouache.load(file, settings=settings), loaded("sd1"))
 
 
 def test_old_names_of_the_text_encoder_are_understood(
@@ -111,14 +122,14 @@ def test_old_names_of_the_text_encoder_are_understood(
 
     file = altered(narrow("sd1").file, tmp_path / "old.safetensors", age)
 
-    assert picture(gouache.load(file, settings=settings)) == picture(loaded("sd1"))
+    assert_same(gouache.load(file, settings=settings), loaded("sd1"))
 
 
 def test_what_the_caller_says_of_the_prediction_counts(narrow: Narrows, loaded: Models, settings: Settings):
     told = gouache.load(narrow("sd1").file, prediction="v", settings=settings)
 
     assert (told.prediction, loaded("sd1").prediction) == ("v", "eps")
-    assert picture(told) != picture(loaded("sd1"))
+    assert np.abs(picture(told) - picture(loaded("sd1"))).max() > 1
 
 
 def test_a_velocity_model_says_so_in_the_folder_and_in_the_file(narrow: Narrows, loaded: Models, settings: Settings):
@@ -128,11 +139,6 @@ def test_a_velocity_model_says_so_in_the_folder_and_in_the_file(narrow: Narrows,
 
 
 def test_a_zero_snr_folder_keeps_its_levels_in_the_single_file(narrow: Narrows, settings: Settings, tmp_path: Path):
-    import json
-    import shutil
-
-    from gouache.workshop.convert import convert
-
     folder, file = tmp_path / "folder", tmp_path / "file.safetensors"
     shutil.copytree(narrow("sd2").folder, folder)
     config = folder / "scheduler" / "scheduler_config.json"

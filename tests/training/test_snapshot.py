@@ -130,6 +130,17 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_again_by_itself(tm
             train(regression(), points, settings(steps=6), tmp_path)
 
 
+def test_a_lowest_validation_loss_of_an_earlier_sitting_still_counts(tmp_path):
+    train(regression(), points, settings(steps=2, validate_steps=2), tmp_path, validate=lambda: {"loss": 1.0})
+    best = (tmp_path / "best.safetensors").read_bytes()
+
+    train(regression(), points, settings(steps=4, validate_steps=2), tmp_path, validate=lambda: {"loss": 2.0})
+    assert (tmp_path / "best.safetensors").read_bytes() == best
+
+    train(regression(), points, settings(steps=6, validate_steps=2), tmp_path, validate=lambda: {"loss": 0.5})
+    assert (tmp_path / "best.safetensors").read_bytes() != best
+
+
 def test_a_log_line_that_a_kill_cut_short_is_written_again_whole(tmp_path):
     train(regression(), points, settings(steps=4, log_steps=1), tmp_path)
     with (tmp_path / "log.jsonl").open("a") as file:

@@ -96,6 +96,9 @@ def unknown(source: Source) -> FileError:
         return NotAModel(source.path, "is " + _TENSORFLOW.format(part="checkpoint's data part, by its name,"))
     if source.path.suffix.lower() in (".safetensors", ".sft"):
         return DamagedFile(source.path, "does not begin like a safetensors file: damaged, fetch it again")
+    begin = source.data[:200].decode("utf-8", "ignore")
+    if len(begin) > 3 and all(letter.isprintable() or letter.isspace() for letter in begin):
+        return NotAModel(source.path, f"is a text file, not a model; it begins {printable(begin, 40)!r}")
     return NotAModel(
         source.path, f"is of no known kind ({size_text(source.size)}, begins with {source.data[:8].hex(' ')})"
     )
@@ -141,7 +144,7 @@ def json_document(source: Source) -> Any:
 def _is_meta_graph(source: Source) -> bool:
     """TensorFlow's `.meta`: a protobuf message of MetaInfoDef (field 1), GraphDef (2), and a few more."""
     numbers = list(_protobuf_fields(source, limit=8))
-    return numbers[:2] == [1, 2] and all(number <= 8 for number in numbers)
+    return numbers[:2] == [1, 2] and all(1 <= number <= 8 for number in numbers)
 
 
 def _protobuf_fields(source: Source, limit: int) -> Iterator[int]:

@@ -52,9 +52,9 @@ def open_folder(folder: Path, variant: str | None = None) -> ModelFile:
     raise NotAModel(folder, "is a folder without a model: it has neither model_index.json nor weights")
 
 
-def open_shards(index: Path) -> ModelFile:
+def read_shards(source: Source) -> ModelFile:
     """Weights in several files, by the index that lists them (`*.safetensors.index.json`, `*.bin.index.json`)."""
-    document = json_document(Source(index))
+    index, document = source.path, json_document(source)
     listed = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(listed, dict) or not listed:
         raise NotAModel(index, "lists no weights under 'weight_map'")
@@ -134,7 +134,7 @@ def _find_weights(folder: Path, variant: str | None) -> tuple[Path, str | None] 
 
 
 def _open_component(folder: Path, weights: Path, used: str | None, variant: str | None) -> ModelFile:
-    file = open_shards(weights) if weights.suffix == ".json" else open_file(weights)
+    file = read_shards(Source(weights)) if weights.suffix == ".json" else open_file(weights)
     notes = file.notes
     if used != variant:
         notes = (f"took the {used or 'plain'} weights, there being no {variant or 'plain'} ones", *notes)

@@ -13,8 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from gouache.errors import DamagedFile, NotAModel, UnsafeFile, printable
-from gouache.files.pickle_machine import Name
+from gouache.errors import DamagedFile, FileError, NotAModel, UnsafeFile, printable
+from gouache.files.pickle_machine import Name, noun
 from gouache.files.pickle_names import VOCABULARY, unfold
 from gouache.files.pickle_reader import Parsed, interpret
 from gouache.files.source import Source, size_text, truncated
@@ -119,7 +119,7 @@ def read_tar(source: Source) -> Unpickled:
         key, _, kind = _three(source, head.value)
         dtype = STORAGE_TYPES.get(kind) if isinstance(kind, Name) else None
         if dtype is None:
-            raise UnsafeFile(path, f"holds a storage of the unsupported kind {printable(str(kind), 80)}")
+            raise FileError(path, f"holds a storage of the unsupported kind {noun(kind)}")
         at = head.end + 8
         storage = StorageId(key, dtype, int.from_bytes(data[head.end : at], "little"))
         if storage.nbytes > end - at:

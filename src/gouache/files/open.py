@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gouache.errors import RequestError, printable
-from gouache.files.folder import open_folder, open_shards
+from gouache.errors import FileError, RequestError, printable
+from gouache.files.content import kind_of
+from gouache.files.folder import open_folder, read_shards
 from gouache.files.record import ModelFile
-from gouache.files.single_file import open_file
+from gouache.files.single_file import read_file
+from gouache.files.source import Source
 
 
 def open_model(path: str | Path, *, variant: str | None = None) -> ModelFile:
@@ -21,11 +23,9 @@ def open_model(path: str | Path, *, variant: str | None = None) -> ModelFile:
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", variant):
         raise RequestError("variant", f"{printable(variant, 60)!r} is no variant's name; expected one like 'fp16'")
     try:
-        is_folder = path.is_dir()
-    except OSError:
-        is_folder = False  # opening it as a file will say what is wrong
-    if is_folder:
-        return open_folder(path, variant)
-    if path.suffix == ".json":
-        return open_shards(path)
-    return open_file(path)
+        if path.is_dir():
+            return open_folder(path, variant)
+        source = Source(path)
+        return read_shards(source) if kind_of(source) == "shard index" else read_file(source)
+    except OSError as error:
+        raise FileError(path, f"cannot be opened: {error.strerror}") from None

@@ -16,6 +16,8 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
+from gouache.errors import printable
+
 MAX_BYTES = 64_000_000  # of one pickle
 MAX_STEPS = 1_000_000  # opcodes of one pickle; some 40 a tensor, so 25,000 tensors
 MAX_TEXT = 96_000_000  # bytes of memory for all text, bytes and numbers of one pickle
@@ -209,6 +211,7 @@ class Machine:
 
 
 def noun(value: Any) -> str:
+    """What to call `value` in a message. Never its `repr`: that of a graph may be endless."""
     if isinstance(value, Name | Call):
-        return str(value) if isinstance(value, Name) else str(value.name)
+        return printable(str(value if isinstance(value, Name) else value.name), 80)
     return type(value).__name__.lower()

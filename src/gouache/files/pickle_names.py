@@ -11,10 +11,10 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import UnsafeFile, printable
-from gouache.files.pickle_machine import Call, Name, Persistent, Vocabulary
+from gouache.errors import FileError, UnsafeFile
+from gouache.files.pickle_machine import Call, Name, Persistent, Vocabulary, noun
 from gouache.files.pickle_values import FindStorage, Meaning, Record, Unfolding
-from gouache.files.stored import DTYPES, STORAGE_TYPES, Storage, StoredTensor, view
+from gouache.files.stored import DTYPES, MAX_DIMENSIONS, STORAGE_TYPES, Storage, StoredTensor, view
 
 # ---- tensors
 
@@ -41,7 +41,7 @@ def _tensor_v3(u: Unfolding, call: Call, depth: int) -> StoredTensor:
     if metadata:
         raise UnsafeFile(u.path, "holds a tensor stored as its negative or conjugate: refused")
     if not isinstance(dtype, Name) or dtype not in DTYPES:
-        raise UnsafeFile(u.path, f"holds a tensor of the unsupported dtype {printable(str(dtype), 40)}")
+        raise FileError(u.path, f"holds a tensor of the unsupported dtype {noun(dtype)}")
     return view(u.path, _storage(u, storage, call), DTYPES[dtype], offset, _size(size), _size(stride))
 
 
@@ -62,14 +62,10 @@ def _of_type(u: Unfolding, call: Call, depth: int) -> Any:
     if not plain or not isinstance(args, tuple):
         raise UnsafeFile(
             u.path,
-            f"asks for {_shown(function)} to be run to make a tensor of the kind {_shown(kind)}: refused. Weights need "
+            f"asks for {noun(function)} to be run to make a tensor of the kind {noun(kind)}: refused. Weights need "
             "no code: get a .safetensors file instead",
         )
     return u.value(Call(function, args), depth)
-
-
-def _shown(name: Any) -> str:
-    return printable(str(name), 80) if isinstance(name, Name) else "something without a name"
 
 
 # ---- numpy
@@ -102,7 +98,7 @@ def _numpy_scalar(u: Unfolding, call: Call, depth: int) -> Any:
     if dtype is None or raw is None:
         return Record("numpy.scalar")
     form = (">" if big else "<") + _WIDTHS[dtype]
-    raw = u.bytes(raw, call, depth)
+    raw = u.bytes_of(raw, call, depth)
     if len(raw) != struct.calcsize(form):
         raise u.wrong(call)
     numbers = struct.unpack(form, raw)
@@ -127,7 +123,9 @@ def _array(u: Unfolding, call: Call, depth: int, shape: Any, dtype: Any, fortran
     name, big = _numpy_dtype(dtype)
     if name is None or not isinstance(shape, tuple):
         return Record("numpy.ndarray")
-    inline = u.bytes(raw, call, depth)
+    if len(shape) > MAX_DIMENSIONS:
+        raise u.wrong(call)
+    inline = u.bytes_of(raw, call, depth)
     storage = Storage(name, 0, len(inline), big, inline)
     stride, step = [], 1
     for n in shape if fortran else reversed(shape):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import DamagedFile, UnsafeFile, printable
-from gouache.files.pickle_machine import MAX_NUMBER_KEYS, Call, Name, Persistent
+from gouache.errors import DamagedFile, UnsafeFile
+from gouache.files.pickle_machine import MAX_NUMBER_KEYS, Call, Name, Persistent, noun
 from gouache.files.record import ITEM_SIZE
 from gouache.files.stored import Storage, StoredTensor, view
 
@@ -105,9 +105,9 @@ class Unfolding:
         return call.args + (None,) * (most - len(call.args))
 
     def wrong(self, call: Call) -> DamagedFile:
-        return DamagedFile(self.path, f"its pickle uses {printable(str(call.name), 80)} as PyTorch never does")
+        return DamagedFile(self.path, f"its pickle uses {noun(call)} as PyTorch never does")
 
-    def bytes(self, node: Any, call: Call, depth: int) -> bytes:
+    def bytes_of(self, node: Any, call: Call, depth: int) -> bytes:
         """Bytes, in any of the ways in which pickles have spelt them."""
         found = self.value(node, depth)
         if isinstance(found, str):  # a Python 2 string that happened to be UTF-8

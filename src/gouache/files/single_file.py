@@ -23,7 +23,11 @@ def open_file(path: str | Path) -> ModelFile:
 
     Raises FileError if it cannot be read, NotAModel, DamagedFile or UnsafeFile for what it is.
     """
-    source = Source(path)
+    return read_file(Source(path))
+
+
+def read_file(source: Source) -> ModelFile:
+    """As `open_file`, for a file that is open already."""
     kind = kind_of(source)
     if kind == "shard index":
         raise NotAModel(source.path, "lists the parts of a model; open it as a model, not as one file")

@@ -16,7 +16,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gouache.errors import DamagedFile, FileError, NotAModel
+from gouache.errors import DamagedFile, DeviceError, FileError, NotAModel
 from gouache.files.record import ITEM_SIZE, TensorInfo
 
 if TYPE_CHECKING:
@@ -61,16 +61,17 @@ class Source:
     ) -> torch.Tensor:
         """The tensor that starts at byte `offset`, as a view of the private map; see `tensor_from`."""
         if self._private is None and self.size:
-            if _NO_RESERVE:
-                protection = mmap.PROT_READ | mmap.PROT_WRITE
-                flags = mmap.MAP_PRIVATE | _NO_RESERVE
-                self._private = mmap.mmap(self._descriptor, self.size, flags=flags, prot=protection)
-            else:
-                self._private = mmap.mmap(self._descriptor, self.size, access=mmap.ACCESS_COPY)
-        try:
-            return tensor_from(self._private, offset, info, stride, swap)
-        except AttributeError:
-            raise FileError(self.path, f"holds {info.dtype} tensors, which need a newer torch") from None
+            try:
+                self._private = _private_map(self._descriptor, self.size)
+            except (OSError, ValueError) as error:
+                raise FileError(self.path, f"cannot be mapped into memory: {error}") from None
+        return tensor_from(self._private, offset, info, stride, swap)
+
+
+def _private_map(descriptor: int, size: int) -> mmap.mmap:
+    if not _NO_RESERVE:
+        return mmap.mmap(descriptor, size, access=mmap.ACCESS_COPY)
+    return mmap.mmap(descriptor, size, mmap.MAP_PRIVATE | _NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 def tensor_from(
@@ -87,7 +88,9 @@ def tensor_from(
     """
     import torch  # here, so that listing a file needs no torch
 
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    dtype: torch.dtype | None = getattr(torch, TORCH_NAMES[info.dtype], None)
+    if dtype is None:
+        raise DeviceError(f"this torch ({torch.__version__}) does not know {info.dtype} tensors; a newer one does")
     if info.elements == 0:
         return torch.empty(info.shape, dtype=dtype)
     assert buffer is not None

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from gouache.errors import DamagedFile, UnsafeFile, printable
-from gouache.files.pickle_machine import Name
+from gouache.errors import DamagedFile, FileError, UnsafeFile
+from gouache.files.pickle_machine import Name, noun
 from gouache.files.record import ITEM_SIZE, TensorInfo
 from gouache.files.source import TORCH_NAMES
 
@@ -77,7 +77,7 @@ def storage_id(path: Path, claim: Any) -> StorageId:
     kind, key, _, count = claim[1:5]
     dtype = STORAGE_TYPES.get(kind) if isinstance(kind, Name) else None
     if dtype is None:
-        raise UnsafeFile(path, f"holds a storage of the unsupported kind {printable(str(kind), 80)}")
+        raise FileError(path, f"holds a storage of the unsupported kind {noun(kind)}")
     if not isinstance(key, str) or not _sizes((count,)):
         raise DamagedFile(path, "its pickle describes a tensor storage wrongly")
     window = claim[5] if len(claim) == 6 else None

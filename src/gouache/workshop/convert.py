@@ -121,15 +121,23 @@ def _cast(info: TensorInfo, dtype: str | None) -> TensorInfo:
 
 
 def _described(found: Found) -> dict[str, str]:
-    """What the names of the tensors do not say, in modelspec's words, so that the next reader need not guess."""
+    """What the names of the tensors do not say, in the words other tools use, so that the next reader need not guess.
+
+    What is itself no more than a guess stays out.
+    """
     family = found.family.value
     if family is None or found.prediction is None or family.name not in ARCHITECTURES:
         return {}
-    predicted = "v" if found.prediction.value == "v" else "epsilon"
-    return {
+    said = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": ARCHITECTURES[family.name],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": found.path.stem,
-        "modelspec.prediction_type": predicted,
     }
+    if found.prediction.sure != "guess":
+        said["modelspec.prediction_type"] = "v" if found.prediction.value == "v" else "epsilon"
+    if found.size is not None and found.size.sure == "certain":
+        said["modelspec.resolution"] = "x".join(map(str, found.size.value))
+    if found.zero_snr is not None and found.zero_snr.value:
+        said["ss_zero_terminal_snr"] = "True"
+    return said
