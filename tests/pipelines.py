@@ -30,7 +30,7 @@ class Narrow:
 
 
 def build(line: str, clip_folder: Path) -> Any:
-    """The pipeline of `line`: "sd1", "sd1-inpainting", "sd2" (velocity) or "sdxl"."""
+    """The pipeline of `line`: "sd1", "sd1-inpainting", "sd1-edit", "sd2" (velocity), "sd2-depth", "sdxl"."""
     import diffusers
     from transformers import CLIPTokenizer
 
@@ -45,16 +45,18 @@ def build(line: str, clip_folder: Path) -> Any:
         parts["vae"] = _vae(scaling_factor=0.13025)
         parts["force_zeros_for_empty_prompt"], parts["add_watermarker"] = True, False
         return _quiet(diffusers.StableDiffusionXLPipeline(**parts))
-    if line == "sd2":
+    if line.startswith("sd2"):
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(str(clip_folder), pad_token="!")
         parts["text_encoder"] = _text_encoder(64, 23, "gelu", seed=1)
-        parts["unet"] = _unet(linear=True)
+        parts["unet"] = _unet(linear=True, in_channels=5 if line == "sd2-depth" else 4)
     else:
         parts["text_encoder"] = _text_encoder(64, 4, "quick_gelu", seed=1)
-        parts["unet"] = _unet(in_channels=9 if line == "sd1-inpainting" else 4)
+        parts["unet"] = _unet(in_channels={"sd1-inpainting": 9, "sd1-edit": 8}.get(line, 4))
     parts |= {"vae": _vae(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if line == "sd1-inpainting":
         return _quiet(diffusers.StableDiffusionInpaintPipeline(**parts))
+    if line == "sd1-edit":
+        return _quiet(diffusers.StableDiffusionInstructPix2PixPipeline(**parts))
     return _quiet(diffusers.StableDiffusionPipeline(**parts))
 
 

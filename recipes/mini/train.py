@@ -164,7 +164,7 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float)
         return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(captions))
 
     schedule = Schedule.scaled_linear()
-    objective = Denoising(unet, schedule, PREDICTION, said([""]), settings.seed)
+    objective = Denoising(unet, schedule, PREDICTION, said([""]), settings.seed, weighting="velocity")
 
     # Unseen scenes, each at eight fixed times under fixed noise.
     unseen = captioned(VALIDATION_SEED, 0, 128)

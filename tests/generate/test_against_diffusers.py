@@ -158,6 +158,22 @@ def test_inpainting_with_an_inpainting_model(
     assert_agrees(picture, model, *expected)
 
 
+def test_editing_by_instruction(drawing: Path, narrow: Narrows, loaded: Models):
+    """Two guidance scales, three passes a step, and a picture's latent that is not scaled."""
+    pipeline, model = narrow("sd1-edit").pipeline, loaded("sd1-edit")
+    pipeline.scheduler = scheduler("Euler", "sd1-edit")
+
+    picture = paint(model, sampler="Euler", init=drawing, strength=1.0, image_cfg=1.7, size=None)
+
+    expected = diffusers_paints(
+        pipeline,
+        image=Image.open(drawing),
+        image_guidance_scale=1.7,
+        latents=starting_noise(pipeline, "Euler"),
+    )
+    assert_agrees(picture, model, *expected)
+
+
 @pytest.mark.parametrize(("line", "ours"), [("sd1", 2), ("sdxl", 3)])
 def test_clip_skip(line: str, ours: int, narrow: Narrows, loaded: Models, monkeypatch: pytest.MonkeyPatch):
     """diffusers counts from the layer that a family usually reads: SD1's last, SDXL's last but one.

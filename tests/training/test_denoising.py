@@ -143,3 +143,26 @@ def test_training_on_a_gaussian_comes_to_its_known_denoiser(tmp_path, prediction
         # E[x0 | x] of a Gaussian under Gaussian noise
         expected = mean + deviation**2 / (deviation**2 + sigma**2) * (x - mean)
         assert_close(found, expected, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "v"])
+def test_velocity_weights_make_the_loss_the_capped_error_of_the_picture(prediction):
+    schedule = Schedule.scaled_linear()
+    t = torch.tensor([10, 300, 600, 990])
+    generator = torch.Generator().manual_seed(3)
+    x0, noise, said = (torch.randn(4, 4, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    objective = Denoising(None, schedule, prediction, None, seed=0, gamma=5.0, weighting="velocity")  # type: ignore[arg-type]
+
+    weights = objective.weights(t).double()
+
+    sigma = schedule.sigma(t).double()[:, None, None, None]
+    wanted = noise if prediction == "eps" else (noise - sigma * x0) / (1 + sigma**2).sqrt()
+    # The pictures that what is said, and what should be said, stand for in x = x0 + sigma * noise.
+    x = x0 + sigma * noise
+    if prediction == "eps":
+        seen, right = x - sigma * said, x - sigma * wanted
+    else:
+        seen, right = (x / (1 + sigma**2) - sigma / (1 + sigma**2).sqrt() * each for each in (said, wanted))
+    error = (seen - right).pow(2).mean((1, 2, 3))
+    expected = (1 / sigma.flatten() ** 2 + 1).clamp_max(6) * error
+    torch.testing.assert_close(weights * (said - wanted).pow(2).mean((1, 2, 3)), expected, rtol=1e-4, atol=0)

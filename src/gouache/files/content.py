@@ -96,9 +96,9 @@ def unknown(source: Source) -> FileError:
         return NotAModel(source.path, "is " + _TENSORFLOW.format(part="checkpoint's data part, by its name,"))
     if source.path.suffix.lower() in (".safetensors", ".sft"):
         return DamagedFile(source.path, "does not begin like a safetensors file: damaged, fetch it again")
-    begin = source.data[:200].decode("utf-8", "ignore")
-    if len(begin) > 3 and all(letter.isprintable() or letter.isspace() for letter in begin):
-        return NotAModel(source.path, f"is a text file, not a model; it begins {printable(begin, 40)!r}")
+    begin = source.data[:200]
+    if len(begin) > 3 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in begin):
+        return NotAModel(source.path, f"is a text file, not a model; it begins {printable(begin.decode(), 40)!r}")
     return NotAModel(
         source.path, f"is of no known kind ({size_text(source.size)}, begins with {source.data[:8].hex(' ')})"
     )

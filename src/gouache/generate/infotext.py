@@ -20,19 +20,19 @@ def write(
         "Steps": request.steps,
         "Sampler": sampler,
         "Schedule type": schedule,
-        "CFG scale": f"{request.cfg:g}",
+        "CFG scale": _plain(request.cfg),
         "Seed": seed,
         "Size": f"{size[0]}x{size[1]}",
     }
     if request.init is not None:
-        fields["Denoising strength"] = f"{request.strength:g}"
+        fields["Denoising strength"] = _plain(request.strength)
     if request.clip_skip is not None:
         fields["Clip skip"] = request.clip_skip
     if request.variation_seed is not None and request.variation_strength:
         fields["Variation seed"] = request.variation_seed
-        fields["Variation seed strength"] = f"{request.variation_strength:g}"
+        fields["Variation seed strength"] = _plain(request.variation_strength)
     if request.eta is not None:
-        fields["Eta"] = f"{request.eta:g}"
+        fields["Eta"] = _plain(request.eta)
     if request.ensd:
         fields["ENSD"] = request.ensd
     if request.emphasis != "original":
@@ -44,6 +44,11 @@ def write(
         lines.append(f"Negative prompt: {request.negative}")
     lines.append(", ".join(f"{key}: {quote(value)}" for key, value in fields.items()))
     return "\n".join(lines)
+
+
+def _plain(number: float) -> str:
+    """All its digits, and no ".0"."""
+    return repr(float(number)).removesuffix(".0")
 
 
 def quote(value: object) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from gouache.errors import RequestError
+from gouache.errors import FileError, RequestError
 from gouache.files.write import write_atomic
 
 RECIPE_KEY = "gouache"
@@ -42,7 +42,10 @@ class Picture:
                 "output", f"{path} does not end in .png; pictures are saved as PNG, which keeps all of them"
             )
         path = path.with_suffix(".png")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileError(path.parent, f"cannot be made a folder for pictures: {error.strerror}") from None
         texts = PngInfo()
         _add(texts, PARAMETERS_KEY, self.parameters)
         _add(texts, RECIPE_KEY, json.dumps(self.recipe, ensure_ascii=False))
@@ -69,9 +72,23 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Image.Image]:
         recipe = json.loads(texts[RECIPE_KEY])
     except (ValueError, RecursionError):
         recipe = None
-    if not isinstance(recipe, dict) or not isinstance(recipe.get("request"), dict):
+    if not isinstance(recipe, dict) or not _has_form(recipe):
         raise RequestError("picture", f"{path}: its recipe is damaged")
     return recipe, picture
+
+
+def _has_form(recipe: dict[str, Any]) -> bool:
+    """Whether each part that a recipe has is of its kind; pictures come from anybody."""
+    texts = [recipe.get(name, "") for name in ("device", "dtype")]
+    for name in ("model", "inputs", "versions"):
+        part = recipe.get(name, {})
+        if not isinstance(part, dict):
+            return False
+        texts += part.values()
+    upcast = recipe.get("upcast", [])
+    if not isinstance(upcast, list) or not isinstance(recipe.get("request"), dict):
+        return False
+    return all(text is None or isinstance(text, str) for text in [*texts, *upcast])
 
 
 def _add(texts: PngInfo, key: str, text: str) -> None:

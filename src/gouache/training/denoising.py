@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from gouache.diffusion.denoiser import Denoiser, Prediction, min_snr
 from gouache.diffusion.schedule import Schedule
 from gouache.nn.unet import UNet
 from gouache.training.objective import Group, by_decay, chance
+
+Weighting = Literal["min-snr", "velocity"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ class Captioned:
 class Denoising:
     """`unsaid` (one row) stands in for a caption in `dropout` of the cases, so that guidance has a negative.
 
-    Weighted by min-SNR with `gamma` (Hang et al. 2023).
+    Errors are weighted by noise level, capped where there is little noise. Seen as errors of the picture x0,
+    "min-snr" counts them min(SNR, gamma) times (Hang et al. 2023), which says almost nothing of the noisiest levels;
+    "velocity" counts them min(SNR + 1, gamma + 1) times, the weight that v-prediction has by nature (and Karras et
+    al. 2022 choose), so that a small model learns what is where from its first steps.
     """
 
     unet: UNet
@@ -37,6 +43,7 @@ class Denoising:
     seed: int
     dropout: float = 0.1
     gamma: float = 5.0
+    weighting: Weighting = "min-snr"
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -67,4 +74,12 @@ class Denoising:
 
         said, target = Denoiser(network, self.schedule, self.prediction).loss_terms(batch.latents, noise, sigma)
         error = (said - target).pow(2).flatten(1).mean(1)
-        return min_snr(self.schedule.snr(t), self.gamma, self.prediction).to(error) * error
+        return self.weights(t).to(error) * error
+
+    def weights(self, t: Tensor) -> Tensor:
+        """What the error of the network's own output counts at times t (B,), whatever it predicts."""
+        snr = self.schedule.snr(t)
+        if self.weighting == "min-snr":
+            return min_snr(snr, self.gamma, self.prediction)
+        picture = (snr + 1).clamp_max(self.gamma + 1)
+        return picture / (snr if self.prediction == "eps" else snr + 1)
