@@ -27,7 +27,25 @@ def bundle(folder: Path, out: Path) -> str:
     for stage, prefix in PREFIXES.items():
         weights = train.averaged(folder / stage, stage)
         tensors |= {prefix + name: value for name, value in weights.items() if name != "text_projection.weight"}
-    return write_safetensors(out, halved(tensors), describe())
+    return write_safetensors(out, halved(lifted(tensors)), describe())
+
+
+def lifted(tensors: Mapping[str, Tensor], by: float = 0.1) -> dict[str, Tensor]:
+    """The same model with `by` added to every number of the context, which changes no picture.
+
+    A1111's weights divide by the context's mean, as CLIP's is about -0.1; a small encoder's is nearly 0, and any weight
+    could turn its sign. Added to all tokens alike, `by` falls out of the attention's softmax, and what it adds to the
+    values is taken off the bias behind them.
+    """
+    changed = dict(tensors)
+    bias = PREFIXES["text"] + "text_model.final_layer_norm.bias"
+    changed[bias] = tensors[bias] + by
+    for name, out in tensors.items():
+        if name.endswith(".attn2.to_out.0.weight"):
+            value = tensors[name.replace("to_out.0", "to_v")]
+            below = name.replace("weight", "bias")
+            changed[below] = tensors[below] - out @ (value.sum(1) * by)
+    return changed
 
 
 def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""Train the embedded model: python -m recipes.mini.train STAGE [--folder runs/mini] [--seconds N] [--threads N]
+"""Train the embedded model: python -m recipes.mini.train all|vae|text|unet [--folder runs/mini] [--seconds N]
 
-Stages, in order: vae, text, unet. Each can be stopped by Ctrl-C or a kill at any moment and goes on where its newest
-checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
+The stages, in order, are vae, text and unet. Each can be stopped by Ctrl-C or a kill at any moment and goes on where
+its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet}
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("stage", choices=["all", *STAGES])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so long")
     parser.add_argument("--threads", type=int, default=None)
@@ -227,12 +227,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        settings = read(Path(__file__).with_name("recipe.toml"), options.stage)
-        result = STAGES[options.stage](Scenes(), settings, options.folder / options.stage, options.seconds)
+        scenes = Scenes()
+        for stage in STAGES if options.stage == "all" else [options.stage]:
+            settings = read(Path(__file__).with_name("recipe.toml"), stage)
+            result = STAGES[stage](scenes, settings, options.folder / stage, options.seconds)
+            print(f"{stage}: step {result.step}, {'finished' if result.finished else 'stopped; run again to go on'}")
+            if not result.finished:
+                break
     except GouacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{options.stage}: step {result.step}, {'finished' if result.finished else 'stopped; run again to go on'}")
     return 0
 
 

@@ -125,8 +125,11 @@ def _sample(
         x = catalog.start(plan.sampler, noise.start(), sigmas)
     denoise = _guided(model, plan, positive.repeat(len(seeds)), negative.repeat(len(seeds)))
     knobs: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
-    x = plan.sampler.function(denoise, x, sigmas, noise=noise, on_step=on_step, **knobs)
-    return catalog.finish(x, sigmas)
+    x = catalog.finish(plan.sampler.function(denoise, x, sigmas, noise=noise, on_step=on_step, **knobs), sigmas)
+    if plan.source.mask is not None and plan.source.latent is not None:
+        # A run that stops above level 0 leaves a little noise, which what the mask keeps must not have.
+        x = torch.lerp(plan.source.latent, x, plan.source.mask)
+    return x
 
 
 def _guided(model: Model, plan: _Plan, positive: Conditioning, negative: Conditioning) -> Denoise:
@@ -137,7 +140,7 @@ def _guided(model: Model, plan: _Plan, positive: Conditioning, negative: Conditi
         denoise = guidance.cfg(
             model.denoise, positive, negative, request.cfg, rescale=request.rescale, prediction=model.prediction
         )
-    if source.mask is not None and source.latent is not None and model.variant != "inpainting":
+    if source.mask is not None and source.latent is not None:
         denoise = guidance.masked(denoise, source.mask, source.latent)
     return denoise
 

@@ -19,9 +19,9 @@ from gouache.model.model import Model
 
 @dataclass(frozen=True)
 class Source:
-    """`latent` (1, C, h, w) is the picture to change, `mask` (1, 1, h, w) is 1 where to paint.
+    """`latent` (1, C, h, w) is the picture to change, `mask` (1, 1, h, w) is 1 where to paint, 0 what to keep.
 
-    `concat` (1, E, h, w) are the channels that an inpainting, edit or depth model reads beside x. `shape` is that of
+    An inpainting model has no `mask`: it is shown it and keeps to it by itself. `concat` (1, E, h, w) are the channels that an inpainting, edit or depth model reads beside x. `shape` is that of
     one latent, (C, h, w). `hashes` are the sha256 of the files read, by setting.
     """
 
@@ -51,7 +51,9 @@ def read_source(model: Model, request: Request) -> Source:
     whole = None  # the mask at the picture's own size
     if request.mask is not None:
         whole = pixels.mask_to_tensor(pixels.fit(pixels.read(request.mask, "mask"), size))
-    mask = None if whole is None else F.interpolate(whole, size=shape[1:], mode="nearest").to(model.device)
+    mask = None
+    if whole is not None and model.variant != "inpainting":
+        mask = F.interpolate(whole, size=shape[1:], mode="nearest").to(model.device)
     latent = None if image is None else model.encode(image)
     return Source(size, shape, latent, mask, _concat(model, request, image, whole, shape), hashes)
 
