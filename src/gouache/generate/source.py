@@ -21,8 +21,9 @@ from gouache.model.model import Model
 class Source:
     """`latent` (1, C, h, w) is the picture to change, `mask` (1, 1, h, w) is 1 where to paint, 0 what to keep.
 
-    An inpainting model has no `mask`: it is shown it and keeps to it by itself. `concat` (1, E, h, w) are the channels that an inpainting, edit or depth model reads beside x. `shape` is that of
-    one latent, (C, h, w). `hashes` are the sha256 of the files read, by setting.
+    An inpainting model has no `mask` here: it is shown it, and keeps to it by itself. `concat` (1, E, h, w) are the
+    channels that an inpainting, edit or depth model reads beside x. `shape` is that of one latent, (C, h, w). `hashes`
+    are the sha256 of the files read, by setting.
     """
 
     size: tuple[int, int]
