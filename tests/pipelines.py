@@ -39,18 +39,18 @@ def build(line: str, clip_folder: Path) -> Any:
     if line == "sdxl":
         # SDXL's second tokenizer pads with "!", the token 0.
         parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(str(clip_folder), pad_token="!")
-        parts["text_encoder"] = _text_encoder(64, 4, "quick_gelu", seed=1)
-        parts["text_encoder_2"] = _text_encoder(128, 5, "gelu", seed=2, projection=96)
+        parts["text_encoder"] = text_encoder(64, 4, "quick_gelu", seed=1)
+        parts["text_encoder_2"] = text_encoder(128, 5, "gelu", seed=2, projection=96)
         parts["unet"] = _unet(sdxl=True, cross_attention_dim=64 + 128)
         parts["vae"] = _vae(scaling_factor=0.13025)
         parts["force_zeros_for_empty_prompt"], parts["add_watermarker"] = True, False
         return _quiet(diffusers.StableDiffusionXLPipeline(**parts))
     if line.startswith("sd2"):
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(str(clip_folder), pad_token="!")
-        parts["text_encoder"] = _text_encoder(64, 23, "gelu", seed=1)
+        parts["text_encoder"] = text_encoder(64, 23, "gelu", seed=1)
         parts["unet"] = _unet(linear=True, in_channels=5 if line == "sd2-depth" else 4)
     else:
-        parts["text_encoder"] = _text_encoder(64, 4, "quick_gelu", seed=1)
+        parts["text_encoder"] = text_encoder(64, 4, "quick_gelu", seed=1)
         parts["unet"] = _unet(in_channels={"sd1-inpainting": 9, "sd1-edit": 8}.get(line, 4))
     parts |= {"vae": _vae(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if line == "sd1-inpainting":
@@ -125,7 +125,7 @@ def _vae(scaling_factor: float = 0.18215) -> Any:
     return scramble(vae, seed=4)
 
 
-def _text_encoder(width: int, layers: int, activation: str, *, seed: int, projection: int | None = None) -> Any:
+def text_encoder(width: int, layers: int, activation: str, *, seed: int, projection: int | None = None) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(

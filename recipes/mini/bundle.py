@@ -17,8 +17,7 @@ from torch import Tensor
 from gouache.errors import GouacheError
 from gouache.files.write import write_safetensors
 from recipes.mini import train
-
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
+from recipes.mini.train import PREFIXES
 
 
 def bundle(folder: Path, out: Path) -> str:

@@ -1,7 +1,9 @@
 """Train the embedded model: python -m recipes.mini.train all|vae|text|unet [--folder runs/mini] [--seconds N]
 
 The stages, in order, are vae, text and unet. Each can be stopped by Ctrl-C or a kill at any moment and goes on where
-its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
+its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is. With `--start MODEL`, vae and
+unet begin from the weights of a bundled file instead of from nothing, and unet reads prompts with that file's text
+tower: a run can be taken up where only its product was kept.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,8 @@ from torch import Tensor
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.schedule import Schedule
 from gouache.errors import GouacheError, RequestError
+from gouache.files.open import open_model
+from gouache.files.record import ModelFile
 from gouache.nn.clip_text import ClipText
 from gouache.nn.clip_vision import ClipVision
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec, VisionSpec
@@ -36,6 +41,7 @@ from recipes.mini import start
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
 from recipes.mini.names import load_things
 from recipes.mini.rendering import Glyphs, render
+from recipes.mini.scenes import FIRST_STAGE, Distribution
 
 VAE = VaeSpec(channels=64, channel_mult=(1, 1, 1, 1))
 TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=512, projection=128)
@@ -43,6 +49,19 @@ VISION = VisionSpec(width=128, layers=4, heads=2, mlp_width=512, image_size=64, 
 UNET = UNetSpec(channels=32, channel_mult=(1, 2, 3, 4), context_dim=128)
 PREDICTION = "v"
 CROP = 64
+# Latent diffusion sees mostly one large thing, upright and in the middle: what a short training can learn.
+SCENES = Distribution(
+    counts=(0.88, 0.10, 0.02),
+    graded=0.15,
+    small=0.05,
+    large=0.75,
+    middle_size=(0.55, 0.65),
+    large_size=(0.72, 0.86),
+    shift=0.01,
+    turned=0.1,
+    turn=10.0,
+    flipped=0.0,
+)
 SHORT = 32  # tokens of a caption, its ends included: attention is causal, so what follows the end changes nothing
 
 
@@ -54,9 +73,11 @@ class Scenes:
         self.glyphs = Glyphs()
         self.tokenizer = Tokenizer()
 
-    def batch(self, seed: int, first: int, count: int, size: int = 128) -> tuple[Tensor, list[str]]:
+    def batch(
+        self, seed: int, first: int, count: int, size: int = 128, distribution: Distribution = FIRST_STAGE
+    ) -> tuple[Tensor, list[str]]:
         """(images (count, 3, size, size) in [-1, 1], captions) of the samples from `first` on."""
-        samples = [sample(seed, index, self.things) for index in range(first, first + count)]
+        samples = [sample(seed, index, self.things, distribution) for index in range(first, first + count)]
         pixels = np.stack([np.asarray(render(each.scene, self.glyphs, size)) for each in samples])
         return _as_images(pixels), [each.caption for each in samples]
 
@@ -84,9 +105,11 @@ def new_vae(colours: start.Colours) -> Autoencoder:
     return vae.to(memory_format=torch.channels_last)
 
 
-def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float) -> Result:
+def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
     colours = scenes.colours()
     vae = new_vae(colours)
+    if begin is not None:
+        vae.load_state_dict(part_of(begin, "vae"))
     objective = Reconstruction(vae, settings.seed, autocast=True, own_groups=tuple(start.groups(vae, encoder=False)))
 
     def batches(number: int) -> Pictures:
@@ -119,7 +142,9 @@ def new_text(scenes: Scenes) -> ClipText:
     return text
 
 
-def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float) -> Result:
+def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
+    if begin is not None:
+        raise RequestError("start", "the text stage cannot begin from a model file: its image tower is not in there")
     text = new_text(scenes)
     vision = ClipVision(VISION)
     with torch.no_grad():
@@ -141,26 +166,27 @@ def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float)
     return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
 
 
-def trained_text(folder: Path) -> ClipText:
-    """The text tower of a finished text stage, averaged weights, frozen."""
-    weights = averaged(folder, "text")
-    text = ClipText(TEXT)
-    text.load_state_dict(weights)
+def trained_text(folder: Path, begin: ModelFile | None) -> ClipText:
+    """The text tower of a model file, or the average of a finished text stage, frozen."""
+    text = ClipText(TEXT if begin is None else replace(TEXT, projection=None))
+    text.load_state_dict(averaged(folder, "text") if begin is None else part_of(begin, "text"))
     return text.requires_grad_(False).eval()
 
 
-def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float) -> Result:
-    text = trained_text(folder.parent / "text")
+def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
+    text = trained_text(folder.parent / "text", begin)
     colours = scenes.colours()
     torch.manual_seed(3)
     unet = _quiet(UNet(UNET)).to(memory_format=torch.channels_last)
+    if begin is not None:
+        unet.load_state_dict(part_of(begin, "unet"))
 
     @torch.no_grad()
     def said(captions: list[str]) -> Conditioning:
         return Conditioning(text(scenes.tokens(captions, TEXT.positions)).last)
 
     def captioned(seed: int, first: int, count: int) -> Captioned:
-        images, captions = scenes.batch(seed, first, count)
+        images, captions = scenes.batch(seed, first, count, distribution=SCENES)
         return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(captions))
 
     schedule = Schedule.scaled_linear()
@@ -197,6 +223,15 @@ def _quiet(unet: UNet) -> UNet:
     return unet
 
 
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
+
+
+def part_of(file: ModelFile, network: str) -> dict[str, Tensor]:
+    """One network's weights out of a bundled model file, in float32."""
+    prefix = PREFIXES[network]
+    return {name.removeprefix(prefix): file.tensor(name).float() for name in file if name.startswith(prefix)}
+
+
 def averaged(folder: Path, network: str) -> dict[str, Tensor]:
     """The weights of `network` in the newest checkpoint of a stage, averages where they were trained."""
     found = state.newest(folder)
@@ -222,15 +257,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=["all", *STAGES])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so long")
+    parser.add_argument("--start", type=Path, help="a bundled model file to begin from")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        scenes = Scenes()
+        scenes, begin = Scenes(), None if options.start is None else open_model(options.start)
         for stage in STAGES if options.stage == "all" else [options.stage]:
             settings = read(Path(__file__).with_name("recipe.toml"), stage)
-            result = STAGES[stage](scenes, settings, options.folder / stage, options.seconds)
+            result = STAGES[stage](scenes, settings, options.folder / stage, options.seconds, begin)
             print(f"{stage}: step {result.step}, {'finished' if result.finished else 'stopped; run again to go on'}")
             if not result.finished:
                 break

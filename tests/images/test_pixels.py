@@ -78,17 +78,22 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path):
         assert_same(pixels.read(tmp_path / name, "init"), expected)
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGB", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGB"])
 def test_every_mode_of_pixels_becomes_rgb(mode: str, tmp_path: Path):
     picture = drawn((16, 8), left="black", right="white")
     name = "picture.tiff" if mode == "CMYK" else "picture.png"
-    if mode == "I;16":
-        levels = (np.asarray(picture.convert("L"), np.uint16) * 257).astype(np.uint16)
-        Image.fromarray(levels).save(tmp_path / name)
-    else:
-        picture.convert(mode).save(tmp_path / name)
+    picture.convert(mode).save(tmp_path / name)
 
     assert_same(pixels.read(tmp_path / name, "init"), picture, tolerance=1)
+
+
+@pytest.mark.parametrize("name", ["depth.png", "depth.tiff"])
+def test_sixteen_bits_are_scaled_to_eight(name: str, tmp_path: Path):
+    """As depth maps come. Pillow's own conversion would cut off everything above 255."""
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(levels * 257).save(tmp_path / name)
+
+    assert_same(pixels.read(tmp_path / name, "depth"), Image.fromarray(levels.astype(np.uint8)))
 
 
 def test_fitting_scales_to_cover_and_cuts_evenly():

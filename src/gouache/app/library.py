@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gouache.app.settings import Settings
-from gouache.errors import RequestError
+from gouache.errors import RequestError, printable
 from gouache.files.record import ModelFile
 from gouache.files.write import write_atomic
 
@@ -19,9 +19,12 @@ DEFAULT = "mini"
 
 def resolve(name: str, settings: Settings) -> Path:
     """The file or folder that `name` means. Raises RequestError with the nearest names where there is none."""
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.exists():
+            return path
+    except (OSError, RuntimeError):
+        pass  # too long for a path, or in the home of nobody known
     inside = embedded(name)
     if inside is not None:
         return inside
@@ -33,6 +36,7 @@ def resolve(name: str, settings: Settings) -> Path:
                 known.setdefault(called, candidate)
     if name in known:
         return known[name]
+    name = printable(name)
     near = difflib.get_close_matches(name, [*known, DEFAULT], n=3)
     hint = f"the nearest are {', '.join(near)}" if near else f"looked in {', '.join(map(str, settings.models))}"
     raise RequestError("model", f"there is no file {name!r} and no model of that name; {hint}")
@@ -40,20 +44,27 @@ def resolve(name: str, settings: Settings) -> Path:
 
 def embedded(name: str) -> Path | None:
     """The model `name` inside the package, if there is one."""
-    path = EMBEDDED / f"{name}.safetensors"
-    return path if path.is_file() else None
+    return next((path for path in EMBEDDED.glob("*.safetensors") if path.stem == name), None)
 
 
 def models(folder: Path) -> Iterator[Path]:
-    """Model files and diffusers folders below `folder`, in name order."""
-    if not folder.is_dir():
+    """Model files and diffusers folders below `folder`, in name order; what may not be read is passed over."""
+    return _below(folder, ())
+
+
+def _below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
+    """`above` are the folders it stands in, so that a link to one of them ends there."""
+    try:
+        real = folder.resolve()
+        inside = sorted(folder.iterdir()) if real not in above else []
+    except OSError:
         return
-    for path in sorted(folder.iterdir()):
+    for path in inside:
         if path.is_dir():
             if (path / "model_index.json").is_file():
                 yield path
             else:
-                yield from models(path)
+                yield from _below(path, (*above, real))
         elif path.suffix.lower() in SUFFIXES:
             yield path
 

@@ -61,7 +61,8 @@ def repaint(
     loaded = load.load(file, found, device=place, dtype=residency.dtype(recipe.get("dtype", "fp32")))
     picture = next(iter(run.paint(loaded, request, model_hash=digest, on_step=on_step)))
     if picture.image.size != before.size:
-        raise RequestError("picture", f"{path} was cut or scaled to {before.size} after it was painted")
+        size = f"{before.width}x{before.height}"
+        raise RequestError("picture", f"{path} was cut or scaled to {size} after it was painted")
     difference = np.abs(np.asarray(picture.image, np.int16) - np.asarray(before, np.int16))
     causes = tuple(_causes(recipe, request, digest, place, loaded.upcast)) if difference.any() else ()
     return Repainted(picture, float(difference.any(axis=2).mean()), int(difference.max()), causes)

@@ -57,7 +57,8 @@ def _table(path: Path) -> dict[str, Any]:
     for key, value in table.items():
         if key not in KEYS:
             raise FileError(path, f"has an unknown key {key!r}; there are {', '.join(KEYS)}")
-        expected = list if key == "models" else str
-        if not isinstance(value, expected):
-            raise FileError(path, f"{key} is {value!r}; a {expected.__name__} is expected")
+        expected = "a list of folders" if key == "models" else "a text"
+        texts = value if key == "models" else [value]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise FileError(path, f"{key} is {value!r}; {expected} is expected")
     return table

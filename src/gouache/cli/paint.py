@@ -9,9 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from gouache.errors import RequestError
+
 if TYPE_CHECKING:
     from gouache.face import Model
     from gouache.generate.request import Request
+
+
+OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def paint(
@@ -64,6 +69,8 @@ def paint(
         variation_strength=variation_strength, rng=rng, eta=eta, ensd=ensd, rescale=rescale,
     )  # fmt: skip
     request = Request.from_json(knobs).settled()
+    if output is not None and output.suffix.lower() in OTHER_PICTURES:
+        raise RequestError("output", f"{output} does not end in .png, the one format that keeps the whole recipe")
     from gouache.diffusion.samplers import catalog
 
     catalog.find(request.sampler, request.schedule)  # a misspelt name is refused before gigabytes are read

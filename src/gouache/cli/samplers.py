@@ -18,7 +18,7 @@ def samplers(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fa
             {"name": s.name, "automatic": s.spacing, "aliases": s.aliases, "settings": s.knobs, "noise": s.uses_noise}
             for s in SAMPLERS
         ]
-        schedules = [{"name": s.name, "aliases": s.aliases} for s in SPACINGS]
+        schedules = [{"name": AUTOMATIC, "aliases": ()}, *({"name": s.name, "aliases": s.aliases} for s in SPACINGS)]
         print(json.dumps({"samplers": listed, "schedules": schedules}, indent=1))
         return
     print(f"{'sampler':20}{'Automatic means':18}also called")

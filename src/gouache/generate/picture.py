@@ -41,7 +41,7 @@ class Picture:
             raise RequestError(
                 "output", f"{path} does not end in .png; pictures are saved as PNG, which keeps all of them"
             )
-        path = path.with_suffix(".png")
+        path = path if path.suffix else path.with_suffix(".png")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -22,6 +22,8 @@ def read(path: Path, setting: str) -> Image.Image:
             if opened.width * opened.height > MOST_PIXELS:
                 raise RequestError(setting, f"{path} has {opened.width}x{opened.height} pixels; at most 64 million")
             picture = ImageOps.exif_transpose(opened)
+            if picture.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255 instead of scaling
+                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
             if "A" in picture.getbands() or "transparency" in picture.info:
                 picture = picture.convert("RGBA")
                 white = Image.new("RGBA", picture.size, "white")

@@ -7,7 +7,7 @@ Nothing is loaded in part: a component that is missing, or not whole, is named b
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TypeVar
 
 import torch
@@ -24,9 +24,11 @@ from gouache.nn.clip_text import ClipText
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
 from gouache.nn.unet import UNet
 from gouache.nn.vae import Autoencoder
+from gouache.prompts.recipe import TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
 
 Network = TypeVar("Network", bound=nn.Module)
+AnySpec = TypeVar("AnySpec", UNetSpec, VaeSpec, TextSpec)
 
 
 def load(
@@ -50,12 +52,15 @@ def load(
 
     if found.prediction.value == "edm":
         raise ModelError(f"{printable(str(file.path))} was trained in the EDM form, which cannot be painted with yet")
+    names = [each.name for each in recipe.encoders]
+    unet_spec, vae_spec = _spec(UNetSpec, parts["unet"], file), _spec(VaeSpec, parts["vae"], file)
+    text_specs = {name: _spec(TextSpec, parts[name], file) for name in names}
+    _fit_together(found, unet_spec, vae_spec, text_specs, recipe)
+
     place = torch.device(device)
-    unet = _network(UNet, UNetSpec, parts["unet"], file, place, dtype)
-    vae = _network(Autoencoder, VaeSpec, parts["vae"], file, place, dtype)
-    encoders = {
-        each.name: _network(ClipText, TextSpec, parts[each.name], file, place, dtype) for each in recipe.encoders
-    }
+    unet = _network(UNet, unet_spec, parts["unet"], file, place, dtype)
+    vae = _network(Autoencoder, vae_spec, parts["vae"], file, place, dtype)
+    encoders = {name: _network(ClipText, text_specs[name], parts[name], file, place, dtype) for name in names}
     return kind(
         file=file,
         found=found,
@@ -95,18 +100,47 @@ def _no_unknowns(found: Found) -> None:
         )
 
 
+def _spec(expected: type[AnySpec], component: Component, file: ModelFile) -> AnySpec:
+    if not isinstance(component.spec, expected):
+        raise ModelError(f"{printable(str(file.path))}: {component.name} has a form that is not built yet")
+    return component.spec
+
+
+def _fit_together(
+    found: Found, unet: UNetSpec, vae: VaeSpec, texts: Mapping[str, TextSpec], recipe: TextRecipe
+) -> None:
+    """What stands in one file, each part whole, need not belong together."""
+    where = printable(str(found.path))
+    family = found.family.value
+    if family is None or found.variant.value not in family.variants.values():
+        raise ModelError(f"{where}: the variant {found.variant.value} cannot be painted with yet")
+    context = sum(text.width for text in texts.values())
+    vector = 0
+    if recipe.pooled is not None:
+        numbers = {"sdxl": 6, "refiner": 5, None: 0}[recipe.size_ids]
+        vector = (texts[recipe.pooled].projection or texts[recipe.pooled].width) + numbers * recipe.size_width
+    for what, asked, given in (
+        ("is told prompts as vectors", unet.context_dim, context),
+        ("is told the pooled prompt and sizes as a vector", unet.vector_channels, vector),
+        ("paints latents of channels", unet.out_channels, vae.latent_channels),
+    ):
+        if asked != given:
+            raise ModelError(
+                f"{where}: its parts do not belong together. The U-Net, like that of {family.title}, {what} {asked} "
+                f"wide; the other parts make it {given}"
+            )
+
+
 def _network(
-    build: type[Network],
-    expected: type,
+    build: Callable[[AnySpec], Network],
+    spec: AnySpec,
     component: Component,
     file: ModelFile,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Network:
-    if not isinstance(component.spec, expected):
-        raise ModelError(f"{printable(str(file.path))}: {component.name} has a form that is not built yet")
     with torch.device("meta"):
-        network = build(component.spec)
+        network = build(spec)
     assign(network, _Tensors(component, file), device=device, dtype=dtype)
     if dtype != torch.float32:
         # Convolutions are up to a fifth faster so. In float32 it gains nothing, and would copy weights that are mapped.

@@ -1,0 +1,199 @@
+"""A picture painted again from its own file is identical, or the cause of the difference is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+import gouache
+from gouache.app.repaint import repaint
+from gouache.app.settings import Settings
+from gouache.errors import GouacheError, RequestError
+from tests.pipelines import Narrow, altered
+
+KNOBS: dict[str, Any] = {"steps": 2, "seed": 3, "size": (64, 64), "negative": "dog"}
+
+
+@pytest.fixture
+def model(narrow: Callable[[str], Narrow], tmp_path: Path) -> Path:
+    """A model file of this test's own."""
+    return Path(shutil.copy(narrow("sd1").file, tmp_path / "model.safetensors"))
+
+
+def painted(model: Path, path: Path, settings: Settings, dtype: str = "fp32", **knobs: Any) -> Path:
+    return next(gouache.load(model, dtype=dtype, settings=settings).paint("a cat", **KNOBS | knobs)).save(path)
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The same picture with a changed recipe."""
+    with Image.open(path) as opened:
+        recipe, pixels = json.loads(opened.text["gouache"]), opened.convert("RGB")  # type: ignore[attr-defined]
+    change(recipe)
+    texts = PngInfo()
+    texts.add_text("gouache", json.dumps(recipe))
+    pixels.save(path, pnginfo=texts)
+    return path
+
+
+def spoil(path: Path) -> Path:
+    """The same file with one pixel three levels off."""
+    with Image.open(path) as opened:
+        texts = PngInfo()
+        for key, text in opened.text.items():  # type: ignore[attr-defined]
+            texts.add_text(key, text)
+        pixels = opened.convert("RGB")
+    red, green, blue = pixels.getpixel((5, 7))  # type: ignore[misc]
+    pixels.putpixel((5, 7), (red, green + 3 if green < 128 else green - 3, blue))
+    pixels.save(path, pnginfo=texts)
+    return path
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {},
+        {"sampler": "DPM++ SDE", "schedule": "Exponential", "rng": "nv", "ensd": 31337},
+        {"variation_seed": 9, "variation_strength": 0.3, "clip_skip": 2, "emphasis": "no norm", "rescale": 0.5},
+        {"sampler": "DDIM", "eta": 0.7},
+    ],
+)
+def test_an_untouched_picture_is_identical(knobs: dict[str, Any], model: Path, settings: Settings, tmp_path: Path):
+    again = repaint(painted(model, tmp_path / "cat.png", settings, **knobs), settings)
+
+    assert again.identical and (again.share, again.largest, again.causes) == (0.0, 0, ())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_the_dtype_is_that_of_the_recipe(dtype: str, model: Path, settings: Settings, tmp_path: Path):
+    again = repaint(painted(model, tmp_path / "cat.png", settings, dtype), settings)
+
+    assert again.identical
+    assert again.picture.recipe["dtype"] == dtype
+
+
+def test_a_picture_that_needed_float32_needs_it_again(model: Path, settings: Settings, tmp_path: Path):
+    def enlarge(tensors: dict[str, Tensor]) -> None:
+        weight = tensors["model.diffusion_model.input_blocks.0.0.weight"]
+        weight *= 60000 / weight.abs().max()
+
+    large = altered(model, tmp_path / "large.safetensors", enlarge)
+
+    again = repaint(painted(large, tmp_path / "cat.png", settings, "fp16"), settings)
+
+    assert again.identical and again.picture.recipe["upcast"] == ["U-Net"]
+
+
+def test_a_picture_painted_over_another_is_identical(model: Path, settings: Settings, tmp_path: Path):
+    init = painted(model, tmp_path / "init.png", settings, seed=1)
+
+    again = repaint(painted(model, tmp_path / "cat.png", settings, init=init, strength=0.5), settings)
+
+    assert again.identical
+
+
+def test_a_model_that_has_moved_is_found_by_its_name_or_named(
+    model: Path, narrow: Callable[[str], Narrow], settings: Settings, tmp_path: Path
+):
+    picture = painted(model, tmp_path / "cat.png", settings)
+    model.unlink()
+
+    with pytest.raises(RequestError, match="model: there is no file 'model'"):
+        repaint(picture, settings)
+
+    assert repaint(picture, settings, model=str(narrow("sd1").file)).identical
+
+
+def test_another_model_under_the_same_path_is_the_first_cause_named(model: Path, settings: Settings, tmp_path: Path):
+    picture = painted(model, tmp_path / "cat.png", settings)
+    altered(model, model, lambda tensors: tensors["first_stage_model.decoder.conv_out.bias"].add_(0.1))
+
+    again = repaint(picture, settings)
+
+    assert not again.identical and again.share > 0.5
+    assert again.causes[0].startswith("the model file is another: ")
+
+
+def test_another_picture_to_start_from_is_named(model: Path, settings: Settings, tmp_path: Path):
+    init = painted(model, tmp_path / "init.png", settings, seed=1)
+    picture = painted(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
+    painted(model, init, settings, seed=2)
+
+    again = repaint(picture, settings)
+
+    assert not again.identical
+    assert again.causes[0].startswith("the picture given as init is another: ")
+
+
+def test_a_recipe_of_another_dtype_device_and_torch_is_told_apart(model: Path, settings: Settings, tmp_path: Path):
+    def elsewhere(recipe: dict[str, Any]) -> None:
+        recipe["dtype"], recipe["device"], recipe["upcast"] = "bf16", "cuda", ["VAE"]
+        recipe["versions"]["torch"] = "1.0"
+        recipe["batch"] = 4
+
+    picture = rewritten(painted(model, tmp_path / "cat.png", settings), elsewhere)
+
+    again = repaint(picture, settings, device="cpu")
+
+    assert not again.identical
+    assert again.causes[:4] == (
+        "painted on cuda then, cpu now",
+        "computed in float32: ['VAE'] then, [] now",
+        f"torch 1.0 then, {torch.__version__} now",
+        "painted in a batch of 4, which may round otherwise",
+    )
+
+
+def test_one_changed_pixel_is_found_and_measured(model: Path, settings: Settings, tmp_path: Path):
+    again = repaint(spoil(painted(model, tmp_path / "cat.png", settings)), settings)
+
+    assert (again.share, again.largest) == (1 / 64**2, 3)
+    assert len(again.causes) == 1 and "round differently" in again.causes[0]
+
+
+def test_a_scaled_picture_is_called_so(model: Path, settings: Settings, tmp_path: Path):
+    picture = painted(model, tmp_path / "cat.png", settings)
+    with Image.open(picture) as opened:
+        texts = PngInfo()
+        texts.add_text("gouache", opened.text["gouache"])  # type: ignore[attr-defined]
+        half = opened.convert("RGB").resize((32, 32))
+    half.save(picture, pnginfo=texts)
+
+    with pytest.raises(RequestError, match="was cut or scaled to 32x32"):
+        repaint(picture, settings)
+
+
+HOSTILE: list[Callable[[dict[str, Any]], object]] = [
+    lambda recipe: recipe["request"].update(steps="many"),
+    lambda recipe: recipe["request"].update(init=["a"]),
+    lambda recipe: recipe["request"].update(size=[64]),
+    lambda recipe: recipe["request"].update(unheard="of"),
+    lambda recipe: recipe.update(dtype="int4"),
+    lambda recipe: recipe.update(device="abacus"),
+    lambda recipe: recipe["model"].update(prediction="future"),
+    lambda recipe: recipe["model"].update(family="royal"),
+    lambda recipe: recipe["model"].update(path="/etc/hostname"),
+    lambda recipe: recipe["model"].update(path="\0", name="\0"),
+    lambda recipe: recipe.pop("model"),
+    lambda recipe: recipe["model"].clear(),
+]
+
+
+@pytest.mark.parametrize("change", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_recipe_from_anybody_fails_in_one_line(
+    change: Callable[[dict[str, Any]], object], model: Path, settings: Settings, tmp_path: Path
+):
+    picture = rewritten(painted(model, tmp_path / "cat.png", settings, steps=1), change)
+
+    with pytest.raises(GouacheError) as caught:
+        repaint(picture, settings)
+
+    assert "\n" not in str(caught.value)

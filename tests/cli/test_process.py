@@ -1,0 +1,129 @@
+"""The command as a process of its own: what it imports, how it is stopped, where its output goes."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.pipelines import Narrow
+
+GOUACHE = [sys.executable, "-m", "gouache.cli.main"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOUACHE_DEVICE", "cpu")
+    monkeypatch.setenv("GOUACHE_DTYPE", "fp32")
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+
+
+IMPORTED = """
+import sys, time
+began = time.perf_counter()
+from gouache.cli.main import main
+for arguments in {lines}:
+    sys.argv = ["gouache", *arguments]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+took = time.perf_counter() - began
+loaded = [name for name in {heavy} if name in sys.modules]
+print(f"heavy: {{loaded}}, took {{took:.2f}} s")
+"""
+HEAVY = ["torch", "numpy", "PIL", "safetensors", "tokenizers", "pydantic", "diffusers", "transformers"]
+
+
+def test_help_imports_nothing_heavy():
+    """So that it costs little more than the interpreter's own start; the time is printed, not judged."""
+    commands = ["paint", "repaint", "inspect", "convert", "samplers", "doctor"]
+    lines = [["--help"], ["--version"], *([command, "--help"] for command in commands)]
+
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORTED.format(lines=lines, heavy=HEAVY)], capture_output=True, text=True, check=True
+    )
+
+    *_, last = ended.stdout.splitlines()
+    print(last)
+    assert last.startswith("heavy: [],")
+    assert all(command in ended.stdout for command in commands)
+
+
+def test_the_package_and_its_errors_import_nothing_heavy():
+    code = f"import sys, gouache, gouache.errors; print([name for name in {HEAVY} if name in sys.modules])"
+
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert ended.stdout == "[]\n"
+
+
+def test_inspect_needs_no_torch(narrow: Callable[[str], Narrow]):
+    lines = [["inspect", str(narrow("sdxl").file)], ["inspect", str(narrow("sd1").folder), "--json"]]
+
+    ended = subprocess.run(
+        [sys.executable, "-c", IMPORTED.format(lines=lines, heavy=["torch", "numpy"])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    print(ended.stdout.splitlines()[-1])
+    assert ended.stdout.splitlines()[-1].startswith("heavy: [],")
+
+
+def read_while(terminal: int) -> Iterator[str]:
+    """What arrives at the other end of a terminal, until it is closed."""
+    while True:
+        try:
+            piece = os.read(terminal, 4096)
+        except OSError:  # Linux says so when the last writer is gone
+            return
+        if not piece:
+            return
+        yield piece.decode(errors="replace")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals and terminals of POSIX")
+def test_an_interrupt_keeps_the_pictures_that_are_done(narrow: Callable[[str], Narrow], tmp_path: Path):
+    ours, theirs = pty.openpty()
+    command = [*GOUACHE, "paint", "a cat", "-m", str(narrow("sd1").file), "--json", "-o", "out/"]
+    command += ["--count", "1000", "--steps", "20", "--size", "64x64", "--seed", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    assert process.stdout is not None
+
+    printed = [process.stdout.readline() for _ in range(2)]
+    time.sleep(0.2)  # somewhere in the third picture
+    process.send_signal(signal.SIGINT)
+    shown = "".join(read_while(ours))
+    printed += process.stdout.read().splitlines()
+    code = process.wait(30)
+    os.close(ours)
+
+    done = [Path(json.loads(line)["path"]) for line in printed]
+    assert code == 130
+    assert sorted((tmp_path / "out").iterdir()) == sorted(tmp_path / path for path in done)
+    for path in done:
+        with Image.open(tmp_path / path) as picture:
+            picture.load()
+    assert f"stopped; {len(done)} of 1000 pictures are done and saved" in shown and "Traceback" not in shown
+    assert "painting" in shown and "/s" in shown  # the progress bar, since this error stream is a terminal
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
+def test_a_reader_that_goes_away_is_no_error():
+    ended = subprocess.run(
+        f"{' '.join(GOUACHE)} samplers --json | head -c 1", shell=True, capture_output=True, text=True, check=True
+    )
+
+    assert ended.stdout == "{" and ended.stderr == ""
