@@ -19,13 +19,14 @@ from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]
 
-# As the issue tracker of the trade has them: A1111's names.
+# A1111's names, and those of two that it does not have.
 SAMPLERS = (
     "DDIM", "PLMS", "Euler", "Euler a", "Heun", "DPM2", "DPM2 a", "LMS", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE",
     "DPM++ 2M SDE", "DPM++ 3M SDE", "UniPC", "DEIS", "DDPM", "LCM",
 )  # fmt: skip
 SCHEDULES = (
-    "Automatic", "Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "Simple", "Normal", "DDIM", "Beta",
+    "Automatic", "Uniform", "Karras", "Exponential", "Polyexponential", "SGM Uniform", "Simple", "Normal", "DDIM",
+    "Beta",
 )  # fmt: skip
 
 

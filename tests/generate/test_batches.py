@@ -60,10 +60,10 @@ def test_picture_i_is_the_picture_of_seed_plus_i(loaded: Models, monkeypatch: py
 def test_pictures_of_a_batch_differ_from_singles_by_at_most_one_level(sampler: str, loaded: Models):
     model = loaded("sd1")
 
-    together = list(model.paint("a (red:1.2) cat", sampler=sampler, count=3, batch=2, **KNOBS))
-    alone = [next(model.paint("a (red:1.2) cat", sampler=sampler, **KNOBS | {"seed": seed})) for seed in (11, 12, 13)]
+    together = list(model.paint("a (red:1.2) cat", sampler=sampler, count=2, batch=2, **KNOBS))
+    alone = [next(model.paint("a (red:1.2) cat", sampler=sampler, **KNOBS | {"seed": seed})) for seed in (11, 12)]
 
-    assert [picture.seed for picture in together] == [11, 12, 13]
+    assert [picture.seed for picture in together] == [11, 12]
     for one, other in zip(together, alone):
         difference = np.asarray(one.image, np.int16) - np.asarray(other.image, np.int16)
         assert np.abs(difference).max() <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path):
     clear = expected.convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 0, 8, 8))
     palette = drawn((16, 8), left="black", right="#808080").quantize(4)
-    forms: dict[str, tuple[Image.Image, dict[str, object]]] = {
+    forms: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "rgba.png": (clear, {}),
         "grey.png": (clear.convert("LA"), {}),
         "palette.png": (palette, {"transparency": palette.getpixel((0, 0))}),

@@ -108,8 +108,7 @@ def test_bfloat16_paints_what_float32_paints_but_for_rounding(narrow: Narrows, s
     assert 0 < np.abs(difference).mean() < 4
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "value"), [("fp32", math.nan), ("bf16", math.inf)])
 @pytest.mark.parametrize("stage", LARGE)
 def test_damaged_weights_give_an_error_that_names_the_stage_and_no_picture(
     stage: str, dtype: str, value: float, narrow: Narrows, settings: Settings, tmp_path: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ PROMPTS: dict[str, tuple[str, list[Chunk]]] = {
 USUAL = {"sd1": (1, True), "sd2": (1, True), "sdxl": (2, False)}  # of SD2, the folder lacks the block that is skipped
 
 
-def encoders(narrow: Narrow) -> list[tuple]:
+def encoders(narrow: Narrow) -> list[tuple[Any, Any]]:
     """Transformers' encoders of a narrow model with their tokenizers."""
     pipeline = narrow.pipeline
     second = getattr(pipeline, "text_encoder_2", None)

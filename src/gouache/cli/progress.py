@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from types import TracebackType
 
 from rich.console import Console
@@ -34,6 +35,7 @@ class Steps:
             TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
             transient=True,
+            redirect_stdout=sys.stdout.isatty(),  # through a pipe, what is printed must not end up on stderr
             disable=not Console(stderr=True).is_terminal,
         )
         self._task = self._bar.add_task("painting", total=None)

@@ -1,0 +1,296 @@
+"""`convert`: bit for bit the same weights, under the official names, in a file that appears whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gouache.errors import FileError, ModelError, RequestError
+from gouache.families.identify import identify
+from gouache.files.open import open_model
+from gouache.workshop.convert import convert
+from tests.layouts.manifests import shapes
+from tests.pipelines import Narrow, altered, build, save, text_encoder
+
+Narrows = Callable[[str], Narrow]
+
+
+def some_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    kinds = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    tensors = {f"layer.{n}.weight": torch.randn(3 + n, 5, generator=generator).to(kind) for n, kind in enumerate(kinds)}
+    return tensors | {
+        "positions": torch.arange(77)[None],
+        "scalar": torch.tensor(0.5),
+        "empty": torch.zeros(0, 4),
+        "flag": torch.tensor([True, False]),
+        "transposed": torch.randn(6, 4, generator=generator).T,
+    }
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+@pytest.mark.parametrize("zip_form", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("nested", [True, False], ids=["state_dict", "bare"])
+def test_a_pickle_becomes_safetensors_bit_for_bit(zip_form: bool, nested: bool, tmp_path: Path):
+    tensors = some_tensors()
+    content: dict[str, Any] = {"state_dict": tensors, "global_step": 5} if nested else tensors
+    torch.save(content, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zip_form)
+
+    done = convert(tmp_path / "model.ckpt", tmp_path / "model.safetensors")
+
+    assert_equal(load_file(tmp_path / "model.safetensors"), tensors)
+    assert done.tensors == len(tensors) and done.nbytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_weights_that_share_storage_are_written_once_each(tmp_path: Path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    tensors = {"whole": whole, "row": whole[1], "same": whole}
+    torch.save(tensors, tmp_path / "model.pt")
+
+    convert(tmp_path / "model.pt", tmp_path / "model.safetensors")
+
+    assert_equal(load_file(tmp_path / "model.safetensors"), tensors)
+
+
+def test_names_and_metadata_of_a_safetensors_file_are_kept(tmp_path: Path):
+    save_file(some_tensors() | {"transposed": torch.zeros(2)}, tmp_path / "a.safetensors", {"author": "somebody"})
+
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+
+    assert_equal(load_file(tmp_path / "b.safetensors"), load_file(tmp_path / "a.safetensors"))
+    with safe_open(tmp_path / "b.safetensors", "pt") as opened:
+        assert opened.metadata()["author"] == "somebody"
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)]
+)
+def test_a_dtype_casts_floating_tensors_as_torch_does_and_leaves_the_rest(
+    name: str, dtype: torch.dtype, tmp_path: Path
+):
+    torch.save(some_tensors(), tmp_path / "model.ckpt")
+
+    convert(tmp_path / "model.ckpt", tmp_path / "model.safetensors", dtype=name)
+
+    expected = {key: each.to(dtype) if each.is_floating_point() else each for key, each in some_tensors().items()}
+    assert_equal(load_file(tmp_path / "model.safetensors"), expected)
+
+
+SCHEDULE = {
+    "alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped",
+    "posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance", "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+    "model_ema.decay", "model_ema.num_updates",
+}  # fmt: skip
+# The folder of SD2 lacks the last block, which is never read, and what OpenCLIP computes from it.
+BLOCK_23 = {
+    f"cond_stage_model.model.transformer.resblocks.23.{name}"
+    for name in (
+        "attn.in_proj_weight", "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "ln_1.weight",
+        "ln_1.bias", "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
+        "mlp.c_proj.bias",
+    )
+}  # fmt: skip
+OFFICIAL: dict[str, tuple[str, set[str]]] = {  # the released file, and what of it no folder holds
+    "sd1": ("sd15_emaonly", SCHEDULE | {"cond_stage_model.transformer.text_model.embeddings.position_ids"}),
+    "sd1-inpainting": (
+        "sd15_inpainting",
+        SCHEDULE | {"cond_stage_model.transformer.text_model.embeddings.position_ids"},
+    ),
+    "sd2": (
+        "sd21_768_v",
+        SCHEDULE | BLOCK_23 | {"cond_stage_model.model.logit_scale", "cond_stage_model.model.text_projection"},
+    ),
+    "sdxl": (
+        "sdxl_base",
+        {
+            "conditioner.embedders.0.transformer.text_model.embeddings.position_ids",
+            "conditioner.embedders.1.model.logit_scale",
+        },
+    ),
+}
+
+
+def as_deep_as_released(line: str, clip_folder: Path) -> Any:
+    """A narrow pipeline with all blocks of the released one, and widths that grow where its widths do."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    pipeline = build(line, clip_folder)
+    base = 32 if line.startswith("sd1") else 64
+    widths = (base, 2 * base, 4 * base) if line == "sdxl" else (base, 2 * base, 4 * base, 4 * base)
+    changes: dict[str, Any] = {"block_out_channels": widths}
+    if base == 64:
+        changes["attention_head_dim"] = tuple(width // 64 for width in widths)
+    if line == "sdxl":
+        changes["transformer_layers_per_block"] = (1, 2, 10)
+        pipeline.text_encoder_2 = text_encoder(128, 32, "gelu", seed=2, projection=96)
+    pipeline.unet = UNet2DConditionModel.from_config({**pipeline.unet.config, **changes})
+    pipeline.vae = AutoencoderKL.from_config({**pipeline.vae.config, "block_out_channels": (32, 64, 128, 128)})
+    if line != "sd2":
+        pipeline.text_encoder = text_encoder(64, 12, "quick_gelu", seed=1)
+    return pipeline
+
+
+@pytest.mark.parametrize("line", OFFICIAL)
+def test_a_folder_becomes_a_single_file_of_the_official_names(line: str, clip_folder: Path, tmp_path: Path):
+    folder = save(as_deep_as_released(line, clip_folder), tmp_path / "folder")
+    released, lacking = OFFICIAL[line]
+
+    done = convert(folder, tmp_path / "model.safetensors")
+
+    official = shapes(released)
+    assert lacking <= official.keys()
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == official.keys() - lacking
+    assert all(written[name].ndim == len(official[name]) for name in written)
+    assert done.layout == "original single-file names" and not done.left_out
+
+
+def test_the_single_file_says_what_the_folder_said(narrow: Narrows):
+    for line, prediction in (("sd1", "eps"), ("sd2", "v"), ("sdxl", "eps")):
+        found = identify(open_model(narrow(line).file))
+
+        assert found.prediction is not None and found.size is not None
+        assert (found.prediction.value, found.prediction.sure) == (prediction, "certain")
+        assert (found.size.value, found.size.sure) == ((64, 64), "certain")
+
+
+def test_a_mere_guess_is_not_written_down_as_a_fact(narrow: Narrows, tmp_path: Path):
+    """SD2 predicts noise or velocity, and a narrow model's weights do not tell which."""
+    tensors = load_file(narrow("sd2").file)
+    torch.save({"state_dict": tensors}, tmp_path / "model.ckpt")
+
+    convert(tmp_path / "model.ckpt", tmp_path / "model.safetensors")
+
+    before, after = (identify(open_model(tmp_path / name)) for name in ("model.ckpt", "model.safetensors"))
+    assert before.prediction is not None and after.prediction is not None
+    assert before.prediction.sure == after.prediction.sure == "guess"
+
+
+def test_a_folder_of_an_unknown_family_is_refused(tmp_path: Path):
+    (tmp_path / "folder" / "unet").mkdir(parents=True)
+    (tmp_path / "folder" / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    save_file(
+        {"conv_in.weight": torch.zeros(4, 4, 3, 3)},
+        tmp_path / "folder" / "unet" / "diffusion_pytorch_model.safetensors",
+    )
+
+    with pytest.raises(ModelError):
+        convert(tmp_path / "folder", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_an_existing_file_is_replaced_only_when_asked(tmp_path: Path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_text("an older file")
+
+    with pytest.raises(RequestError, match="exists already"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_text() == "an older file"
+
+    convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", overwrite=True)
+    assert_equal(load_file(tmp_path / "b.safetensors"), {"a": torch.zeros(2)})
+
+
+def test_a_file_may_be_converted_onto_itself(tmp_path: Path):
+    """It is mapped while the new one is written beside it."""
+    path = tmp_path / "a.safetensors"
+    tensors = {f"layer.{n}": torch.randn(100, 100, generator=torch.Generator().manual_seed(n)) for n in range(5)}
+    save_file(tensors, path)
+
+    convert(path, path, dtype="fp16", overwrite=True)
+
+    assert_equal(load_file(path), {name: tensor.half() for name, tensor in tensors.items()})
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_a_missing_or_foreign_target_is_refused_before_anything_is_read(tmp_path: Path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
+
+    with pytest.raises(RequestError, match=r"does not end in \.safetensors"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.ckpt")
+    with pytest.raises(RequestError, match="dtype: 'int8' is not known"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="int8")
+    with pytest.raises(FileError, match="its folder does not exist"):
+        convert(tmp_path / "a.safetensors", tmp_path / "absent" / "b.safetensors")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from gouache.workshop import convert as room
+
+whole = room.stream_safetensors
+
+def cut_short(target, infos, read, metadata):
+    given = []
+    def once_more(name):
+        if len(given) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        given.append(name)
+        return read(name)
+    return whole(target, infos, once_more, metadata)
+
+room.stream_safetensors = cut_short
+room.convert(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+def test_killed_in_the_middle_of_writing_leaves_what_was_there(narrow: Narrows, tmp_path: Path):
+    source = Path(shutil.copy(narrow("sd1").file, tmp_path / "model.safetensors"))
+    before = hashlib.sha256(source.read_bytes()).hexdigest()
+    (tmp_path / "older.safetensors").write_text("an older file")
+
+    for target in (tmp_path / "new.safetensors", tmp_path / "older.safetensors", source):
+        ended = subprocess.run([sys.executable, "-c", KILLED, str(source), str(target)])
+
+        assert ended.returncode == -9
+    assert not (tmp_path / "new.safetensors").exists()
+    assert (tmp_path / "older.safetensors").read_text() == "an older file"
+    assert hashlib.sha256(source.read_bytes()).hexdigest() == before
+
+
+def test_a_tensor_that_cannot_be_read_leaves_nothing(tmp_path: Path):
+    """The header is whole, the data of the last tensor is not."""
+    torch.save({f"layer.{n}": torch.zeros(1000) for n in range(4)}, tmp_path / "model.ckpt")
+    damaged = bytearray((tmp_path / "model.ckpt").read_bytes())
+    where = damaged.rfind(b"data/3")  # in the archive's list of members, which comes last
+    damaged[where : where + 6] = b"data/9"
+    (tmp_path / "model.ckpt").write_bytes(damaged)
+
+    with pytest.raises(FileError):
+        convert(tmp_path / "model.ckpt", tmp_path / "model.safetensors")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
+
+
+def test_a_narrow_model_with_averages_keeps_them(narrow: Narrows, tmp_path: Path):
+    """A single file keeps its names, whatever they are: nothing is dropped unasked."""
+
+    def average(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
+            tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = tensors[name] + 1
+
+    file = altered(narrow("sd1").file, tmp_path / "full.safetensors", average)
+
+    convert(file, tmp_path / "again.safetensors")
+
+    assert_equal(load_file(tmp_path / "again.safetensors"), load_file(file))
