@@ -203,16 +203,21 @@ def test_clip_skip(line: str, ours: int, narrow: Narrows, loaded: Models, monkey
     assert_agrees(picture, model, *expected)
 
 
-@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
-def test_long_and_weighted_prompts(line: str, narrow: Narrows, loaded: Models):
-    """Three chunks against one: the negative is filled up with the encoding of no words."""
+@pytest.mark.parametrize(
+    ("line", "longer"),
+    [("sd1", "prompt"), ("sd1", "negative"), ("sd2", "prompt"), ("sdxl", "prompt"), ("sdxl", "negative")],
+)
+def test_long_and_weighted_prompts(line: str, longer: str, narrow: Narrows, loaded: Models):
+    """Three chunks against one, which is filled up with the encoding of no words."""
     pipeline, model = narrow(line).pipeline, loaded(line)
     pipeline.scheduler = scheduler("Euler", line)
-    prompt = "a (red:1.4) apple BREAK " + "cat " * 80
-    chunks = [[("a", 1.0), ("red", 1.4), ("apple", 1.0)], plain("cat " * 75), plain("cat " * 5)]
-    nothing = [plain("dog , lowres"), [], []]
+    long = "a (red:1.4) apple BREAK " + "cat " * 80
+    long_chunks = [[("a", 1.0), ("red", 1.4), ("apple", 1.0)], plain("cat " * 75), plain("cat " * 5)]
+    short, short_chunks = "dog, lowres", [plain("dog , lowres"), [], []]
+    prompt, negative = (long, short) if longer == "prompt" else (short, long)
+    wanted, unwanted = (long_chunks, short_chunks) if longer == "prompt" else (short_chunks, long_chunks)
 
-    picture = paint(model, prompt, sampler="Euler", steps=5)
+    picture = paint(model, prompt, negative=negative, sampler="Euler", steps=5)
 
     encoders = [(pipeline.text_encoder, pipeline.tokenizer)]
     if line == "sdxl":
@@ -220,11 +225,11 @@ def test_long_and_weighted_prompts(line: str, narrow: Narrows, loaded: Models):
     layer, norm = (2, False) if line == "sdxl" else (1, True)
     told = {
         name: torch.cat([context(*each, said, layer=layer, norm=norm) for each in encoders], dim=-1).float()
-        for name, said in (("prompt_embeds", chunks), ("negative_prompt_embeds", nothing))
+        for name, said in (("prompt_embeds", wanted), ("negative_prompt_embeds", unwanted))
     }
     if line == "sdxl":
-        told["pooled_prompt_embeds"] = pooled(*encoders[1], chunks[0]).float()
-        told["negative_pooled_prompt_embeds"] = pooled(*encoders[1], nothing[0]).float()
+        told["pooled_prompt_embeds"] = pooled(*encoders[1], wanted[0]).float()
+        told["negative_pooled_prompt_embeds"] = pooled(*encoders[1], unwanted[0]).float()
     expected = diffusers_paints(
         pipeline,
         None,

@@ -49,8 +49,13 @@ def test_the_starting_noise_of_a_batch_is_bit_equal_to_that_of_its_singles(
 
 
 def test_picture_i_is_the_picture_of_seed_plus_i(loaded: Models, monkeypatch: pytest.MonkeyPatch):
-    series = first_inputs(loaded("sd1"), monkeypatch, count=3, batch=1)
-    alone = [first_inputs(loaded("sd1"), monkeypatch, seed=seed)[0] for seed in (11, 12, 13)]
+    """And of variation seed plus i, as with A1111."""
+    vary = {"variation_strength": 0.4}
+    series = first_inputs(loaded("sd1"), monkeypatch, count=3, variation_seed=70, **vary)
+    alone = [
+        first_inputs(loaded("sd1"), monkeypatch, seed=11 + index, variation_seed=70 + index, **vary)[0]
+        for index in range(3)
+    ]
 
     assert all(torch.equal(a, b) for a, b in zip(series, alone, strict=True))
     assert not torch.equal(series[0], series[1])

@@ -48,6 +48,7 @@ def png_texts(path: Path) -> dict[str, str]:
         return dict(opened.text)  # type: ignore[attr-defined]
 
 
+names = st.text(st.sampled_from('aZ1,:"\\ é'), max_size=12)  # of model files: with all that parts the fields
 words = st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=30)
 
 
@@ -56,7 +57,7 @@ words = st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs
     negative=words,
     cfg=st.floats(0, 1000),
     steps=st.integers(1, 1000),
-    model=words,
+    model=names,
     variation=st.none() | st.tuples(st.integers(0, 2**64 - 1), st.floats(0.001, 1)),
     clip_skip=st.none() | st.integers(1, 12),
     eta=st.none() | st.floats(0, 1),

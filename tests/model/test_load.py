@@ -19,6 +19,7 @@ import gouache
 from gouache import Model
 from gouache.app.settings import Settings
 from gouache.workshop.convert import convert
+from tests.nn.narrow import normal
 from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]
@@ -111,6 +112,26 @@ def test_what_released_files_carry_besides_the_networks_changes_nothing(
     file = altered(narrow("sd1").file, tmp_path / "burdened.safetensors", burden)
 
     assert_same(gouache.load(file, settings=settings), loaded("sd1"))
+
+
+def test_the_last_block_of_sd2s_released_text_encoder_is_not_read(
+    narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
+):
+    """Single files have 24 blocks, and the 23rd one's output is the context; folders lack the last from the start."""
+
+    def complete(tensors: dict[str, Tensor]) -> None:
+        blocks = "cond_stage_model.model.transformer.resblocks."
+        for name in [name for name in tensors if name.startswith(blocks + "22.")]:
+            tensors[name.replace(".22.", ".23.")] = normal(*tensors[name].shape)
+        tensors["cond_stage_model.model.text_projection"] = normal(64, 64)
+        tensors["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+
+    file = altered(narrow("sd2").file, tmp_path / "model.safetensors", complete)
+
+    model = gouache.load(file, settings=settings)
+
+    assert len(model.text_encoders["text_encoder"].text_model.encoder.layers) == 24
+    assert np.abs(picture(model) - picture(loaded("sd2"))).max() <= 1
 
 
 def test_old_names_of_the_text_encoder_are_understood(
