@@ -13,7 +13,7 @@ from random import Random
 from PIL import Image
 
 from recipes.mini.captions import caption
-from recipes.mini.names import Thing
+from recipes.mini.names import COLOURS, Colour, Thing
 from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import FIRST_STAGE, Distribution, Scene, draw_scene
 
@@ -35,11 +35,12 @@ def sample(
     index: int,
     things: Sequence[Thing],
     distribution: Distribution = FIRST_STAGE,
+    colours: Sequence[Colour] = COLOURS,
 ) -> Sample:
-    """Scene and caption number `index` of `seed`; of these alone, and of the things and the distribution."""
+    """Scene and caption number `index` of `seed`; of these alone, and of the things, distribution and colours."""
     # Random hashes a string with SHA-512 whole, so neighbouring numbers share nothing.
     rng = Random(f"gouache mini {seed} {index}")
-    scene = draw_scene(rng, things, distribution=distribution)
+    scene = draw_scene(rng, things, colours, distribution)
     return Sample(scene, caption(scene, rng, distribution))
 
 

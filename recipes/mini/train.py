@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +37,9 @@ from gouache.training.denoising import Captioned, Denoising
 from gouache.training.loop import Progress, Result, train
 from gouache.training.objective import chance
 from gouache.training.settings import Settings, read
-from recipes.mini import start
-from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
-from recipes.mini.names import load_things
+from recipes.mini import listening, start
+from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, Sample, sample
+from recipes.mini.names import COLOURS, load_things
 from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import FIRST_STAGE, Distribution
 
@@ -62,7 +62,10 @@ SCENES = Distribution(
     turn=10.0,
     flipped=0.0,
 )
-SHORT = 32  # tokens of a caption, its ends included: attention is causal, so what follows the end changes nothing
+# What is left to tell scenes apart by when their colour is the same: batches of such teach the text tower its nouns.
+ALONE = Distribution(counts=(1.0, 0.0, 0.0), two_colours=0.0)
+SHORT = 40  # tokens of a caption, its ends included: attention is causal, so what follows the end changes nothing
+NEUTRAL = 0  # a token that no caption holds
 
 
 class Scenes:
@@ -78,8 +81,33 @@ class Scenes:
     ) -> tuple[Tensor, list[str]]:
         """(images (count, 3, size, size) in [-1, 1], captions) of the samples from `first` on."""
         samples = [sample(seed, index, self.things, distribution) for index in range(first, first + count)]
+        return self.drawn(samples, size)
+
+    def drawn(self, samples: Sequence[Sample], size: int) -> tuple[Tensor, list[str]]:
         pixels = np.stack([np.asarray(render(each.scene, self.glyphs, size)) for each in samples])
         return _as_images(pixels), [each.caption for each in samples]
+
+    def alike(self, seed: int, number: int, count: int) -> list[Sample]:
+        """`count` scenes that only their things tell apart: one thing each, all different, on one colour."""
+        order = torch.randperm(len(self.things), generator=chance(seed, number))[:count].tolist()
+        colour = (COLOURS[number // 2 % len(COLOURS)],)
+        return [
+            sample(seed, number * count + index, (self.things[thing],), ALONE, colour)
+            for index, thing in enumerate(order)
+        ]
+
+    def strewn(self, tokens: Tensor, chances: torch.Generator) -> Tensor:
+        """Half the captions (B, N) with words between theirs that nobody taught, which are neutral (zero vectors).
+
+        So a word that is not known moves the others along, and changes nothing else.
+        """
+        rows = []
+        for row in tokens.tolist():
+            if torch.rand((), generator=chances) < 0.5:
+                for _ in range(int(torch.randint(1, 7, (), generator=chances))):
+                    row.insert(int(torch.randint(1, row.index(self.tokenizer.end) + 1, (), generator=chances)), NEUTRAL)
+            rows.append([*row[: tokens.shape[1] - 1], self.tokenizer.end])
+        return torch.tensor(rows)
 
     def tokens(self, captions: Iterable[str], length: int) -> Tensor:
         """(B, length) int64: begin, words, end, and the end again as padding."""
@@ -138,7 +166,9 @@ def new_text(scenes: Scenes) -> ClipText:
     with torch.no_grad():
         table.zero_()
         table[met] = torch.randn(len(met), TEXT.width) * 0.1
-        text.text_model.embeddings.position_embedding.weight.mul_(0.1)
+        positions = text.text_model.embeddings.position_embedding.weight
+        positions.mul_(0.1)
+        positions[SHORT:] = 0
     return text
 
 
@@ -149,13 +179,17 @@ def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
     vision = ClipVision(VISION)
     with torch.no_grad():
         vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
+    text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
     objective = Contrast(text, vision)
 
     def pairs(seed: int, number: int) -> Pairs:
-        images, captions = scenes.batch(seed, number * settings.batch, settings.batch, size=VISION.image_size)
-        return Pairs(images, scenes.tokens(captions, SHORT))
+        if number % 2:
+            images, captions = scenes.drawn(scenes.alike(seed, number, settings.batch), VISION.image_size)
+        else:
+            images, captions = scenes.batch(seed, number * settings.batch, settings.batch, size=VISION.image_size)
+        return Pairs(images, scenes.strewn(scenes.tokens(captions, SHORT), chance(seed, number)))
 
-    unseen = [pairs(VALIDATION_SEED, number) for number in range(4)]
+    unseen = [pairs(VALIDATION_SEED, number) for number in range(8)]
 
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
@@ -164,6 +198,12 @@ def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
 
     batches = lambda number: pairs(TRAINING_SEED, number)  # noqa: E731
     return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+
+
+def _keep_neutral(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient[NEUTRAL] = 0
+    return gradient
 
 
 def trained_text(folder: Path, begin: ModelFile | None) -> ClipText:
@@ -176,21 +216,25 @@ def trained_text(folder: Path, begin: ModelFile | None) -> ClipText:
 def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
     text = trained_text(folder.parent / "text", begin)
     colours = scenes.colours()
-    torch.manual_seed(3)
-    unet = _quiet(UNet(UNET)).to(memory_format=torch.channels_last)
-    if begin is not None:
-        unet.load_state_dict(part_of(begin, "unet"))
 
     @torch.no_grad()
-    def said(captions: list[str]) -> Conditioning:
-        return Conditioning(text(scenes.tokens(captions, TEXT.positions)).last)
+    def said(tokens: Tensor) -> Conditioning:
+        return Conditioning(text(tokens).last)
 
     def captioned(seed: int, first: int, count: int) -> Captioned:
         images, captions = scenes.batch(seed, first, count, distribution=SCENES)
-        return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(captions))
+        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, first))
+        return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(tokens))
+
+    torch.manual_seed(3)
+    unet = UNet(UNET).to(memory_format=torch.channels_last)
+    if begin is None:
+        listening.prepare(unet, captioned(TRAINING_SEED, 0, 1000).said.context)
+    else:
+        unet.load_state_dict(part_of(begin, "unet"))
 
     schedule = Schedule.scaled_linear()
-    objective = Denoising(unet, schedule, PREDICTION, said([""]), settings.seed, weighting="velocity")
+    objective = Denoising(unet, schedule, PREDICTION, said(scenes.tokens([""], TEXT.positions)), settings.seed, weighting="velocity")
 
     # Unseen scenes, each at eight fixed times under fixed noise.
     unseen = captioned(VALIDATION_SEED, 0, 128)
@@ -212,15 +256,6 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
         validate=validate,
         seconds=seconds,
     )
-
-
-@torch.no_grad()
-def _quiet(unet: UNet) -> UNet:
-    """Residual branches and the output start at zero, as in the original U-Net: each block begins as doing nothing."""
-    for name, parameter in unet.named_parameters():
-        if "out_layers.3" in name or "proj_out" in name or name.startswith("out.2"):
-            parameter.zero_()
-    return unet
 
 
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}

@@ -53,6 +53,7 @@ def begin(objective: Objective, settings: Settings) -> Run:
         ],
         lr=settings.learning_rate,
         betas=settings.betas,
+        fused=True,  # all parameters at once: of a small network's step on a CPU, one by one costs a tenth
     )
     ema = Ema(parameters, settings.ema_decay) if settings.ema_decay else None
     return Run(objective.networks, parameters, optimizer, ema, settings)
