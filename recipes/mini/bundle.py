@@ -15,16 +15,23 @@ import torch
 from torch import Tensor
 
 from gouache.errors import GouacheError
+from gouache.files.open import open_model
+from gouache.files.record import ModelFile
 from gouache.files.write import write_safetensors
+from gouache.training import state
 from recipes.mini import train
 from recipes.mini.train import PREFIXES
 
 
-def bundle(folder: Path, out: Path) -> str:
-    """Write the newest checkpoints of all three stages in `folder` as one file; returns its sha256."""
+def bundle(folder: Path, out: Path, rest: ModelFile | None = None) -> str:
+    """Write the newest checkpoints of all three stages in `folder` as one file; returns its sha256.
+
+    Stages that never ran there are taken from the model file `rest`.
+    """
     tensors: dict[str, Tensor] = {}
     for stage, prefix in PREFIXES.items():
-        weights = train.averaged(folder / stage, stage)
+        ran = rest is None or state.newest(folder / stage) is not None
+        weights = train.averaged(folder / stage, stage) if ran else train.part_of(rest, stage)
         tensors |= {prefix + name: value for name, value in weights.items() if name != "text_projection.weight"}
     return write_safetensors(out, halved(lifted(tensors)), describe())
 
@@ -71,9 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
+    parser.add_argument("--rest", type=Path, help="a bundled model file to take stages from that did not run")
     options = parser.parse_args(arguments)
     try:
-        digest = bundle(options.folder, options.out)
+        rest = open_model(options.rest) if options.rest is not None else None
+        digest = bundle(options.folder, options.out, rest)
     except GouacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

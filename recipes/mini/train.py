@@ -46,7 +46,9 @@ from recipes.mini.scenes import FIRST_STAGE, Distribution
 VAE = VaeSpec(channels=64, channel_mult=(1, 1, 1, 1))
 TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=512, projection=128)
 VISION = VisionSpec(width=128, layers=4, heads=2, mlp_width=512, image_size=64, patch_size=8, projection=128)
-UNET = UNetSpec(channels=32, channel_mult=(1, 2, 3, 4), context_dim=128)
+# The norms have 32 groups: with 32 channels, each channel is a group of its own, and its mean, which is where a prompt
+# or a time says anything to a whole map, is taken away. From 64 on, differences within a group survive.
+UNET = UNetSpec(channels=64, channel_mult=(1, 1, 1, 2), context_dim=128)
 PREDICTION = "v"
 CROP = 64
 # Latent diffusion sees mostly one large thing, upright and in the middle: what a short training can learn.

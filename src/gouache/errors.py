@@ -17,6 +17,7 @@ prints it without a traceback and ends with exit code 2.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 
 class GouacheError(Exception):
@@ -35,8 +36,25 @@ class DamagedFile(FileError):
     """The file has a known format and breaks its rules, or ends too early."""
 
 
+class Asked(NamedTuple):
+    """What a file asked for: its full name, the byte where it does, and the plain values handed to it, as text."""
+
+    name: str
+    byte: int
+    arguments: tuple[str, ...] = ()
+
+
 class UnsafeFile(FileError):
-    """The file asks for something that no weights need: a call, an import, a bomb. Nothing of it was run."""
+    """The file asks for something that no weights need: a call, an import, a bomb. Nothing of it was run.
+
+    `asked` lists the calls, where calls are what was refused, and `named` what it merely mentions beside them.
+    """
+
+    def __init__(
+        self, path: str | Path, message: str, asked: tuple[Asked, ...] = (), named: tuple[Asked, ...] = ()
+    ) -> None:
+        self.asked, self.named = asked, named
+        super().__init__(path, message)
 
 
 class NotAModel(FileError):

@@ -160,7 +160,7 @@ def test_a_folder_becomes_a_single_file_of_the_official_names(line: str, clip_fo
     written = load_file(tmp_path / "model.safetensors")
     assert written.keys() == official.keys() - lacking
     assert all(written[name].ndim == len(official[name]) for name in written)
-    assert done.layout == "original single-file names" and not done.left_out
+    assert done.form == "safetensors" and not done.left_out
 
 
 def test_the_single_file_says_what_the_folder_said(narrow: Narrows):
@@ -224,8 +224,10 @@ def test_a_file_may_be_converted_onto_itself(tmp_path: Path):
 def test_a_missing_or_foreign_target_is_refused_before_anything_is_read(tmp_path: Path):
     save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")
 
-    with pytest.raises(RequestError, match=r"does not end in \.safetensors"):
-        convert(tmp_path / "a.safetensors", tmp_path / "a.ckpt")
+    with pytest.raises(RequestError, match=r"ends in neither \.safetensors nor \.ckpt"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.safetensor")
+    with pytest.raises(RequestError, match=r"is named like a \.ckpt file, and safetensors was asked for"):
+        convert(tmp_path / "a.safetensors", tmp_path / "a.ckpt", to="safetensors")
     with pytest.raises(RequestError, match="dtype: 'int8' is not known"):
         convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="int8")
     with pytest.raises(FileError, match="its folder does not exist"):
@@ -235,21 +237,21 @@ def test_a_missing_or_foreign_target_is_refused_before_anything_is_read(tmp_path
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from gouache.workshop import convert as room
+from gouache.workshop import convert, save as room
 
 whole = room.stream_safetensors
 
-def cut_short(target, infos, read, metadata):
+def cut_short(target, infos, read, metadata, **more):
     given = []
     def once_more(name):
         if len(given) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         given.append(name)
         return read(name)
-    return whole(target, infos, once_more, metadata)
+    return whole(target, infos, once_more, metadata, **more)
 
 room.stream_safetensors = cut_short
-room.convert(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=True)
+convert.convert(Path(sys.argv[1]), Path(sys.argv[2]), overwrite=True)
 """
 
 
@@ -263,7 +265,7 @@ def test_killed_in_the_middle_of_writing_leaves_what_was_there(narrow: Narrows, 
         ended = subprocess.run([sys.executable, "-c", KILLED, str(source), str(target)])
 
         assert ended.returncode == -9
-    assert not (tmp_path / "new.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "older.safetensors"]
     assert (tmp_path / "older.safetensors").read_text() == "an older file"
     assert hashlib.sha256(source.read_bytes()).hexdigest() == before
 
@@ -294,3 +296,134 @@ def test_a_narrow_model_with_averages_keeps_them(narrow: Narrows, tmp_path: Path
     convert(file, tmp_path / "again.safetensors")
 
     assert_equal(load_file(tmp_path / "again.safetensors"), load_file(file))
+
+
+# ---- in every direction
+
+
+LINES = ("sd1", "sd1-inpainting", "sd1-edit", "sd2", "sd2-depth", "sdxl")
+
+
+def with_everything(tensors: dict[str, Tensor]) -> None:
+    """What released files carry beside their networks' weights."""
+    for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
+        tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = tensors[name] + 1
+    tensors["model_ema.decay"] = torch.tensor(0.9999)
+    tensors["betas"] = torch.linspace(0, 1, 1000, dtype=torch.float64)
+    if any(name.startswith("cond_stage_model.transformer.text_model.") for name in tensors):
+        tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    layer = "cond_stage_model.model.transformer.resblocks."
+    for name in [name for name in tensors if name.startswith(f"{layer}22.")]:  # SD2's 24th block, which nothing reads
+        tensors[name.replace(f"{layer}22.", f"{layer}23.")] = tensors[name] + 2
+    if any(name.startswith(layer) for name in tensors):
+        tensors["cond_stage_model.model.text_projection"] = torch.ones(64, 64)
+        tensors["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_there_and_back_gives_every_tensor_again(narrow: Narrows, line: str, tmp_path: Path):
+    """Single file -> folder -> .ckpt -> single file."""
+    file = altered(narrow(line).file, tmp_path / "a.safetensors", with_everything)
+
+    there = convert(file, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "back.ckpt")
+    convert(tmp_path / "back.ckpt", tmp_path / "again.safetensors")
+
+    assert_equal(load_file(tmp_path / "again.safetensors"), load_file(file))
+    assert_equal(torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"], load_file(file))
+    assert sum(there.kept_beside.values()) == len(load_file(tmp_path / "folder" / "leftovers.safetensors")) > 0
+
+
+@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
+def test_a_file_that_names_its_parts_otherwise_is_given_back_so(narrow: Narrows, line: str, tmp_path: Path):
+    """SD1 files of the first weeks lack `text_model.` in their names."""
+
+    def old_names(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".transformer.text_model." in name]:
+            tensors[name.replace(".text_model.", ".")] = tensors.pop(name)
+
+    file = altered(narrow(line).file, tmp_path / "a.safetensors", old_names)
+
+    convert(file, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+
+    assert_equal(load_file(tmp_path / "again.safetensors"), load_file(file))
+
+
+@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
+def test_a_folder_holds_what_diffusers_saved(narrow: Narrows, line: str, tmp_path: Path):
+    model = narrow(line)
+
+    convert(model.file, tmp_path / "folder")
+
+    for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if line == "sdxl" else [])):
+        ours, theirs = (
+            load_file(next(path for path in (folder / part).iterdir() if path.suffix == ".safetensors"))
+            for folder in (tmp_path / "folder", model.folder)
+        )
+        # transformers 5 saves its text towers without the outermost name
+        ours = {name.removeprefix("text_model."): tensor for name, tensor in ours.items()}
+        assert_equal(ours, {name.removeprefix("text_model."): tensor for name, tensor in theirs.items()})
+        said, meant = (
+            json.loads((folder / part / "config.json").read_text()) for folder in (tmp_path / "folder", model.folder)
+        )
+        for key in said.keys() & meant.keys() - {"_diffusers_version", "transformer_layers_per_block"}:
+            if not key.endswith("_token_id"):
+                assert said[key] == meant[key] or [said[key]] * 4 == meant[key], (part, key)
+
+
+def test_one_component_alone(narrow: Narrows, tmp_path: Path):
+    file = narrow("sd1").file
+
+    for only in ("unet", "vae", "text"):
+        convert(file, tmp_path / f"{only}.safetensors", only=only)
+        convert(file, tmp_path / f"{only}-folder", only=only)
+
+        found = identify(open_model(tmp_path / f"{only}.safetensors"))
+        assert found.kind.value == {"unet": "unet", "vae": "vae", "text": "text encoder"}[only] and not found.unknown
+        inside = identify(open_model(tmp_path / f"{only}-folder"))
+        assert inside.components.keys() == found.components.keys()
+    with pytest.raises(RequestError, match="say text_encoder or text_encoder_2"):
+        convert(narrow("sdxl").file, tmp_path / "t.safetensors", only="text")
+    with pytest.raises(ModelError, match="has no usable vae"):
+        convert(tmp_path / "unet.safetensors", tmp_path / "v.safetensors", only="vae")
+
+
+def test_eight_bits_are_for_matrices(narrow: Narrows, tmp_path: Path):
+    convert(narrow("sd1").file, tmp_path / "m.safetensors", dtype="fp8_e4m3")
+
+    source = load_file(narrow("sd1").file)
+    for name, tensor in load_file(tmp_path / "m.safetensors").items():
+        wanted = torch.float8_e4m3fn if tensor.ndim > 1 else torch.float16
+        assert tensor.dtype == wanted and torch.equal(tensor.float(), source[name].to(wanted).float()), name
+
+
+def test_a_value_that_the_dtype_cannot_hold_stops_the_conversion(tmp_path: Path):
+    save_file({"a": torch.tensor([[1e5, 1.0]])}, tmp_path / "a.safetensors")
+
+    with pytest.raises(ModelError, match=r"a has values up to 100000, which F16 cannot hold; use bf16"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="fp16")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_numbers_beside_the_weights_are_kept(tmp_path: Path):
+    torch.save({"state_dict": {"a": torch.zeros(2)}, "global_step": 840001, "lr": 1e-5}, tmp_path / "a.ckpt")
+
+    convert(tmp_path / "a.ckpt", tmp_path / "b.safetensors", metadata={"modelspec.author": "somebody"})
+    convert(tmp_path / "a.ckpt", tmp_path / "c.ckpt")
+
+    with safe_open(tmp_path / "b.safetensors", "pt") as opened:
+        assert opened.metadata() | {"modelspec.author": "somebody", "global_step": "840001"} == opened.metadata()
+    assert torch.load(tmp_path / "c.ckpt", weights_only=True)["global_step"] == 840001
+
+
+FOLDER_KILLED = KILLED.replace(", overwrite=True)", ")")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+def test_killed_while_writing_a_folder_leaves_none_and_the_next_run_clears_up(narrow: Narrows, tmp_path: Path):
+    ended = subprocess.run([sys.executable, "-c", FOLDER_KILLED, str(narrow("sd1").file), str(tmp_path / "folder")])
+
+    assert ended.returncode == -9 and not (tmp_path / "folder").exists()
+    convert(narrow("sd1").file, tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

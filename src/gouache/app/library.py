@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gouache.app.settings import Settings
@@ -71,7 +71,7 @@ def _below(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
 
 def sha256(file: ModelFile, settings: Settings) -> str:
     """The hash of a model file, remembered by path, size and time, because gigabytes take seconds."""
-    key = "|".join(f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(file.files))
+    key = file_key(file.files)
     store = settings.cache / "hashes.json"
     known = read_cache(store)
     if key in known:
@@ -79,6 +79,11 @@ def sha256(file: ModelFile, settings: Settings) -> str:
     digest = file.sha256()
     write_cache(store, {**known, key: digest})
     return digest
+
+
+def file_key(paths: Iterable[Path]) -> str:
+    """What tells files from others and from what they were before: paths, sizes, times."""
+    return "|".join(f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(paths))
 
 
 def read_cache(path: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from gouache.cli import convert, doctor, inspect, paint, repaint, samplers
+from gouache.cli import convert, doctor, files, inspect, merge, paint, prune, repaint, samplers, scan, vae
 from gouache.errors import GouacheError
 from gouache.version import __version__
 
@@ -23,8 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (paint.paint, repaint.repaint, inspect.inspect, convert.convert, samplers.samplers, doctor.doctor):
+for command in (
+    paint.paint, repaint.repaint, inspect.inspect, scan.scan, convert.convert, prune.prune, merge.merge, files.metadata,
+    files.diff, samplers.samplers, doctor.doctor,
+):  # fmt: skip
     app.command()(command)
+app.command("hash")(files.hash_)
+app.add_typer(vae.app, name="vae")
 
 
 def _version(asked: bool) -> None:

@@ -1,4 +1,4 @@
-"""The progress bar: steps a second and the time left, on stderr, and only where somebody looks."""
+"""Progress bars: how much is done, how fast, and the time left; on stderr, and only where somebody looks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import sys
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.text import Text
 
 from gouache.diffusion.samplers.sampler import Step
@@ -21,26 +31,23 @@ class _Speed(ProgressColumn):
         return Text(f"{speed:.2f} steps/s" if speed >= 1 else f"{1 / speed:.2f} s/step")
 
 
-class Steps:
-    """A bar over all steps of all batches; `on_step` is what a sampler reports to."""
+class Bar:
+    """One line that is gone when the work is done."""
 
-    def __init__(self, count: int, batch: int) -> None:
-        self._batches = math.ceil(count / batch)
-        self._done = 0
+    def __init__(self, *columns: ProgressColumn) -> None:
         self._bar = Progress(
-            TextColumn("painting"),
+            TextColumn("{task.description}"),
             BarColumn(),
-            MofNCompleteColumn(),
-            _Speed(),
+            *columns,
             TimeRemainingColumn(compact=True),
             console=Console(stderr=True),
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # through a pipe, what is printed must not end up on stderr
             disable=not Console(stderr=True).is_terminal,
         )
-        self._task = self._bar.add_task("painting", total=None)
+        self._task = self._bar.add_task("", total=None)
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> Bar:
         self._bar.start()
         return self
 
@@ -49,9 +56,30 @@ class Steps:
     ) -> None:
         self.close()
 
-    def on_step(self, step: Step) -> None:
-        self._done += 1
-        self._bar.update(self._task, total=self._batches * step.count, completed=self._done)
+    def show(self, what: str, done: int, total: int) -> None:
+        self._bar.update(self._task, description=what, total=total, completed=done)
 
     def close(self) -> None:
         self._bar.stop()
+
+
+class Steps(Bar):
+    """A bar over all steps of all batches; `on_step` is what a sampler reports to."""
+
+    def __init__(self, count: int, batch: int) -> None:
+        super().__init__(MofNCompleteColumn(), _Speed())
+        self._batches = math.ceil(count / batch)
+        self._done = 0
+
+    def __enter__(self) -> Steps:
+        super().__enter__()
+        return self
+
+    def on_step(self, step: Step) -> None:
+        self._done += 1
+        self.show("painting", self._done, self._batches * step.count)
+
+
+def bytes_bar() -> Bar:
+    """A bar over bytes; its `show` is what the workshop reports to."""
+    return Bar(DownloadColumn(), TransferSpeedColumn())

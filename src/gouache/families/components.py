@@ -101,6 +101,7 @@ def finish(reading: Reading, file: ModelFile, family: Family | None) -> Componen
     checked = "none missing" if spec is not None else "not checked, as this network is not built yet"
     return Component(
         name=reading.name,
+        prefix=reading.prefix,
         spec=spec,
         layout=reading.layout,
         dtype=_dtype(reading, file),

@@ -40,13 +40,14 @@ def settle(hints: Iterable[Fact[T]], told: Fact[T] | None = None) -> Fact[T] | N
 
 @dataclass(frozen=True)
 class Component:
-    """A network that is whole in the file. `origins` says where each of its tensors comes from.
+    """A network that is whole in the file, under `prefix`. `origins` says where each of its tensors comes from.
 
     `rules` is the same as a table, to write the component back with (`layouts.rules.invert`). `spec` is None where the
     network is not built yet. `layout` is how the file names it: "original", "diffusers", "openclip", "transformers".
     """
 
     name: str
+    prefix: str
     spec: Spec | None
     layout: str
     dtype: Fact[str]

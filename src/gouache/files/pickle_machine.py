@@ -24,6 +24,7 @@ MAX_TEXT = 96_000_000  # bytes of memory for all text, bytes and numbers of one 
 MAX_NUMBER_KEYS = 10_000  # numbers can be chosen to collide as dictionary keys; honest keys are parameter indexes
 MAX_NAME = 500  # characters of a module or class name
 _MAX_REPORTED = 100
+_MAX_SHOWN = 4  # arguments of a refused call
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,7 @@ class Machine:
         self.memo: dict[int, Any] = {}
         self.names: dict[Name, int] = {}  # every name met, and where first
         self.refused: dict[str, int] = {}  # what must not be, and where first
+        self.arguments: dict[str, tuple[str, ...]] = {}  # what refused calls were to be handed, as far as it is plain
         self.persistent: list[Persistent] = []
         self.text = 0
         self.number_keys = 0
@@ -171,6 +173,7 @@ class Machine:
             name = Name("unknown", "unknown")
         elif name not in self.vocabulary.classes and not (function and name in self.vocabulary.functions):
             self.refuse(str(name))
+            self.arguments.setdefault(str(name), tuple(shown(value) for value in args[:_MAX_SHOWN]))
         self.stack.append(Call(name, args))
 
     def container(self, kind: type) -> Call | Any:
@@ -208,6 +211,13 @@ class Machine:
                 raise Unsafe(f"uses more than {MAX_NUMBER_KEYS:,} numbers as dictionary keys")
         elif kind not in (str, bytes, bool, type(None), Name):
             raise Unsafe(f"uses a {noun(key)} as a dictionary key")
+
+
+def shown(value: Any) -> str:
+    """A plain value as text, cut short; of anything else, what it is."""
+    if isinstance(value, str | bytes):
+        return printable(value if isinstance(value, str) else value[:200].decode("utf-8", "replace"))
+    return str(value) if isinstance(value, bool | float) or value is None else noun(value)
 
 
 def noun(value: Any) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import DamagedFile, UnsafeFile, printable
+from gouache.errors import Asked, DamagedFile, UnsafeFile, printable
 from gouache.files.pickle_machine import (
     MAX_BYTES,
     MAX_STEPS,
@@ -75,19 +75,22 @@ def _refuse(path: Path, machine: Machine) -> None:
     """Raises if the pickle asked for anything forbidden; the message lists all of it with byte positions."""
     if not machine.refused:
         return
-    calls = [f"{printable(what, 80)} (byte {at})" for what, at in machine.refused.items()]
-    others = [
-        f"{printable(str(name), 80)} (byte {at})"
+    asked = tuple(Asked(what, at, machine.arguments.get(what, ())) for what, at in machine.refused.items())
+    named = tuple(
+        Asked(str(name), at)
         for name, at in machine.names.items()
         if not machine.known(name) and str(name) not in machine.refused
-    ]
-    also = f"; it also names {_listed(others)}" if others else ""
+    )
+    also = f"; it also names {_listed(named)}" if named else ""
     raise UnsafeFile(
         path,
-        f"asks for code to be run, and nothing was run: {_listed(calls)}{also}. "
+        f"asks for code to be run, and nothing was run: {_listed(asked)}{also}. "
         "Weights need no code: get a .safetensors file instead",
+        asked,
+        named,
     )
 
 
-def _listed(items: list[str], most: int = 6) -> str:
+def _listed(asked: tuple[Asked, ...], most: int = 6) -> str:
+    items = [f"{printable(each.name, 80)} (byte {each.byte})" for each in asked]
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

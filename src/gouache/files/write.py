@@ -29,9 +29,15 @@ if TYPE_CHECKING:
 _DTYPE_NAMES = {f"torch.{torch_name}": dtype for dtype, torch_name in TORCH_NAMES.items()}
 _SPARE = 16_000_000  # bytes to leave free on the disk
 
+OnBytes = Callable[[int], None]
+"""Told of progress: how many more bytes of tensors are written."""
+
+Check = Callable[[Path], None]
+"""Looks at a finished file, at a path where it can be read, before it appears; raises to refuse it."""
+
 
 class AtomicOutput:
-    """A file being written under a temporary name; `write` hashes what it passes on."""
+    """A file being written that has no name yet; `write` hashes what it passes on."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -43,26 +49,31 @@ class AtomicOutput:
 
 
 @contextmanager
-def atomic_output(path: str | Path, size: int = 0) -> Iterator[AtomicOutput]:
+def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -> Iterator[AtomicOutput]:
     """With it, write a file that appears at `path` complete when the block ends, or, if it raises, never.
 
-    `size`, where known, is the bytes to come: too small a disk is refused before anything is written. A file that is
-    replaced hands on its permissions; a symbolic link is replaced, not followed. Raises FileError.
+    `size`, where known, is the bytes to come: too small a disk is refused before anything is written. `check` may
+    look at the finished file before it appears, and refuse it by raising. A file that is replaced hands on its
+    permissions; a symbolic link is replaced, not followed. Raises FileError.
     """
     path = Path(path)
     temporary = path.parent / f".gouache-{secrets.token_hex(6)}.tmp"
     try:
         _check_target(path, size)
-        with temporary.open("xb") as file:
+        with _draft(temporary) as file:
             output = AtomicOutput(file)
             yield output
             file.flush()
             with suppress(FileNotFoundError):
-                temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+                mode = stat.S_IMODE(path.stat().st_mode)
+                os.chmod(file.fileno() if os.chmod in os.supports_fd else temporary, mode)  # noqa: PTH101
             os.fsync(file.fileno())
-        with temporary.open("rb") as written:
-            if hashlib.file_digest(written, "sha256").digest() != output.digest.digest():
+            file.seek(0)
+            if hashlib.file_digest(file, "sha256").digest() != output.digest.digest():
                 raise DamagedFile(path, "did not read back as it was written: the disk or its driver is at fault")
+            if check is not None:
+                check(_where(file, temporary))
+            _name(file, temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -72,6 +83,35 @@ def atomic_output(path: str | Path, size: int = 0) -> Iterator[AtomicOutput]:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def _draft(temporary: Path) -> BinaryIO:
+    """A new file beside `temporary` that has no name, where the system has such, so that a kill leaves nothing."""
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            descriptor = os.open(temporary.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
+        except OSError:  # not on every file system
+            return temporary.open("x+b")
+        if Path(f"/proc/self/fd/{descriptor}").exists():
+            return os.fdopen(descriptor, "r+b")
+        os.close(descriptor)
+    return temporary.open("x+b")
+
+
+def _where(file: BinaryIO, temporary: Path) -> Path:
+    return temporary if temporary.exists() else Path(f"/proc/self/fd/{file.fileno()}")
+
+
+def _name(file: BinaryIO, temporary: Path) -> None:
+    """Give a draft its temporary name, if it has none yet."""
+    if temporary.exists():
+        return
+    folder = os.open(temporary.parent, os.O_RDONLY)
+    try:
+        # With a folder named, Python follows the link that stands in /proc; without, it would link to the link.
+        os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
@@ -93,19 +133,25 @@ def stream_safetensors(
     infos: Mapping[str, TensorInfo],
     read: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    on_bytes: OnBytes | None = None,
+    check: Check | None = None,
 ) -> str:
     """A safetensors file of tensors that `read` hands over one at a time; only one is in memory. Returns its SHA-256.
 
     The order is the library's: by dtype, widest first, so that every tensor is aligned, then by name. `infos` and
-    `read` of a ModelFile fit. Raises ModelError if `read` gives another shape or dtype than was announced.
+    `read` of a ModelFile fit. `on_bytes` is told of each tensor that is written, `check` sees the file before it
+    appears. Raises ModelError if `read` gives another shape or dtype than was announced.
     """
     order = sorted(infos, key=lambda name: (_RANK[infos[name].dtype], name))
     header = _header(path, order, infos, metadata or {})
     total = len(header) + sum(info.nbytes for info in infos.values())
-    with atomic_output(path, total) as output:
+    with atomic_output(path, total, check) as output:
         output.write(header)
         for name in order:
-            output.write(_bytes_of(name, read(name), infos[name]))
+            output.write(bytes_of(name, read(name), infos[name]))
+            if on_bytes is not None:
+                on_bytes(infos[name].nbytes)
     return output.digest.hexdigest()
 
 
@@ -140,7 +186,8 @@ def _header(path: str | Path, order: list[str], infos: Mapping[str, TensorInfo],
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes_of(name: str, tensor: torch.Tensor, info: TensorInfo) -> memoryview | bytes:
+def bytes_of(name: str, tensor: torch.Tensor, info: TensorInfo) -> memoryview | bytes:
+    """The bytes of `tensor`, which `name` and `info` announced: row by row, little-endian, without a copy if it can."""
     import torch
 
     found = describe(tensor)

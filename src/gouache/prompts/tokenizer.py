@@ -9,6 +9,7 @@ systems people paint with, do not.
 from __future__ import annotations
 
 import gzip
+import json
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,15 +75,26 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
 
+def vocabulary_files() -> dict[str, bytes]:
+    """The vocabulary as Transformers keeps it: `vocab.json` and `merges.txt`, by name."""
+    merges, entries = _merges_and_entries()
+    vocabulary = json.dumps({entry: id for id, entry in enumerate(entries)}, ensure_ascii=False)
+    lines = "".join(f"{a} {b}\n" for a, b in merges)
+    return {"vocab.json": vocabulary.encode(), "merges.txt": f"#version: 0.2\n{lines}".encode()}
+
+
+def _merges_and_entries() -> tuple[list[tuple[str, str]], list[str]]:
+    with gzip.open(_MERGES, "rt", encoding="utf-8") as lines:
+        merges = [(a, b) for a, b in (line.split() for line in islice(lines, 1, 1 + _MERGE_COUNT))]
+    characters = _byte_characters()
+    return merges, [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges), BEGIN, END]
+
+
 def _build() -> tokenizers.Tokenizer:
     # Imported here: the rest of this room, and all of --help, must not wait for it.
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    with gzip.open(_MERGES, "rt", encoding="utf-8") as lines:
-        merges = [(a, b) for a, b in (line.split() for line in islice(lines, 1, 1 + _MERGE_COUNT))]
-    characters = _byte_characters()
-    entries = [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges), BEGIN, END]
-
+    merges, entries = _merges_and_entries()
     backend = Tokenizer(
         models.BPE(
             vocab={entry: id for id, entry in enumerate(entries)},

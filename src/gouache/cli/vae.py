@@ -1,0 +1,59 @@
+"""`gouache vae bake|extract`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option, Typer
+
+app = Typer(help="Exchange or take out a model's autoencoder.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.command()
+def bake(
+    model: Annotated[str, Argument(help="The model: file, folder or name.", show_default=False)],
+    vae: Annotated[str, Argument(help="The VAE: a file of one, or any model that has one.", show_default=False)],
+    target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Put another VAE into a model."""
+    from gouache.app.library import resolve
+    from gouache.app.settings import read
+    from gouache.cli.progress import bytes_bar
+    from gouache.workshop.vae import bake as service
+
+    settings = read()
+    with bytes_bar() as bar:
+        done = service(resolve(model, settings), resolve(vae, settings), target, overwrite=overwrite, on_work=bar.show)
+    print(
+        json.dumps({"path": str(target), **asdict(done)})
+        if as_json
+        else f"{target}: {done.tensors} tensors, {done.nbytes / 1e6:,.1f} MB"
+    )
+
+
+@app.command()
+def extract(
+    model: Annotated[str, Argument(help="The model: file, folder or name.", show_default=False)],
+    target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="as it is")] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write a model's VAE as a file of its own."""
+    from gouache.app.library import resolve
+    from gouache.app.settings import read
+    from gouache.cli.progress import bytes_bar
+    from gouache.workshop.convert import convert as service
+
+    with bytes_bar() as bar:
+        done = service(resolve(model, read()), target, only="vae", dtype=dtype, overwrite=overwrite, on_work=bar.show)
+    print(
+        json.dumps({"path": str(target), **asdict(done)})
+        if as_json
+        else f"{target}: {done.tensors} tensors, {done.nbytes / 1e6:,.1f} MB"
+    )
