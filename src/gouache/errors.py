@@ -37,10 +37,13 @@ class DamagedFile(FileError):
 
 
 class Asked(NamedTuple):
-    """What a file asked for: its full name, the byte where it does, and the plain values handed to it, as text."""
+    """What a file asked for: its full name, the byte where it does, and the plain values handed to it, as text.
+
+    The byte is None where the call only shows once the pickle is put together.
+    """
 
     name: str
-    byte: int
+    byte: int | None
     arguments: tuple[str, ...] = ()
 
 

@@ -96,7 +96,7 @@ def test_convert_says_what_it_wrote(gouache: Command, narrow: Narrows, tmp_path:
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert told["tensors"] == len(tensors)
     assert told["nbytes"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert told["path"] == "out.safetensors" and "original" in told["layout"]
+    assert told["path"] == "out.safetensors" and told["form"] == "safetensors"
     assert said.code == 0 and said.out.startswith(f"again.safetensors: {len(tensors)} tensors")
 
 
@@ -104,7 +104,7 @@ def test_convert_says_what_it_wrote(gouache: Command, narrow: Narrows, tmp_path:
     ("arguments", "line"),
     [
         (("taken.safetensors",), "out: taken.safetensors exists already"),
-        (("model.ckpt",), "out: model.ckpt does not end in .safetensors"),
+        (("model.sft2",), "out: model.sft2 ends in neither .safetensors nor .ckpt"),
         (("absent/out.safetensors",), "absent/out.safetensors: cannot be written: its folder does not exist"),
         (("out.safetensors", "--dtype", "int8"), "dtype: 'int8' is not known"),
     ],

@@ -202,9 +202,13 @@ def test_a_recipe_knows_its_models(family: dict[str, Path], tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "says"),
-    [("alpha = 'x'", "alpha = 'x'"), ("alfa = 1", "'alfa', which is no part"), ("[[models]]\nname='x'", "without a path"),
-     ("alpha = ", "is not a recipe")],
-)  # fmt: skip
+    [
+        ("alpha = 'x'", "alpha = 'x'"),
+        ("alfa = 1", "'alfa', which is no part"),
+        ("[[models]]\nname='x'", "without a path"),
+        ("alpha = ", "is not a recipe"),
+    ],
+)
 def test_a_recipe_that_is_none_is_refused(tmp_path: Path, text: str, says: str):
     (tmp_path / "r.toml").write_text(text)
 

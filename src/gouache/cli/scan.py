@@ -28,7 +28,8 @@ def scan(
         print(f"{found.verdict:10}  {found.path}: {found.reason}", flush=True)
         for intent in found.intents:
             given = f"({', '.join(map(repr, intent.arguments))})" if intent.arguments else ""
-            print(f"{'':10}    byte {intent.byte}: {intent.name}{given}: {intent.effect}")
+            where = "" if intent.byte is None else f"byte {intent.byte}: "
+            print(f"{'':10}    {where}{intent.name}{given}: {intent.effect}")
         for name in found.mentions:
             print(f"{'':10}    {name}")
     if not as_json:

@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import FileError, UnsafeFile
+from gouache.errors import Asked, FileError, UnsafeFile
 from gouache.files.pickle_machine import Call, Name, Persistent, Vocabulary, noun
 from gouache.files.pickle_values import FindStorage, Meaning, Record, Unfolding
 from gouache.files.stored import DTYPES, MAX_DIMENSIONS, STORAGE_TYPES, Storage, StoredTensor, view
@@ -64,6 +64,7 @@ def _of_type(u: Unfolding, call: Call, depth: int) -> Any:
             u.path,
             f"asks for {noun(function)} to be run to make a tensor of the kind {noun(kind)}: refused. Weights need "
             "no code: get a .safetensors file instead",
+            (Asked(noun(function), None),),
         )
     return u.value(Call(function, args), depth)
 

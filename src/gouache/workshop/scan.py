@@ -27,7 +27,7 @@ class Intent:
     """A call that a file asked for: its name, the byte, what it was to be handed, and what it would have done."""
 
     name: str
-    byte: int
+    byte: int | None
     arguments: tuple[str, ...]
     effect: str
 
