@@ -11,7 +11,21 @@ from typing import Annotated
 
 import typer
 
-from gouache.cli import convert, doctor, files, inspect, merge, paint, prune, repaint, samplers, scan, vae
+from gouache.cli import (
+    convert,
+    doctor,
+    embedding,
+    files,
+    inspect,
+    lora,
+    merge,
+    paint,
+    prune,
+    repaint,
+    samplers,
+    scan,
+    vae,
+)
 from gouache.errors import GouacheError
 from gouache.version import __version__
 
@@ -29,7 +43,8 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command("hash")(files.hash_)
-app.add_typer(vae.app, name="vae")
+for group, name in ((vae.app, "vae"), (lora.app, "lora"), (embedding.app, "embedding")):
+    app.add_typer(group, name=name)
 
 
 def _version(asked: bool) -> None:

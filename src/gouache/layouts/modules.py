@@ -1,0 +1,108 @@
+"""What adapter files call the modules of a network: every name in use, looked up and never taken apart.
+
+    lora_unet_down_blocks_0_attentions_0_proj_in     kohya, diffusers' blocks, dots as underscores (SD1, SD2)
+    lora_unet_input_blocks_4_1_proj_in               kohya, the original blocks (SDXL)
+    unet.down_blocks.0.attentions.0.proj_in          PEFT and diffusers
+    diffusion_model.input_blocks.4.1.proj_in         ComfyUI
+    lora_te_text_model_encoder_layers_0_mlp_fc1      kohya's text encoders: te, or te1 and te2 where there are two
+
+An underscore may join words or stand for a dot; so the names of all modules are written out, and a file's are found
+among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from gouache.layouts.diffusers import unet_rules
+from gouache.layouts.original import text_shapes, unet_shapes
+from gouache.layouts.rules import Shape, invert, plan
+from gouache.nn.spec import TextSpec, UNetSpec
+
+Module = tuple[str, str]
+"""(component, path of the module in its network)."""
+
+_TEXT = {
+    "text_encoder": ("lora_te_", "lora_te1_", "text_encoder."),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2."),
+}
+
+
+def module_names(specs: Mapping[str, UNetSpec | TextSpec]) -> dict[str, Module]:
+    """Every name that an adapter file may use for a module -> the module, for a model of these components."""
+    names: dict[str, Module] = {}
+    for component, spec in specs.items():
+        found = _unet_names(spec) if isinstance(spec, UNetSpec) else _text_names(component, spec)
+        names |= {name: (component, module) for name, module in found.items()}
+    return names
+
+
+def _unet_names(spec: UNetSpec) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for module, other in diffusers_modules(spec).items():
+        names[f"lora_unet_{_joined(other)}"] = names[f"lora_unet_{_joined(module)}"] = module
+        names[f"oft_unet_{_joined(other)}"] = names[f"oft_unet_{_joined(module)}"] = module
+        names[f"unet.{other}"] = names[other] = names[f"diffusion_model.{module}"] = module
+        # diffusers' first adapters named attention processors: attn1.processor.to_q, and to_out without its number.
+        attention, _, leaf = other.rpartition(".to_")
+        if attention.endswith(("attn1", "attn2")):
+            old = f"{attention}.processor.to_{leaf.removesuffix('.0')}"
+            names[f"unet.{old}"] = names[old] = module
+    return names
+
+
+def _text_names(component: str, spec: TextSpec) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for module in _modules(text_shapes(spec)):
+        for prefix in _TEXT[component]:
+            if prefix.endswith("_"):
+                names[prefix + _joined(module)] = module
+            else:
+                # Transformers 5 leaves the outermost name out.
+                names[prefix + module] = names[prefix + module.removeprefix("text_model.")] = module
+        if component == "text_encoder":
+            names[module] = module
+    return names
+
+
+def kohya_names(specs: Mapping[str, UNetSpec | TextSpec], original_blocks: bool) -> dict[Module, str]:
+    """What kohya's files call each module. `original_blocks`: the U-Net's own numbers, as SDXL files have them."""
+    two = "text_encoder_2" in specs
+    texts = {"text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
+    names: dict[Module, str] = {}
+    for component, spec in specs.items():
+        if isinstance(spec, UNetSpec):
+            for path, other in diffusers_modules(spec).items():
+                names[component, path] = "lora_unet_" + _joined(path if original_blocks else other)
+        else:
+            names |= {(component, path): texts[component] + _joined(path) for path in _modules(text_shapes(spec))}
+    return names
+
+
+def peft_names(specs: Mapping[str, UNetSpec | TextSpec]) -> dict[Module, str]:
+    """What PEFT's and diffusers' files call each module."""
+    names: dict[Module, str] = {}
+    for component, spec in specs.items():
+        paths = diffusers_modules(spec) if isinstance(spec, UNetSpec) else {p: p for p in _modules(text_shapes(spec))}
+        names |= {(component, path): f"{component}.{other}" for path, other in paths.items()}
+    return names
+
+
+def diffusers_modules(spec: UNetSpec) -> dict[str, str]:
+    """{module of the U-Net: the same in diffusers' names}."""
+    shapes = unet_shapes(spec)
+    attends = [bool(depth) for depth in spec.attention_depth]
+    origins = plan(invert(unet_rules(attends, spec.res_blocks)), shapes).origins
+    return {
+        origin.sources[0].removesuffix(".weight"): name.removesuffix(".weight")
+        for name, origin in origins.items()
+        if name.endswith(".weight")
+    }
+
+
+def _modules(shapes: Iterable[str] | Mapping[str, Shape]) -> list[str]:
+    return [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
+
+
+def _joined(path: str) -> str:
+    return path.replace(".", "_")

@@ -1,0 +1,93 @@
+"""LoRAs into a model: their differences added to its weights for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from gouache.adapters.read import Adapter, read_lora
+from gouache.errors import ModelError, RequestError, printable
+from gouache.families.found import Found
+from gouache.families.identify import identify
+from gouache.files.open import open_model
+from gouache.files.record import ModelFile
+from gouache.layouts.modules import Module, module_names
+from gouache.workshop import derive, layout, save
+from gouache.workshop.convert import OnWork, progress
+from gouache.workshop.lora.write import specs_of
+from gouache.workshop.modelspec import describe
+
+
+def bake(
+    model: Path,
+    loras: Sequence[tuple[Path, float]],
+    target: Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    on_work: OnWork | None = None,
+) -> dict[str, tuple[int, int]]:
+    """Write `model` with `loras` at their strengths added to its weights; {file: (modules changed, names unmatched)}.
+
+    Raises ModelError for a LoRA none of whose modules is in the model, or whose shapes do not fit, before writing.
+    """
+    form = save.form_of(target, None)
+    if form == "diffusers":
+        raise RequestError("out", f"{target} does not end in .safetensors or .ckpt; convert the result for a folder")
+    save.refuse_existing(target, overwrite)
+    file = open_model(model)
+    found = identify(file)
+    specs = specs_of(found)
+    names = module_names(specs)
+    adapters = [(_read(path, names, found), strength) for path, strength in loras]
+    family = found.family.value
+    base = file
+    if found.kind.value == "diffusers folder":
+        base = layout.single_file(file, found)
+        found = identify(base, family=family.name if family is not None else None)
+    parts = []
+    taken = set[str]()
+    for name, part in found.components.items():
+        inner = derive.arrange(base, part.origins)
+        parts.append(layout.as_in(part, _patched(inner, name, adapters), family))
+        taken |= {source for origin in part.origins.values() for source in origin.sources}
+    result = derive.join(derive.keep(base, (name for name in base if name not in taken)), *parts)
+    result = derive.cast(result, dtype)
+    baked = ", ".join(f"{path.name}:{strength:g}" for path, strength in loras)
+    result = save.with_metadata(result, {**describe(found), **base.metadata, "gouache.loras": baked})
+    save.write_file(result, target, form, progress("baking", result.nbytes, on_work))
+    return {
+        str(path): (len(adapter.tensors), len(adapter.unmatched)) for (path, _), (adapter, _) in zip(loras, adapters)
+    }
+
+
+def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, float]]) -> ModelFile:
+    """`part`, in the network's names, with what the adapters do to it."""
+
+    def read(name: str) -> Tensor:
+        tensor = part.read(name)
+        stem, _, leaf = name.rpartition(".")
+        changed = tensor
+        for adapter, strength in adapters:
+            if (component, stem) in adapter.tensors and leaf in ("weight", "bias"):
+                patch = adapter.patch((component, stem))
+                try:
+                    changed = patch.weight(changed, strength) if leaf == "weight" else patch.bias(changed, strength)
+                except ModelError as error:
+                    raise ModelError(f"{adapter.file.path} does not fit {component} {stem}: {error}") from None
+        return changed.to(tensor.dtype)
+
+    return derive.make(part, part.tensors, read)
+
+
+def _read(path: Path, names: Mapping[str, Module], found: Found) -> Adapter:
+    file = open_model(path)
+    adapter = read_lora(file, names)
+    if not adapter.tensors:
+        what = identify(file)
+        family = what.family.value
+        fits = f"it is {what.kind.value}" + (f" for {family.title}" if family is not None else "")
+        raise ModelError(f"{printable(str(path))} changes none of the modules of {found.path.name}: {fits}")
+    return adapter
