@@ -79,7 +79,7 @@ def test_inspect_names_what_is_missing_and_what_is_strange(gouache: Command, nar
 
     told = json.loads(gouache("inspect", path, "--json").out)
 
-    assert "quant_conv.bias" in told["missing"]["vae"] and told["unknown"] == ["secret"]
+    assert "quant_conv.bias" in told["missing"]["vae"] and list(told["unknown"]) == ["secret"]
 
 
 def test_what_the_caller_says_overrules_and_is_marked_so(gouache: Command, narrow: Narrows):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gouache.adapters.read import suffix_of
 from gouache.families.sd import SD1, SD2
 from gouache.families.sdxl import SDXL
+from gouache.layouts.adapters import suffix_of
 from gouache.layouts.modules import kohya_names, module_names, peft_names
 from gouache.layouts.original import text_shapes, unet_shapes
 from gouache.nn.spec import TextSpec, UNetSpec

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 
 from gouache.adapters.patch import SAME, Patch
 from gouache.files.record import ModelFile
-from gouache.layouts.adapters import SUFFIXES
+from gouache.layouts.adapters import suffix_of
 from gouache.layouts.modules import Module
-
-_LONGEST_FIRST = sorted(SUFFIXES, key=len, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,6 @@ class Adapter:
     def patch(self, module: Module) -> Patch:
         """What the file does to `module`; read now, in float32."""
         return Patch({part: self.file.tensor(name).float() for part, name in self.tensors[module].items()})
-
-
-def suffix_of(name: str) -> str:
-    """What of an adapter's name says which part of its module's patch it is; "" for no adapter's name."""
-    return next((suffix for suffix in _LONGEST_FIRST if name.endswith(suffix)), "")
 
 
 def read_lora(file: ModelFile, names: Mapping[str, Module]) -> Adapter:

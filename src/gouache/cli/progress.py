@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -20,7 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from gouache.diffusion.samplers.sampler import Step
+if TYPE_CHECKING:
+    from gouache.diffusion.samplers.sampler import Step
 
 
 class _Speed(ProgressColumn):

@@ -91,6 +91,11 @@ _READS_INPUT = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lo
 _CONTEXT_KEY = re.compile(r"attn2[._](?:processor[._])?to_k(?=[._])")
 
 
+def suffix_of(name: str) -> str:
+    """What of an adapter's name says which part of its module's change it is; "" for no adapter's name."""
+    return next((suffix for suffix in _LONGEST_FIRST if name.endswith(suffix)), "")
+
+
 @dataclass(frozen=True)
 class AdapterNames:
     """What the names of an adapter file say.

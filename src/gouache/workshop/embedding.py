@@ -67,7 +67,9 @@ def combine(
     widths = {encoder: each.shape[1] for encoder, each in read[0][0].items()}
     for vectors, _, path in read[1:]:
         if (other := {encoder: each.shape[1] for encoder, each in vectors.items()}) != widths:
-            raise ModelError(f"{path} is {_wide(other)} wide, and {read[0][2]} is {_wide(widths)} wide: for different models")
+            raise ModelError(
+                f"{path} is {_wide(other)} wide, and {read[0][2]} is {_wide(widths)} wide: for different models"
+            )
     made = {encoder: _combined([(v[encoder], strength) for v, strength, _ in read], how) for encoder in widths}
     names = (
         {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if len(widths) > 1 else {"text_encoder": "emb_params"}

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import printable
+from gouache.errors import FileError, printable
 from gouache.families.found import Fact, Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
+from gouache.workshop.advice import advice
+from gouache.workshop.convert import OnWork, progress
+from gouache.workshop.damage import Fault, faults, fingerprints
+from gouache.workshop.details import Detail, details
+from gouache.workshop.hashes import Hashes, hashes
 
 
 @dataclass(frozen=True)
@@ -34,51 +41,139 @@ class Part:
     dtype: str
     layout: str
     evidence: str
+    fingerprint: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """`size` in bytes; `leftovers` maps each reason to the names it covers."""
+    """`size` in bytes; `leftovers` maps each reason to the names it covers; `unknown` maps names to the nearest known.
+
+    `faults`, `hashes` and the parts' fingerprints are there in deep reports; `keys` where they were asked for.
+    """
 
     path: str
     format: str
     size: int
     count: int
     facts: tuple[Statement, ...]
+    details: tuple[Detail, ...]
     components: tuple[Part, ...]
     missing: Mapping[str, str]
     leftovers: Mapping[str, list[str]]
-    unknown: tuple[str, ...]
+    unknown: Mapping[str, str]
     metadata: Mapping[str, str]
     notes: tuple[str, ...]
+    advice: tuple[str, ...]
+    faults: tuple[Fault, ...] | None = None
+    hashes: Hashes | None = None
+    keys: Mapping[str, str] | None = None
+    file: ModelFile | None = field(default=None, repr=False, compare=False)
+    found: Found | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
         """As JSON can say it; `facts` by name."""
-        values = asdict(self)
-        values["facts"] = {each.pop("name"): each for each in values["facts"]}
-        return values
+        values = {name: value for name, value in vars(self).items() if name not in ("file", "found")}
+        told: dict[str, Any] = {name: _plain(value) for name, value in values.items()}
+        told["facts"] = {each.pop("name"): each for each in told["facts"]}
+        return told
 
 
-def report(path: Path, *, prediction: str | None = None, family: str | None = None) -> Report:
-    """Open `path` and say what it is. Raises FileError where it cannot be read."""
+def report(
+    path: Path,
+    *,
+    prediction: str | None = None,
+    family: str | None = None,
+    keys: bool = False,
+    deep: bool = False,
+    on_work: OnWork | None = None,
+) -> Report:
+    """Open `path` and say what it is. `keys` lists every tensor; `deep` reads the weights, for damage and hashes.
+
+    Raises FileError where it cannot be read.
+    """
+    if (training := _training_folder(path)) is not None:
+        return training
     file = open_model(path)
     found = identify(file, prediction=prediction, family=family)
     leftovers: dict[str, list[str]] = {}
     for name, reason in found.leftovers.items():
         leftovers.setdefault(reason, []).append(printable(name))
+    prints: dict[str, str] = {}
+    damage: tuple[Fault, ...] | None = None
+    digests: Hashes | None = None
+    if deep:
+        damage = tuple(faults(file, found, progress("looking for damage", file.nbytes, on_work)))
+        parts = sum(part.parameters for part in _parts(file, found, {}))
+        prints = fingerprints(file, found, progress("comparing", 2 * parts, on_work))
+        if path.is_file():
+            digests = hashes(path, progress("hashing", path.stat().st_size, on_work))
     return Report(
         path=printable(str(path)),
         format=file.format,
         size=file.nbytes,
         count=len(file),
         facts=tuple(_statements(found)),
-        components=tuple(_parts(file, found)),
+        details=tuple(details(file, found)),
+        components=tuple(_parts(file, found, prints)),
         missing={printable(name): printable(reason, 400) for name, reason in found.missing.items()},
         leftovers=leftovers,
-        unknown=tuple(printable(name) for name in found.unknown),
+        unknown=_nearest(file, found),
         metadata={printable(key): printable(value) for key, value in file.metadata.items()},
         notes=tuple(printable(note, 400) for note in file.notes),
+        advice=tuple(advice(file, found)),
+        faults=damage,
+        hashes=digests,
+        keys={printable(n): f"{i.dtype} {list(i.shape)}" for n, i in file.tensors.items()} if keys else None,
+        file=file,
+        found=found,
     )
+
+
+def files_of(path: Path) -> Iterator[Path]:
+    """`path`, or, where it is a folder that is no model itself, the model files and model folders in it."""
+    if not path.is_dir() or (path / "model_index.json").exists() or _training_folder(path) is not None:
+        yield path
+        return
+    try:
+        open_model(path)
+        yield path
+    except FileError:
+        inside = [each for each in sorted(path.iterdir()) if _is_a_model(each)]
+        yield from inside or [path]
+
+
+def _is_a_model(path: Path) -> bool:
+    if path.is_dir():
+        return (path / "model_index.json").exists()
+    return path.suffix.lower() in (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
+
+
+def _training_folder(path: Path) -> Report | None:
+    """A checkpoint of Gouache's own trainer: a folder of weights, averages, optimizer, and a state in JSON."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        seals = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        sizes = {str(name): int(seal["bytes"]) for name, seal in seals.items()}
+        settings = dict(state["settings"])
+        step = int(state["step"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    rate = settings.get("learning_rate")
+    told = [Detail("progress", f"step {step} of {settings.get('steps')}", "state.json")]
+    if isinstance(state.get("best"), int | float):
+        told.append(Detail("metrics", f"lowest validation loss {state['best']:g}", "state.json"))
+    if "optimizer.safetensors" in sizes:
+        told.append(
+            Detail("optimizer", f"AdamW, {sizes['optimizer.safetensors'] / 1e6:,.0f} MB", "optimizer.safetensors")
+        )
+        told.append(Detail("learning rate", str(rate), "the run's settings"))
+    told += [Detail(f"file {name}", f"{size / 1e6:,.1f} MB", "manifest.json") for name, size in sizes.items()]
+    kind = Statement("kind", "training checkpoint", "certain", "a folder with the manifest of Gouache's trainer")
+    hints = ("a run goes on from it when it is started again in the folder above",)
+    return Report(
+        printable(str(path)), "training checkpoint", sum(sizes.values()), len(sizes), (kind,), tuple(told), (), {}, {},
+        {}, {}, (), hints,
+    )  # fmt: skip
 
 
 def _statements(found: Found) -> list[Statement]:
@@ -107,10 +202,26 @@ def _words(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _parts(file: ModelFile, found: Found) -> list[Part]:
+def _parts(file: ModelFile, found: Found, prints: Mapping[str, str]) -> list[Part]:
     parts = list[Part]()
     for each in found.components.values():
         sources = {source for origin in each.origins.values() for source in origin.sources}
         count = sum(math.prod(file.tensors[name].shape) for name in sources)
-        parts.append(Part(each.name, count, each.dtype.value, each.layout, printable(each.evidence, 400)))
+        evidence = printable(each.evidence, 400)
+        parts.append(Part(each.name, count, each.dtype.value, each.layout, evidence, prints.get(each.name, "")))
     return parts
+
+
+def _nearest(file: ModelFile, found: Found) -> dict[str, str]:
+    """Names that nothing here knows, each with the known one that is most like it."""
+    known = [name for name in file if name not in set(found.unknown)]
+    return {
+        printable(name): printable(next(iter(difflib.get_close_matches(name, known, n=1)), "")) if index < 20 else ""
+        for index, name in enumerate(found.unknown)
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(each) for each in value]
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value

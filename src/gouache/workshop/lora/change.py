@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from gouache.adapters.patch import Patch
-from gouache.adapters.read import read_lora, suffix_of
+from gouache.adapters.read import read_lora
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
+from gouache.layouts.adapters import suffix_of
 from gouache.layouts.modules import Module, module_names
 from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.workshop.convert import OnWork
