@@ -46,6 +46,6 @@ def convert(
         return
     print(f"{target}: {done.tensors} tensors, {done.nbytes / 1e6:,.1f} MB, read back and found equal to the source")
     for reason, count in done.kept_beside.items():
-        print(f"kept in its leftovers.safetensors: {count} tensors: {reason}")
+        print(f"kept in its leftovers.safetensors  {count} tensors: {reason}")
     for reason, count in done.left_out.items():
-        print(f"left out: {count}: {reason}")
+        print(f"left out  {count} {reason}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from gouache.errors import FileError, RequestError, printable
 from gouache.files.content import kind_of
 from gouache.files.folder import open_folder, read_shards
+from gouache.files.picture_file import is_picture
 from gouache.files.record import ModelFile
 from gouache.files.single_file import read_file
 from gouache.files.source import Source
@@ -26,6 +27,7 @@ def open_model(path: str | Path, *, variant: str | None = None) -> ModelFile:
         if path.is_dir():
             return open_folder(path, variant)
         source = Source(path)
-        return read_shards(source) if kind_of(source) == "shard index" else read_file(source)
+        shards = not is_picture(source) and kind_of(source) == "shard index"
+        return read_shards(source) if shards else read_file(source)
     except OSError as error:
         raise FileError(path, f"cannot be opened: {error.strerror}") from None

@@ -8,6 +8,7 @@ from pathlib import Path
 from gouache.errors import DamagedFile, NotAModel
 from gouache.files.content import kind_of, unknown
 from gouache.files.pickle_file import read_pickle
+from gouache.files.picture_file import is_picture, read_picture
 from gouache.files.record import ModelFile
 from gouache.files.safetensors_file import read_safetensors
 from gouache.files.source import Source
@@ -28,6 +29,8 @@ def open_file(path: str | Path) -> ModelFile:
 
 def read_file(source: Source) -> ModelFile:
     """As `open_file`, for a file that is open already."""
+    if is_picture(source) and (embedding := read_picture(source)) is not None:
+        return embedding
     kind = kind_of(source)
     if kind == "shard index":
         raise NotAModel(source.path, "lists the parts of a model; open it as a model, not as one file")

@@ -101,9 +101,9 @@ def _to_file(
 
     save.write_file(result, target, form, progress("writing", result.nbytes, on_work), check)
     unplaced = [key for key in file.extra if key not in save.plain_values(file.extra)] if not from_folder else []
-    left_out = Counter(found.leftovers.values()) if from_folder else Counter[str]()
+    left_out = Counter(f"tensors: {reason}" for reason in found.leftovers.values()) if from_folder else Counter[str]()
     if unplaced:
-        left_out["the state of the training, which is no weight"] = len(unplaced)
+        left_out["values of the state of the training, which are no weights"] = len(unplaced)
     return Converted(len(result), result.nbytes, form, {}, left_out)
 
 
@@ -147,7 +147,9 @@ def _component(
         save.write_folder(result, target, on_bytes=writing, check=check)
     else:
         save.write_file(result, target, form, writing, check)
-    return Converted(len(result), result.nbytes, form, {}, {"they are no part of it": len(file) - len(_taken(part))})
+    return Converted(
+        len(result), result.nbytes, form, {}, {"tensors that are no part of it": len(file) - len(_taken(part))}
+    )
 
 
 def _which(found: Found, only: str) -> str:

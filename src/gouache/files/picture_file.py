@@ -1,0 +1,185 @@
+"""Embeddings carried by pictures, as A1111 makes them to be shared: read without running anything.
+
+    text chunk    `sd-ti-embedding`: base64 of JSON, in which {"TORCHTENSOR": numbers} stands for a tensor
+    pixels        the same JSON, deflated, four bits a channel: in stripes left and right of the picture, each parted
+                  from it by a black column; the left has the lower halves of the bytes, the right the upper ones, both
+                  masked by the numbers of a linear congruential generator
+
+The second form survives where text chunks are stripped, and is what WebP and re-saved PNG files have.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from gouache.errors import DamagedFile, NotAModel
+from gouache.files.record import ModelFile, TensorInfo
+from gouache.files.source import Source, tensor_from
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_CHUNK = b"sd-ti-embedding"
+_MAX_JSON = 16_000_000  # bytes: 75 vectors of SDXL's width as text are some 3 MB
+_MAX_NUMBERS = 1_000_000
+_MAX_PIXELS = 16_000_000
+_MAX_NIBBLES = 8_000_000
+_MAX_CHUNKS = 10_000
+
+
+def is_picture(source: Source) -> bool:
+    """Whether the file is a picture of a kind that can carry an embedding."""
+    return source.data[:8] == b"\x89PNG\r\n\x1a\n" or source.data[8:12] == b"WEBP"
+
+
+def read_picture(source: Source) -> ModelFile | None:
+    """The embedding in a PNG or WebP picture; None where it carries none. Raises DamagedFile for half of one."""
+    content = _from_chunk(source) if source.data[:8] == b"\x89PNG\r\n\x1a\n" else None
+    where = "a text chunk of a PNG picture"
+    if content is None:
+        content, where = _from_pixels(source), "the pixels of a picture"
+    if content is None:
+        return None
+    tensors: dict[str, tuple[TensorInfo, bytes]] = {}
+    extra = {key: _unfolded(source, key, value, tensors) for key, value in content.items()}
+    if not tensors:
+        raise NotAModel(source.path, "is a picture that carries an embedding without vectors")
+    return ModelFile(
+        path=source.path,
+        format="picture",
+        tensors={name: info for name, (info, _) in tensors.items()},
+        read=lambda name: tensor_from(bytearray(tensors[name][1]), 0, tensors[name][0]),
+        extra={key: value for key, value in extra.items() if value is not _TENSORS},
+        notes=(f"the embedding stands in {where}",),
+        files=(source.path,),
+    )
+
+
+_TENSORS = object()
+
+
+def _unfolded(
+    source: Source, name: str, value: Any, tensors: dict[str, tuple[TensorInfo, bytes]], depth: int = 0
+) -> Any:
+    """`value` with its tensors moved to `tensors`; what held nothing else is marked by `_TENSORS`."""
+    if depth > 8:
+        raise DamagedFile(source.path, "its embedding nests values more than 8 deep")
+    if not isinstance(value, dict):
+        return value
+    if set(value) == {"TORCHTENSOR"}:
+        tensors[name] = _tensor(source, value["TORCHTENSOR"])
+        return _TENSORS
+    inner = {key: _unfolded(source, f"{name}.{key}", each, tensors, depth + 1) for key, each in value.items()}
+    left = {key: each for key, each in inner.items() if each is not _TENSORS}
+    return left if left or not inner else _TENSORS
+
+
+def _tensor(source: Source, rows: Any) -> tuple[TensorInfo, bytes]:
+    """A vector or a matrix of numbers, float32."""
+    matrix = rows if isinstance(rows, list) and rows and isinstance(rows[0], list) else [rows]
+    numbers: list[float] = []
+    width = len(matrix[0]) if isinstance(matrix[0], list) else 0
+    for row in matrix:
+        if not isinstance(row, list) or len(row) != width or not width:
+            raise DamagedFile(source.path, "its embedding holds a tensor that is no matrix of numbers")
+        numbers += row
+        if len(numbers) > _MAX_NUMBERS:
+            raise DamagedFile(source.path, f"its embedding holds more than {_MAX_NUMBERS:,} numbers")
+    try:
+        packed = struct.pack(f"<{len(numbers)}f", *numbers)
+    except (struct.error, OverflowError):
+        raise DamagedFile(source.path, "its embedding holds something that is no number") from None
+    return TensorInfo((len(matrix), width), "F32"), packed
+
+
+def _from_chunk(source: Source) -> dict[str, Any] | None:
+    for kind, body in _chunks(source):
+        if kind != b"tEXt" or not body.startswith(_CHUNK + b"\0"):
+            continue
+        try:
+            return _json(source, base64.b64decode(body[len(_CHUNK) + 1 :], validate=True))
+        except binascii.Error:
+            raise DamagedFile(
+                source.path, "its embedding is not proper base64: the picture was cut or edited"
+            ) from None
+    return None
+
+
+def _chunks(source: Source) -> Iterator[tuple[bytes, bytes]]:
+    """The text chunks of a PNG file; others are stepped over, unread."""
+    at = 8
+    for _ in range(_MAX_CHUNKS):
+        if at + 12 > source.size:
+            return
+        length = int.from_bytes(source.data[at : at + 4], "big")
+        kind = source.data[at + 4 : at + 8]
+        if kind == b"IEND" or at + 12 + length > source.size:
+            return
+        if kind == b"tEXt" and length <= 2 * _MAX_JSON:
+            yield kind, source.data[at + 8 : at + 8 + length]
+        at += 12 + length
+
+
+def _json(source: Source, raw: bytes) -> dict[str, Any]:
+    if len(raw) > _MAX_JSON:
+        raise DamagedFile(source.path, f"its embedding takes more than {_MAX_JSON:,} bytes")
+    try:
+        content = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise DamagedFile(source.path, "its embedding is not proper JSON: the picture was cut or edited") from None
+    if not isinstance(content, dict):
+        raise DamagedFile(source.path, "its embedding is no table of values")
+    return content
+
+
+def _from_pixels(source: Source) -> dict[str, Any] | None:
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(source.data[:]), formats=("PNG", "WEBP")) as opened:
+            if opened.width * opened.height > _MAX_PIXELS:
+                return None
+            pixels = np.asarray(opened.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    lit = (pixels > 0).all(axis=2)
+    columns, rows = lit.any(axis=0), lit.any(axis=1)
+    if not columns.any():
+        return None
+    first, last = int(columns.argmax()), len(columns) - int(columns[::-1].argmax())
+    top, bottom = int(rows.argmax()), len(rows) - int(rows[::-1].argmax())
+    halves = pixels[top:bottom, first:last] & 0x0F
+    black = np.flatnonzero(halves.sum(axis=(0, 2), dtype=np.int64) == 0)
+    if len(black) < 2:
+        return None
+    lower, upper = halves[:, : black[0]], halves[:, black[-1] + 1 :]
+    if lower.shape != upper.shape or not 0 < lower.size <= _MAX_NIBBLES:
+        return None
+    packed = ((_unmasked(upper) << 4) | _unmasked(lower)).tobytes()
+    reader = zlib.decompressobj()
+    try:
+        raw = reader.decompress(packed, _MAX_JSON + 1)
+    except zlib.error:
+        return None  # stripes beside a picture, with nothing in them
+    return _json(source, raw)
+
+
+def _unmasked(block: np.ndarray) -> np.ndarray:
+    """The block without its mask: the generator x -> 1664525 x + 1013904223 mod 2^32, its numbers modulo 255."""
+    import numpy as np
+
+    mask = np.empty(block.size, np.uint8)
+    state = 0
+    for index in range(block.size):
+        state = (1664525 * state + 1013904223) % 2**32
+        mask[index] = state % 255
+    return block ^ (mask.reshape(block.shape) & 0x0F)
