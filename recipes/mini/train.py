@@ -37,7 +37,7 @@ from gouache.training.denoising import Captioned, Denoising
 from gouache.training.loop import Progress, Result, train
 from gouache.training.objective import chance
 from gouache.training.settings import Settings, read
-from recipes.mini import listening, start
+from recipes.mini import listening, start, whereabouts
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, Sample, sample
 from recipes.mini.names import COLOURS, load_things
 from recipes.mini.rendering import Glyphs, render
@@ -232,11 +232,14 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
     unet = UNet(UNET).to(memory_format=torch.channels_last)
     if begin is None:
         listening.prepare(unet, captioned(TRAINING_SEED, 0, 1000).said.context)
+        whereabouts.prepare(unet)
     else:
         unet.load_state_dict(part_of(begin, "unet"))
 
     schedule = Schedule.scaled_linear()
-    objective = Denoising(unet, schedule, PREDICTION, said(scenes.tokens([""], TEXT.positions)), settings.seed, weighting="velocity")
+    objective = Denoising(
+        unet, schedule, PREDICTION, said(scenes.tokens([""], TEXT.positions)), settings.seed, weighting="velocity"
+    )
 
     # Unseen scenes, each at eight fixed times under fixed noise.
     unseen = captioned(VALIDATION_SEED, 0, 128)

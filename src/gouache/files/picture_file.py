@@ -151,8 +151,9 @@ def _from_pixels(source: Source) -> dict[str, Any] | None:
             pixels = np.asarray(opened.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-    lit = (pixels > 0).all(axis=2)
-    columns, rows = lit.any(axis=0), lit.any(axis=1)
+    lit: np.ndarray = np.all(pixels > 0, axis=2)
+    columns: np.ndarray = np.max(lit, axis=0)
+    rows: np.ndarray = np.max(lit, axis=1)
     if not columns.any():
         return None
     first, last = int(columns.argmax()), len(columns) - int(columns[::-1].argmax())

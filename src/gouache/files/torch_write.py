@@ -1,4 +1,4 @@
-"""Files that `torch.load` opens, written tensor by tensor: for programs that read nothing but `.ckpt`.
+"""Files in the form of torch.save, written tensor by tensor: for programs that read nothing but `.ckpt`.
 
 A zip archive of stored entries, as torch.save makes it:
 
@@ -45,7 +45,7 @@ def stream_torch(
     on_bytes: OnBytes | None = None,
     check: Check | None = None,
 ) -> str:
-    """A file for torch.load: {"state_dict": tensors, **values}; one tensor at a time is in memory. Returns its SHA-256.
+    """A file that torch reads: {"state_dict": tensors, **values}, one tensor at a time. Returns its SHA-256.
 
     `values` are None, numbers, text, and lists and dictionaries of them; `on_bytes` and `check` are those of
     `write.stream_safetensors`. Raises ModelError for anything else, and if

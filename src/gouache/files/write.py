@@ -16,6 +16,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedRandom
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -85,7 +86,7 @@ def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -
             temporary.unlink()
 
 
-def _draft(temporary: Path) -> BinaryIO:
+def _draft(temporary: Path) -> BufferedRandom:
     """A new file beside `temporary` that has no name, where the system has such, so that a kill leaves nothing."""
     if hasattr(os, "O_TMPFILE"):
         try:
@@ -93,7 +94,7 @@ def _draft(temporary: Path) -> BinaryIO:
         except OSError:  # not on every file system
             return temporary.open("x+b")
         if Path(f"/proc/self/fd/{descriptor}").exists():
-            return os.fdopen(descriptor, "r+b")
+            return open(descriptor, "r+b")  # noqa: PTH123 - closed by who asked for it
         os.close(descriptor)
     return temporary.open("x+b")
 

@@ -120,7 +120,7 @@ def _embedding_words(file: ModelFile, form: str) -> Iterator[Detail]:
 
 def _hypernetwork(file: ModelFile) -> Iterator[Detail]:
     shapes = {name: info.shape for name, info in file.tensors.items()}
-    widths = read_hypernetwork(shapes) or ()
+    widths = read_hypernetwork(shapes) or (1,)
     yield Detail("widths", ", ".join(map(str, widths)), "a pair of networks, for keys and values, for each")
     structure = file.extra.get("layer_structure")
     first = [shape for name, shape in shapes.items() if name.startswith(f"{widths[0]}.0.") and len(shape) == 2]

@@ -91,7 +91,7 @@ _EFFECTS: tuple[tuple[str, str], ...] = (
     ("numpy.load", "unpacks another pickle, with all its powers"),
     ("numpy.testing", "runs the Python code it is handed"),
     ("numpy.f2py", "runs the Python code it is handed"),
-    ("torch.load", "unpacks another pickle, with all its powers"),
+    ("torch.serialization.load", "unpacks another pickle, with all its powers"),
     ("torch.storage._load_from_bytes", "unpacks another pickle, with all its powers"),
     ("torch.hub", "fetches code from the network and runs it"),
     ("torch.jit", "runs a program that the file holds"),

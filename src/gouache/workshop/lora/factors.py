@@ -57,13 +57,21 @@ def factors(delta: Tensor, rank: int, size: Size) -> tuple[Tensor, Tensor, float
     matrix = delta.flatten(1)
     total = float(matrix.double().pow(2).sum())
     if 4 * (rank + _SPARE) < min(matrix.shape):
-        with torch.random.fork_rng(devices=[]):  # the one routine here that draws from the global generator
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=rank + _SPARE, niter=4)
-        v = v.T
+        basis = _range(matrix, rank + _SPARE)
+        u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+        u = basis @ u
     else:
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     rank = size.cut(s[:rank], total)
     u, s, v = u[:, :rank], s[:rank], v[:rank]
     root = s.sqrt()
     return u * root, (root[:, None] * v).reshape(rank, *delta.shape[1:]), float(s.double().pow(2).sum()), total
+
+
+def _range(matrix: Tensor, count: int, rounds: int = 4) -> Tensor:
+    """An orthonormal basis (rows, count) of the strongest directions, sharpened by power iteration."""
+    start = torch.randn(matrix.shape[1], count, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix @ start).Q
+    for _ in range(rounds):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    return basis
