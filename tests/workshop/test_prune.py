@@ -131,3 +131,10 @@ def test_a_vae_is_baked_in(narrow: Narrows, line: str, tmp_path: Path):
         for name, tensor in after.items():
             inside = name.startswith("first_stage_model.")
             assert torch.equal(tensor, before[name] + 1 if inside else before[name]), name
+
+
+def test_a_folder_is_pruned_into_a_single_file(narrow: Narrows, tmp_path: Path):
+    prune(narrow("sd1").folder, tmp_path / "m.safetensors", drop=("vae",))
+
+    single = {name for name in load_file(narrow("sd1").file) if not name.startswith("first_stage_model.")}
+    assert load_file(tmp_path / "m.safetensors").keys() == single

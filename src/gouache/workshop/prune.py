@@ -17,7 +17,7 @@ from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile, TensorInfo
-from gouache.workshop import derive, save
+from gouache.workshop import derive, layout, save
 from gouache.workshop.convert import OnWork, progress
 from gouache.workshop.modelspec import describe
 
@@ -68,6 +68,9 @@ def prune(
     save.refuse_existing(target, overwrite)
     file = open_model(source)
     found = identify(file)
+    if found.kind.value == "diffusers folder" and found.family.value is not None:
+        file = layout.single_file(file, found)
+        found = identify(file, family=found.family.value.name)
     if "unet" not in found.components and not found.ema_names:
         what = f"it is {found.kind.value}" + (f"; {found.missing['unet']}" if "unet" in found.missing else "")
         raise ModelError(f"{printable(str(source))} has no U-Net that could be pruned: {what}")
