@@ -31,7 +31,7 @@ def bake(
 ) -> dict[str, tuple[int, int]]:
     """Write `model` with `loras` at their strengths added to its weights; {file: (modules changed, names unmatched)}.
 
-    Raises ModelError for a LoRA none of whose modules is in the model, or whose shapes do not fit; nothing is left then.
+    Raises ModelError for a LoRA none of whose modules is in the model, or whose shapes do not fit; nothing is left.
     """
     form = save.form_of(target, None)
     if form == "diffusers":
