@@ -3,6 +3,8 @@
 Makes a Stable Diffusion 1.5 of random weights in a temporary folder, then times each task for Gouache and diffusers in
 turns (A B A B), every time in a fresh process, so that a machine whose speed drifts moves both. Needs the test extra,
 6 GB of disk and 8 GB of memory; `--quick` takes a narrow model instead. Results go to benchmarks/results/.
+
+    python -m benchmarks workshop ...    the commands that turn files into files: see benchmarks/workshop.py
 """
 
 from __future__ import annotations
@@ -10,15 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import workshop
+from benchmarks.report import machine, say, store
 from benchmarks.tasks import TASKS
 
 HERE = Path(__file__).parent
@@ -26,6 +28,8 @@ SIDES = ("gouache", "diffusers")
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["workshop"]:
+        return workshop.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a narrow model: seconds, and only good for a look")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
@@ -38,13 +42,15 @@ def main() -> int:
         ceiling = run("ceiling", "both", Path(folder), options)["flops_per_second"]
         say(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s for a product of {options.dtype} matrices")
         rows = [measure(task, Path(folder), options, ceiling) for task in TASKS if options.only in (None, task)]
-    result = {"machine": machine(), "options": vars(options), "ceiling_gflops": ceiling / 1e9, "tasks": rows}
+    result = {
+        "machine": machine("torch", "diffusers", "transformers"),
+        "options": vars(options),
+        "ceiling_gflops": ceiling / 1e9,
+        "tasks": rows,
+    }
     print(table(result))
     if not options.quick and options.only is None:
-        name = f"{time.strftime('%Y-%m-%d')}-{options.dtype}"
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (HERE / "results" / f"{name}.md").write_text(table(result))
+        store(options.dtype, result, table(result))
     return 0
 
 
@@ -82,24 +88,6 @@ def median(result: dict[str, Any]) -> float:
     return statistics.median(result["seconds"])
 
 
-def machine() -> dict[str, str]:
-    from importlib.metadata import version
-
-    model = next(
-        (line.split(":")[1].strip() for line in open_lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    versions = {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    return {"cpu": model, "cores": str(os.cpu_count()), "python": platform.python_version(), **versions}
-
-
-def open_lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
-
-
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: a ratio below 1 means that Gouache is faster."""
     options, told = result["options"], result["machine"]
@@ -119,10 +107,6 @@ def table(result: dict[str, Any]) -> str:
             f"| {ours['peak_private_mb']:.0f} | {theirs['peak_private_mb']:.0f} |"
         )
     return "\n".join(lines) + "\n"
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

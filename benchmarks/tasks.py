@@ -201,8 +201,13 @@ def cold_picture(side: str, folder: Path) -> dict[str, Any]:
                    "--steps", "2", "--size", "64x64", "--seed", "1", "--sampler", "DDIM"]  # fmt: skip
     else:
         command = [sys.executable, "-c", COLD.format(folder=str(folder / "tiny"), out=out)]
+    return watched(command)
+
+
+def watched(command: list[str], **options: Any) -> dict[str, Any]:
+    """A process from its start to its end: its seconds, and the peak of its private memory."""
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, private_mb(process.pid))

@@ -31,9 +31,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "HOME"):
             patch.setenv(name, str(place))
-        for name in [name for name in os.environ if name.startswith("GOUACHE_")]:
+        for name in [name for name in os.environ if name.startswith(("GOUACHE_", "HF_"))]:
             patch.delenv(name)
         patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("GOUACHE_INDEX", "0")  # no process outlives its test
         yield place
 
 
@@ -77,7 +78,9 @@ def narrow(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Calla
 def settings(home: Path) -> Settings:
     from gouache.app.settings import Settings
 
-    return Settings(models=(), output=home / "outputs", device="cpu", dtype="fp32", cache=home / "gouache")
+    return Settings(
+        models=(), output=home / "outputs", device="cpu", dtype="fp32", cache=home / "gouache", data=home / "data"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -22,16 +22,19 @@ from gouache.training import state
 from recipes.mini import train
 from recipes.mini.train import PREFIXES
 
+LAST_STAGES = {"text": "layout"}  # of the networks that are not called as theirs
+
 
 def bundle(folder: Path, out: Path, rest: ModelFile | None = None) -> str:
-    """Write the newest checkpoints of all three stages in `folder` as one file; returns its sha256.
+    """Write the newest checkpoints of all stages in `folder` as one file; returns its sha256.
 
     Stages that never ran there are taken from the model file `rest`.
     """
     tensors: dict[str, Tensor] = {}
-    for stage, prefix in PREFIXES.items():
-        ran = rest is None or state.newest(folder / stage) is not None
-        weights = train.averaged(folder / stage, stage) if ran else train.part_of(rest, stage)
+    for network, prefix in PREFIXES.items():
+        stage = folder / LAST_STAGES.get(network, network)
+        ran = rest is None or state.newest(stage) is not None
+        weights = train.averaged(stage, network) if ran else train.part_of(rest, network)
         tensors |= {prefix + name: value for name, value in weights.items() if name != "text_projection.weight"}
     return write_safetensors(out, halved(lifted(tensors)), describe())
 

@@ -1,9 +1,9 @@
-"""Train the embedded model: python -m recipes.mini.train all|vae|text|unet [--folder runs/mini] [--seconds N]
+"""Train the embedded model: python -m recipes.mini.train all|vae|text|layout|unet [--folder runs/mini] [--seconds N]
 
-The stages, in order, are vae, text and unet. Each can be stopped by Ctrl-C or a kill at any moment and goes on where
-its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is. With `--start MODEL`, vae and
-unet begin from the weights of a bundled file instead of from nothing, and unet reads prompts with that file's text
-tower: a run can be taken up where only its product was kept.
+The stages, in order, are vae, text, layout (of the text tower too) and unet. Each can be stopped by Ctrl-C or a kill at
+any moment and goes on where its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
+With `--start MODEL`, vae and unet begin from the weights of a bundled file instead of from nothing, and unet reads
+prompts with that file's text tower: a run can be taken up where only its product was kept.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from gouache.diffusion.conditioning import Conditioning
+from gouache.diffusion.denoiser import Denoiser
 from gouache.diffusion.schedule import Schedule
 from gouache.errors import GouacheError, RequestError
 from gouache.files.open import open_model
@@ -32,13 +34,14 @@ from gouache.nn.vae import Autoencoder
 from gouache.prompts.tokenizer import Tokenizer
 from gouache.training import state
 from gouache.training.autoencoder import Pictures, Reconstruction, psnr
-from gouache.training.contrastive import Contrast, Pairs
+from gouache.training.contrastive import Contrast
 from gouache.training.denoising import Captioned, Denoising
 from gouache.training.loop import Progress, Result, train
 from gouache.training.objective import chance
 from gouache.training.settings import Settings, read
-from recipes.mini import listening, start, whereabouts
+from recipes.mini import layout_start, listening, start, whereabouts
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, Sample, sample
+from recipes.mini.layout import Laid, Layout, Spelling, Telling
 from recipes.mini.names import COLOURS, load_things
 from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import FIRST_STAGE, Distribution
@@ -50,6 +53,7 @@ VISION = VisionSpec(width=128, layers=4, heads=2, mlp_width=512, image_size=64, 
 # or a time says anything to a whole map, is taken away. From 64 on, differences within a group survive.
 UNET = UNetSpec(channels=64, channel_mult=(1, 1, 1, 2), context_dim=128)
 PREDICTION = "v"
+SIZE = 128
 CROP = 64
 # Latent diffusion sees mostly one large thing, upright and in the middle: what a short training can learn.
 SCENES = Distribution(
@@ -66,7 +70,7 @@ SCENES = Distribution(
 )
 # What is left to tell scenes apart by when their colour is the same: batches of such teach the text tower its nouns.
 ALONE = Distribution(counts=(1.0, 0.0, 0.0), two_colours=0.0)
-SHORT = 40  # tokens of a caption, its ends included: attention is causal, so what follows the end changes nothing
+SHORT = 40  # tokens of the longest caption, its ends included: what follows is the end, again and again
 NEUTRAL = 0  # a token that no caption holds
 
 
@@ -79,7 +83,7 @@ class Scenes:
         self.tokenizer = Tokenizer()
 
     def batch(
-        self, seed: int, first: int, count: int, size: int = 128, distribution: Distribution = FIRST_STAGE
+        self, seed: int, first: int, count: int, size: int = SIZE, distribution: Distribution = FIRST_STAGE
     ) -> tuple[Tensor, list[str]]:
         """(images (count, 3, size, size) in [-1, 1], captions) of the samples from `first` on."""
         samples = [sample(seed, index, self.things, distribution) for index in range(first, first + count)]
@@ -144,7 +148,7 @@ def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float, 
 
     def batches(number: int) -> Pictures:
         whole, _ = scenes.batch(TRAINING_SEED, number * settings.batch, settings.batch)
-        corners = torch.randint(0, (128 - CROP) // 8 + 1, (len(whole), 2), generator=chance(settings.seed, number)) * 8
+        corners = torch.randint(0, (SIZE - CROP) // 8 + 1, (len(whole), 2), generator=chance(settings.seed, number)) * 8
         images = torch.stack([image[:, y : y + CROP, x : x + CROP] for image, (y, x) in zip(whole, corners.tolist())])
         return Pictures(images, start.latents(images, colours))
 
@@ -182,23 +186,53 @@ def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
     with torch.no_grad():
         vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
     text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
-    objective = Contrast(text, vision)
+    objective = Telling(Contrast(text, vision), Layout(TEXT.width, SIZE // 8))
+    colours = scenes.colours()
 
-    def pairs(seed: int, number: int) -> Pairs:
-        if number % 2:
+    def pairs(seed: int, number: int) -> Laid:
+        if number % 2:  # a caption's end is all that the contrast reads: no more tokens than it has
             images, captions = scenes.drawn(scenes.alike(seed, number, settings.batch), VISION.image_size)
-        else:
-            images, captions = scenes.batch(seed, number * settings.batch, settings.batch, size=VISION.image_size)
-        return Pairs(images, scenes.strewn(scenes.tokens(captions, SHORT), chance(seed, number)))
+            return Laid(images, scenes.strewn(scenes.tokens(captions, SHORT), chance(seed, number)))
+        images, captions = scenes.batch(seed, number * settings.batch, settings.batch, SIZE, SCENES)
+        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, number))
+        small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area")
+        return Laid(small, tokens, start.latents(images, colours) * start.LATENT_SCALE)
 
     unseen = [pairs(VALIDATION_SEED, number) for number in range(8)]
 
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
         losses = [objective.losses(batch, 0) for batch in unseen]
-        return {name: float(torch.stack([each[name] for each in losses]).mean()) for name in losses[0]}
+        told = {name: [each[name] for each in losses if name in each] for name in losses[0]}
+        return {name: float(torch.stack(values).mean()) for name, values in told.items()}
 
     batches = lambda number: pairs(TRAINING_SEED, number)  # noqa: E731
+    return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+
+
+def train_layout(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
+    """The text tower learns on, from what the text stage left, to tell layouts and nothing else."""
+    if begin is not None:
+        raise RequestError("start", "the layout stage cannot begin from a model file: it goes on from the text stage")
+    text, layout = ClipText(TEXT), Layout(TEXT.width, SIZE // 8)
+    text.load_state_dict(averaged(folder.parent / "text", "text"))
+    layout.load_state_dict(averaged(folder.parent / "text", "layout"))
+    text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
+    objective = Spelling(text, layout)
+    colours = scenes.colours()
+
+    def laid(seed: int, number: int) -> Laid:
+        images, captions = scenes.batch(seed, number * settings.batch, settings.batch, SIZE, SCENES)
+        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, number))
+        return Laid(images, tokens, start.latents(images, colours) * start.LATENT_SCALE)
+
+    unseen = [laid(VALIDATION_SEED, number) for number in range(8)]
+
+    @torch.no_grad()
+    def validate() -> Mapping[str, float]:
+        return {"loss": float(torch.stack([objective.losses(batch, 0)["loss"] for batch in unseen]).mean())}
+
+    batches = lambda number: laid(TRAINING_SEED, 100_000 + number)  # noqa: E731 - others than the text stage saw
     return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
 
 
@@ -209,14 +243,42 @@ def _keep_neutral(gradient: Tensor) -> Tensor:
 
 
 def trained_text(folder: Path, begin: ModelFile | None) -> ClipText:
-    """The text tower of a model file, or the average of a finished text stage, frozen."""
+    """The text tower of a model file, or the average of a finished stage, frozen."""
     text = ClipText(TEXT if begin is None else replace(TEXT, projection=None))
     text.load_state_dict(averaged(folder, "text") if begin is None else part_of(begin, "text"))
     return text.requires_grad_(False).eval()
 
 
+@torch.no_grad()
+def new_unet(unet: UNet, layout: Layout, captioned: Callable[[int], Captioned], schedule: Schedule, seed: int) -> None:
+    """Set where the U-Net starts, from what the text tower says in some batches."""
+    batches = [captioned(number) for number in range(4)]
+    listening.prepare(unet, batches[0].said.context)
+    whereabouts.prepare(unet)
+    told = layout_start.said(layout, torch.cat([batch.said.context.mean(1) for batch in batches]))
+    with torch.enable_grad():
+        drawing = layout_start.fit(told)
+    layout_start.prepare(unet, told, drawing)
+
+    def noised(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch, part, chances = batches[number // 8], slice(number % 8 * 62, number % 8 * 62 + 62), chance(seed, number)
+        latents, context = batch.latents[part], batch.said.context[part]
+        times = torch.randint(len(schedule.sigmas), (len(latents),), generator=chances)
+        asked: list[Tensor] = []
+
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            asked.extend((x, time))
+            return torch.zeros_like(x)
+
+        noise = torch.randn(latents.shape, generator=chances)
+        _, wanted = Denoiser(network, schedule, PREDICTION).loss_terms(latents, noise, schedule.sigma(times))
+        return asked[0], asked[1], context, wanted
+
+    layout_start.read_out(unet, noised, 8 * len(batches))
+
+
 def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
-    text = trained_text(folder.parent / "text", begin)
+    text = trained_text(folder.parent / "layout", begin)
     colours = scenes.colours()
 
     @torch.no_grad()
@@ -230,13 +292,13 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
 
     torch.manual_seed(3)
     unet = UNet(UNET).to(memory_format=torch.channels_last)
-    if begin is None:
-        listening.prepare(unet, captioned(TRAINING_SEED, 0, 1000).said.context)
-        whereabouts.prepare(unet)
-    else:
-        unet.load_state_dict(part_of(begin, "unet"))
-
     schedule = Schedule.scaled_linear()
+    if begin is not None:
+        unet.load_state_dict(part_of(begin, "unet"))
+    elif state.newest(folder) is None:  # a run that goes on has its weights
+        layout = Layout(TEXT.width, SIZE // 8)
+        layout.load_state_dict(averaged(folder.parent / "layout", "layout"))
+        new_unet(unet, layout, lambda number: captioned(TRAINING_SEED, 500 * number, 500), schedule, settings.seed)
     objective = Denoising(
         unet, schedule, PREDICTION, said(scenes.tokens([""], TEXT.positions)), settings.seed, weighting="velocity"
     )
@@ -289,7 +351,7 @@ def _tell(progress: Progress) -> None:
     print(f"step {progress.step}/{progress.steps}  {losses}  {progress.seconds:.0f} s, {left:.0f} min left", flush=True)
 
 
-STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet}
+STAGES = {"vae": train_vae, "text": train_text, "layout": train_layout, "unet": train_unet}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from gouache.app import library, machine
+from gouache.app import hashes, machine, names
 from gouache.app.settings import Settings, read
 from gouache.diffusion.samplers.sampler import OnStep
 from gouache.errors import GouacheError
@@ -37,11 +37,11 @@ class Model(model.Model):
     @property
     def sha256(self) -> str:
         """The file's hash, as sites publish it."""
-        return library.sha256(self.file, self.settings)
+        return hashes.sha256(self.file, self.settings)
 
 
 def load(
-    name: str | Path = library.DEFAULT,
+    name: str | Path = names.DEFAULT,
     *,
     device: str | None = None,
     dtype: str | None = None,
@@ -55,7 +55,7 @@ def load(
     `prediction` ("eps", "v") and `family` overrule what the file seems to be. Raises GouacheError.
     """
     settings = settings or read()
-    file = open_model(library.resolve(str(name), settings))
+    file = open_model(names.resolve(str(name), settings))
     place = residency.device(device or settings.device)
     found = identify(file, prediction=prediction, family=family)
     wanted = dtype or settings.dtype

@@ -1,135 +1,269 @@
-"""Names find their models, and hashes are remembered only as long as the file is the same."""
+"""The library: what there is, what was said of it, and that both survive moving, renaming and restarting."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sqlite3
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
-from gouache.app import library
+from gouache.app import indexing, tables
+from gouache.app.library import About, Library
 from gouache.app.settings import Settings
-from gouache.errors import RequestError
-from gouache.files.open import open_model
+from gouache.app.verify import verify
+from gouache.errors import FileError, RequestError
+from tests.app.shelf import embedding, lora
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, settings: Settings) -> Settings:
-    """Two model folders, with a nested one, a diffusers folder, and things that are no models."""
-    for name in (
-        "a/dream.safetensors",
-        "a/old/dream.ckpt",
-        "a/notes.txt",
-        "b/dream.safetensors",
-        "b/sub/Photo v2.ckpt",
-    ):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    (tmp_path / "b" / "folder").mkdir()
-    (tmp_path / "b" / "folder" / "model_index.json").write_text("{}")
-    (tmp_path / "b" / "folder" / "part.safetensors").write_bytes(b"x")
-    return replace(settings, models=(tmp_path / "a", tmp_path / "b", tmp_path / "absent"), cache=tmp_path / "cache")
+def mine(settings: Settings, tmp_path: Path) -> Settings:
+    return replace(settings, models=(tmp_path / "models",), cache=tmp_path / "cache", data=tmp_path / "data")
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [
-        ("dream", "a/dream.safetensors"),
-        ("dream.safetensors", "a/dream.safetensors"),
-        ("dream.ckpt", "a/old/dream.ckpt"),
-        ("old/dream", "a/old/dream.ckpt"),
-        ("Photo v2", "b/sub/Photo v2.ckpt"),
-        ("sub/Photo v2.ckpt", "b/sub/Photo v2.ckpt"),
-        ("folder", "b/folder"),
-    ],
-)
-def test_a_name_finds_its_model_in_the_first_folder_that_has_it(name: str, found: str, shelf: Settings, tmp_path: Path):
-    assert library.resolve(name, shelf) == tmp_path / found
+def hashed(library: Library) -> None:
+    while library.hash_next() is not None:
+        pass
 
 
-def test_a_path_needs_no_folder(shelf: Settings, tmp_path: Path):
-    assert library.resolve(str(tmp_path / "a" / "notes.txt"), shelf) == tmp_path / "a" / "notes.txt"
+def test_a_look_tells_what_each_file_is(mine: Settings, tmp_path: Path):
+    lora(tmp_path / "models/Lora/style.safetensors", ss_tag_frequency=json.dumps({"a": {"hat": 9, "cat": 2}}))
+    embedding(tmp_path / "models/embeddings/bad.safetensors")
+    (tmp_path / "models/page.ckpt").write_text("<!DOCTYPE html>")
+
+    with Library.of(mine) as library:
+        changes = library.refresh()
+        by_name = {each.name: each for each in library.entries()}
+
+    assert len(changes.new) == 3
+    assert (by_name["style"].kind, by_name["style"].family, by_name["style"].shelf) == ("lora", "sd1", "lora")
+    assert by_name["style"].said.trigger_words == ("hat", "cat") and by_name["style"].said.title == "style"
+    assert (by_name["bad"].kind, by_name["bad"].family) == ("embedding", "sd1")
+    assert "web page" in by_name["page"].trouble and by_name["page"].shelf == "unknown"
 
 
-def test_the_parts_of_a_diffusers_folder_are_no_models(shelf: Settings, tmp_path: Path):
-    names = [path.relative_to(tmp_path / "b").as_posix() for path in library.models(tmp_path / "b")]
+def test_a_second_look_finds_only_what_changed(mine: Settings, tmp_path: Path):
+    paths = [lora(tmp_path / f"models/{name}.safetensors", number) for number, name in enumerate("abc")]
+    with Library.of(mine) as library:
+        library.refresh()
+        assert library.refresh() == type(library.refresh())()
 
-    assert names == ["dream.safetensors", "folder", "sub/Photo v2.ckpt"]
+        lora(paths[0], 7.0)
+        os.utime(paths[0], ns=(0, 1))
+        paths[1].unlink()
+        changes = library.refresh()
 
-
-@pytest.mark.parametrize(
-    ("name", "hint"),
-    [
-        ("draem", "the nearest are dream"),
-        ("photo v2", "Photo v2"),
-        ("minni", "mini"),
-        ("zzz", "looked in"),
-        ("x" * 5000, "looked in"),
-        ("~nobody-of-that-name/model", "there is no file"),
-        ("model\0.ckpt", "there is no file"),
-    ],
-)
-def test_a_name_that_nothing_has_is_refused_with_the_nearest(name: str, hint: str, shelf: Settings):
-    with pytest.raises(RequestError) as caught:
-        library.resolve(name, shelf)
-
-    assert caught.value.setting == "model"
-    assert hint in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+        assert (changes.new, changes.changed, changes.gone) == ([], [paths[0]], [paths[1]])
+        assert [each.name for each in library.entries()] == ["a", "c"]
+        assert [each.name for each in library.entries(missing=True)] == ["b"]
 
 
-def test_a_folder_that_leads_back_to_itself_is_searched_once(shelf: Settings, tmp_path: Path):
-    for name in ("loop", "again"):
-        (tmp_path / "a" / name).symlink_to(tmp_path / "a", target_is_directory=True)
+def test_notes_follow_a_file_that_is_moved_and_renamed(mine: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    lora(tmp_path / "models/other.safetensors", 2.0)
+    with Library.of(mine) as library:
+        library.refresh()
+        added = library.describe(path, tags=("hat",), weight=0.7, use="anime").added
 
-    assert len(list(library.models(tmp_path / "a"))) == 2
+    moved = tmp_path / "models/sub/b.safetensors"
+    moved.parent.mkdir()
+    path.rename(moved)
+    with Library.of(mine) as library:
+        changes = library.refresh()
+        entry = library.entry(moved)
+        found = [each.path for each in library.entries()]
 
-
-def test_the_embedded_model_goes_by_its_name(shelf: Settings):
-    if (path := library.embedded("mini")) is None:
-        pytest.skip("this build has no embedded model")
-
-    assert library.resolve("mini", shelf) == path
-
-
-def test_a_hash_is_that_of_the_bytes_and_is_computed_anew_for_other_bytes(shelf: Settings, tmp_path: Path):
-    path = tmp_path / "weights.safetensors"
-    for value in (1.0, 2.0):
-        save_file({"a": torch.full((4,), value)}, path)
-        os.utime(path, ns=(0, int(value)))  # two files of one size within one tick of a coarse clock
-
-        for _ in range(2):
-            assert library.sha256(open_model(path), shelf) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert changes.moved == [(path, moved)]
+    assert entry is not None and entry.about == About(tags=("hat",), weight=0.7, use="anime") and entry.added == added
+    assert len(found) == 2 and path not in found
 
 
-def test_a_remembered_hash_is_not_computed_again(shelf: Settings, tmp_path: Path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"a": torch.zeros(4)}, path)
-    library.sha256(open_model(path), shelf)
-    store = shelf.cache / "hashes.json"
-    store.write_text(json.dumps(dict.fromkeys(json.loads(store.read_text()), "remembered")))
+def test_a_copy_is_known_too(mine: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    with Library.of(mine) as library:
+        library.refresh()
+        library.describe(path, notes="of both")
+        copy = path.with_name("copy.safetensors")
+        copy.write_bytes(path.read_bytes())
+        library.refresh()
+        hashed(library)
 
-    assert library.sha256(open_model(path), shelf) == "remembered"
+        entry = library.entry(copy)
 
-
-@pytest.mark.parametrize("content", ["", "{", "[1]", "\xff"])
-def test_a_damaged_cache_costs_only_time(content: str, shelf: Settings, tmp_path: Path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"a": torch.zeros(4)}, path)
-    shelf.cache.mkdir()
-    (shelf.cache / "hashes.json").write_text(content, encoding="latin-1")
-
-    assert library.sha256(open_model(path), shelf) == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert entry is not None and entry.about.notes == "of both"
 
 
-def test_a_cache_that_cannot_be_written_costs_only_time(shelf: Settings, tmp_path: Path):
-    path = tmp_path / "weights.safetensors"
-    save_file({"a": torch.zeros(4)}, path)
-    shelf.cache.write_text("a file where the folder should be")
+def test_hashes_are_those_of_the_files(mine: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    with Library.of(mine) as library:
+        library.refresh()
+        assert library.waiting == (1, path.stat().st_size)
+        hashed(library)
+        entry = library.entry(path)
 
-    assert library.sha256(open_model(path), shelf) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert library.waiting == (0, 0)
+        assert entry is not None and entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert library.paths_of_hash(entry.sha256[:10]) == [path] and library.paths_of_hash("") == []
+
+
+def test_a_hub_file_need_not_be_read_to_know_its_hash(mine: Settings, tmp_path: Path):
+    real = lora(tmp_path / "hub/models--org--one/blobs/tmp.safetensors", 1.0)
+    digest = hashlib.sha256(real.read_bytes()).hexdigest()
+    blob = real.rename(real.with_name(digest))
+    link = tmp_path / "hub/models--org--one/snapshots/aa/style.safetensors"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(blob)
+
+    with Library.of(replace(mine, hub=tmp_path / "hub")) as library:
+        library.refresh()
+        (entry,) = library.entries()
+
+    assert (entry.name, entry.sha256, entry.kind) == ("org/one/style", digest, "lora")
+
+
+def test_models_are_found_by_words_anywhere(mine: Settings, tmp_path: Path):
+    one = lora(tmp_path / "models/one.safetensors", 1.0)
+    two = lora(tmp_path / "models/two.safetensors", 2.0)
+    two.with_suffix(".json").write_text(json.dumps({"description": "Paints big HATS", "activation text": "blue hat"}))
+    with Library.of(mine) as library:
+        library.refresh()
+        library.describe(one, tags=("Hats",), notes="for winter")
+
+        def found(words: str) -> list[str]:
+            return [each.name for each in library.find(words)]
+
+        assert found("hats") == ["one", "two"]
+        assert found("hats winter") == ["one"]
+        assert found("blue HAT") == ["two"]
+        assert found("sd1 lora") == ["one", "two"]
+        assert found("scarf") == []
+        assert [each.name for each in library.entries(tag="hats")] == ["one"]
+        assert [each.name for each in library.entries(kind="lora", family="sd1")] == ["one", "two"]
+        assert library.entries(family="sdxl") == []
+
+
+def test_what_the_user_says_wins_over_what_lies_beside(mine: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    path.with_suffix(".json").write_text(json.dumps({"notes": "beside", "preferred weight": 0.5}))
+    with Library.of(mine) as library:
+        library.refresh()
+        entry = library.describe(path, weight=1.5)
+
+    assert (entry.said.weight, entry.said.notes) == (1.5, "beside")
+    assert json.loads(path.with_suffix(".json").read_text()) == {"notes": "beside", "preferred weight": 0.5}
+
+
+@pytest.mark.parametrize("said", [{"use": "cubist"}, {"weight": 99.0}])
+def test_what_cannot_be_said_is_refused(mine: Settings, tmp_path: Path, said: dict[str, object]):
+    path = lora(tmp_path / "models/a.safetensors")
+    with Library.of(mine) as library:
+        library.refresh()
+        with pytest.raises(RequestError):
+            library.describe(path, **said)
+
+
+def test_a_file_whose_name_is_no_text_has_its_place(mine: Settings, tmp_path: Path):
+    folder = os.fsencode(tmp_path / "models")
+    path = Path(os.fsdecode(folder + b"/\xff\xfe.safetensors"))
+    path.parent.mkdir()
+    try:
+        lora(tmp_path / "a.safetensors").rename(path)
+    except OSError:
+        pytest.skip("this file system wants names that are text")
+
+    with Library.of(mine) as library:
+        library.refresh()
+        (entry,) = library.entries()
+
+    assert os.fsencode(entry.path).endswith(b"/\xff\xfe.safetensors") and entry.kind == "lora"
+
+
+def test_verify_tells_a_file_whose_bytes_changed_behind_its_back(mine: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    with Library.of(mine) as library:
+        library.refresh()
+        hashed(library)
+
+        def verdict() -> tuple[bool, str]:
+            entry = library.entry(path)
+            assert entry is not None
+            found = verify(entry, library)
+            return found.good, found.reason
+
+        assert verdict() == (True, "as noted")
+        before = path.stat()
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk leaves them
+        library.refresh()
+        good, reason = verdict()
+
+    assert not good and "damaged" in reason
+
+
+def test_verify_compares_with_what_lies_beside(mine: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    path.with_suffix(".metadata.json").write_text(json.dumps({"sha256": "0" * 64}))
+    with Library.of(mine) as library:
+        library.refresh()
+        (entry,) = library.entries()
+        found = verify(entry, library)
+
+    assert not found.good and "beside it says 000" in found.reason
+
+
+def test_the_index_runs_by_itself_and_only_once_at_a_time(mine: Settings, tmp_path: Path):
+    lora(tmp_path / "models/a.safetensors", 1.0)
+    lora(tmp_path / "models/b.safetensors", 2.0)
+
+    with indexing._alone(mine.cache / "indexing.lock") as alone:
+        assert alone and indexing.index(mine) == 0
+    assert indexing.index(mine, stopped=lambda: True) == 0
+    assert indexing.index(mine) == 2 and indexing.index(mine) == 0
+
+
+def test_the_background_process_does_the_work(tmp_path: Path):
+    lora(tmp_path / "models/a.safetensors", 1.0)
+    places = {"GOUACHE_DATA": tmp_path / "data", "GOUACHE_MODELS": tmp_path / "models", "XDG_CACHE_HOME": tmp_path}
+    environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
+
+    subprocess.run([sys.executable, "-m", "gouache.app.indexing"], env=environment, check=True, timeout=120)
+
+    with sqlite3.connect(tmp_path / "data/library.sqlite") as database:
+        (digest,) = database.execute("SELECT sha256 FROM file").fetchone()
+    assert digest == hashlib.sha256((tmp_path / "models/a.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_migrations_make_the_tables_that_the_code_expects(tmp_path: Path):
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    engine = tables.connect(tmp_path / "library.sqlite")
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), tables.Base.metadata)
+
+    assert differences == []
+    newest = max(path.stem for path in (Path(tables.__file__).parent / "migrations/versions").glob("v*.py"))
+    assert newest == f"v{tables.HEAD}"
+
+
+def test_a_database_of_a_newer_gouache_is_left_alone(tmp_path: Path):
+    tables.connect(tmp_path / "library.sqlite").dispose()
+    with sqlite3.connect(tmp_path / "library.sqlite") as database:
+        database.execute("UPDATE alembic_version SET version_num = '9999'")
+
+    with pytest.raises(FileError, match="newer Gouache"):
+        tables.connect(tmp_path / "library.sqlite")
+
+
+def test_a_database_that_is_none_is_named(tmp_path: Path):
+    (tmp_path / "library.sqlite").write_bytes(b"no database at all" * 100)
+
+    with pytest.raises(FileError, match=r"library\.sqlite.*move it away"):
+        tables.connect(tmp_path / "library.sqlite")

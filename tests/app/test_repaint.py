@@ -106,7 +106,7 @@ def test_a_model_that_has_moved_is_found_by_its_name_or_named(
     picture = painted(model, tmp_path / "cat.png", settings)
     model.unlink()
 
-    with pytest.raises(RequestError, match="model: there is no file 'model'"):
+    with pytest.raises(RequestError, match="model: no model 'model' has the hash"):
         repaint(picture, settings)
 
     assert repaint(picture, settings, model=str(narrow("sd1").file)).identical

@@ -167,10 +167,10 @@ def tar_archive(**members: bytes) -> bytes:
     return out + b"\0" * 1024
 
 
-def torch_tar(pickle: bytes | None = None, count: int = 4, raw: bytes = FLOATS) -> bytes:
-    """The form of torch before 0.1.2: one float32 storage 11, one 2x2 tensor 22 of it, and the pickle."""
+def torch_tar(pickle: bytes | None = None, count: int = 4, raw: bytes = FLOATS, *views: bytes) -> bytes:
+    """The form of torch before 0.1.2: one float32 storage 11, views of it, one 2x2 tensor 22 of it, and the pickle."""
     storages = program(number(1)) + program(tuple_of(number(11), text("cpu"), name("torch", "FloatStorage")))
-    storages += struct.pack("<q", count) + raw + program(list_of())
+    storages += struct.pack("<q", count) + raw + program(list_of(*views))
     tensors = program(number(1)) + program(tuple_of(number(22), number(11), name("torch", "FloatTensor")))
     tensors += struct.pack("<ii2q2qq", 2, 0, 2, 2, 2, 1, 0)
     pickle = program(dict_of(text("w"), text("22") + b"Q")) if pickle is None else pickle

@@ -407,6 +407,9 @@ def _legacy_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("tar-truncated", DAMAGED, "incomplete", a.torch_tar()[:600])
     yield case("tar-part", DAMAGED, "its part", a.tar_archive(storages=b"", tensors=b""))
     yield case("tar-view", DAMAGED, "refers to a tensor", a.torch_tar(program(text("23") + b"Q")))
+    # Their keys are equal modulo 2^61 - 1, by which Python hashes numbers.
+    views = [tuple_of(number(12 + n * (2**61 - 1)), *map(number, (11, 0, 1))) for n in range(20_000)]
+    yield case("tar-colliding-keys", DAMAGED, "list of storage views", a.torch_tar(None, 4, FLOATS, *views))
     yield case("tar-twice", UNSAFE, "two tar entries", a.torch_tar()[:-1024] + a.torch_tar())
     yield case("tar-other", NOT_A_MODEL, "tar archive", a.tar_archive(hello=b"world"))
 

@@ -154,6 +154,15 @@ def test_a_header_length_that_looks_like_another_signature_does_not_mislead(tmp_
     assert open_model(tmp_path / "m.safetensors").tensor("w").tolist() == list(b"abcd")
 
 
+@pytest.mark.parametrize("codec", ["utf-16", "utf-32-le", "utf-8-sig"])
+def test_a_configuration_is_utf_8_and_chooses_no_other_codec(tmp_path: Path, codec: str):
+    (tmp_path / "model_index.json").write_bytes(json.dumps({"_class_name": "X"}).encode(codec))
+
+    says = "without weights" if codec == "utf-8-sig" else "not valid JSON"
+    with pytest.raises(NotAModel, match=says):
+        open_model(tmp_path)
+
+
 def test_a_link_to_a_file_is_followed(tmp_path: Path):
     # The Hugging Face cache keeps files under their hashes, and links to them under their names.
     safetensors.torch.save_file({"w": torch.zeros(2)}, tmp_path / "0a1b2c")

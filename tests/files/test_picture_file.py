@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ def test_an_ordinary_picture_is_one(tmp_path: Path):
     [
         ("!!!", "not proper base64"),
         (base64.b64encode(b"{").decode(), "not proper JSON"),
+        (base64.b64encode(json.dumps(content(VECTORS[:1])).encode("utf-16")).decode(), "not proper JSON"),
         (base64.b64encode(b"[1]").decode(), "is no table of values"),
         (base64.b64encode(json.dumps({"a": {"TORCHTENSOR": [[1, 2], [3]]}}).encode()).decode(), "no matrix of numbers"),
         (base64.b64encode(json.dumps({"a": {"TORCHTENSOR": [["x"]]}}).encode()).decode(), "that is no number"),
@@ -117,6 +119,19 @@ def test_a_bomb_is_not_inflated(tmp_path: Path):
 
     with pytest.raises((DamagedFile, NotAModel)):
         open_model(tmp_path / "a.png")
+
+
+def test_the_largest_stripes_take_no_longer_than_a_picture(tmp_path: Path):
+    """A few kilobytes, which unfold to sixteen million numbers under a mask."""
+    stripes = np.full((4000, 2 * 666 + 2, 3), 0x41, np.uint8)
+    stripes[:, 666:668] = 0x40  # what parts them; no pixel may be black
+    Image.fromarray(stripes).save(tmp_path / "a.png")
+    began = time.process_time()
+
+    with pytest.raises(NotAModel, match="a PNG picture"):
+        open_model(tmp_path / "a.png")
+
+    assert time.process_time() - began < 2
 
 
 def test_every_cut_of_a_picture_is_an_error_of_ours_or_the_whole_embedding(tmp_path: Path):

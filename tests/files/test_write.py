@@ -144,9 +144,32 @@ def test_the_folder_is_synchronised_after_the_file(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(write.os, "fsync", sync)
     monkeypatch.setattr(write.os, "replace", replace)
 
+    write_atomic(tmp_path / "a.bin", b"old")
+    made, order[:] = order[:], []
     write_atomic(tmp_path / "a.bin", b"new")
 
+    assert [what for what in made if what != "replace"] == ["file", "folder"]  # a new name may need no replacing
     assert order == ["file", "replace", "folder"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks whether a process runs")
+@pytest.mark.parametrize("unnamed", [True, False], ids=["nameless drafts", "named drafts"])
+def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool
+):
+    if not unnamed:
+        monkeypatch.delattr(write.os, "O_TMPFILE", raising=False)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    ours = write.draft_name(tmp_path, ".tmp")
+    theirs = ours.with_name(ours.name.replace(f"-{os.getpid()}.", f"-{ended.pid}."))
+    foreign = tmp_path / ".gouache-another.tmp"
+    for path in (ours, theirs, foreign, tmp_path / "a.bin"):
+        path.write_bytes(b"half of")
+
+    write_atomic(tmp_path / "a.bin", b"new")
+
+    assert only(tmp_path, ours.name, foreign.name, "a.bin")
 
 
 def test_permissions_of_a_replaced_file_are_kept_and_new_ones_are_usual(tmp_path: Path):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gouache.app import library, machine
+from gouache.app import machine, names, places
 from gouache.app.settings import Settings
 from gouache.errors import GouacheError
 from gouache.families.identify import identify
@@ -61,14 +61,16 @@ def _memory() -> Iterator[str]:
 
 
 def _models(settings: Settings) -> Iterator[str]:
-    for folder in settings.models:
-        count = len(list(library.models(folder)))
-        yield f"{folder}: {f'{count} models' if folder.is_dir() else 'does not exist yet'}"
-    yield "mini: the model inside the package" if library.embedded("mini") else "mini: not in this build"
+    for root in settings.models:
+        count = len({path for place in places.places_of(root) for path in places.models(place.folder, place.kind)})
+        yield f"{root}: {f'{count} models' if root.exists() else 'does not exist yet'}"
+    if settings.hub is not None and settings.hub.is_dir():
+        yield f"{settings.hub}: {len(list(places.hub(settings)))} models"
+    yield "mini: the model inside the package" if names.embedded("mini") else "mini: not in this build"
 
 
 def _step(settings: Settings) -> Iterator[str]:
-    path = library.embedded("mini")
+    path = names.embedded("mini")
     if path is None:
         yield "not timed: there is no embedded model"
         return

@@ -1,4 +1,4 @@
-"""Hashes of files, remembered by path, size and time, because gigabytes take seconds."""
+"""Hashes of files and models, remembered by path, size and time, because gigabytes take seconds."""
 
 from __future__ import annotations
 
@@ -6,12 +6,38 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from gouache.app.library import file_key, read_cache, write_cache
+from gouache.app.cache import file_key, read_cache, write_cache
 from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError
+from gouache.files.record import ModelFile
 from gouache.workshop import hashes as workshop
 
 _STORE = "hashes.json"
+
+
+def sha256(file: ModelFile, settings: Settings) -> str:
+    """The hash of a model: of its file, or, for several, of their hashes."""
+    return _remembered(file_key(file.files), file.sha256, settings)
+
+
+def sha256_of(path: Path, settings: Settings) -> str:
+    """The same for a path that need not be opened as a model, where it is one file."""
+
+    def compute() -> str:
+        return workshop.hashes(path).sha256
+
+    return _remembered(file_key([path]), compute, settings)
+
+
+def _remembered(key: str, compute: Callable[[], str], settings: Settings) -> str:
+    store = settings.cache / _STORE
+    known = read_cache(store)
+    if key in known:
+        return str(known[key])
+    digest = compute()
+    # Read again: another program may have added to it meanwhile.
+    write_cache(store, {**read_cache(store), key: digest})
+    return digest
 
 
 def hashes(path: Path, settings: Settings, on_work: Callable[[str, int, int], None] | None = None) -> workshop.Hashes:
@@ -23,8 +49,7 @@ def hashes(path: Path, settings: Settings, on_work: Callable[[str, int, int], No
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
     store = settings.cache / _STORE
-    known = read_cache(store)
-    if isinstance(value := known.get(key), dict):
+    if isinstance(value := read_cache(store).get(key), dict):
         try:
             return workshop.Hashes(**value)
         except TypeError:
@@ -38,5 +63,5 @@ def hashes(path: Path, settings: Settings, on_work: Callable[[str, int, int], No
             on_work("hashing", done, size)
 
     found = workshop.hashes(path, on_bytes)
-    write_cache(store, {**known, key: asdict(found)})
+    write_cache(store, {**read_cache(store), key: asdict(found), file_key([path]): found.sha256})
     return found

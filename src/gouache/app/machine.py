@@ -6,7 +6,7 @@ import platform
 
 import torch
 
-from gouache.app.library import read_cache, write_cache
+from gouache.app.cache import read_cache, write_cache
 from gouache.app.settings import Settings
 from gouache.model import residency
 

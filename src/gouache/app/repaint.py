@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gouache.app import library
+from gouache.app import hashes, names
 from gouache.app.settings import Settings
 from gouache.diffusion.samplers.sampler import OnStep
 from gouache.errors import RequestError
@@ -54,7 +54,7 @@ def repaint(
     recipe, before = read_recipe(path)
     request = Request.from_json(recipe["request"])
     file = open_model(_model(recipe, model, settings))
-    digest = library.sha256(file, settings)
+    digest = hashes.sha256(file, settings)
     place = residency.device(device or recipe.get("device"))
     told = recipe.get("model", {})
     found = identify(file, prediction=told.get("prediction"), family=told.get("family"))
@@ -69,14 +69,19 @@ def repaint(
 
 
 def _model(recipe: dict[str, Any], model: str | None, settings: Settings) -> Path:
-    """The model named now, else the recipe's path, else its name."""
+    """The model named now, else the recipe's path, else its name, with its hash for when it was renamed."""
     if model is not None:
-        return library.resolve(model, settings)
+        return names.resolve(model, settings)
     told = recipe.get("model", {})
     if told.get("path") and Path(told["path"]).exists():
         return Path(told["path"])
     if told.get("name"):
-        return library.resolve(told["name"], settings)
+        try:
+            return names.resolve(told["name"], settings)
+        except RequestError:
+            if not told.get("sha256"):
+                raise
+            return names.resolve(f"{told['name']} [{told['sha256']}]", settings)
     raise RequestError("model", "the recipe names none; name it with --model")
 
 

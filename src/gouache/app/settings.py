@@ -1,7 +1,8 @@
 """The user's settings, read once at the edge and passed along as a value.
 
 From `config.toml` in the user's configuration folder, then from environment variables, which win:
-GOUACHE_MODELS (folders, separated as in PATH), GOUACHE_OUTPUT, GOUACHE_DEVICE, GOUACHE_DTYPE.
+GOUACHE_MODELS (folders, separated as in PATH), GOUACHE_OUTPUT, GOUACHE_DEVICE, GOUACHE_DTYPE, GOUACHE_DATA;
+and HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME say where other programs keep what they fetched from Hugging Face.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import platformdirs
 
+from gouache.app import folders
 from gouache.errors import FileError
 
 KEYS = ("models", "output", "device", "dtype")
@@ -22,29 +24,46 @@ KEYS = ("models", "output", "device", "dtype")
 
 @dataclass(frozen=True)
 class Settings:
-    """`models`: folders that names are looked up in, first match wins. `cache`: what may be deleted at any time."""
+    """`models`: folders that names are looked up in, first match wins; the last is our own.
+
+    `cache`: what may be deleted at any time. `data`: the library's database and our own models. `hub`: the cache of
+    Hugging Face's programs, looked through last; None to leave it alone.
+    """
 
     models: tuple[Path, ...]
     output: Path
     device: str | None
     dtype: str | None
     cache: Path
+    data: Path
+    hub: Path | None = None
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Settings:
     """Read settings now. Raises FileError for a config file with an unknown key or a wrong type."""
     path = Path(environment.get("GOUACHE_CONFIG") or platformdirs.user_config_path("gouache") / "config.toml")
     table = _table(path)
-    own = platformdirs.user_data_path("gouache") / "models"
-    folders = environment.get("GOUACHE_MODELS")
-    named = [Path(each) for each in folders.split(os.pathsep) if each] if folders else table.get("models", [])
+    data = Path(environment.get("GOUACHE_DATA") or platformdirs.user_data_path("gouache"))
+    listed = environment.get("GOUACHE_MODELS")
+    named = [Path(each) for each in listed.split(os.pathsep) if each] if listed else table.get("models", [])
+    every = (*(Path(each).expanduser() for each in named), *folders.added(data), data / "models")
     return Settings(
-        models=(*(Path(each).expanduser() for each in named), own),
+        models=tuple(dict.fromkeys(every)),
         output=Path(environment.get("GOUACHE_OUTPUT") or table.get("output", "outputs")).expanduser(),
         device=environment.get("GOUACHE_DEVICE") or table.get("device"),
         dtype=environment.get("GOUACHE_DTYPE") or table.get("dtype"),
         cache=platformdirs.user_cache_path("gouache"),
+        data=data,
+        hub=_hub(environment),
     )
+
+
+def _hub(environment: Mapping[str, str]) -> Path:
+    if cache := environment.get("HF_HUB_CACHE"):
+        return Path(cache).expanduser()
+    if home := environment.get("HF_HOME"):
+        return Path(home).expanduser() / "hub"
+    return Path(environment.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
 
 
 def _table(path: Path) -> dict[str, Any]:

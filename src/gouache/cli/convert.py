@@ -29,7 +29,7 @@ def convert(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Convert any model between .safetensors, .ckpt and diffusers folders, without running code from it."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.pairs import pairs
     from gouache.cli.progress import bytes_bar

@@ -17,7 +17,7 @@ def hash_(
 ) -> None:
     """Print the hashes by which sites and programs know a file: SHA-256, AutoV1, AutoV2, AutoV3, CRC32."""
     from gouache.app.hashes import hashes
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
 
@@ -49,7 +49,7 @@ def metadata(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the text in a file's header, or change it. Weights, and hashes of the weights alone, stay as they are."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.pairs import pairs
     from gouache.files.open import open_model
@@ -78,7 +78,7 @@ def diff(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what two models differ in: names, shapes, dtypes, values. Exit code 1 if their weights differ."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
     from gouache.files.open import open_model

@@ -24,7 +24,7 @@ def inspect(
     as_json: Annotated[bool, Option("--json", help="Print JSON: an object, or of several files a list.")] = False,
 ) -> None:
     """Tell what a model file is: kind, family, parts, prediction, dtypes, training; each with its evidence."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
     from gouache.errors import FileError

@@ -38,7 +38,7 @@ def extract(
     as_json: AsJson = False,
 ) -> None:
     """Write what TUNED has over BASE as a LoRA."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
     from gouache.workshop.lora.extract import extract as service
@@ -64,7 +64,7 @@ def bake(
     as_json: AsJson = False,
 ) -> None:
     """Add LoRAs to a model's weights for good."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
     from gouache.cli.strengths import strengths
@@ -106,7 +106,7 @@ def resize(
     as_json: AsJson = False,
 ) -> None:
     """Write a LoRA with other ranks."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
     from gouache.workshop.lora.change import resize as service
@@ -157,7 +157,7 @@ def rename(
     as_json: AsJson = False,
 ) -> None:
     """Write a LoRA under the names of kohya's tools, or of PEFT and diffusers."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.workshop.lora.change import rename as service
 

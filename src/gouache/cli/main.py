@@ -19,6 +19,7 @@ from gouache.cli import (
     inspect,
     lora,
     merge,
+    models,
     paint,
     prune,
     repaint,
@@ -43,7 +44,7 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command("hash")(files.hash_)
-for group, name in ((vae.app, "vae"), (lora.app, "lora"), (embedding.app, "embedding")):
+for group, name in ((vae.app, "vae"), (lora.app, "lora"), (embedding.app, "embedding"), (models.app, "models")):
     app.add_typer(group, name=name)
 
 

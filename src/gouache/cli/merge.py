@@ -63,7 +63,8 @@ def merge(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Merge models: weighted sums, differences, TIES, DARE and more, with weights for blocks and single tensors."""
-    from gouache.app.library import resolve, sha256
+    from gouache.app.hashes import sha256
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
     from gouache.workshop import recipe as recipes

@@ -22,7 +22,7 @@ def prune(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Leave out what use does not need: optimizer, losses, averages or the weights they average, other dtypes."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
     from gouache.workshop.prune import prune as service

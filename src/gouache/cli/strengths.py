@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from gouache.app.library import resolve
+from gouache.app.names import resolve
 from gouache.app.settings import Settings
 
 

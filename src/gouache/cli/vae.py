@@ -21,7 +21,7 @@ def bake(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Put another VAE into a model."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
     from gouache.workshop.vae import bake as service
@@ -45,7 +45,7 @@ def extract(
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write a model's VAE as a file of its own."""
-    from gouache.app.library import resolve
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
     from gouache.workshop.convert import convert as service

@@ -19,9 +19,11 @@ from gouache.families.found import Component, Fact
 from gouache.families.shapes import parted, text_config, text_spec, unet_heads, unet_spec, vae_spec
 from gouache.files.record import ModelFile
 from gouache.layouts.diffusers import unet_rules, unet_topology, vae_rules, vae_topology
+from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules
 from gouache.layouts.original import text_shapes, unet_shapes, vae_shapes
 from gouache.layouts.rules import Plan, Rename, Rule, Shape, plan, under
 from gouache.layouts.text import text_layout
+from gouache.layouts.vision import vision_layout
 from gouache.nn.spec import TextSpec, UNetSpec
 
 PREFIXES: dict[str, str] = {
@@ -136,32 +138,33 @@ def _belongs(component: str, name: str) -> bool:
 
 def _read(file: ModelFile, component: str, prefix: str, names: list[str]) -> Reading | None:
     """`names`, all under `prefix`, as `component`; None where they are not in any layout of it."""
-    if component == "image_encoder" or any(mark in name for name in names for mark in _VIDEO):
-        rules = under(prefix, _SAME)
-        layout = "diffusers" if prefix.endswith("/") else "original"
-        return Reading(component, prefix, layout, rules, plan(rules, names), video=True)
     shapes: dict[str, Shape] = {name: file.tensors[name].shape for name in names}
-    reading = Reading(component, prefix, "unreadable", (), Plan({}, {}, ()))
+    video = component == "image_encoder" or any(mark in name for name in names for mark in _VIDEO)
+    reading = Reading(component, prefix, "unreadable", (), Plan({}, {}, ()), video=video)
     try:
-        layout, rules = _layout(component, [name[len(prefix) :] for name in names])
+        layout, rules = _layout(component, [name[len(prefix) :] for name in names], video)
         if not rules:
             return None
         rules = under(prefix, rules)
         found = plan(rules, names)
-        reading = Reading(component, prefix, layout, rules, found, surplus=found.unnamed)
-        return _measure(reading, {name: origin.shape(shapes) for name, origin in found.origins.items()})
+        reading = Reading(component, prefix, layout, rules, found, surplus=found.unnamed, video=video)
+        moved = {name: origin.shape(shapes) for name, origin in found.origins.items()}
+        return reading if video else _measure(reading, moved)
     except ModelError as error:
         return replace(reading, trouble=str(error))
 
 
-def _layout(component: str, names: list[str]) -> tuple[str, tuple[Rule, ...]]:
+def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[Rule, ...]]:
     """The name of the layout that `names` are in and its table, which is empty where they are in none."""
     if component.startswith("text_encoder"):
         return text_layout(names) or ("", ())
+    if component == "image_encoder":
+        return vision_layout(names) or ("", ())
     if component == "unet" and not _FOLDER_UNET_HEADS.isdisjoint(name.partition(".")[0] for name in names):
-        return "diffusers", unet_rules(*unet_topology(names))
+        return "diffusers", (video_unet_rules if video else unet_rules)(*unet_topology(names))
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in names):
-        return "diffusers", vae_rules(*vae_topology(names))
+        levels, old_attention = vae_topology(names)
+        return "diffusers", video_vae_rules(levels) if video else vae_rules(levels, old_attention)
     return "original", _SAME
 
 

@@ -6,13 +6,14 @@ not tell the number of attention heads, nor the text tower's activation: those a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from gouache.errors import ModelError, printable
 from gouache.layouts.rules import Shape
-from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
+from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec, VisionSpec
 
 _DEEPEST = 6  # segments of a path that is counted: input_blocks.4.1.transformer_blocks.0
 _MOST = 64  # modules in a row; released networks have 32 at most
@@ -86,6 +87,27 @@ def text_spec(shapes: Mapping[str, Shape], activation: str) -> TextSpec:
         positions=_shape(shapes, "text_model.embeddings.position_embedding.weight", 2)[0],
         activation=activation,
         projection=_shape(shapes, "text_projection.weight", 2)[0] if projects else None,
+    )
+
+
+def vision_spec(shapes: Mapping[str, Shape]) -> VisionSpec:
+    """The spec of OpenCLIP's image tower from its tensors under Transformers names; ModelError: what cannot be told.
+
+    A head is 80 wide and the activation the erf form, as in ViT-H/14, the one tower that a released line has.
+    """
+    width, _, _, patch = _shape(shapes, "vision_model.embeddings.patch_embedding.weight", 4)
+    if not patch:
+        raise ModelError("its patches are 0 pixels wide")
+    places = _shape(shapes, "vision_model.embeddings.position_embedding.weight", 2)[0]
+    return VisionSpec(
+        width=width,
+        layers=_count(_modules(shapes), "vision_model.encoder.layers"),
+        heads=max(1, width // 80),
+        mlp_width=_shape(shapes, "vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
+        image_size=patch * math.isqrt(max(0, places - 1)),  # a place for each patch, and one for the class token
+        patch_size=patch,
+        activation="gelu",
+        projection=_shape(shapes, "visual_projection.weight", 2)[0],
     )
 
 

@@ -136,7 +136,8 @@ def json_document(source: Source) -> Any:
     if source.size > MAX_JSON:
         raise NotAModel(source.path, f"is a text of {size_text(source.size)}, not a model or its configuration")
     try:
-        return json.loads(source.data[:])
+        # Decoded here: json itself would let the bytes choose among five codecs, and import the one they name.
+        return json.loads(source.data[:].removeprefix(b"\xef\xbb\xbf").decode())
     except (ValueError, RecursionError):
         raise NotAModel(source.path, "is a text that is not valid JSON, not a model or its configuration") from None
 

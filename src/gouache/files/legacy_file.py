@@ -130,7 +130,7 @@ def read_tar(source: Source) -> Unpickled:
     if not isinstance(views.value, list):
         raise DamagedFile(path, "has no list of its storage views")
     for part in views.value:
-        if not isinstance(part, tuple) or len(part) != 4 or not all(type(n) is int and n >= 0 for n in part):
+        if not isinstance(part, tuple) or len(part) != 4 or not all(map(_is_key, part)):
             raise DamagedFile(path, "has a damaged list of storage views")
         key, root, first, length = part
         if root not in storages or first + length > storages[root].count:
@@ -205,4 +205,5 @@ def _three(source: Source, value: Any) -> tuple[Any, Any, Any]:
 
 
 def _is_key(value: Any) -> bool:
-    return type(value) is int
+    """Keys were addresses. Of larger numbers many can collide in a dictionary, which takes minutes to fill then."""
+    return type(value) is int and 0 <= value < 2**64

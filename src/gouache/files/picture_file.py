@@ -130,7 +130,7 @@ def _json(source: Source, raw: bytes) -> dict[str, Any]:
     if len(raw) > _MAX_JSON:
         raise DamagedFile(source.path, f"its embedding takes more than {_MAX_JSON:,} bytes")
     try:
-        content = json.loads(raw)
+        content = json.loads(raw.decode())
     except (ValueError, RecursionError):
         raise DamagedFile(source.path, "its embedding is not proper JSON: the picture was cut or edited") from None
     if not isinstance(content, dict):
@@ -178,9 +178,8 @@ def _unmasked(block: np.ndarray) -> np.ndarray:
     """The block without its mask: the generator x -> 1664525 x + 1013904223 mod 2^32, its numbers modulo 255."""
     import numpy as np
 
-    mask = np.empty(block.size, np.uint8)
-    state = 0
-    for index in range(block.size):
-        state = (1664525 * state + 1013904223) % 2**32
-        mask[index] = state % 255
-    return block ^ (mask.reshape(block.shape) & 0x0F)
+    # From 0 on, its n-th number is 1013904223 (1 + a + ... + a^(n-1)); 32 bits are modulo 2^32 by themselves.
+    factors = np.full(block.size, 1664525, np.uint32)
+    factors[0] = 1
+    numbers = np.cumsum(np.cumprod(factors, dtype=np.uint32), dtype=np.uint32) * np.uint32(1013904223)
+    return block ^ ((numbers % np.uint32(255)).astype(np.uint8).reshape(block.shape) & 0x0F)

@@ -11,6 +11,8 @@ import errno
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import stat
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 _DTYPE_NAMES = {f"torch.{torch_name}": dtype for dtype, torch_name in TORCH_NAMES.items()}
 _SPARE = 16_000_000  # bytes to leave free on the disk
+_OWNER = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32]
 
 OnBytes = Callable[[int], None]
 """Told of progress: how many more bytes of tensors are written."""
@@ -53,12 +56,12 @@ class AtomicOutput:
 def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -> Iterator[AtomicOutput]:
     """With it, write a file that appears at `path` complete when the block ends, or, if it raises, never.
 
-    `size`, where known, is the bytes to come: too small a disk is refused before anything is written. `check` may
-    look at the finished file before it appears, and refuse it by raising. A file that is replaced hands on its
-    permissions; a symbolic link is replaced, not followed. Raises FileError.
+    `size`, where known, is the bytes to come: too small a disk is refused before anything is written. `check` reads
+    the finished file before it appears, in place of comparing hashes, and refuses it by raising. A file that is
+    replaced hands on its permissions; a symbolic link is replaced, not followed. Raises FileError.
     """
     path = Path(path)
-    temporary = path.parent / f".gouache-{secrets.token_hex(6)}.tmp"
+    temporary = draft_name(path.parent, ".tmp")
     try:
         _check_target(path, size)
         with _draft(temporary) as file:
@@ -70,13 +73,14 @@ def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -
                 os.chmod(file.fileno() if os.chmod in os.supports_fd else temporary, mode)  # noqa: PTH101
             os.fsync(file.fileno())
             file.seek(0)
-            if hashlib.file_digest(file, "sha256").digest() != output.digest.digest():
-                raise DamagedFile(path, "did not read back as it was written: the disk or its driver is at fault")
             if check is not None:
                 check(_where(file, temporary))
-            _name(file, temporary)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+            elif hashlib.file_digest(file, "sha256").digest() != output.digest.digest():
+                raise DamagedFile(path, "did not read back as it was written: the disk or its driver is at fault")
+            named = _name(file, temporary, path)
+        if named != path:
+            os.replace(named, path)
+        sync_folder(path.parent)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
@@ -86,16 +90,45 @@ def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -
             temporary.unlink()
 
 
+def draft_name(folder: Path, ending: str) -> Path:
+    """A name in `folder` for what is not whole yet, that says who is at work on it."""
+    return folder / f".gouache-{_OWNER}-{secrets.token_hex(4)}-{os.getpid()}{ending}"
+
+
+def remove_litter(folder: Path, ending: str) -> None:
+    """Remove what killed processes of this machine left in `folder` under draft names."""
+    for litter in folder.glob(f".gouache-{_OWNER}-*{ending}"):
+        process = litter.stem.rpartition("-")[2]
+        if not process.isdecimal() or _runs(int(process)):
+            continue
+        if litter.is_dir():
+            shutil.rmtree(litter, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                litter.unlink()
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":  # elsewhere a signal 0 would be no question
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
+
+
 def _draft(temporary: Path) -> BufferedRandom:
     """A new file beside `temporary` that has no name, where the system has such, so that a kill leaves nothing."""
     if hasattr(os, "O_TMPFILE"):
-        try:
+        with suppress(OSError):  # not on every file system
             descriptor = os.open(temporary.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
-        except OSError:  # not on every file system
-            return temporary.open("x+b")
-        if Path(f"/proc/self/fd/{descriptor}").exists():
-            return open(descriptor, "r+b")  # noqa: PTH123 - closed by who asked for it
-        os.close(descriptor)
+            if Path(f"/proc/self/fd/{descriptor}").exists():
+                return open(descriptor, "r+b")  # noqa: PTH123 - closed by who asked for it
+            os.close(descriptor)
+    remove_litter(temporary.parent, temporary.suffix)
     return temporary.open("x+b")
 
 
@@ -103,14 +136,19 @@ def _where(file: BinaryIO, temporary: Path) -> Path:
     return temporary if temporary.exists() else Path(f"/proc/self/fd/{file.fileno()}")
 
 
-def _name(file: BinaryIO, temporary: Path) -> None:
-    """Give a draft its temporary name, if it has none yet."""
+def _name(file: BinaryIO, temporary: Path, path: Path) -> Path:
+    """Give a draft that has no name yet that of `path`, or, where this is taken, `temporary`; returns which it has."""
     if temporary.exists():
-        return
+        return temporary
+    # With a folder named, Python follows the link that stands in /proc; without, it would link to the link.
     folder = os.open(temporary.parent, os.O_RDONLY)
     try:
-        # With a folder named, Python follows the link that stands in /proc; without, it would link to the link.
+        with suppress(FileExistsError):
+            os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=folder)
+            return path
+        remove_litter(temporary.parent, temporary.suffix)
         os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=folder)
+        return temporary
     finally:
         os.close(folder)
 
@@ -213,7 +251,8 @@ def _check_target(path: Path, size: int) -> None:
         raise FileError(path, f"cannot be written: it takes {size_text(size)}, and {size_text(free)} are free there")
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Bring to the disk which names stand in `folder`."""
     if os.name != "posix":  # elsewhere a folder cannot be opened, and renaming is made durable by the system
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -84,7 +84,8 @@ PREFIXES: dict[str, str] = {
 """Prefix -> the component whose modules the rest names."""
 
 # The weaker a format's claim, the later: a full difference may stand beside a LoRA that it completes.
-_ORDER = ("loha", "lokr", "locon", "lora", "oft", "glora", "ia3", "full difference")
+FORMATS = ("loha", "lokr", "locon", "lora", "oft", "glora", "ia3", "full difference", "dora")
+_ORDER = FORMATS[:-1]
 _LONGEST_FIRST = tuple(sorted(SUFFIXES, key=len, reverse=True))
 _ORIGINAL_BLOCKS = re.compile(r"(?:lora|oft)_unet_(?:input_blocks|middle_block|output_blocks)_")
 _READS_INPUT = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".hada_w1_b", ".diff")

@@ -48,14 +48,17 @@ class Contrast:
         return by_decay(self.networks)
 
     def losses(self, batch: Pairs, step: int) -> Mapping[str, Tensor]:
-        similarity = self.temperature() * self.similarities(batch)
+        return self.matched(self.text(batch.tokens).pooled, batch.images)
+
+    def matched(self, said: Tensor, images: Tensor) -> Mapping[str, Tensor]:
+        """Losses of captions, by their pooled states (B, projection), and their images (B, 3, S, S)."""
+        similarity = self.temperature() * self.similarities(said, images)
         right = torch.arange(len(similarity), device=similarity.device)
         loss = 0.5 * (F.cross_entropy(similarity, right) + F.cross_entropy(similarity.T, right))
         found = (similarity.argmax(1) == right).float().mean()
         return {"loss": loss, "found": found}
 
-    def similarities(self, batch: Pairs) -> Tensor:
+    def similarities(self, said: Tensor, images: Tensor) -> Tensor:
         """Cosines (B, B): rows are captions, columns pictures."""
-        said = F.normalize(self.text(batch.tokens).pooled, dim=-1)
-        seen = F.normalize(self.vision(batch.images).pooled, dim=-1)
-        return said @ seen.T
+        seen = F.normalize(self.vision(images).pooled, dim=-1)
+        return F.normalize(said, dim=-1) @ seen.T

@@ -31,6 +31,11 @@ _PIPELINES = {
 }
 
 
+def pipeline(found: Found) -> dict[str, Any]:
+    """The files that are no network's own: {path in the folder: content}."""
+    return {"model_index.json": index(found), "scheduler/scheduler_config.json": scheduler(found)}
+
+
 def index(found: Found) -> dict[str, Any]:
     """`model_index.json`: which class each folder's content is for. Absent parts are [null, null]."""
     family = found.family.value

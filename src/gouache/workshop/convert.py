@@ -18,7 +18,7 @@ from gouache.families.found import Component, Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
-from gouache.workshop import derive, layout, save
+from gouache.workshop import derive, layout, save, video
 from gouache.workshop.modelspec import describe
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -85,6 +85,7 @@ def _to_file(
     result, from_folder = file, found.kind.value == "diffusers folder"
     if from_folder:
         beside = file.path / save.LEFTOVERS
+        found = video.as_single(found)
         result = layout.single_file(file, found, open_model(beside) if beside.is_file() else None)
     numbers = {key: str(value) for key, value in file.extra.items() if isinstance(value, int | float | str)}
     result = save.with_metadata(result, {**numbers, **describe(found), **result.metadata, **more})

@@ -5,6 +5,7 @@ So operations are put one behind another, and what is written at the end passes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -95,6 +96,16 @@ def cast(file: ModelFile, dtype: str | None, exempt: Container[str] = ()) -> Mod
     return replace(file, tensors=infos, read=lambda name: _cast(name, file.read(name), infos[name].dtype))
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite: either shows in the extremes, which take a tenth of `isfinite`'s time."""
+    import torch
+
+    if tensor.numel() == 0:
+        return True
+    values = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no arithmetic of its own
+    return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))
+
+
 def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
     import torch
 
@@ -105,7 +116,7 @@ def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype == target:
         return tensor
     result = convert(tensor, target, "cpu")
-    if dtype != "F32" and not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
+    if dtype != "F32" and not all_finite(result) and all_finite(tensor):
         largest = float(tensor.float().abs().max())
         raise ModelError(f"{printable(name)} has values up to {largest:g}, which {dtype} cannot hold; use bf16")
     return result

@@ -14,12 +14,15 @@ from typing import Any
 from gouache.errors import ModelError, printable
 from gouache.families.family import Family, Place
 from gouache.families.found import Component, Found
+from gouache.families.svd import SVD
 from gouache.files.record import ModelFile
 from gouache.layouts.diffusers import unet_rules, vae_rules
 from gouache.layouts.rules import Rename, Rule, invert, plan
 from gouache.layouts.text import BARE, OPENCLIP
+from gouache.layouts.vision import OPENCLIP_VISION
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
-from gouache.workshop import configs, derive
+from gouache.workshop import configs, configs_video, derive, video
+from gouache.workshop.part import Part
 
 _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
 _PLACES = "gouache.places"  # the metadata that says how a file named its components, where that is not the usual way
@@ -39,7 +42,7 @@ def single_file(file: ModelFile, found: Found, leftovers: ModelFile | None = Non
     `leftovers` are what stood in the single file that the folder was made of; they come back under their own names,
     and say where that file was unlike others of its family.
     """
-    family = _family(found)
+    family, found = _family(found), video.as_single(found)
     places = _places(family, found, leftovers)
     parts = [
         derive.prefix(_named(file, found.component(place.component), place.layout), place.prefix) for place in places
@@ -53,11 +56,11 @@ def single_file(file: ModelFile, found: Found, leftovers: ModelFile | None = Non
 def folder(file: ModelFile, found: Found) -> Laid:
     """Any checkpoint as a diffusers folder: its tensors called `component/name`, and its JSON files in `extra`."""
     family = _family(found)
-    parts = [_for_folder(place, found.component(place.component), family) for place in family.places]
+    names = video.PARTS if family is SVD else [place.component for place in family.places]
+    parts = [_part(name, file, found) for name in names]
     extra: dict[str, Any] = {
-        "model_index.json": configs.index(found),
-        "scheduler/scheduler_config.json": configs.scheduler(found),
-        **{f"{part.name}/config.json": configs.component(part, found) for part in parts},
+        **(configs_video if family is SVD else configs).pipeline(found),
+        **{f"{part.name}/config.json": part.config for part in parts},
     }
     taken = {source for part in parts for origin in part.origins.values() for source in origin.sources}
     rest = derive.keep(file, (name for name in file if name not in taken))
@@ -70,17 +73,15 @@ def folder(file: ModelFile, found: Found) -> Laid:
 
 def component_folder(file: ModelFile, part: Component, found: Found) -> ModelFile:
     """One component as its folder in a diffusers model."""
-    family = _family(found)
-    place = next(place for place in family.places if place.component == part.name)
-    part = _for_folder(place, part, family)
-    extra = {"config.json": configs.component(part, found)}
-    return replace(_in_folder(file, part), format="component folder", extra=extra, notes=(), metadata={})
+    alone = _part(part.name, file, found)
+    extra = {"config.json": alone.config}
+    return replace(_in_folder(file, alone), format="component folder", extra=extra, notes=(), metadata={})
 
 
-def _in_folder(file: ModelFile, part: Component) -> ModelFile:
+def _in_folder(file: ModelFile, part: Part) -> ModelFile:
     """The tensors of `part` under diffusers' names, without a prefix."""
     inner = derive.arrange(file, part.origins)
-    return derive.arrange(inner, plan(_folder_rules(part), inner.tensors).origins)
+    return derive.arrange(inner, plan(part.rules, inner.tensors).origins)
 
 
 def _family(found: Found) -> Family:
@@ -99,7 +100,10 @@ def _named(file: ModelFile, part: Component, layout: str) -> ModelFile:
 
 def _in_names_of(layout: str, tensors: ModelFile) -> ModelFile:
     """`tensors`, in the network's names, under those of `layout`."""
-    rules: dict[str, tuple[Rule, ...]] = {"openclip": invert(OPENCLIP), "transformers without text_model": invert(BARE)}
+    rules: dict[str, tuple[Rule, ...]] = {
+        "openclip": invert(OPENCLIP + OPENCLIP_VISION),
+        "transformers without text_model": invert(BARE),
+    }
     return derive.arrange(tensors, plan(rules.get(layout, _SAME), tensors.tensors).origins)
 
 
@@ -109,6 +113,11 @@ def as_in(part: Component, tensors: ModelFile, family: Family | None) -> ModelFi
     A folder's component is put where single files of its family keep it.
     """
     prefix, kind = part.prefix, part.layout
+    if family is SVD and part.name == "vae" and kind == "diffusers":
+        return derive.join(
+            derive.keep(tensors, ()),
+            *(as_in(piece, derive.keep(tensors, piece.origins), family) for piece in video.pieces(part)),
+        )
     if kind == "diffusers" or prefix.endswith("/"):
         place = next((p for p in (family.places if family else ()) if p.component == part.name), None)
         prefix, kind = (place.prefix, place.layout) if place is not None else ("", "original")
@@ -139,6 +148,16 @@ def _metadata(file: ModelFile, leftovers: ModelFile | None) -> Mapping[str, str]
 
 
 # ---- towards a folder
+
+
+def _part(name: str, file: ModelFile, found: Found) -> Part:
+    """The component `name` as a folder of a diffusers model."""
+    family = _family(found)
+    if family is SVD:
+        return video.part(name, file, found)
+    place = next(place for place in family.places if place.component == name)
+    part = _for_folder(place, found.component(name), family)
+    return Part(name, part.origins, _folder_rules(part), configs.component(part, found))
 
 
 def _for_folder(place: Place, part: Component, family: Family) -> Component:

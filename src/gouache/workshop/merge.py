@@ -272,7 +272,7 @@ def _merged(
             result = torch.cat(pieces)
         if extra is not None:
             result = torch.cat([result, extra], dim=1)
-        if not torch.isfinite(result).all():
+        if not derive.all_finite(result):
             raise ModelError(
                 f"{printable(name)} comes out as NaN or infinite; look for damage with `gouache inspect --deep`"
             )

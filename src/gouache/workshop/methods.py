@@ -54,7 +54,7 @@ class Method:
 def weighted_sum(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
     """(1 - alpha) A + alpha B."""
     a, b = models
-    return (1 - knobs.alpha) * a + knobs.alpha * b
+    return torch.lerp(a, b, knobs.alpha)
 
 
 def add_difference(models: Sequence[Tensor], knobs: Knobs) -> Tensor:

@@ -6,9 +6,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,7 +16,15 @@ from gouache.errors import DamagedFile, FileError, RequestError, printable
 from gouache.files.record import ModelFile
 from gouache.files.source import size_text
 from gouache.files.torch_write import stream_torch
-from gouache.files.write import Check, OnBytes, stream_safetensors, write_atomic
+from gouache.files.write import (
+    Check,
+    OnBytes,
+    draft_name,
+    remove_litter,
+    stream_safetensors,
+    sync_folder,
+    write_atomic,
+)
 from gouache.prompts.recipe import EncoderRecipe
 from gouache.prompts.tokenizer import vocabulary_files
 from gouache.workshop import configs, derive
@@ -91,8 +96,9 @@ def write_folder(
             (part / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(part / path, configs.text_of(value))
         for component, named in _by_component(file).items():
-            texts = component.startswith("text_encoder") or any(name.startswith("text_model.") for name in named)
-            weights = part / component / f"{'model' if texts else 'diffusion_pytorch_model'}.safetensors"
+            clip = component.startswith(("text_encoder", "image_encoder"))
+            clip = clip or any(name.startswith("text_model.") for name in named)
+            weights = part / component / f"{'model' if clip else 'diffusion_pytorch_model'}.safetensors"
             inner = derive.rename(file, named)
             weights.parent.mkdir(exist_ok=True)
             stream_safetensors(weights, inner.tensors, inner.read, {"format": "pt"}, on_bytes=on_bytes)
@@ -104,7 +110,9 @@ def write_folder(
             )
         if check is not None:
             check(part)
+        sync_folder(part)
         os.replace(part, target)
+        sync_folder(target.parent)
     except OSError as error:
         raise FileError(target, f"cannot be written: {error.strerror or error}") from error
     finally:
@@ -116,25 +124,11 @@ def _draft(target: Path, size: int) -> Path:
     parent = target.parent
     if not parent.is_dir():
         raise FileError(target, "cannot be written: the folder it should stand in does not exist")
-    owner = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32]
-    for litter in parent.glob(f".gouache-{owner}-*.part"):
-        process = litter.name.split("-")[-1].removesuffix(".part")
-        if process.isdecimal() and not _runs(int(process)):
-            shutil.rmtree(litter, ignore_errors=True)
+    remove_litter(parent, ".part")
     free = shutil.disk_usage(parent).free
     if size + 16_000_000 > free:
         raise FileError(target, f"cannot be written: it takes {size_text(size)}, and {size_text(free)} are free there")
-    return parent / f".gouache-{owner}-{secrets.token_hex(4)}-{os.getpid()}.part"
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+    return draft_name(parent, ".part")
 
 
 def _by_component(file: ModelFile) -> dict[str, dict[str, str]]:

@@ -1,0 +1,11 @@
+"""Run by alembic: upgrades the database of the connection it is handed."""
+
+from alembic import context
+
+from gouache.app.tables import Base
+
+context.configure(
+    connection=context.config.attributes["connection"], target_metadata=Base.metadata, render_as_batch=True
+)
+with context.begin_transaction():
+    context.run_migrations()

@@ -1,0 +1,47 @@
+"""Whether a model's bytes are still those that were noted for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gouache.app.digest import digest_of
+from gouache.app.library import Entry, Library
+from gouache.errors import GouacheError, printable
+from gouache.files.open import open_model
+
+
+@dataclass(frozen=True)
+class Verified:
+    """`good` if it opens and its hash is what it was, and what is noted beside it; `reason` in words."""
+
+    path: str
+    good: bool
+    reason: str
+    sha256: str
+
+
+def verify(entry: Entry, library: Library, on_work: Callable[[str, int, int], None] | None = None) -> Verified:
+    """Read the model whole, whatever is remembered of it; note its hash where none was."""
+    path = printable(str(entry.path))
+    try:
+        digest = digest_of(entry.path, on_work)
+        open_model(entry.path)
+    except (GouacheError, OSError) as error:
+        return Verified(path, False, printable(str(error), 400), "")
+    published = (entry.known.sha256 or {}).values() if entry.known else ()
+    if entry.sha256 and digest != entry.sha256:
+        reason = f"its hash is {digest}; {entry.sha256} was noted when it had the same size and time: it is damaged"
+        return Verified(path, False, reason, digest)
+    if entry.sidecar.sha256 and digest != entry.sidecar.sha256:
+        reason = f"its hash is {digest}; what lies beside it says {entry.sidecar.sha256}"
+        return Verified(path, False, reason, digest)
+    if not entry.sha256:
+        library.note_hash(entry.path, digest)
+    if digest in published:
+        reason = "as published"
+    elif entry.sha256 or entry.sidecar.sha256:
+        reason = "as noted"
+    else:
+        reason = "opens; no hash was noted before, this one is now"
+    return Verified(path, True, reason, digest)

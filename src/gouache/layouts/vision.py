@@ -1,0 +1,49 @@
+"""CLIP's image tower under its several names, to those of Transformers that `ClipVision` carries.
+
+OpenCLIP's form is that of its text tower: fused query, key and value, and a projection applied from the right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from gouache.layouts.rules import Drop, Rename, Rule, Split, Transpose
+
+_BLOCK, _LAYER = "transformer.resblocks.{i}", "vision_model.encoder.layers.{i}"
+
+OPENCLIP_VISION: tuple[Rule, ...] = (
+    Rename("class_embedding", "vision_model.embeddings.class_embedding"),
+    Rename("conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
+    Rename("positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    Rename("ln_pre.{leaf}", "vision_model.pre_layrnorm.{leaf}"),
+    *(
+        Split(
+            f"{_BLOCK}.attn.in_proj_{leaf}",
+            tuple(f"{_LAYER}.self_attn.{part}_proj.{leaf}" for part in ("q", "k", "v")),
+        )
+        for leaf in ("weight", "bias")
+    ),
+    Rename(f"{_BLOCK}.attn.out_proj.{{leaf}}", f"{_LAYER}.self_attn.out_proj.{{leaf}}"),
+    Rename(f"{_BLOCK}.ln_1.{{leaf}}", f"{_LAYER}.layer_norm1.{{leaf}}"),
+    Rename(f"{_BLOCK}.ln_2.{{leaf}}", f"{_LAYER}.layer_norm2.{{leaf}}"),
+    Rename(f"{_BLOCK}.mlp.c_fc.{{leaf}}", f"{_LAYER}.mlp.fc1.{{leaf}}"),
+    Rename(f"{_BLOCK}.mlp.c_proj.{{leaf}}", f"{_LAYER}.mlp.fc2.{{leaf}}"),
+    Rename("ln_post.{leaf}", "vision_model.post_layernorm.{leaf}"),
+    Transpose("proj", "visual_projection.weight"),
+)
+
+TRANSFORMERS_VISION: tuple[Rule, ...] = (
+    Drop("vision_model.embeddings.position_ids", "the numbers 0 to 256, which nothing needs"),
+    Rename("vision_model.{rest*}", "vision_model.{rest*}"),
+    Rename("visual_projection.weight", "visual_projection.weight"),
+)
+
+
+def vision_layout(names: Iterable[str]) -> tuple[str, tuple[Rule, ...]] | None:
+    """The name of the layout and its table, told by the first name that only one of them has; else None."""
+    for name in names:
+        if name.startswith(("transformer.resblocks.", "class_embedding", "ln_pre.")):
+            return "openclip", OPENCLIP_VISION
+        if name.startswith("vision_model."):
+            return "transformers", TRANSFORMERS_VISION
+    return None

@@ -1,0 +1,101 @@
+"""Stable Video Diffusion between its single file and a diffusers folder.
+
+The single file has two autoencoders: `first_stage_model`, whose decoder knows of time, and an ordinary one that encodes
+the first frame. A folder has one `vae`: the decoder of the first and the encoder of the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gouache.errors import ModelError, printable
+from gouache.families.family import Place
+from gouache.families.found import Component, Found
+from gouache.families.shapes import unet_spec, vae_spec, vision_spec
+from gouache.families.svd import SVD
+from gouache.files.record import ModelFile
+from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules
+from gouache.layouts.original_video import video_unet_shapes, video_vae_shapes, vision_shapes
+from gouache.layouts.rules import Origin, Rename, Rule, Shape, invert, plan
+from gouache.workshop import configs_video
+from gouache.workshop.part import Part
+
+PARTS = ("unet", "vae", "image_encoder")
+
+_PLACES = {place.component: place for place in SVD.places}
+_ENCODES = ("encoder.", "quant_conv.")  # what an autoencoder encodes with
+
+
+def part(name: str, file: ModelFile, found: Found) -> Part:
+    """One folder of the three; ModelError where a tensor is missing, or of another shape than the rest asks for."""
+    origins = _vae_origins(file, found) if name == "vae" else found.component(name).origins
+    sources = {each: info.shape for each, info in file.tensors.items()}
+    try:
+        shapes = {each: origin.shape(sources) for each, origin in origins.items()}
+        rules, wanted, config = _described(name, shapes, found)
+        _check_whole(shapes, wanted)
+    except ModelError as error:
+        raise ModelError(f"{printable(str(found.path))} has no usable {name}: {error}") from None
+    return Part(name, {each: origins[each] for each in wanted}, rules, config)
+
+
+def as_single(found: Found) -> Found:
+    """`found`, which if it is of a video folder has its `vae` as the two components that a single file has."""
+    vae = found.components.get("vae")
+    if found.family.value is not SVD or vae is None or vae.layout != "diffusers":
+        return found
+    return replace(found, components={**found.components, **{piece.name: piece for piece in pieces(vae)}})
+
+
+def pieces(vae: Component) -> tuple[Component, Component]:
+    """A folder's `vae` as two components of a single file, `vae` and `frame_vae`, each in part."""
+    encodes = {name: origin for name, origin in vae.origins.items() if name.startswith(_ENCODES)}
+    decodes = {name: origin for name, origin in vae.origins.items() if name not in encodes}
+    return _piece(vae, _PLACES["vae"], decodes), _piece(vae, _PLACES["frame_vae"], encodes)
+
+
+def _described(
+    name: str, shapes: Mapping[str, Shape], found: Found
+) -> tuple[tuple[Rule, ...], dict[str, Shape], dict[str, Any]]:
+    """(the table to diffusers' names, every tensor and shape that there must be, config.json) of a network."""
+    if name == "unet":
+        unet = unet_spec(shapes)
+        rules = video_unet_rules([bool(depth) for depth in unet.attention_depth], unet.res_blocks)
+        return invert(rules), video_unet_shapes(unet), configs_video.unet(unet, found)
+    if name == "vae":
+        vae = vae_spec(shapes)
+        return invert(video_vae_rules(len(vae.channel_mult))), video_vae_shapes(vae), configs_video.vae(vae, found)
+    vision = vision_spec(shapes)
+    return (Rename("{name*}", "{name*}"),), vision_shapes(vision), configs_video.image_encoder(vision)
+
+
+def _check_whole(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        raise ModelError(f"{len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}")
+    for name, shape in wanted.items():
+        if shapes[name] != shape:
+            raise ModelError(f"{name} has shape {list(shapes[name])} where the others ask for {list(shape)}")
+
+
+def _piece(vae: Component, place: Place, origins: Mapping[str, Origin]) -> Component:
+    return replace(vae, name=place.component, prefix=place.prefix, layout=place.layout, origins=origins)
+
+
+def _vae_origins(file: ModelFile, found: Found) -> dict[str, Origin]:
+    """Where a folder's `vae` comes from, by the names of `video_vae_rules`."""
+    vae = found.component("vae")
+    if vae.layout == "diffusers":
+        return dict(vae.origins)
+    prefix = _PLACES["frame_vae"].prefix
+    # Files made of folders hold no more of that autoencoder than what encodes, and so have no whole `frame_vae`.
+    encodes = plan([Rename(f"{prefix}{each}{{rest*}}", f"{each}{{rest*}}") for each in _ENCODES], file.tensors).origins
+    if not encodes:
+        raise ModelError(
+            f"{printable(str(found.path))} cannot be written as a diffusers folder: nothing stands under {prefix}, "
+            "where single files keep what encodes the first frame"
+        )
+    decodes = {name: origin for name, origin in vae.origins.items() if name.startswith("decoder.")}
+    return {**encodes, **decodes}

@@ -1,0 +1,258 @@
+"""Installing: from a path, from a server on loopback that breaks and lies, from a repository served likewise."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gouache.app.download import download
+from gouache.app.install import install
+from gouache.app.settings import Settings
+from gouache.errors import FileError, RequestError, UnsafeFile
+from tests.app.server import Site, repository, serving
+from tests.app.shelf import embedding, lora
+
+HOSTILE = b"cposix\nsystem\n(S'touch proof'\ntR."
+
+
+@pytest.fixture
+def mine(settings: Settings, tmp_path: Path) -> Settings:
+    return replace(settings, models=(), cache=tmp_path / "cache", data=tmp_path / "data")
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with serving(Site()) as served:
+        yield served
+
+
+@pytest.fixture
+def style(tmp_path: Path) -> bytes:
+    return lora(tmp_path / "made/style.safetensors", 1.0).read_bytes()
+
+
+def placed(settings: Settings) -> list[str]:
+    """Every file in the data folder, wherever."""
+    return sorted(path.relative_to(settings.data).as_posix() for path in settings.data.rglob("*") if path.is_file())
+
+
+def test_a_file_goes_to_the_folder_of_its_kind(mine: Settings, tmp_path: Path):
+    one = install(str(lora(tmp_path / "style.safetensors")), mine)
+    two = install(str(embedding(tmp_path / "bad.safetensors")), mine, name="worse")
+    three = install(str(tmp_path / "bad.safetensors"), mine, kind="vae")
+
+    assert (one.path, one.kind) == (mine.data / "models/Lora/style.safetensors", "lora")
+    assert two.path == mine.data / "models/embeddings/worse.safetensors"
+    assert three.path == mine.data / "models/VAE/bad.safetensors"
+    assert one.sha256 == hashlib.sha256((tmp_path / "style.safetensors").read_bytes()).hexdigest()
+    assert (tmp_path / "style.safetensors").exists()  # the user's own file stays
+
+
+def test_a_folder_of_components_is_installed_whole(mine: Settings, tmp_path: Path):
+    folder = tmp_path / "pipeline"
+    lora(folder / "unet/diffusion_pytorch_model.safetensors")
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}')
+    (folder / "unet/config.json").write_text("{}")
+
+    done = install(str(folder), mine)
+
+    assert done.path == mine.data / "models/Stable-diffusion/pipeline"
+    assert (done.path / "unet/config.json").read_text() == "{}" and folder.exists()
+
+
+def test_the_same_file_again_is_already_there(mine: Settings, tmp_path: Path):
+    path = lora(tmp_path / "style.safetensors")
+
+    assert not install(str(path), mine).already
+    assert install(str(path), mine).already
+
+
+def test_another_file_of_that_name_is_not_replaced(mine: Settings, tmp_path: Path):
+    install(str(lora(tmp_path / "style.safetensors", 1.0)), mine)
+    other = lora(tmp_path / "other/style.safetensors", 2.0)
+
+    with pytest.raises(RequestError, match="choose another with --name"):
+        install(str(other), mine)
+    assert (mine.data / "models/Lora/style.safetensors").read_bytes() != other.read_bytes()
+
+
+def test_a_url_is_fetched_under_the_name_that_the_server_gives(mine: Settings, site: Site, style: bytes):
+    site.files["/download/7"] = style
+    site.names["/download/7"] = "../../sty le.safetensors"
+
+    done = install(site.url("/download/7?token=secret"), mine)
+
+    assert done.path == mine.data / "models/Lora/sty le.safetensors" and done.path.read_bytes() == style
+    assert "secret" not in done.source
+    assert placed(mine) == ["models/Lora/sty le.safetensors"]
+
+
+def test_a_broken_connection_is_taken_up_where_it_broke(mine: Settings, site: Site, style: bytes, tmp_path: Path):
+    site.files["/style.safetensors"] = style
+    site.cut = [1000, 0, 2000]
+
+    path, name = download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
+
+    assert path.read_bytes() == style and name == "style.safetensors"
+    assert [asked for _, asked in site.asked] == ["", "bytes=1000-", "bytes=1000-", "bytes=3000-"]
+
+
+def test_the_next_call_goes_on_where_the_last_one_stopped(mine: Settings, site: Site, style: bytes, tmp_path: Path):
+    site.files["/style.safetensors"] = style
+    site.cut = [1000, 0, 0, 0, 0]
+
+    with pytest.raises(FileError, match="the same command goes on from there"):
+        download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
+    site.cut = []
+    path, _ = download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
+
+    assert path.read_bytes() == style and site.asked[-1] == ("/style.safetensors", "bytes=1000-")
+
+
+def test_a_file_that_changed_meanwhile_is_fetched_anew(site: Site, style: bytes, tmp_path: Path):
+    site.files["/style.safetensors"] = style
+    site.cut = [1000, 0, 0, 0, 0]
+    with pytest.raises(FileError):
+        download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
+    site.cut, site.files["/style.safetensors"] = [], style[::-1]
+
+    path, _ = download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
+
+    assert path.read_bytes() == style[::-1]
+
+
+def test_a_server_that_cannot_send_parts_is_asked_for_the_whole(site: Site, style: bytes, tmp_path: Path):
+    site.files["/style.safetensors"], site.ranges, site.cut = style, False, [1000]
+
+    path, _ = download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
+
+    assert path.read_bytes() == style
+
+
+def test_a_killed_download_goes_on(site: Site, style: bytes, tmp_path: Path):
+    site.files["/style.safetensors"], site.cut = style, [5000]
+    program = (
+        "import os, sys, time; from pathlib import Path; from gouache.app import download as d\n"
+        "d.time.sleep = lambda seconds: os.kill(os.getpid(), 9)\n"
+        "d.download(sys.argv[1], Path(sys.argv[2]))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, site.url("/style.safetensors"), str(tmp_path / "place")])
+    assert ended.returncode == -9
+
+    path, _ = download(site.url("/style.safetensors"), tmp_path / "place")
+
+    assert path.read_bytes() == style and site.asked[-1][1] == "bytes=5000-"
+
+
+def test_the_token_goes_to_the_host_that_was_named_and_no_further(site: Site, style: bytes, tmp_path: Path):
+    with serving(Site(files={"/x.safetensors": style})) as other:
+        site.token, site.moved["/x.safetensors"] = "mine", other.url("/x.safetensors")
+
+        path, _ = download(site.url("/x.safetensors"), tmp_path / "place", token="mine", pause=0)
+
+    assert path.read_bytes() == style and site.tokens == ["Bearer mine"] and other.tokens == [""]
+
+
+def test_refusals_are_one_line_that_says_what_to_do(mine: Settings, site: Site):
+    site.files["/page"], site.types["/page"] = b"<html>", "text/html; charset=utf-8"
+    site.moved["/away"] = "file:///etc/passwd"
+
+    for source, reason in (
+        (site.url("/absent"), "answers 404"),
+        (site.url("/page"), "is a web page"),
+        (site.url("/away"), "not allowed|no address on the web"),
+        ("ftp://127.0.0.1/x", "no address on the web"),
+        ("nothing-here", "no Hugging Face repository"),
+    ):
+        with pytest.raises(RequestError, match=reason) as caught:
+            install(source, mine)
+        assert "\n" not in str(caught.value)
+    site.token = "needed"
+    with pytest.raises(RequestError, match=r"wants a login.*--token"):
+        install(site.url("/page"), mine)
+
+
+def test_a_wrong_hash_is_refused_and_not_kept(mine: Settings, site: Site, style: bytes):
+    site.files["/style.safetensors"] = style
+
+    with pytest.raises(FileError, match=r"has the hash .* was expected"):
+        install(site.url("/style.safetensors"), mine, sha256="0" * 64)
+
+    assert placed(mine) == []
+    assert install(site.url("/style.safetensors"), mine, sha256=hashlib.sha256(style).hexdigest().upper()).size
+
+
+def test_what_the_scan_refuses_is_never_placed(mine: Settings, site: Site, tmp_path: Path):
+    site.files["/model.ckpt"] = HOSTILE
+
+    with pytest.raises(UnsafeFile, match=r"hostile.*posix\.system"):
+        install(site.url("/model.ckpt"), mine)
+
+    assert placed(mine) == [] and not Path("proof").exists()
+
+
+def test_a_page_that_is_sent_as_a_model_is_refused(mine: Settings, site: Site):
+    site.files["/model.safetensors"] = b"<!DOCTYPE html><html>please log in</html>"
+
+    with pytest.raises(FileError, match="no model"):
+        install(site.url("/model.safetensors"), mine)
+
+    assert placed(mine) == []
+
+
+def from_hub(site: Site, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`gouache models install` with the hub's address set to `site`: its library reads that once, as it is imported."""
+    environment = {
+        **os.environ, "HF_ENDPOINT": site.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "GOUACHE_DATA": str(data), "GOUACHE_INDEX": "0",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "gouache.cli.main", "models", "install", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_repository_with_one_file(site: Site, style: bytes, tmp_path: Path):
+    repository(site, "org/hats", {"README.md": b"hi", "style.safetensors": style, "style.ckpt": HOSTILE})
+
+    ended = from_hub(site, tmp_path / "data", "org/hats", "--json")
+
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert told["source"] == "https://huggingface.co/org/hats/resolve/main/style.safetensors"
+    assert Path(told["path"]).read_bytes() == style and Path(told["path"]).parent.name == "Lora"
+
+
+def test_a_repository_that_is_a_diffusers_folder(site: Site, style: bytes, tmp_path: Path):
+    index = b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'
+    weights = {
+        "unet/diffusion_pytorch_model.safetensors": style, "unet/diffusion_pytorch_model.fp16.safetensors": style,
+        "unet/diffusion_pytorch_model.bin": HOSTILE, "whole.ckpt": HOSTILE, "picture.png": b"x",
+    }  # fmt: skip
+    repository(site, "org/pipe", {"model_index.json": index, "unet/config.json": b"{}", **weights})
+
+    ended = from_hub(site, tmp_path / "data", "org/pipe")
+
+    assert ended.returncode == 0, ended.stderr
+    folder = tmp_path / "data/models/Stable-diffusion/org--pipe"
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_of_several_files_one_has_to_be_named(site: Site, style: bytes, tmp_path: Path):
+    repository(site, "org/two", {"a.safetensors": style, "b.safetensors": style})
+
+    both = from_hub(site, tmp_path / "data", "org/two")
+    one = from_hub(site, tmp_path / "data", "org/two/b.safetensors")
+    absent = from_hub(site, tmp_path / "data", "org/none")
+
+    assert both.returncode == 2 and "name one as org/two/FILE: a.safetensors, b.safetensors" in both.stderr
+    assert one.returncode == 0 and (tmp_path / "data/models/Lora/b.safetensors").exists()
+    assert absent.returncode == 2 and absent.stderr.startswith("error:") and absent.stderr.count("\n") == 1

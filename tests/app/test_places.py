@@ -1,0 +1,164 @@
+"""Where models lie: installations of A1111 and ComfyUI, extra_model_paths.yaml, the Hugging Face cache."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gouache.app import folders
+from gouache.app.places import candidates, extra_paths, places_of
+from gouache.app.settings import Settings, read
+from gouache.errors import FileError
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def found(root: Path, settings: Settings) -> dict[str, str]:
+    """Path below `root` -> kind of its place."""
+    every = candidates(replace(settings, models=(root,)))
+    return {each.path.relative_to(root).as_posix(): each.kind for each in every}
+
+
+def test_of_a_web_ui_only_its_folders_of_models_count(settings: Settings, tmp_path: Path):
+    touch(
+        tmp_path / "models/Stable-diffusion/anime/dream.safetensors",
+        tmp_path / "models/VAE/mse.ckpt",
+        tmp_path / "models/Lora/style.safetensors",
+        tmp_path / "models/hypernetworks/old.pt",
+        tmp_path / "models/ESRGAN/4x.pth",
+        tmp_path / "embeddings/bad.pt",
+        tmp_path / "embeddings/drawn.png",
+        tmp_path / "embeddings/bad.preview.png",
+        tmp_path / "venv/lib/torch/something.pt",
+        tmp_path / "models/Stable-diffusion/dream.png",
+        tmp_path / "models/Stable-diffusion/notes.txt",
+    )
+
+    assert found(tmp_path, settings) == {
+        "models/Stable-diffusion/anime/dream.safetensors": "checkpoint",
+        "models/VAE/mse.ckpt": "vae",
+        "models/Lora/style.safetensors": "lora",
+        "models/hypernetworks/old.pt": "hypernetwork",
+        "models/ESRGAN/4x.pth": "upscaler",
+        "embeddings/bad.pt": "embedding",
+        "embeddings/drawn.png": "embedding",
+    }
+
+
+def test_comfyui_and_what_its_yaml_names(settings: Settings, tmp_path: Path):
+    comfy, other = tmp_path / "comfy", tmp_path / "other"
+    touch(
+        comfy / "models/checkpoints/a.safetensors",
+        comfy / "models/loras/b.safetensors",
+        comfy / "models/text_encoders/t5.safetensors",
+        comfy / "output/c.pt",
+        other / "lora one/d.safetensors",
+        other / "lycoris/e.safetensors",
+    )
+    (comfy / "extra_model_paths.yaml").write_text(
+        f"a111:\n  base_path: {other}\n  loras: |\n    lora one\n    lycoris\n  custom_nodes: nodes\n"
+    )
+
+    every = {each.path.name: each.kind for each in candidates(replace(settings, models=(comfy,)))}
+
+    assert every == {
+        "a.safetensors": "checkpoint",
+        "b.safetensors": "lora",
+        "t5.safetensors": "text encoder",
+        "d.safetensors": "lora",
+        "e.safetensors": "lora",
+    }
+
+
+def test_extra_model_paths_as_comfyui_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SHELF", str(tmp_path / "shelf"))
+    path = tmp_path / "extra_model_paths.yaml"
+    path.write_text(
+        "one:\n  base_path: models\n  checkpoints: sd\n  vae: |\n    a\n    b\n"
+        "two:\n  base_path: $SHELF\n  is_default: true\n  checkpoints: sd\n  unet: /absolute\n"
+    )
+
+    places = [(each.folder, each.kind) for each in extra_paths(path)]
+
+    assert places == [
+        (tmp_path / "shelf/sd", "checkpoint"),  # the section that is the default comes first
+        (Path("/absolute"), "unet"),
+        (tmp_path / "models/sd", "checkpoint"),  # relative to the file itself
+        (tmp_path / "models/a", "vae"),
+        (tmp_path / "models/b", "vae"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("a: [", "not YAML"), ("- a\n- b", "a list"), ("!!python/object/apply:os.system [x]", "YAML")]
+)
+def test_a_yaml_that_is_none_is_refused_in_one_line(text: str, reason: str, tmp_path: Path):
+    path = tmp_path / "extra_model_paths.yaml"
+    path.write_text(text)
+
+    with pytest.raises(FileError) as caught:
+        places_of(path)
+
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_any_other_folder_is_searched_whole(settings: Settings, tmp_path: Path):
+    touch(tmp_path / "one.safetensors", tmp_path / "Lora/two.safetensors", tmp_path / "new/deep/three.ckpt")
+    touch(tmp_path / ".trash/four.safetensors")
+
+    assert found(tmp_path, settings) == {
+        "Lora/two.safetensors": "lora", "one.safetensors": "", "new/deep/three.ckpt": "",
+    }  # fmt: skip
+
+
+def test_the_hugging_face_cache_is_read_by_repository(settings: Settings, tmp_path: Path):
+    repository = tmp_path / "hub/models--org--one"
+    old, new = repository / "snapshots/aaaa", repository / "snapshots/bbbb"
+    touch(old / "old.safetensors", new / "model_index.json", new / "unet/diffusion_pytorch_model.safetensors")
+    touch(tmp_path / "hub/models--org--two/snapshots/cccc/sub/file.safetensors")
+    touch(tmp_path / "hub/models--org--empty/refs/main")
+    touch(tmp_path / "hub/datasets--org--three/snapshots/dddd/x.bin")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("bbbb")
+
+    every = {each.names[0]: each for each in candidates(replace(settings, hub=tmp_path / "hub"))}
+
+    assert every["org/one"].path == new
+    assert every["org/two/sub/file"].path.name == "file.safetensors" and "file" in every["org/two/sub/file"].names
+    assert len(every) == 2
+
+
+def test_the_environment_says_where_the_hub_cache_is(home: Path):
+    assert read({}).hub == Path("~/.cache").expanduser() / "huggingface/hub"
+    assert read({"XDG_CACHE_HOME": "/c"}).hub == Path("/c/huggingface/hub")
+    assert read({"HF_HOME": "/h", "XDG_CACHE_HOME": "/c"}).hub == Path("/h/hub")
+    assert read({"HF_HUB_CACHE": "/x", "HF_HOME": "/h"}).hub == Path("/x")
+
+
+def test_folders_that_are_added_are_kept_and_come_before_our_own(tmp_path: Path):
+    one, data = tmp_path / "one", tmp_path / "data"
+    one.mkdir()
+
+    assert folders.add(data, one) and not folders.add(data, one)
+    assert read({"GOUACHE_DATA": str(data)}).models == (one, data / "models")
+    assert folders.remove(data, one) and not folders.remove(data, one)
+    assert read({"GOUACHE_DATA": str(data)}).models == (data / "models",)
+
+
+def test_a_folder_that_does_not_exist_is_not_added(tmp_path: Path):
+    with pytest.raises(FileError, match="does not exist"):
+        folders.add(tmp_path, tmp_path / "absent")
+
+
+@pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]"])
+def test_a_damaged_list_of_folders_is_named(content: str, tmp_path: Path):
+    (tmp_path / "folders.json").write_text(content)
+
+    with pytest.raises(FileError, match=r"folders\.json.*delete it"):
+        folders.added(tmp_path)

@@ -1,0 +1,212 @@
+"""Every command that writes, killed by SIGKILL at each kind of moment: what was there is there, whole, or nothing is.
+
+`moments` carries a command out once, and lists what it does to files and what stands in the folder each time. Then
+the command is killed at the first and the last moment of each kind, in mid-write, and around the one that makes its
+result appear.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tests.pipelines import Narrow, altered
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="fork and SIGKILL of POSIX")
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Work:
+    """A command. `{a}` in it stands for an input; `target` is what it makes; `over` the input that is there before."""
+
+    command: str
+    target: str
+    over: str = ""
+
+
+WORKS = {
+    "convert-safetensors": Work("convert {ckpt} out.safetensors", "out.safetensors"),
+    "convert-ckpt-over-another": Work("convert {a} out.ckpt --dtype fp16 --overwrite", "out.ckpt", "word"),
+    "convert-folder": Work("convert {a} out", "out"),
+    "convert-onto-itself": Work(
+        "convert m.safetensors m.safetensors --dtype fp16 --overwrite", "m.safetensors", "lora"
+    ),
+    "prune": Work("prune {trained} out.safetensors --dtype fp16", "out.safetensors"),
+    "merge": Work("merge {a} {b} out.safetensors --alpha 0.3", "out.safetensors"),
+    "vae-bake": Work("vae bake {a} {b} out.safetensors", "out.safetensors"),
+    "vae-extract": Work("vae extract {a} out.safetensors", "out.safetensors"),
+    "lora-extract": Work("lora extract {b} {a} out.safetensors --rank 2 --no-text", "out.safetensors"),
+    "lora-bake": Work("lora bake {a} {lora}:0.5 out.safetensors", "out.safetensors"),
+    "lora-resize": Work("lora resize {lora} out.safetensors --rank 2", "out.safetensors"),
+    "lora-merge": Work("lora merge {lora} {lora}:0.5 out.safetensors", "out.safetensors"),
+    "lora-rename": Work("lora rename {lora} out.safetensors --to peft", "out.safetensors"),
+    "embedding-merge": Work("embedding merge {word} {word}:0.5 out.safetensors", "out.safetensors"),
+    "metadata-in-place": Work("metadata m.safetensors --set author=somebody", "m.safetensors", "lora"),
+}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """The `number`-th of its `kind`; what stands in the folder at that moment, and the inode of the target."""
+
+    kind: str
+    number: int
+    names: list[str]
+    inode: int | None
+
+
+class Commands:
+    """The process that carries commands out in forks of itself."""
+
+    def __init__(self, place: Path) -> None:
+        self.said, self._moments = place / "said", place / "moments"
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "moments.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GOUACHE_DEVICE": "cpu", "GOUACHE_DTYPE": "fp32"},
+        )  # fmt: skip
+
+    def run(self, command: str, folder: Path, target: str = "", kill: Moment | None = None) -> int:
+        """How it ended: its exit code, or -9."""
+        job = {"arguments": command.split(), "folder": str(folder), "target": target, "said": str(self.said),
+               "moments": str(self._moments), "kill": [kill.kind, kill.number] if kill else None}  # fmt: skip
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps(job), file=self._process.stdin, flush=True)
+        return int(self._process.stdout.readline())
+
+    def moments(self) -> list[Moment]:
+        """Those of the last run that ended by itself."""
+        return [Moment(*each) for each in json.loads(self._moments.read_text())]
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    commands = Commands(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.close()
+
+
+def moved(tensors: dict[str, Tensor]) -> None:
+    chance = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            tensors[name] = tensor + 0.05 * torch.randn(tensor.shape, generator=chance)
+
+
+def trained(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
+        tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = tensors[name] + 1
+
+
+@pytest.fixture(scope="module")
+def inputs(
+    narrow: Callable[[str], Narrow], commands: Commands, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("inputs")
+    a = narrow("sd1").file
+    found = {name: place / f"{name}.safetensors" for name in ("b", "trained", "lora", "word")}
+    found |= {"a": a, "ckpt": place / "a.ckpt"}
+    altered(a, found["b"], moved)
+    altered(a, found["trained"], trained)
+    save_file({"emb_params": torch.ones(2, 64)}, found["word"])
+    for command in (
+        f"convert {a} {found['ckpt']}",
+        f"lora extract {found['b']} {a} {found['lora']} --rank 4",
+        f"merge {a} {found['b']} m.safetensors",  # which remembers their hashes: later runs have fewer moments
+    ):
+        assert commands.run(command, place) == 0, commands.said.read_text()
+    return found
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_killed_at_any_moment_it_leaves_what_was_there_or_the_whole_result(
+    name: str, commands: Commands, inputs: dict[str, Path], tmp_path: Path
+):
+    work = WORKS[name]
+    command, target = work.command.format(**inputs), tmp_path / work.target
+
+    def prepare() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        target.unlink(missing_ok=True)
+        if work.over:
+            shutil.copy(inputs[work.over], target)
+
+    prepare()
+    before = content(target)
+    assert commands.run(command, tmp_path, work.target) == 0, commands.said.read_text()
+    moments, whole = commands.moments(), content(target)
+    appeared = [each.inode is not None and each.inode != moments[0].inode for each in moments]
+    assert appeared == sorted(appeared) and any(appeared), "it appears once, and stays"
+    for each, done in zip(moments, appeared):
+        stands = {work.target} if done or work.over else set()
+        assert set(each.names) - {work.target} <= drafts(each.names, tmp_path, bool(work.over)), each
+        assert stands == set(each.names) & {work.target}, each
+
+    for kill in some(moments, appeared.index(True)):
+        prepare()
+        assert commands.run(command, tmp_path, work.target, kill) == -9, kill
+
+        found, expected = content(target), whole if appeared[moments.index(kill)] else before
+        assert found == expected, kill
+        names = standing(tmp_path)
+        assert set(names) - {work.target} <= drafts(names, tmp_path, bool(work.over)), kill
+
+    prepare()
+    assert commands.run(command, tmp_path, work.target) == 0, commands.said.read_text()
+    assert content(target) == whole
+    assert standing(tmp_path) == [work.target], "what the killed runs left is gone"
+
+
+def standing(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(path: Path) -> Any:
+    """The hash of a file, of a folder those of the files in it; None of nothing."""
+    if path.is_dir():
+        return {str(each.relative_to(path)): content(each) for each in path.rglob("*") if each.is_file()}
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def some(moments: list[Moment], appears: int) -> list[Moment]:
+    """The first and the last moment of each kind, one in mid-write, and those before and after the result appears."""
+    chosen = {appears - 1, appears}
+    for kind in {each.kind for each in moments}:
+        numbers = [number for number, each in enumerate(moments) if each.kind == kind]
+        chosen |= {numbers[0], numbers[-1]} | ({numbers[len(numbers) // 2]} if kind == "write" else set())
+    return [moments[number] for number in sorted(chosen)]
+
+
+def drafts(names: list[str], folder: Path, over: bool) -> set[str]:
+    """Those of `names` under which something may stand that is not whole.
+
+    A folder is filled under such a name. A file has none until it is whole, where the system has such files; and it
+    needs one for a moment only if it replaces another.
+    """
+    endings = (".part",) if has_files_without_names(folder) and not over else (".part", ".tmp")
+    return {name for name in names if name.startswith(".gouache-") and name.endswith(endings)}
+
+
+def has_files_without_names(folder: Path) -> bool:
+    try:
+        os.close(os.open(folder, os.O_TMPFILE | os.O_RDWR))
+    except (AttributeError, OSError):
+        return False
+    return True

@@ -1,0 +1,128 @@
+"""`gouache models`: what each of its commands prints, as JSON too, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gouache.app import indexing
+from tests.app.shelf import embedding, lora
+from tests.cli.conftest import Command
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of two models that the library looks in."""
+    monkeypatch.setenv("GOUACHE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("GOUACHE_MODELS", str(tmp_path / "shelf"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lora(tmp_path / "shelf/Lora/style.safetensors", 1.0)
+    embedding(tmp_path / "shelf/embeddings/bad.safetensors")
+    return tmp_path / "shelf"
+
+
+def test_list(gouache: Command, shelf: Path):
+    every = gouache("models", "list")
+    some = json.loads(gouache("models", "list", "--kind", "lora", "--json").out)
+
+    assert every.code == 0 and [line.split()[:3] for line in every.out.splitlines()] == [
+        ["bad", "embedding", "sd1"], ["style", "lora", "sd1"],
+    ]  # fmt: skip
+    assert "hashing 2 files" in every.err
+    assert [(each["names"][0], each["kind"], each["path"]) for each in some] == [
+        ("style", "lora", str(shelf / "Lora/style.safetensors"))
+    ]
+
+
+def test_what_is_set_is_shown_found_and_follows_a_renamed_file(gouache: Command, shelf: Path):
+    said = gouache(
+        "models", "set", "style", "--tag", "hat", "--weight", "0.7", "--use", "anime", "--trigger", "blue hat"
+    )
+    (shelf / "Lora/style.safetensors").rename(shelf / "Lora/new.safetensors")
+    found = gouache("models", "find", "blue", "HAT")
+    shown = json.loads(gouache("models", "show", "new", "--json").out)
+    gouache("models", "set", "new", "--untag", "hat")
+    none = gouache("models", "find", "hat", "anime", "scarf")
+
+    assert said.code == 0 and "weight         0.7" in said.out
+    assert found.out.split()[0] == "new" and "is " in found.err
+    assert (shown["tags"], shown["use"], shown["weight"]) == (["hat"], "anime", 0.7)
+    assert (none.code, none.out) == (1, "")
+
+
+def test_a_well_known_model_is_told_of_though_it_is_not_here(gouache: Command, shelf: Path):
+    said, data = gouache("models", "show", "SDXL"), gouache("models", "show", "sd-1.5", "--json")
+
+    assert said.code == 0 and "1024x1024" in said.out and "https://huggingface.co/stabilityai" in said.out
+    assert json.loads(data.out)["known"]["licence"] == "CreativeML OpenRAIL-M"
+
+
+def test_a_name_that_nothing_has_is_one_line(gouache: Command, shelf: Path):
+    near, far, nothing = (gouache("models", *each) for each in (("show", "sdxxl"), ("show", "%%%"), ("set", "style")))
+
+    assert near.code == far.code == nothing.code == 2
+    assert "sdxl" in near.err and "--tag" in nothing.err
+    assert all(each.err.startswith("error: ") and each.err.count("\n") == 1 for each in (near, far, nothing))
+
+
+def test_add_and_remove_a_folder(gouache: Command, shelf: Path, tmp_path: Path):
+    lora(tmp_path / "more/third.safetensors", 3.0)
+
+    gouache("models", "list")
+    added = gouache("models", "add", tmp_path / "more")
+    again = gouache("models", "add", tmp_path / "more", "--json")
+    there = gouache("models", "list").out
+    removed = gouache("models", "remove", tmp_path / "more")
+
+    assert "1 models are new" in added.out and json.loads(again.out) == {"added": 0, "new": []}
+    assert "third" in there and "third" not in gouache("models", "list").out
+    assert "off the list" in removed.out and (tmp_path / "more/third.safetensors").exists()
+
+
+def test_a_file_is_deleted_only_when_told_so(gouache: Command, shelf: Path):
+    (shelf / "Lora/style.json").write_text('{"notes": "mine"}')
+
+    refused = gouache("models", "remove", "style")
+    done = json.loads(gouache("models", "remove", "style", "--delete", "--json").out)
+
+    assert refused.code == 2 and "--delete" in refused.err
+    assert [Path(each).name for each in done["deleted"]] == ["style.safetensors", "style.json"]
+    assert list((shelf / "Lora").iterdir()) == []
+
+
+def test_verify(gouache: Command, shelf: Path, tmp_path: Path):
+    good = gouache("models", "verify")
+    (shelf / "embeddings/bad.safetensors").write_bytes(b"cut")
+    bad = gouache("models", "verify")
+
+    assert good.code == 0 and good.out.splitlines()[-1] == "2 models, 0 bad"
+    assert bad.code == 1 and bad.out.splitlines()[-1] == "2 models, 1 bad"
+    assert [json.loads(line)["good"] for line in gouache("models", "verify", "--json").out.splitlines()] == [
+        False,
+        True,
+    ]
+
+
+def test_install_says_where_and_under_what_name(gouache: Command, shelf: Path, tmp_path: Path):
+    said = gouache("models", "install", lora(tmp_path / "new.safetensors", 4.0))
+    again = json.loads(gouache("models", "install", tmp_path / "new.safetensors", "--json").out)
+
+    assert "call it 'new'" in said.out and again["already"]
+    assert Path(again["path"]) == tmp_path / "data/models/Lora/new.safetensors"
+    assert "new" in gouache("models", "list").out
+    assert json.loads(gouache("models", "show", "new", "--json").out)["source"] == str(tmp_path / "new.safetensors")
+
+
+def test_the_background_is_asked_only_when_there_is_work(
+    gouache: Command, shelf: Path, monkeypatch: pytest.MonkeyPatch
+):
+    started = list[bool]()
+    monkeypatch.setattr(indexing, "start", lambda: started.append(True))
+
+    gouache("models", "list")
+    gouache("models", "verify")
+    gouache("models", "list")
+
+    assert started == [True]

@@ -1,0 +1,338 @@
+"""`convert` for Stable Video Diffusion: a single file, a diffusers folder and back, and diffusers on that folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKLTemporalDecoder,
+    EulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from gouache.errors import ModelError
+from gouache.families.identify import identify
+from gouache.files.open import open_model
+from gouache.files.record import ModelFile, TensorInfo
+from gouache.workshop import layout
+from gouache.workshop.convert import convert
+from gouache.workshop.merge import merge
+from gouache.workshop.prune import prune
+from gouache.workshop.recipe import Recipe, Source
+from tests.layouts.manifests import manifest, shapes
+from tests.layouts.svd_names import PAIRS
+from tests.nn.narrow import scramble
+from tests.pipelines import save
+
+UNET, FIRST_STAGE, FRAME_VAE = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.3.encoder."
+CLIP = "conditioner.embedders.0.open_clip.model."
+VISUAL = f"{CLIP}visual."
+LAYERS = 3  # of the image tower's 32
+
+
+def layer_of(name: str) -> int:
+    """The layer of the image tower that a tensor stands in; 0 for what is in none."""
+    block = f"{VISUAL}transformer.resblocks."
+    return int(name.removeprefix(block).split(".")[0]) if name.startswith(block) else 0
+
+
+def narrow_shapes() -> dict[str, tuple[int, ...]]:
+    """The official key list with every width divided, and fewer of the image tower's layers, which are all alike."""
+
+    def divided(shape: tuple[int, ...], unit: int, by: int) -> tuple[int, ...]:
+        return tuple(size // by if size % unit == 0 else size for size in shape)
+
+    narrow: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes("svd").items():
+        if name.startswith(UNET):
+            narrow[name] = divided(shape, 320, 10)  # to 32, 64, 128, 128
+        elif name.startswith((FIRST_STAGE, FRAME_VAE)):
+            narrow[name] = divided(shape, 128, 4)
+        elif layer_of(name) < LAYERS:
+            narrow[name] = divided((shape[0] // 1000 or 1, *shape[1:]) if "token_embedding" in name else shape, 64, 16)
+    return narrow
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A narrow single file, in which no two tensors of a size are alike."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))).half()
+        for name, shape in narrow_shapes().items()
+    }
+    path = tmp_path_factory.mktemp("svd") / "svd.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(file: Path) -> Path:
+    """What `convert` makes of it."""
+    convert(file, file.parent / "folder")
+    return file.parent / "folder"
+
+
+def of_folder(folder: Path) -> dict[str, Tensor]:
+    """Every weight of a diffusers folder, called `component/name`."""
+    paths = [path for path in folder.rglob("*.safetensors") if path.parent != folder]
+    return {f"{path.parent.name}/{name}": tensor for path in paths for name, tensor in load_file(path).items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+
+
+def of_no_folder(name: str) -> bool:
+    """Whether a folder has no place for it: a second encoder and decoder, and what is left of CLIP's text tower."""
+    if name.startswith(CLIP):
+        return not name.startswith(VISUAL)
+    return name.startswith((f"{FIRST_STAGE}encoder.", f"{FRAME_VAE}decoder.", f"{FRAME_VAE}post_quant_conv."))
+
+
+def test_there_and_back_gives_every_tensor_again(file: Path, folder: Path, tmp_path: Path):
+    """Single file -> folder -> .ckpt -> single file."""
+    convert(folder, tmp_path / "back.ckpt")
+    convert(tmp_path / "back.ckpt", tmp_path / "again.safetensors")
+
+    assert_equal(load_file(tmp_path / "again.safetensors"), load_file(file))
+    assert_equal(torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"], load_file(file))
+
+
+def test_what_a_folder_has_no_place_for_is_kept_beside(file: Path, folder: Path):
+    left = {name: tensor for name, tensor in load_file(file).items() if of_no_folder(name)}
+
+    assert_equal(load_file(folder / "leftovers.safetensors"), left)
+
+
+def test_every_tensor_stands_under_the_stated_name(file: Path, folder: Path):
+    """The first frame's encoder among them, and not the one that served to train."""
+    before, after = load_file(file), of_folder(folder)
+    stated = {ours: theirs for ours, theirs in PAIRS.items() if ours in before}
+
+    assert len(stated) == len(PAIRS)
+    for ours, theirs in stated.items():
+        assert torch.equal(after[theirs].flatten(), before[ours].flatten()), (ours, theirs)
+
+
+def test_the_image_towers_attention_is_split_and_its_projection_turned(file: Path, folder: Path):
+    before, after = load_file(file), of_folder(folder)
+
+    for part, index in (("q", 0), ("k", 1), ("v", 2)):
+        for leaf in ("weight", "bias"):
+            ours = after[f"image_encoder/vision_model.encoder.layers.1.self_attn.{part}_proj.{leaf}"]
+            fused = before[f"{VISUAL}transformer.resblocks.1.attn.in_proj_{leaf}"]
+            assert torch.equal(ours, fused[80 * index : 80 * (index + 1)])
+    assert torch.equal(after["image_encoder/visual_projection.weight"], before[f"{VISUAL}proj"].T)
+
+
+def test_diffusers_opens_the_folder_and_finds_nothing_missing_or_left_over(folder: Path):
+    pipeline = StableVideoDiffusionPipeline.from_pretrained(str(folder))
+
+    held = {
+        f"{part}/{name}": tensor.half()  # as they are in the folder
+        for part in ("unet", "vae", "image_encoder")
+        for name, tensor in getattr(pipeline, part).state_dict().items()
+    }
+    assert_equal(held, of_folder(folder))
+    assert type(pipeline.scheduler) is EulerDiscreteScheduler
+    pipeline.scheduler.set_timesteps(5)
+    levels = pipeline.scheduler.sigmas[:-1].double()
+    # Karras et al. 2022, equation 5, with rho = 7; the network is told ln(sigma) / 4.
+    ramp = torch.linspace(0, 1, 5, dtype=torch.float64)
+    wanted = (700 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 700 ** (1 / 7))) ** 7
+    torch.testing.assert_close(levels, wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pipeline.scheduler.timesteps.double(), 0.25 * wanted.log(), rtol=1e-4, atol=1e-5)
+
+
+def test_the_folder_is_recognised(folder: Path):
+    found = identify(open_model(folder))
+
+    assert found.family.value is not None and found.prediction is not None and found.levels is not None
+    assert (found.family.value.name, found.family.sure) == ("svd", "certain")
+    assert (found.kind.value, set(found.components)) == ("diffusers folder", {"unet", "vae", "image_encoder"})
+    assert (found.prediction.value, found.prediction.sure) == ("v", "certain")
+    assert (found.levels.value.kind, found.levels.value.low, found.levels.value.high) == ("edm", 0.002, 700)
+    assert found.unknown == ()
+
+
+# ---- as diffusers makes them
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    from transformers import CLIPImageProcessor
+
+    unet = UNetSpatioTemporalConditionModel(
+        sample_size=8, block_out_channels=(32, 64, 128, 128), num_attention_heads=(1, 1, 2, 2), cross_attention_dim=48
+    )
+    vae = AutoencoderKLTemporalDecoder(
+        block_out_channels=(32, 64, 128, 128), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2
+    )
+    tower = CLIPVisionConfig(
+        hidden_size=80, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1, image_size=28, patch_size=14,
+        hidden_act="gelu", projection_dim=48,
+    )  # fmt: skip
+    return StableVideoDiffusionPipeline(
+        vae=scramble(vae, seed=1),
+        image_encoder=scramble(CLIPVisionModelWithProjection(tower), seed=2),
+        unet=scramble(unet, seed=3),
+        scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous"),
+        feature_extractor=CLIPImageProcessor(),
+    )
+
+
+def test_a_folder_of_diffusers_goes_to_a_single_file_and_back(pipeline: Any, tmp_path: Path):
+    theirs = of_folder(save(pipeline, tmp_path / "folder"))
+
+    convert(tmp_path / "folder", tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", tmp_path / "again")
+
+    written, official = load_file(tmp_path / "model.safetensors"), shapes("svd")
+    assert written.keys() <= official.keys()
+    assert {name for name in official.keys() - written.keys() if not of_no_folder(name) and layer_of(name) < 2} == set()
+    assert_equal(of_folder(tmp_path / "again"), theirs)
+    assert load_file(tmp_path / "again" / "leftovers.safetensors") == {}  # it holds metadata alone
+
+
+def test_the_configs_say_what_diffusers_said(pipeline: Any, tmp_path: Path):
+    save(pipeline, tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", tmp_path / "again")
+
+    # What tensors do not tell, and the name of the image processor's class, which varies with what is installed.
+    aside = {"sample_size", "num_frames", "dtype", "image_processor_type", "feature_extractor"}
+    for path in ("unet/config.json", "vae/config.json", "image_encoder/config.json", "model_index.json",
+                 "feature_extractor/preprocessor_config.json"):  # fmt: skip
+        said, meant = (json.loads((tmp_path / name / path).read_text()) for name in ("again", "folder"))
+        stated = {key for key in meant if key not in aside and not key.endswith(("_version", "_name_or_path"))}
+        assert {key: said[key] for key in stated} == {key: meant[key] for key in stated}, path
+
+
+# ---- the released sizes, by names and shapes alone
+
+
+def official(name: str) -> ModelFile:
+    """The official file as a record that no tensor can be read of."""
+
+    def read(key: str) -> Tensor:
+        raise AssertionError(f"{key} was read, though only names and shapes are needed")
+
+    tensors = {key: TensorInfo(tuple(shape), dtype) for key, (shape, dtype) in manifest(name).items()}
+    return ModelFile(path=Path(f"/models/{name}.safetensors"), format="safetensors", tensors=tensors, read=read)
+
+
+@pytest.mark.parametrize(("name", "frames"), [("svd", 14), ("svd_xt", 25)])
+def test_the_official_files_have_the_released_folders_shapes_and_configs(name: str, frames: int):
+    file = official(name)
+
+    laid = layout.folder(file, identify(file))
+
+    extra = laid.file.extra
+    unet, vae = extra["unet/config.json"], extra["vae/config.json"]
+    with torch.device("meta"):
+        models = {
+            "unet": UNetSpatioTemporalConditionModel.from_config(unet),
+            "vae": AutoencoderKLTemporalDecoder.from_config(vae),
+            "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**extra["image_encoder/config.json"])),
+        }
+    wanted = {
+        f"{part}/{key}": tuple(tensor.shape)
+        for part, model in models.items()
+        for key, tensor in model.state_dict().items()
+    }
+    assert {key: info.shape for key, info in laid.file.tensors.items()} == wanted
+    assert {key for key in file if of_no_folder(key)} == set(laid.leftovers)
+    stated = {
+        "block_out_channels": [320, 640, 1280, 1280], "num_attention_heads": [5, 10, 20, 20], "num_frames": frames,
+        "cross_attention_dim": 1024, "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 768,
+        "transformer_layers_per_block": 1, "sample_size": 96, "in_channels": 8, "out_channels": 4,
+    }  # fmt: skip
+    assert {key: unet[key] for key in stated} == stated
+    assert (vae["scaling_factor"], vae["force_upcast"], vae["sample_size"]) == (0.18215, True, 768)
+    tower = extra["image_encoder/config.json"]
+    assert (tower["num_attention_heads"], tower["image_size"], tower["hidden_act"]) == (16, 224, "gelu")
+    scheduler = extra["scheduler/scheduler_config.json"]
+    stated = {"prediction_type": "v_prediction", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True,
+              "timestep_type": "continuous"}  # fmt: skip
+    assert {key: scheduler[key] for key in stated} == stated
+
+
+# ---- parts, and files that are not whole
+
+
+def test_one_component_alone_as_a_folder(file: Path, folder: Path, tmp_path: Path):
+    whole = of_folder(folder)
+
+    for only in ("unet", "vae"):
+        for source, target in ((file, tmp_path / only), (folder, tmp_path / f"{only} again")):
+            convert(source, target, only=only, to="diffusers")
+
+            alone = load_file(target / "diffusion_pytorch_model.safetensors")
+            assert_equal({f"{only}/{name}": tensor for name, tensor in alone.items()},
+                         {name: tensor for name, tensor in whole.items() if name.startswith(f"{only}/")})  # fmt: skip
+            assert json.loads((target / "config.json").read_text()) | {"num_frames": 0} == (
+                json.loads((folder / only / "config.json").read_text()) | {"num_frames": 0}
+            )
+
+
+LACKING = {
+    "input_blocks.1.0.time_mixer.mix_factor": (UNET, "no usable unet: 1 of 1428 tensors are missing, the first is"),
+    "decoder.up.3.block.2.mix_factor": (FIRST_STAGE, "no usable vae: 1 of 374 tensors are missing, the first is"),
+    "quant_conv.bias": (FRAME_VAE, "no usable vae: 1 of 374 tensors are missing, the first is"),
+    "ln_pre.weight": (VISUAL, "no usable image_encoder: 1 of 56 tensors are missing, the first is vision_model"),
+    "": (FRAME_VAE, f"nothing stands under {FRAME_VAE}"),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_a_file_that_is_not_whole_makes_no_folder(name: str, file: Path, tmp_path: Path):
+    prefix, line = LACKING[name]
+    tensors = load_file(file)
+    kept = {each: t for each, t in tensors.items() if not each.startswith(prefix + name)}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "model.safetensors")
+
+    with pytest.raises(ModelError, match=line):
+        convert(tmp_path / "model.safetensors", tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_tower_without_pixels_is_refused_in_words(file: Path, tmp_path: Path):
+    save_file(load_file(file) | {f"{VISUAL}conv1.weight": torch.zeros(80, 3, 0, 0)}, tmp_path / "model.safetensors")
+
+    with pytest.raises(ModelError, match="no usable image_encoder: its patches are 0 pixels wide"):
+        convert(tmp_path / "model.safetensors", tmp_path / "folder")
+
+
+def test_what_no_table_knows_is_kept_beside_and_comes_back(file: Path, tmp_path: Path):
+    tensors = load_file(file) | {f"{UNET}input_blocks.1.0.camera.weight": torch.ones(3), "note": torch.zeros(2)}
+    save_file(tensors, tmp_path / "model.safetensors")
+
+    done = convert(tmp_path / "model.safetensors", tmp_path / "folder")
+    convert(tmp_path / "folder", tmp_path / "again.safetensors")
+
+    assert done.kept_beside["it has no place in a diffusers folder"] >= 2
+    assert_equal(load_file(tmp_path / "again.safetensors"), tensors)
+
+
+def test_what_is_made_of_folders_has_the_names_of_single_files(file: Path, folder: Path, tmp_path: Path):
+    """The folder's `vae` comes apart again, wherever a folder is read."""
+    placed = {name: tensor for name, tensor in load_file(file).items() if not of_no_folder(name)}
+
+    prune(folder, tmp_path / "pruned.safetensors")
+    merge(Recipe(models=(Source(str(folder)), Source(str(folder)))), tmp_path / "merged.safetensors")
+
+    for name in ("pruned", "merged"):
+        assert_equal(load_file(tmp_path / f"{name}.safetensors"), placed)
