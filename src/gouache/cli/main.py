@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from gouache.cli import (
+    compare,
     convert,
     doctor,
     embedding,
@@ -40,7 +41,7 @@ app = typer.Typer(
 )
 for command in (
     paint.paint, repaint.repaint, inspect.inspect, scan.scan, convert.convert, prune.prune, merge.merge, files.metadata,
-    files.diff, samplers.samplers, doctor.doctor,
+    files.diff, compare.compare, samplers.samplers, doctor.doctor,
 ):  # fmt: skip
     app.command()(command)
 app.command("hash")(files.hash_)
