@@ -306,11 +306,12 @@ def _table(entries: list[Entry], as_json: bool) -> None:
 
 def _page(entry: Entry) -> Iterator[str]:
     said, facts = entry.said, entry.facts
+    astray = entry.place and entry.place != entry.shelf
     yield f"{entry.path}  ({_size(entry.size)}{', missing' if entry.missing else ''})"
     lines = {
         "names": ", ".join(entry.names),
         "title": said.title,
-        "kind": f"{entry.kind or 'unknown'} in a folder for {entry.place}" if entry.place else entry.kind,
+        "kind": f"{entry.kind or 'unknown'}{f', in a folder for {entry.place}' if astray else ''}",
         "family": entry.family,
         "variant": facts.get("variant"),
         "prediction": facts.get("prediction"),
