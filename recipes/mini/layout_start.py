@@ -15,7 +15,7 @@ All else is silent as before and learns to correct. What stands here is where tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,12 +29,14 @@ from recipes.mini.whereabouts import AXES, Channels
 
 CELLS = 16  # of the 4x4 map
 UNITS = 16  # codes that one transformer writes: its 256 gated units, shared by the cells
-HEARD = 44  # directions of what is said that one transformer reads: its 64 channels without places and codes
+HEARD = 40  # directions of what is said that one transformer reads: its 64 channels without places and codes
 FINER = 20  # codes of a cell at 8x8
 DRAWN = 5  # what is drawn at 16x16: four channels of things, one of cover
 QUIET = 0.3  # the standard deviation of what is drawn before a norm, where places are 1
-SOFT = 0.05  # the same of what is said among a transformer's tokens, where places are 1
-GATE = 4.0  # how far a gate stands above, or below, nothing
+SOFT = 0.03  # the same of what is said among a transformer's tokens, where places are 1
+GATE = 4.0  # how far a gate of a cell stands above, or below, nothing
+STEEP = 8.0  # how much a gate of the ground opens by a cover of 1
+FAINT = 0.25  # of the cover among a transformer's tokens
 STEPS = 1500
 
 
@@ -121,7 +123,10 @@ def fit(told: Said, transformers: int = 3, seed: int = 0) -> Drawing:
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
-    return Drawing(*(part.detach() for part in parts))
+    # Directions of unit length at right angles, so that what is heard is as loud along each.
+    heard, codes, *rest = (part.detach() for part in parts)
+    across, mixed = torch.linalg.qr(heard.transpose(1, 2))
+    return Drawing(across.transpose(1, 2), torch.einsum("tpuh,tjh->tpuj", codes, mixed), *rest)
 
 
 @torch.no_grad()
@@ -157,26 +162,30 @@ def prepare(unet: UNet, told: Said, drawing: Drawing) -> None:
     conv.weight[carriers], conv.bias[carriers] = conv.weight[finest].clone(), conv.bias[finest].clone()
     for block in at_16:
         _pass_on(block, drawn + carriers, silent=drawn + carriers)
-    _compose(transformers[6], told, drawn, carriers, places)
+    _compose(transformers[6], told, drawn, places)
 
 
 class _Tokens:
-    """A transformer whose tokens are some channels of its map as they are, and what is said in others.
+    """A transformer whose tokens are some channels of its map, and what is said in others.
 
-    What is said is quiet beside the places, which are plus or minus 1, so that the norm before the gates divides by
-    much the same everywhere: by 1 / `size`.
+    The norm before the gates takes off a token's mean and divides by its deviation. So that both are much the same
+    everywhere, the channels of the map stand there twice, as themselves and negated, and what is said is quiet beside
+    the places, which are plus or minus 1: the norm multiplies by `size`.
     """
 
-    def __init__(self, layer: SpatialTransformer, places: Sequence[int], maps: Sequence[int]) -> None:
+    def __init__(self, layer: SpatialTransformer, places: Sequence[int], others: Mapping[int, float]) -> None:
         block = layer.transformer_blocks[0]
         assert isinstance(block, TransformerBlock)
         self.layer, self.block = layer, block
-        width = block.norm3.normalized_shape[0]
-        self.others = [channel for channel in range(width) if channel not in (*places, *maps)]
-        self.size = (width / len(places)) ** 0.5
+        self.width = block.norm3.normalized_shape[0]
+        factors = dict.fromkeys(places, 1.0) | dict(others)
+        free = [channel for channel in range(self.width) if channel not in factors]
+        self.free = free[len(factors) :]
+        self.size = (self.width / (2 * len(places))) ** 0.5
         _silence(layer.proj_in)
-        for channel in (*places, *maps):
-            layer.proj_in.weight[channel, channel] = 1
+        for (channel, factor), negated in zip(factors.items(), free):
+            layer.proj_in.weight[channel, channel] = factor
+            layer.proj_in.weight[negated, channel] = -factor
         _silence(block.attn1.to_out[0])
         _silence(block.attn2.to_out[0])
         # Keys that are all alike: attention that averages.
@@ -190,13 +199,20 @@ class _Tokens:
     def hear(self, weight: Tensor, mean: Tensor) -> list[int]:
         """Have `weight` (n, width) times (the average of what is said - `mean`) in n channels, SOFT times; which."""
         count = len(weight)
-        channels = self.others[:count]
+        channels, self.free = self.free[:count], self.free[count:]
         value, out = self.block.attn2.to_v, self.block.attn2.to_out[0]
         value.weight[:count] = SOFT * weight
         for index, channel in enumerate(channels):
             out.weight[channel, index] = 1
         out.bias[channels] = -value.weight[:count] @ mean
         return channels
+
+    def value(self, row: int, heard: Sequence[int], weight: Tensor, base: Tensor) -> None:
+        """Make a unit's value `weight` (n) times what is heard, + `base`."""
+        # The norm takes off what is heard on average over the channels: w (c - mean c) is to be as without.
+        whole = weight + weight.sum() / (self.width - len(heard))
+        self.gates.weight[row, list(heard)] = whole / (self.size * SOFT)
+        self.gates.bias[row] = base
 
     def write(self, source: int, target: int, factor: float = 1.0) -> None:
         """Add a channel of the tokens to one of the map."""
@@ -207,9 +223,9 @@ def _tell(
     layer: SpatialTransformer, told: Said, drawing: Drawing, number: int, bits: Sequence[int], out: Sequence[int]
 ) -> None:
     """Make a transformer at 4x4 write its codes to the channels `out`."""
-    tokens = _Tokens(layer, bits, [])
+    tokens = _Tokens(layer, bits, {})
     heard = tokens.hear(drawing.heard[number] @ told.whiten, told.mean)
-    written = tokens.others[HEARD : HEARD + UNITS]
+    written = tokens.free[:UNITS]
     opened = F.gelu(torch.tensor(GATE)).item()
     for cell in range(CELLS):
         y, x = divmod(cell, 4)
@@ -217,8 +233,7 @@ def _tell(
         signs = [2 * (x % 2) - 1, 2 * (y % 2) - 1, 2 * (x // 2) - 1, 2 * (y // 2) - 1]
         for unit in range(UNITS):
             row = cell * UNITS + unit
-            tokens.gates.weight[row, heard] = drawing.codes[number, cell, unit] / (tokens.size * SOFT)
-            tokens.gates.bias[row] = drawing.base[cell, number * UNITS + unit]
+            tokens.value(row, heard, drawing.codes[number, cell, unit], drawing.base[cell, number * UNITS + unit])
             for bit, sign in zip(bits, signs):
                 tokens.gates.weight[tokens.inner + row, bit] = GATE * sign / tokens.size
             tokens.gates.bias[tokens.inner + row] = -GATE * (len(bits) - 1)
@@ -227,25 +242,22 @@ def _tell(
         tokens.write(source, target)
 
 
-def _compose(
-    layer: SpatialTransformer, told: Said, drawn: Sequence[int], carriers: Sequence[int], places: Channels
-) -> None:
+def _compose(layer: SpatialTransformer, told: Said, drawn: Sequence[int], places: Channels) -> None:
     """Make a transformer at 16x16 add the ground to the things, where nothing covers it.
 
-    cover * ground = gelu(k cover) ground / k, for the gate's k is large and cover is never far below nothing.
+    cover * ground = gelu(STEEP cover) ground / STEEP, nearly, and for a cover below nothing 0, which is better still.
     """
     cover = drawn[DRAWN - 1]
     bits = [places.bit(level, axis) for level in range(2) for axis in range(AXES)]
-    tokens = _Tokens(layer, bits, [cover])
+    tokens = _Tokens(layer, bits, {cover: FAINT})
     ground = tokens.hear(told.ground.T @ told.whiten, told.mean)
-    covered = tokens.others[len(ground) : 2 * len(ground)]
-    # The norm makes of a group of QUIET * c and of 1 or -1: c times QUIET * 2 ** 0.5.
-    loud = GATE / (QUIET * 2**0.5)
-    for index in range(4):
-        tokens.gates.weight[index, ground[index]] = 1 / (tokens.size * SOFT)
-        tokens.gates.bias[index] = told.ground_base[index]
+    covered = tokens.free[: len(ground)]
+    # The norm before the tokens makes of a group of QUIET * c and of 1 or -1: c times QUIET * 2 ** 0.5.
+    loud = STEEP / (QUIET * 2**0.5 * FAINT)
+    for index, axis in enumerate(torch.eye(len(ground))):
+        tokens.value(index, ground, axis, told.ground_base[index])
         tokens.gates.weight[tokens.inner + index, cover] = loud / tokens.size
-        tokens.narrow.weight[covered[index], index] = 1 / GATE
+        tokens.narrow.weight[covered[index], index] = 1 / STEEP
         for target, sign in ((drawn[index], 1), (drawn[DRAWN + index], -1)):
             tokens.write(ground[index], target, sign * QUIET / SOFT)
             tokens.write(covered[index], target, -sign * QUIET)

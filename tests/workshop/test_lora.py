@@ -193,9 +193,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
 ):
     base, new, lora = made("sd1")
     save_file({"a": torch.zeros(3)}, tmp_path / "none.safetensors")
+    wider = {name: torch.cat([t, t], 1) if "lora_down" in name else t for name, t in load_file(lora).items()}
+    save_file(wider, tmp_path / "wider.safetensors")
 
     cases: list[tuple[Callable[[], object], str]] = [
         (lambda: bake(base, [(tmp_path / "none.safetensors", 1.0)], tmp_path / "m.safetensors"), "changes none of"),
+        (lambda: bake(base, [(tmp_path / "wider.safetensors", 1.0)], tmp_path / "m.safetensors"), "does not fit"),
         (lambda: extract(base, base, tmp_path / "l.safetensors", Size(4)), "does not differ"),
         (lambda: extract(narrow("sdxl").file, base, tmp_path / "l.safetensors", Size(4)), "two families"),
         (lambda: extract(new, base, tmp_path / "l.ckpt", Size(4)), "does not end in .safetensors"),
@@ -206,7 +209,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     for attempt, says in cases:
         with pytest.raises(GouacheError, match=says):
             attempt()
-    assert [path.name for path in tmp_path.iterdir()] == ["none.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["none.safetensors", "wider.safetensors"]
 
 
 # ---- embeddings

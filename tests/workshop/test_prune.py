@@ -13,6 +13,7 @@ from torch import Tensor
 from gouache.errors import ModelError, RequestError
 from gouache.families.identify import identify
 from gouache.files.open import open_model
+from gouache.workshop.convert import convert
 from gouache.workshop.prune import prune
 from gouache.workshop.vae import bake
 from tests.pipelines import Narrow, altered
@@ -138,3 +139,15 @@ def test_a_folder_is_pruned_into_a_single_file(narrow: Narrows, tmp_path: Path):
 
     single = {name for name in load_file(narrow("sd1").file) if not name.startswith("first_stage_model.")}
     assert load_file(tmp_path / "m.safetensors").keys() == single
+
+
+@pytest.mark.parametrize("keep", ["ema", "both"])
+def test_a_folder_is_pruned_like_the_file_that_it_was_made_of(trained: Path, tmp_path: Path, keep: str):
+    """Averages, which a diffusers folder has no place for, stand in its leftovers."""
+    convert(trained, tmp_path / "folder")
+
+    prune(trained, tmp_path / "a.safetensors", keep=keep)  # type: ignore[arg-type]
+    prune(tmp_path / "folder", tmp_path / "b.safetensors", keep=keep)  # type: ignore[arg-type]
+
+    one, two = load_file(tmp_path / "a.safetensors"), load_file(tmp_path / "b.safetensors")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

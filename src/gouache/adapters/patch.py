@@ -52,8 +52,12 @@ class Patch:
         return _dora(old, delta, self.parts["dora_scale"], strength)
 
     def bias(self, bias: Tensor, strength: float) -> Tensor:
-        """The new bias, float32."""
-        return bias.float() + strength * self.parts["diff_b"] if "diff_b" in self.parts else bias.float()
+        """The new bias, float32. Raises ModelError where its shape does not fit."""
+        if "diff_b" not in self.parts:
+            return bias.float()
+        if self.parts["diff_b"].shape != bias.shape:
+            raise ModelError(f"it makes a bias of {list(self.parts['diff_b'].shape)}, there it is {list(bias.shape)}")
+        return bias.float() + strength * self.parts["diff_b"]
 
     def delta(self) -> Tensor | None:
         """What is added to the weight at strength 1; None where only the bias changes."""

@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from gouache.adapters.patch import SAME, Patch
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import suffix_of
@@ -23,6 +25,12 @@ class Adapter:
     def patch(self, module: Module) -> Patch:
         """What the file does to `module`; read now, in float32."""
         return Patch({part: self.file.tensor(name).float() for part, name in self.tensors[module].items()})
+
+    def sketch(self, module: Module) -> Patch:
+        """The same without values, on the meta device: what shapes it has, and whether they fit each other."""
+        parts = {part: torch.empty(self.file.tensors[name].shape, device="meta")
+                 for part, name in self.tensors[module].items() if part != "alpha"}  # fmt: skip
+        return Patch(parts)
 
 
 def read_lora(file: ModelFile, names: Mapping[str, Module]) -> Adapter:

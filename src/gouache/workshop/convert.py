@@ -84,9 +84,8 @@ def _to_file(
 ) -> Converted:
     result, from_folder = file, found.kind.value == "diffusers folder"
     if from_folder:
-        beside = file.path / save.LEFTOVERS
         found = video.as_single(found)
-        result = layout.single_file(file, found, open_model(beside) if beside.is_file() else None)
+        result = layout.single_file(file, found, layout.leftovers_of(file.path))
     numbers = {key: str(value) for key, value in file.extra.items() if isinstance(value, int | float | str)}
     result = save.with_metadata(result, {**numbers, **describe(found), **result.metadata, **more})
 
@@ -119,9 +118,7 @@ def _to_folder(file: ModelFile, found: Found, target: Path, on_work: OnWork | No
         written = open_model(path)
         save.compare(written, laid.file, progress("checking", laid.file.nbytes, on_work))
         if laid.file is not file:
-            beside = path / save.LEFTOVERS
-            leftovers = open_model(beside) if beside.is_file() else None
-            save.compare(layout.single_file(written, _as(found, written), leftovers), file)
+            save.compare(layout.single_file(written, _as(found, written), layout.leftovers_of(path)), file)
 
     total = laid.file.nbytes + laid.leftovers.nbytes
     tokenizers = family.text.encoders if family is not None and family.text is not None else ()

@@ -9,19 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from gouache.errors import ModelError, printable
 from gouache.families.family import Family, Place
 from gouache.families.found import Component, Found
+from gouache.families.identify import identify
 from gouache.families.svd import SVD
+from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.layouts.diffusers import unet_rules, vae_rules
 from gouache.layouts.rules import Rename, Rule, invert, plan
 from gouache.layouts.text import BARE, OPENCLIP
 from gouache.layouts.vision import OPENCLIP_VISION
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
-from gouache.workshop import configs, configs_video, derive, video
+from gouache.workshop import configs, configs_video, derive, save, video
 from gouache.workshop.part import Part
 
 _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
@@ -51,6 +54,22 @@ def single_file(file: ModelFile, found: Found, leftovers: ModelFile | None = Non
         parts = [_restored(part, leftovers) for part in parts] + [leftovers]
     base = replace(file, format="safetensors", extra={}, notes=(), metadata=_metadata(file, leftovers))
     return derive.join(derive.keep(base, ()), *parts)
+
+
+def opened(path: Path, *, prediction: str | None = None, family: str | None = None) -> tuple[ModelFile, Found]:
+    """The model at `path` in the names of a single file, whatever its form; a folder with the leftovers it keeps."""
+    file = open_model(path)
+    found = identify(file, prediction=prediction, family=family)
+    if found.kind.value != "diffusers folder" or found.family.value is None:
+        return file, found
+    single = single_file(file, found, leftovers_of(path))
+    return single, identify(single, prediction=prediction, family=found.family.value.name)
+
+
+def leftovers_of(folder: Path) -> ModelFile | None:
+    """What a folder that we wrote keeps of the single file that it was made of."""
+    beside = folder / save.LEFTOVERS
+    return open_model(beside) if beside.is_file() else None
 
 
 def folder(file: ModelFile, found: Found) -> Laid:

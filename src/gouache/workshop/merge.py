@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.family import Family
 from gouache.families.found import Found
-from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.nn.spec import UNetSpec
@@ -63,9 +62,7 @@ def merge(
     """
     from gouache.workshop.methods import METHODS
 
-    form = save.form_of(target, None)
-    if form == "diffusers":
-        raise RequestError("out", f"{target} does not end in .safetensors or .ckpt; convert the result for a folder")
+    form = save.single_form_of(target)
     save.refuse_existing(target, overwrite)
     if recipe.method not in METHODS:
         raise RequestError("method", f"{recipe.method!r} is not known; there are {', '.join(METHODS)}")
@@ -106,8 +103,7 @@ class _Side:
 
 
 def _side(path: Path) -> _Side:
-    file = open_model(path)
-    found = identify(file)
+    file, found = layout.opened(path)
     if not found.components:
         raise ModelError(
             f"{printable(str(path))} is {found.kind.value}, not a model or a part of one: LoRAs, embeddings and the "
@@ -294,9 +290,8 @@ def _assembled(
         for source in origin.sources
     }
     averages = {name for name in first.file if name.startswith("model_ema.")}
-    folder = first.found.kind.value == "diffusers folder"
-    rest = [] if folder else [name for name in first.file if name not in taken and name not in averages]
-    base = replace(derive.keep(first.file, rest), extra=save.plain_values(first.file.extra) if not folder else {})
+    rest = [name for name in first.file if name not in taken and name not in averages]
+    base = replace(derive.keep(first.file, rest), extra=save.plain_values(first.file.extra))
     result = derive.join(base, *parts)
     return result, {"averages (EMA), which mean nothing after a merge": len(averages)} if averages else {}
 

@@ -14,7 +14,6 @@ from typing import Literal, get_args
 
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
-from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.workshop import derive, layout, save
@@ -62,15 +61,9 @@ def prune(
     for part in drop:
         if part not in _DROPPABLE:
             raise RequestError("drop", f"{part!r} is not known; use {' or '.join(_DROPPABLE)}")
-    form = save.form_of(target, None)
-    if form == "diffusers":
-        raise RequestError("out", f"{target} does not end in .safetensors or .ckpt")
+    form = save.single_form_of(target)
     save.refuse_existing(target, overwrite)
-    file = open_model(source)
-    found = identify(file)
-    if found.kind.value == "diffusers folder" and found.family.value is not None:
-        file = layout.single_file(file, found)
-        found = identify(file, family=found.family.value.name)
+    file, found = layout.opened(source)
     if "unet" not in found.components and not found.ema_names:
         what = f"it is {found.kind.value}" + (f"; {found.missing['unet']}" if "unet" in found.missing else "")
         raise ModelError(f"{printable(str(source))} has no U-Net that could be pruned: {what}")

@@ -55,6 +55,14 @@ def form_of(target: Path, told: str | None) -> Form:
     return said
 
 
+def single_form_of(target: Path) -> Form:
+    """`form_of` for commands that write single files; RequestError for a folder's name."""
+    form = form_of(target, None)
+    if form == "diffusers":
+        raise RequestError("out", f"{target} does not end in .safetensors or .ckpt; convert the result for a folder")
+    return form
+
+
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """RequestError where `target` is there already. A folder is never overwritten."""
     if not (target.exists() or target.is_symlink()):

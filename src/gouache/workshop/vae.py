@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gouache.errors import ModelError, RequestError, printable
+from gouache.errors import ModelError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.workshop import derive, layout, save
@@ -18,21 +18,14 @@ def bake(model: Path, vae: Path, target: Path, *, overwrite: bool = False, on_wo
 
     Raises ModelError where either has none, or the shapes differ.
     """
-    form = save.form_of(target, None)
-    if form == "diffusers":
-        raise RequestError("out", f"{target} does not end in .safetensors or .ckpt; convert the result for a folder")
+    form = save.single_form_of(target)
     save.refuse_existing(target, overwrite)
-    file, other = open_model(model), open_model(vae)
-    found = identify(file)
+    (file, found), other = layout.opened(model), open_model(vae)
     old, new = found.component("vae"), identify(other).component("vae")
     if old.spec != new.spec:
         raise ModelError(f"{printable(str(vae))} holds an autoencoder of another form than {printable(str(model))}")
     tensors = derive.arrange(other, new.origins)
-    if found.kind.value == "diffusers folder":
-        file = layout.single_file(file, found)
-        taken = {name for name in file if name.startswith("first_stage_model.")}
-    else:
-        taken = {source for origin in old.origins.values() for source in origin.sources}
+    taken = {source for origin in old.origins.values() for source in origin.sources}
     rest = derive.keep(file, (name for name in file if name not in taken))
     result = derive.join(rest, layout.as_in(old, tensors, found.family.value))
     baked = {"gouache.vae": f"{vae.name}, sha256 {other.sha256()}"}

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gouache.adapters.read import Adapter, read_lora
-from gouache.errors import ModelError, RequestError, printable
+from gouache.errors import ModelError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
@@ -33,24 +34,17 @@ def bake(
 
     Raises ModelError for a LoRA none of whose modules is in the model, or whose shapes do not fit; nothing is left.
     """
-    form = save.form_of(target, None)
-    if form == "diffusers":
-        raise RequestError("out", f"{target} does not end in .safetensors or .ckpt; convert the result for a folder")
+    form = save.single_form_of(target)
     save.refuse_existing(target, overwrite)
-    file = open_model(model)
-    found = identify(file)
-    specs = specs_of(found)
-    names = module_names(specs)
+    base, found = layout.opened(model)
+    names = module_names(specs_of(found))
     adapters = [(_read(path, names, found), strength) for path, strength in loras]
     family = found.family.value
-    base = file
-    if found.kind.value == "diffusers folder":
-        base = layout.single_file(file, found)
-        found = identify(base, family=family.name if family is not None else None)
     parts = []
     taken = set[str]()
     for name, part in found.components.items():
         inner = derive.arrange(base, part.origins)
+        _must_fit(inner, name, adapters)
         parts.append(layout.as_in(part, _patched(inner, name, adapters), family))
         taken |= {source for origin in part.origins.values() for source in origin.sources}
     result = derive.join(derive.keep(base, (name for name in base if name not in taken)), *parts)
@@ -80,6 +74,24 @@ def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, 
         return changed.to(tensor.dtype)
 
     return derive.make(part, part.tensors, read)
+
+
+def _must_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """ModelError for shapes that do not fit, told from the headers alone."""
+    for adapter, _ in adapters:
+        for module in adapter.tensors:
+            if module[0] != component:
+                continue
+            sketch = adapter.sketch(module)
+            weight, bias = (part.tensors.get(f"{module[1]}.{leaf}") for leaf in ("weight", "bias"))
+            try:
+                if weight is not None:
+                    sketch.weight(torch.empty(weight.shape, device="meta"), 1.0)
+                if bias is not None:
+                    sketch.bias(torch.empty(bias.shape, device="meta"), 1.0)
+            except (ModelError, RuntimeError) as error:
+                why = error if isinstance(error, ModelError) else "its parts do not fit each other"
+                raise ModelError(f"{adapter.file.path} does not fit {component} {module[1]}: {why}") from None
 
 
 def _read(path: Path, names: Mapping[str, Module], found: Found) -> Adapter:
