@@ -28,7 +28,7 @@ from recipes.mini.names import Colour, Thing, load_things, nearest_colour
 from recipes.mini.prompts import PROMPTS_FILE, Prompt, noun_pairs, read_prompts
 from recipes.mini.rendering import Glyphs, render
 
-SEEDS = (1, 2, 3, 4)
+SEEDS = (1, 2, 3, 4)  # one after the other, so that a batch paints them
 STEPS = 20
 LEAST_ACCURACY = 0.97
 RUNS = Path("runs/mini")
@@ -78,9 +78,8 @@ def paint_all(model_path: str, prompts: Sequence[Prompt], folder: Path) -> None:
     model = gouache.load(model_path)
     folder.mkdir(parents=True, exist_ok=True)
     for number, prompt in enumerate(prompts):
-        for seed in SEEDS:
-            for picture in model.paint(prompt.text, seed=seed, steps=STEPS):
-                picture.image.save(picture_path(folder, number, seed))
+        for picture in model.paint(prompt.text, seed=SEEDS[0], count=len(SEEDS), batch=len(SEEDS), steps=STEPS):
+            picture.image.save(picture_path(folder, number, picture.seed))
         print(f"painted {number + 1} of {len(prompts)}: {prompt.text}", flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,9 @@ def mine(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settin
 
 
 def test_the_pictures_are_those_of_each_model_alone(models: list[str], mine: Settings, tmp_path: Path):
-    measured = compare(models, ["a cat", "a dog"], tmp_path / "out", mine, count=2, seed=5, **KNOBS)
+    measured = compare(
+        models, ["a cat", "a dog"], tmp_path / "out", partial(load, settings=mine), count=2, seed=5, **KNOBS
+    )
 
     alone = list(load(models[1], settings=mine).paint("a dog", seed=5, count=2, **KNOBS))
     beside = [np.asarray(Image.open(tmp_path / f"out/2-brighter/{name}.png")) for name in ("00002-5", "00003-6")]
@@ -64,7 +67,9 @@ def test_a_clip_scores_fit_and_likeness(models: list[str], mine: Settings, tmp_p
     )
     transformers.CLIPModel(config).eval().save_pretrained(tmp_path / "clip")
 
-    measured = compare(models, ["a cat"], tmp_path / "out", mine, encoder=tmp_path / "clip", **KNOBS)
+    measured = compare(
+        models, ["a cat"], tmp_path / "out", partial(load, settings=mine), encoder=tmp_path / "clip", **KNOBS
+    )
 
     assert all(each.fit is not None and -100 <= each.fit <= 100 for each in measured)
     assert measured[0].likeness is None and measured[1].likeness is not None and measured[1].likeness < 100
@@ -73,7 +78,7 @@ def test_a_clip_scores_fit_and_likeness(models: list[str], mine: Settings, tmp_p
 def test_one_model_a_folder_that_exists_and_no_prompts_are_refused(models: list[str], mine: Settings, tmp_path: Path):
     for names, out, setting in ((models[:1], tmp_path / "new", "models"), (models, tmp_path, "output")):
         with pytest.raises(RequestError) as caught:
-            compare(names, ["a cat"], out, mine, **KNOBS)
+            compare(names, ["a cat"], out, partial(load, settings=mine), **KNOBS)
         assert caught.value.setting == setting
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     for name in ("empty.txt", "absent.txt"):

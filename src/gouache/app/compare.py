@@ -11,18 +11,17 @@ import gc
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
-from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError, printable
-from gouache.face import load
+from gouache.files.record import ModelFile
 from gouache.files.write import write_atomic
 from gouache.generate.picture import Picture
 from gouache.generate.request import Request
@@ -30,6 +29,21 @@ from gouache.images.sheet import sheet
 from gouache.model import clip
 
 MOST_PROMPTS = 1000
+
+
+class Painter(Protocol):
+    """What is asked of a loaded model: `gouache.Model` is one."""
+
+    file: ModelFile
+
+    @property
+    def size(self) -> tuple[int, int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def sha256(self) -> str: ...
+    def paint(self, prompt: Request, /) -> Iterator[Picture]: ...
+
 
 OnPicture = Callable[[str, int, int], None]
 """Told before each picture: of which model, how many are done, how many there will be."""
@@ -73,15 +87,13 @@ def compare(
     models: Sequence[str],
     prompts: Sequence[str],
     out: Path,
-    settings: Settings,
+    load: Callable[[str], Painter],
     *,
     encoder: Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
     on_picture: OnPicture | None = None,
     **knobs: Any,
 ) -> list[Measured]:
-    """Paint, measure, and write `out`, which must not exist. One model is in memory at a time.
+    """Paint, measure, and write `out`, which must not exist. `load` opens a model; one is in memory at a time.
 
     `knobs` are fields of Request for all; `count` pictures a prompt have seeds from `seed` (0 if none) on. `encoder` is
     a whole CLIP. Raises GouacheError; what was painted until then stays in `out`.
@@ -97,7 +109,7 @@ def compare(
     for number, name in enumerate(models, 1):
         before = _held(None)
         began = time.perf_counter()
-        model = load(name, device=device, dtype=dtype, settings=settings)
+        model = load(name)
         loaded = time.perf_counter() - began
         size = size or request.size or model.size  # the first model's, so that the pictures can be laid side by side
         folder = out / f"{number}-{_folder(name)}"

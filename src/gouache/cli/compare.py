@@ -39,14 +39,15 @@ def compare(
     from gouache.app.compare import prompts_of
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
+    from gouache.face import load
 
     settings = read()
     out = output or settings.output / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with Bar() as bar:
         measured = service(
-            models, prompts_of(prompts), out, settings, encoder=clip, device=device, dtype=dtype, on_picture=bar.show,
-            negative=negative, sampler=sampler, schedule=schedule, steps=steps, cfg=cfg, seed=seed, count=count,
-            size=size,
+            models, prompts_of(prompts), out, lambda name: load(name, device=device, dtype=dtype, settings=settings),
+            encoder=clip, on_picture=bar.show, negative=negative, sampler=sampler, schedule=schedule, steps=steps,
+            cfg=cfg, seed=seed, count=count, size=size,
         )  # fmt: skip
     if as_json:
         print(json.dumps({"folder": str(out), "models": [asdict(each) for each in measured]}, ensure_ascii=False))
