@@ -65,8 +65,8 @@ def test_loss_and_similarities_agree_with_transformers(clip):
     found = ours.losses(batch, 0)
 
     expected = theirs(input_ids=batch.tokens, pixel_values=batch.images, return_loss=True)
-    found = ours.temperature() * ours.similarities(ours.text(batch.tokens).pooled, batch.images)
-    assert_close(found, expected.logits_per_text, atol=1e-4, rtol=1e-4)
+    logits = ours.temperature() * ours.similarities(ours.text(batch.tokens).pooled, batch.images)
+    assert_close(logits, expected.logits_per_text, atol=1e-4, rtol=1e-4)
     assert_close(found["loss"], expected.loss, atol=1e-4, rtol=1e-4)
     right = expected.logits_per_text.argmax(1) == torch.arange(5)
     assert_close(found["found"], right.float().mean())

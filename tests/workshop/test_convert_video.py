@@ -327,12 +327,12 @@ def test_what_no_table_knows_is_kept_beside_and_comes_back(file: Path, tmp_path:
     assert_equal(load_file(tmp_path / "again.safetensors"), tensors)
 
 
-def test_what_is_made_of_folders_has_the_names_of_single_files(file: Path, folder: Path, tmp_path: Path):
-    """The folder's `vae` comes apart again, wherever a folder is read."""
-    placed = {name: tensor for name, tensor in load_file(file).items() if not of_no_folder(name)}
+def test_what_is_made_of_folders_is_what_is_made_of_the_file(file: Path, folder: Path, tmp_path: Path):
+    """The folder's `vae` comes apart again, wherever a folder is read, and what it has no place for comes back."""
+    for name, source in (("file", file), ("folder", folder)):
+        prune(source, tmp_path / f"{name}-pruned.safetensors")
+        merge(Recipe(models=(Source(str(source)), Source(str(source)))), tmp_path / f"{name}-merged.safetensors")
 
-    prune(folder, tmp_path / "pruned.safetensors")
-    merge(Recipe(models=(Source(str(folder)), Source(str(folder)))), tmp_path / "merged.safetensors")
-
-    for name in ("pruned", "merged"):
-        assert_equal(load_file(tmp_path / f"{name}.safetensors"), placed)
+    for done in ("pruned", "merged"):
+        one, other = (load_file(tmp_path / f"{name}-{done}.safetensors") for name in ("file", "folder"))
+        assert_equal(other, one)
