@@ -97,7 +97,9 @@ def test_the_command(gouache: Command, models: list[str], tmp_path: Path):
 
     said = gouache("compare", *models, "--prompts", "p.txt", "-o", "out", "--steps", "1", "--size", "64x64", "--json")
     again = gouache("compare", *models, "--prompts", "p.txt", "-o", "out")
+    misspelt = gouache("compare", *models, "nothere", "--prompts", "p.txt", "-o", "other")
 
     told = json.loads(said.out)
     assert told["folder"] == "out" and len(told["models"]) == 2 and (tmp_path / "out/sheet.png").is_file()
     assert again.code == 2 and again.err == "error: output: out exists already; give another folder\n"
+    assert misspelt.code == 2 and "nothere" in misspelt.err and not (tmp_path / "other").exists()

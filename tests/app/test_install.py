@@ -190,6 +190,25 @@ def test_a_wrong_hash_is_refused_and_not_kept(mine: Settings, site: Site, style:
     assert install(site.url("/style.safetensors"), mine, sha256=hashlib.sha256(style).hexdigest().upper()).size
 
 
+def test_what_was_fetched_is_kept_until_it_is_placed(mine: Settings, site: Site, style: bytes, tmp_path: Path):
+    """A name that is taken, or Ctrl-C while it is hashed, costs no second download."""
+    site.files["/style.safetensors"] = style
+    install(str(lora(tmp_path / "style.safetensors", 2.0)), mine)
+
+    with pytest.raises(RequestError, match="--name"):
+        install(site.url("/style.safetensors"), mine)
+    with pytest.raises(KeyboardInterrupt):
+        install(site.url("/style.safetensors"), mine, name="mine", on_work=interrupt)
+    done = install(site.url("/style.safetensors"), mine, name="mine")
+
+    assert done.path.read_bytes() == style and len(site.asked) == 1
+    assert placed(mine) == ["models/Lora/mine.safetensors", "models/Lora/style.safetensors"]
+
+
+def interrupt(what: str, done: int, total: int) -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_the_scan_refuses_is_never_placed(mine: Settings, site: Site, tmp_path: Path):
     site.files["/model.ckpt"] = HOSTILE
 

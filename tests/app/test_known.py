@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from gouache.app.entry import USES
 from gouache.app.kinds import FOLDERS
 from gouache.app.known import Known, known, named, nearest, of_file
-from gouache.app.library import USES
 from gouache.families.catalog import family_named
 
 SIZES = {"sd1": 512, "sd2": 768, "sdxl": 1024, "sdxl-refiner": 1024, "svd": 1024}
@@ -50,6 +50,12 @@ def test_a_hash_says_more_than_a_name():
     assert of_file("renamed.ckpt", digest) is one
     assert of_file(other.files[0], digest) is one and of_file(other.files[0], "") is other
     assert of_file("renamed.ckpt", "") is None
+
+
+def test_a_file_that_is_only_called_like_a_published_one_is_not_taken_for_it():
+    one, name = next((each, name) for each in known() for name in each.files if name in (each.sha256 or {}))
+
+    assert of_file(name, "") == one and of_file(name, "0" * 64) is None
 
 
 def test_names_like_one_are_offered():

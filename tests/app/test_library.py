@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from gouache.app import indexing, tables
-from gouache.app.library import About, Library
+from gouache.app.entry import About
+from gouache.app.library import Library
 from gouache.app.settings import Settings
 from gouache.app.verify import verify
 from gouache.errors import FileError, RequestError

@@ -70,6 +70,17 @@ class Measured:
     distance: float | None
     likeness: float | None
 
+    def words(self) -> list[str]:
+        """The measures one by one."""
+        said = [f"{self.picture_seconds:.2f} s a picture", f"{self.memory / 1e9:.2f} GB"]
+        for value, text in (
+            (self.fit, "CLIP score {:.1f}"), (self.distance, "{:.1f} levels from the first"),
+            (self.likeness, "CLIP likeness {:.1f}"),
+        ):  # fmt: skip
+            if value is not None:
+                said.append(text.format(value))
+        return said
+
 
 def prompts_of(path: Path) -> list[str]:
     """A prompt a line; empty lines and those that begin with # are passed over. Raises FileError."""
@@ -180,18 +191,7 @@ def _write(
     rows = [f"{prompt}\nseed {(request.seed or 0) + number}" for prompt in prompts for number in range(request.count)]
     pictures = [[column[row] for column in columns] for row in range(len(rows))]
     draft = out / ".sheet.png"
-    sheet([_label(each) for each in measured], rows, pictures).save(draft, "PNG")
+    sheet(["\n".join([Path(each.model).stem, *each.words()]) for each in measured], rows, pictures).save(draft, "PNG")
     draft.replace(out / "sheet.png")
     told = {"prompts": list(prompts), "request": request.to_json(), "models": [asdict(each) for each in measured]}
     write_atomic(out / "measures.json", json.dumps(told, indent=1, ensure_ascii=False, default=str).encode())
-
-
-def _label(each: Measured) -> str:
-    lines = [Path(each.model).stem, f"{each.picture_seconds:.1f} s a picture, {each.memory / 1e9:.2f} GB"]
-    if each.fit is not None:
-        lines.append(f"CLIP score {each.fit:.1f}")
-    if each.distance is not None:
-        lines.append(f"{each.distance:.1f} levels from the first")
-    if each.likeness is not None:
-        lines.append(f"CLIP likeness {each.likeness:.1f}")
-    return "\n".join(lines)

@@ -73,7 +73,7 @@ def download(
             failures = 1 if came > before else failures + 1
             if failures >= _TRIES:
                 kept = f"; {size_text(came)} are kept, the same command goes on from there" if came else ""
-                raise FileError(_shown(url), f"cannot be fetched: {_reason(error)}{kept}") from None
+                raise FileError(without_query(url), f"cannot be fetched: {_reason(error)}{kept}") from None
             time.sleep(pause * 2 ** (failures - 1))
 
 
@@ -126,16 +126,16 @@ _OPENER = urllib.request.build_opener(_Redirects)
 def _check(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RequestError("source", f"{_shown(url)!r} is no address on the web; expected https://...")
+        raise RequestError("source", f"{without_query(url)!r} is no address on the web; expected https://...")
 
 
-def _shown(url: str) -> str:
+def without_query(url: str) -> str:
     """Without what stands behind ?, where some sites want a password."""
     return printable(url.split("?")[0])
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> str:
-    said = f"{_shown(url)}: the server answers {error.code} {printable(str(error.reason), 80)}"
+    said = f"{without_query(url)}: the server answers {error.code} {printable(str(error.reason), 80)}"
     if error.code in (401, 403):
         return f"{said}; it wants a login: make a token on its site and give it by --token or GOUACHE_TOKEN"
     return f"{said}; look whether the address is that of the file itself"
@@ -184,7 +184,9 @@ def _name(url: str, final: str, headers: Message) -> str:
 
 def _check_kind(url: str, headers: Message) -> None:
     if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-        raise RequestError("source", f"{_shown(url)} is a web page; give the address of the file that it links to")
+        raise RequestError(
+            "source", f"{without_query(url)} is a web page; give the address of the file that it links to"
+        )
 
 
 def _check_room(place: Path, more: int) -> None:

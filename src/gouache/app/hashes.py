@@ -9,10 +9,14 @@ from pathlib import Path
 from gouache.app.cache import file_key, read_cache, write_cache
 from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError
+from gouache.files import record
+from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.workshop import hashes as workshop
 
 _STORE = "hashes.json"
+
+OnWork = Callable[[str, int, int], None]
 
 
 def sha256(file: ModelFile, settings: Settings) -> str:
@@ -21,12 +25,22 @@ def sha256(file: ModelFile, settings: Settings) -> str:
 
 
 def sha256_of(path: Path, settings: Settings) -> str:
-    """The same for a path that need not be opened as a model, where it is one file."""
+    """The same for a file that need not be opened as a model."""
+    return _remembered(file_key([path]), lambda: record.sha256_of(path), settings)
 
-    def compute() -> str:
-        return workshop.hashes(path).sha256
 
-    return _remembered(file_key([path]), compute, settings)
+def read_now(path: Path, on_work: OnWork | None = None) -> str:
+    """The hash of the model at `path`, whatever is remembered of it. Raises FileError."""
+    files = list(open_model(path).files) if path.is_dir() else [path]
+    size, done = sum(each.stat().st_size for each in files), 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_work is not None:
+            on_work("hashing", done, size)
+
+    return open_model(path).sha256(on_bytes) if path.is_dir() else record.sha256_of(path, on_bytes)
 
 
 def _remembered(key: str, compute: Callable[[], str], settings: Settings) -> str:
@@ -40,7 +54,7 @@ def _remembered(key: str, compute: Callable[[], str], settings: Settings) -> str
     return digest
 
 
-def hashes(path: Path, settings: Settings, on_work: Callable[[str, int, int], None] | None = None) -> workshop.Hashes:
+def hashes(path: Path, settings: Settings, on_work: OnWork | None = None) -> workshop.Hashes:
     """All hashes of one file. Raises FileError where it cannot be read, RequestError for a folder."""
     if path.is_dir():
         raise RequestError("file", f"{path} is a folder; hashes are of files")

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gouache.app.digest import digest_of
-from gouache.app.download import download
+from gouache.app.download import download, without_query
+from gouache.app.hashes import read_now
 from gouache.app.kinds import FOLDERS, shelf
 from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError, UnsafeFile, printable
@@ -77,26 +77,32 @@ def install(
     if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise RequestError("sha256", f"{printable(sha256, 80)!r} is no SHA-256; expected 64 hexadecimal digits")
     fetched = _fetch(source, settings, token, on_work)
+    # Whatever stops this, what was fetched stays for the next time, unless it is refused for what it is.
     try:
-        digest = digest_of(fetched.path, on_work)
+        digest = read_now(fetched.path, on_work)
         if sha256 and digest != sha256.lower():
-            raise FileError(_short(source), f"has the hash {digest}; {sha256.lower()} was expected: do not use it")
+            raise FileError(
+                without_query(source), f"has the hash {digest}; {sha256.lower()} was expected: do not use it"
+            )
         _must_be_safe(fetched.path, source)
         found = kind or _kind(fetched.path)
-        target = _target(settings, found, fetched, name)
-        size = _size(fetched.path)
-        if target.exists():
-            if digest_of(target, on_work) == digest:
-                return Installed(target, found, digest, size, fetched.source, already=True)
-            raise RequestError("name", f"{target} is there already, and is another file; choose another with --name")
-        _put(fetched, target, on_work)
     except FileError:
-        if fetched.place is not None:  # what is refused once is refused again; do not keep it
-            shutil.rmtree(fetched.place, ignore_errors=True)
+        _clear(fetched)
         raise
+    target = _target(settings, found, fetched, name)
+    size = _size(fetched.path)
+    already = target.exists()
+    if already and read_now(target, on_work) != digest:
+        raise RequestError("name", f"{target} is there already, and is another file; choose another with --name")
+    if not already:
+        _put(fetched, target, on_work)
+    _clear(fetched)
+    return Installed(target, found, digest, size, fetched.source, already)
+
+
+def _clear(fetched: _Fetched) -> None:
     if fetched.place is not None:
         shutil.rmtree(fetched.place, ignore_errors=True)
-    return Installed(target, found, digest, size, fetched.source)
 
 
 def _fetch(source: str, settings: Settings, token: str, on_work: OnWork | None) -> _Fetched:
@@ -108,9 +114,7 @@ def _fetch(source: str, settings: Settings, token: str, on_work: OnWork | None) 
         return _from_hub(match[1], match[2] or "main", match[3] or "", place, token)
     if "://" in source:
         part, name = download(source, place, token=token, on_work=on_work)
-        named = part.with_name(name)  # a suffix is a hint, and errors should name the file
-        part.replace(named)
-        return _Fetched(named, name, source.split("?")[0], place)
+        return _Fetched(part, name, without_query(source), place)
     if match := _REPOSITORY.fullmatch(source):
         return _from_hub(match[1], match[2] or "main", match[3] or "", place, token)
     shown = printable(source)
@@ -132,7 +136,6 @@ def _from_hub(repository: str, revision: str, file: str, place: Path, token: str
                 snapshot_download(
                     repository, revision=revision, local_dir=folder, allow_patterns=_needed(files), token=token or None
                 )
-                shutil.rmtree(folder / ".cache", ignore_errors=True)  # the notes of the hub's library
                 return _Fetched(folder, repository.replace("/", "--"), f"{page}/tree/{revision}", place)
             file = _only(repository, files)
         path = hf_hub_download(repository, file, revision=revision, local_dir=place / "file", token=token or None)
@@ -174,7 +177,7 @@ def _must_be_safe(path: Path, source: str) -> None:
         if verdict.verdict != "safe" and not (path.is_dir() and verdict.verdict == "no model"):
             calls = "; ".join(f"{each.name}: {each.effect}" for each in verdict.intents[:3])
             reason = f"{verdict.verdict}: {verdict.reason}" + (f" ({calls})" if calls else "")
-            raise UnsafeFile(_short(source), f"is refused and not kept, {reason}")
+            raise UnsafeFile(without_query(source), f"is refused and not kept, {reason}")
 
 
 def _target(settings: Settings, kind: str, fetched: _Fetched, name: str) -> Path:
@@ -192,6 +195,7 @@ def _put(fetched: _Fetched, target: Path, on_work: OnWork | None) -> None:
     """Move or copy it to its place, where it appears whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if fetched.place is not None:
+        shutil.rmtree(fetched.path / ".cache", ignore_errors=True)  # what the hub's library noted in a folder
         fetched.path.replace(target)
     elif fetched.path.is_dir():
         draft = target.with_name(f".gouache-{target.name}.tmp")
@@ -211,7 +215,3 @@ def _put(fetched: _Fetched, target: Path, on_work: OnWork | None) -> None:
 def _size(path: Path) -> int:
     files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
     return sum(each.stat().st_size for each in files)
-
-
-def _short(source: str) -> str:
-    return source.split("?")[0]

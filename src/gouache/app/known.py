@@ -54,11 +54,22 @@ def named(name: str) -> Known | None:
 
 
 def of_file(name: str, sha256: str) -> Known | None:
-    """The model whose published hash this is, else whose file is called so."""
+    """The model whose published hash this is, else whose file is called so, unless it is known to be another."""
     for each in known():
         if sha256 and sha256 in (each.sha256 or {}).values():
             return each
+    like = called(name)
+    return None if like is None or differs(like, name, sha256) else like
+
+
+def called(name: str) -> Known | None:
+    """The model one of whose published files has this name."""
     return next((each for each in known() if name in each.files), None)
+
+
+def differs(published: Known, name: str, sha256: str) -> bool:
+    """Whether a file with this hash cannot be the one that was published under this name."""
+    return bool(sha256) and (published.sha256 or {}).get(name, sha256) != sha256
 
 
 def nearest(name: str) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gouache.app.digest import digest_of
-from gouache.app.library import Entry, Library
+from gouache.app.entry import Entry
+from gouache.app.hashes import read_now
+from gouache.app.library import Library
 from gouache.errors import GouacheError, printable
 from gouache.files.open import open_model
 
@@ -25,7 +26,7 @@ def verify(entry: Entry, library: Library, on_work: Callable[[str, int, int], No
     """Read the model whole, whatever is remembered of it; note its hash where none was."""
     path = printable(str(entry.path))
     try:
-        digest = digest_of(entry.path, on_work)
+        digest = read_now(entry.path, on_work)
         open_model(entry.path)
     except (GouacheError, OSError) as error:
         return Verified(path, False, printable(str(error), 400), "")

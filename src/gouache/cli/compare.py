@@ -37,11 +37,15 @@ def compare(
     """Paint the same prompts and seeds with several models, into one labelled sheet with their measures."""
     from gouache.app.compare import compare as service
     from gouache.app.compare import prompts_of
+    from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
     from gouache.face import load
+    from gouache.files.open import open_model
 
     settings = read()
+    for name in models:  # what cannot be opened is refused before the first picture
+        open_model(resolve(name, settings))
     out = output or settings.output / f"compare-{datetime.now():%Y%m%d-%H%M%S}"
     with Bar() as bar:
         measured = service(
@@ -53,13 +57,5 @@ def compare(
         print(json.dumps({"folder": str(out), "models": [asdict(each) for each in measured]}, ensure_ascii=False))
         return
     for each in measured:
-        told = [f"loaded in {each.load_seconds:.1f} s", f"{each.picture_seconds:.2f} s a picture"]
-        told.append(f"{each.memory / 1e9:.2f} GB")
-        if each.fit is not None:
-            told.append(f"CLIP score {each.fit:.1f}")
-        if each.distance is not None:
-            told.append(f"{each.distance:.1f} levels from the first")
-        if each.likeness is not None:
-            told.append(f"CLIP likeness {each.likeness:.1f}")
-        print(f"{each.model}: {', '.join(told)}")
+        print(f"{each.model}: {', '.join([f'loaded in {each.load_seconds:.1f} s', *each.words()])}")
     print(out / "sheet.png")

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
+from gouache.cli.models_page import known_page, page, table
 from gouache.errors import GouacheError, RequestError, printable
+from gouache.files.source import size_text
 
 if TYPE_CHECKING:
-    from gouache.app.known import Known
-    from gouache.app.library import Changes, Entry, Library
+    from gouache.app.entry import Entry
+    from gouache.app.library import Changes, Library
     from gouache.app.settings import Settings
 
 app = Typer(help="The models on this machine, and where to get others.", no_args_is_help=True, rich_markup_mode=None)
@@ -36,7 +38,7 @@ def list_(
     """List the models in all folders: what each is, from its header, and what is noted of it."""
     with _library() as (library, settings):
         changes = _refresh(library, quiet=as_json)
-        _table(library.entries(kind, family, tag, missing), as_json)
+        table(library.entries(kind, family, tag, missing), as_json)
         if not as_json:
             print(f"in {', '.join(map(str, settings.models))}", file=sys.stderr)
         _go_on(library, changes, quiet=as_json)
@@ -123,9 +125,9 @@ def show(name: Name, as_json: AsJson = False) -> None:
             print(json.dumps(told | {"known": asdict(published) if published else None}, ensure_ascii=False))
         else:
             if entry is not None:
-                print("\n".join(_page(entry)))
+                print("\n".join(page(entry)))
             if published is not None:
-                print("\n".join(_published(published)))
+                print("\n".join(known_page(published)))
         _go_on(library, changes, quiet=as_json)
 
 
@@ -157,7 +159,7 @@ def set_(
         if not said:
             raise RequestError("set", "there is nothing to note; give --tag, --notes, --weight, --trigger, --use, ...")
         entry = library.describe(entry.path, **said)
-    print(json.dumps(entry.to_json(), ensure_ascii=False) if as_json else "\n".join(_page(entry)))
+    print(json.dumps(entry.to_json(), ensure_ascii=False) if as_json else "\n".join(page(entry)))
 
 
 @app.command()
@@ -169,7 +171,7 @@ def find(
     with _library() as (library, _):
         changes = _refresh(library, quiet=as_json)
         found = library.find(" ".join(words))
-        _table(found, as_json)
+        table(found, as_json)
         _go_on(library, changes, quiet=as_json)
     if not found:
         sys.exit(1)
@@ -226,7 +228,9 @@ def install(
     if as_json:
         print(json.dumps({**asdict(done), "path": str(done.path)}))
     else:
-        print(f"{done.path}: {'was there already' if done.already else 'installed'}; {done.kind}, {_size(done.size)}")
+        print(
+            f"{done.path}: {'was there already' if done.already else 'installed'}; {done.kind}, {size_text(done.size)}"
+        )
         print(f"sha256 {done.sha256}; call it {entry.name!r}")
 
 
@@ -259,7 +263,7 @@ def _go_on(library: Library, changes: Changes, quiet: bool) -> None:
     if files:
         indexing.start()
         if not quiet:
-            print(f"note: hashing {files} files ({_size(size)}) in the background", file=sys.stderr)
+            print(f"note: hashing {files} files ({size_text(size)}) in the background", file=sys.stderr)
 
 
 def _entry(library: Library, name: str, settings: Settings) -> Entry:
@@ -287,97 +291,3 @@ def _delete(entry: Entry) -> list[str]:
 
 def _say(as_json: bool, line: str, **told: object) -> None:
     print(json.dumps(told) if as_json else line)
-
-
-def _table(entries: list[Entry], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps([each.to_json() for each in entries], ensure_ascii=False))
-        return
-    wide = min(48, max((len(each.name) for each in entries), default=0))
-    for each in entries:
-        said = each.said
-        notes = [said.use, *said.tags, f"cannot be opened: {each.trouble}" if each.trouble else ""]
-        family = each.family or "-"
-        told = ", ".join(filter(None, notes))
-        columns = (each.shelf.ljust(12), family.ljust(8), _size(each.size).rjust(8), each.sha256[:10].ljust(10), told)
-        print("  ".join((printable(each.name).ljust(wide), *columns)).rstrip())
-    print(f"{len(entries)} models", file=sys.stderr)
-
-
-def _page(entry: Entry) -> Iterator[str]:
-    said, facts = entry.said, entry.facts
-    astray = entry.place and entry.place != entry.shelf
-    yield f"{entry.path}  ({_size(entry.size)}{', missing' if entry.missing else ''})"
-    lines = {
-        "names": ", ".join(entry.names),
-        "title": said.title,
-        "kind": f"{entry.kind or 'unknown'}{f', in a folder for {entry.place}' if astray else ''}",
-        "family": entry.family,
-        "variant": facts.get("variant"),
-        "prediction": facts.get("prediction"),
-        "size": "x".join(map(str, facts.get("resolution", ()))),
-        "parts": ", ".join(facts.get("components", ())),
-        "missing": ", ".join(facts.get("missing", ())),
-        "dtypes": ", ".join(facts.get("dtypes", ())),
-        "use": said.use,
-        "base": said.base,
-        "tags": ", ".join(said.tags),
-        "trigger words": ", ".join(said.trigger_words),
-        "negative": said.negative,
-        "weight": "" if said.weight is None else f"{said.weight:g}",
-        "notes": said.notes,
-        "description": entry.sidecar.description or facts.get("description"),
-        "author": facts.get("author"),
-        "licence": facts.get("licence"),
-        "source": said.source,
-        "preview": entry.sidecar.preview,
-        "config": entry.sidecar.config,
-        "beside it": ", ".join(entry.sidecar.files),
-        "sha256": entry.sha256 or "not computed yet",
-        "note": _doubt(entry),
-        "trouble": entry.trouble,
-    }
-    yield from _aligned(lines)
-
-
-def _doubt(entry: Entry) -> str:
-    """Where a file is called like a published one, and is another."""
-    known = entry.known
-    published = (known.sha256 or {}).get(entry.path.name) if known is not None else None
-    if known is None or published is None or not entry.sha256 or entry.sha256 == published:
-        return ""
-    return f"called like the published file of {known.name}, whose hash is {published[:10]}...: this is another"
-
-
-def _published(known: Known) -> Iterator[str]:
-    yield f"{known.name}, as publicly known"
-    yield from _aligned(
-        {
-            "family": known.family,
-            "use": known.use,
-            "prediction": known.prediction,
-            "size": "x".join(map(str, known.resolution)),
-            "VAE": known.vae,
-            "clip skip": "" if known.clip_skip is None else str(known.clip_skip),
-            "trigger words": ", ".join(known.trigger),
-            "licence": known.licence,
-            "source": known.source,
-            "files": ", ".join(known.files),
-            "note": known.note,
-            "evidence": f"{len(known.evidence)} sources, listed with --json",
-        }
-    )
-
-
-def _aligned(lines: dict[str, object]) -> Iterator[str]:
-    for name, value in lines.items():
-        if value:
-            first, *rest = str(value).splitlines()
-            yield f"  {name:14} {printable(first, 1000)}"
-            yield from (f"  {'':14} {printable(line, 1000)}" for line in rest)
-
-
-def _size(count: int) -> str:
-    from gouache.files.source import size_text
-
-    return size_text(count)

@@ -30,6 +30,9 @@ ITEM_SIZE = {
 }  # fmt: skip
 
 
+_PIECE = 1 << 24  # bytes read at once
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """What is known of a tensor before it is read: shape, dtype (a name of `ITEM_SIZE`)."""
@@ -86,17 +89,23 @@ class ModelFile:
         """Bytes of all tensors together, as stored."""
         return sum(info.nbytes for info in self.tensors.values())
 
-    def sha256(self) -> str:
+    def sha256(self, on_bytes: Callable[[int], None] | None = None) -> str:
         """The hash sites publish: of the file's bytes; for several files, of their hashes in name order."""
-        digests = [_sha256(path) for path in sorted(self.files)]
+        digests = [sha256_of(path, on_bytes) for path in sorted(self.files)]
         if len(digests) == 1:
             return digests[0]
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal; `on_bytes` is told how many more are read. Raises FileError."""
+    digest = hashlib.sha256()
     try:
         with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+                if on_bytes is not None:
+                    on_bytes(len(piece))
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
+    return digest.hexdigest()

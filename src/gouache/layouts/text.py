@@ -14,23 +14,26 @@ _POSITION_IDS = "the numbers 0 to 76, which merging tools damage and nothing nee
 _TEMPERATURE = "the temperature of CLIP's contrastive loss, of no use in painting"
 _IMAGE_TOWER = "CLIP's image tower, of no use in reading prompts"
 
-_BLOCK, _LAYER = "transformer.resblocks.{i}", "text_model.encoder.layers.{i}"
+
+def openclip_blocks(model: str) -> tuple[Rule, ...]:
+    """The blocks of an OpenCLIP tower, text or image, as the layers of Transformers' `model`."""
+    block, layer = "transformer.resblocks.{i}", f"{model}.encoder.layers.{{i}}"
+    split = (
+        Split(
+            f"{block}.attn.in_proj_{leaf}", tuple(f"{layer}.self_attn.{part}_proj.{leaf}" for part in ("q", "k", "v"))
+        )
+        for leaf in ("weight", "bias")
+    )
+    names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2",
+             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+    renamed = (Rename(f"{block}.{ours}.{{leaf}}", f"{layer}.{theirs}.{{leaf}}") for ours, theirs in names.items())
+    return (*split, *renamed)
+
 
 OPENCLIP: tuple[Rule, ...] = (
     Rename("token_embedding.weight", "text_model.embeddings.token_embedding.weight"),
     Rename("positional_embedding", "text_model.embeddings.position_embedding.weight"),
-    *(
-        Split(
-            f"{_BLOCK}.attn.in_proj_{leaf}",
-            tuple(f"{_LAYER}.self_attn.{part}_proj.{leaf}" for part in ("q", "k", "v")),
-        )
-        for leaf in ("weight", "bias")
-    ),
-    Rename(f"{_BLOCK}.attn.out_proj.{{leaf}}", f"{_LAYER}.self_attn.out_proj.{{leaf}}"),
-    Rename(f"{_BLOCK}.ln_1.{{leaf}}", f"{_LAYER}.layer_norm1.{{leaf}}"),
-    Rename(f"{_BLOCK}.ln_2.{{leaf}}", f"{_LAYER}.layer_norm2.{{leaf}}"),
-    Rename(f"{_BLOCK}.mlp.c_fc.{{leaf}}", f"{_LAYER}.mlp.fc1.{{leaf}}"),
-    Rename(f"{_BLOCK}.mlp.c_proj.{{leaf}}", f"{_LAYER}.mlp.fc2.{{leaf}}"),
+    *openclip_blocks("text_model"),
     Rename("ln_final.{leaf}", "text_model.final_layer_norm.{leaf}"),
     Transpose("text_projection", "text_projection.weight"),
     Drop("logit_scale", _TEMPERATURE),

@@ -7,27 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gouache.layouts.rules import Drop, Rename, Rule, Split, Transpose
-
-_BLOCK, _LAYER = "transformer.resblocks.{i}", "vision_model.encoder.layers.{i}"
+from gouache.layouts.rules import Drop, Rename, Rule, Transpose
+from gouache.layouts.text import openclip_blocks
 
 OPENCLIP_VISION: tuple[Rule, ...] = (
     Rename("class_embedding", "vision_model.embeddings.class_embedding"),
     Rename("conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
     Rename("positional_embedding", "vision_model.embeddings.position_embedding.weight"),
     Rename("ln_pre.{leaf}", "vision_model.pre_layrnorm.{leaf}"),
-    *(
-        Split(
-            f"{_BLOCK}.attn.in_proj_{leaf}",
-            tuple(f"{_LAYER}.self_attn.{part}_proj.{leaf}" for part in ("q", "k", "v")),
-        )
-        for leaf in ("weight", "bias")
-    ),
-    Rename(f"{_BLOCK}.attn.out_proj.{{leaf}}", f"{_LAYER}.self_attn.out_proj.{{leaf}}"),
-    Rename(f"{_BLOCK}.ln_1.{{leaf}}", f"{_LAYER}.layer_norm1.{{leaf}}"),
-    Rename(f"{_BLOCK}.ln_2.{{leaf}}", f"{_LAYER}.layer_norm2.{{leaf}}"),
-    Rename(f"{_BLOCK}.mlp.c_fc.{{leaf}}", f"{_LAYER}.mlp.fc1.{{leaf}}"),
-    Rename(f"{_BLOCK}.mlp.c_proj.{{leaf}}", f"{_LAYER}.mlp.fc2.{{leaf}}"),
+    *openclip_blocks("vision_model"),
     Rename("ln_post.{leaf}", "vision_model.post_layernorm.{leaf}"),
     Transpose("proj", "visual_projection.weight"),
 )
