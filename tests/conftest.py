@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+# A worker's tests, and the processes that they start, share the cores with the other workers: two OpenMP threads on a
+# core that is taken wait for each other at every operation, which is many times slower than one thread alone.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 from tests.pipelines import Narrow, build, save
 
 if TYPE_CHECKING:
