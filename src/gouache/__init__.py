@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 from gouache.version import __version__
 
 if TYPE_CHECKING:
-    from gouache.face import GouacheError, Model, Picture, Request, identify, load, open_model
+    from gouache.face import Attached, GouacheError, Model, Picture, Request, Strength, identify, load, open_model
 
-__all__ = ["GouacheError", "Model", "Picture", "Request", "__version__", "identify", "load", "open_model"]
+__all__ = [
+    "Attached", "GouacheError", "Model", "Picture", "Request", "Strength", "__version__", "identify", "load",
+    "open_model",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

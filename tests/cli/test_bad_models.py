@@ -41,13 +41,16 @@ def stranger(tensors: dict[str, Tensor]) -> None:
 
 
 CHANGED: dict[str, tuple[Change, str]] = {
-    "no VAE": (without(VAE), "has no usable vae: not in the file; single files keep it under first_stage_model."),
+    "no VAE": (
+        without(VAE),
+        "has no usable VAE (not in the file; single files keep it under first_stage_model.), and no VAE",
+    ),
     "no text encoder": (without(TEXT), "has no usable text_encoder: not in the file; single files keep it under"),
     "no U-Net": (without(UNET), "has no usable unet: "),
     "half a U-Net": (without(UNET + "output_blocks.7."), "has no usable unet: "),
     "one tensor short": (
         without(VAE + "quant_conv.bias"),
-        "vae: 1 of 244 tensors are missing, the first is quant_conv.bias",
+        "no usable VAE (1 of 244 tensors are missing, the first is quant_conv.bias), and no VAE",
     ),
     "wrong shape": (wider, "unet: time_embed.2.weight has shape [128, 129] where the others ask for [128, 128]"),
     "a stranger": (stranger, "looks like Stable Diffusion 1, but holds 1 tensors that no part of it has: model.secret"),
@@ -165,7 +168,7 @@ def test_a_folder_that_lost_a_component(
     folder = Path(shutil.copytree(narrow("sd1").folder, tmp_path / "folder"))
     shutil.rmtree(folder / "vae")
 
-    assert "has no usable vae" in refused(folder)
+    assert "has no usable VAE (" in refused(folder)
 
 
 def test_files_that_are_damaged_or_something_else(

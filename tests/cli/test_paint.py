@@ -170,10 +170,10 @@ def test_a_file_where_the_folder_should_be_is_one_line(gouache: Command, file: P
 
 
 def test_remarks_go_to_the_error_stream_only(gouache: Command, file: Path):
-    ended = gouache("paint", "a cat <lora:fur:1>", "-m", file, "--json", *QUICK)
+    ended = gouache("paint", "a cat [dog|cow]", "-m", file, "--json", *QUICK)
 
     assert ended.code == 0
-    assert ended.err == "note: <lora:fur:1> in the prompt is read as plain text for now\n"
+    assert ended.err == "note: [dog|cow] in the prompt is read as plain text for now\n"
     assert json.loads(ended.out)
 
 

@@ -45,11 +45,11 @@ def test_a_model_trained_on_all_words_gets_no_remark(loaded: Callable[[str], Mod
 
 
 def test_grammar_that_is_read_as_text_is_pointed_out(loaded: Callable[[str], Model]):
-    request = Request(prompt="a cat <lora:fur:1>", negative="[dog|cow]")
+    request = Request(prompt="a cat <lora:fur:1> <other:fur>", negative="[dog|cow]")
 
     told = list(notes(loaded("sd1"), request))
 
     assert told == [
-        "<lora:fur:1> in the prompt is read as plain text for now",
+        "<other:fur> in the prompt is read as plain text for now",
         "[dog|cow] in the negative is read as plain text for now",
     ]

@@ -11,6 +11,7 @@ from gouache.layouts.modules import kohya_names, module_names, peft_names
 from gouache.layouts.original import text_shapes, unet_shapes
 from gouache.nn.spec import TextSpec, UNetSpec
 from tests.layouts.manifests import shapes
+from tests.layouts.test_original_video import UNET as VIDEO
 
 LINES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
@@ -26,7 +27,7 @@ def test_every_module_of_an_official_file_is_found_once(manifest: str, line: str
     names = module_names(specs(line))
     stems = {name.removesuffix(suffix_of(name)) for name in shapes(manifest)}
 
-    modules = [names[stem] for stem in stems]
+    modules = [module for stem in stems for module in names[stem]]
 
     assert len(set(modules)) == len(stems)
     official = kohya_names(specs(line), line == "sdxl")
@@ -44,10 +45,10 @@ def test_every_alias_leads_to_a_module_that_exists(line: str):
     }
     names = module_names(own)
 
-    assert set(names.values()) == exist
+    assert {module for modules in names.values() for module in modules} == exist
     for dialect in (peft_names(own), kohya_names(own, True), kohya_names(own, False)):
         assert dialect.keys() == exist and len(set(dialect.values())) == len(exist)
-        assert all(names[name] == module for module, name in dialect.items())
+        assert all(names[name] == (module,) for module, name in dialect.items())
 
 
 def test_names_as_they_occur_in_files():
@@ -61,6 +62,39 @@ def test_names_as_they_occur_in_files():
         "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q",
         "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q",
     ):
-        assert names[name] == query
+        assert names[name] == (query,)
     out = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_out"
-    assert names[out] == ("unet", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0")
+    assert names[out] == (("unet", "input_blocks.1.1.transformer_blocks.0.attn1.to_out.0"),)
+
+
+@pytest.mark.parametrize("line", ["sd2", "sdxl"])
+def test_openclips_own_names_and_its_fused_projection(line: str):
+    component, prefix = ("text_encoder", "lora_te_") if line == "sd2" else ("text_encoder_2", "lora_te2_")
+    names = module_names(specs(line))
+    layer = "text_model.encoder.layers.3"
+
+    assert names[f"{prefix}model_transformer_resblocks_3_attn_in_proj"] == tuple(
+        (component, f"{layer}.self_attn.{part}_proj") for part in "qkv"
+    )
+    assert names[f"{prefix}transformer_resblocks_3_mlp_c_fc"] == ((component, f"{layer}.mlp.fc1"),)
+    assert names[f"{component}.transformer.resblocks.3.ln_2"] == ((component, f"{layer}.layer_norm2"),)
+
+
+def test_svds_modules_across_time_have_their_names_too():
+    """Painting with it comes with its network; what its adapters call its modules is settled."""
+    names = module_names({"unet": VIDEO}, video=True)
+    block = "down_blocks.1.attentions.0.temporal_transformer_blocks.0"
+    ours = "input_blocks.4.1.time_stack.0"
+
+    exist = {
+        ("unet", name.removesuffix(".weight"))
+        for name in shapes("svd", "model.diffusion_model.")
+        if name.endswith(".weight")
+    }
+    assert {module for modules in names.values() for module in modules} == exist
+    for name in (f"unet.{block}.attn1.to_q", f"lora_unet_{block.replace('.', '_')}_attn1_to_q"):
+        assert names[name] == (("unet", f"{ours}.attn1.to_q"),)
+    assert names["unet.down_blocks.0.resnets.0.temporal_res_block.conv1"] == (
+        ("unet", "input_blocks.1.0.time_stack.in_layers.2"),
+    )  # fmt: skip
+    assert names[f"diffusion_model.{ours}.ff_in.net.2"] == (("unet", f"{ours}.ff_in.net.2"),)

@@ -11,7 +11,11 @@ CAT, DOG, COMMA = 2368, 1929, 267
 
 
 def chunk_ids(text: str, tokenizer: Tokenizer) -> list[list[int]]:
-    return [[token for token, _ in part] for part in chunk(text, tokenizer)]
+    return [[token.id for token in part] for part in chunk(text, tokenizer)]
+
+
+def weighted(text: str, tokenizer: Tokenizer) -> list[list[tuple[int, float]]]:
+    return [[(token.id, token.weight) for token in part] for part in chunk(text, tokenizer)]
 
 
 def test_an_empty_prompt_is_one_empty_chunk(tokenizer: Tokenizer):
@@ -20,7 +24,7 @@ def test_an_empty_prompt_is_one_empty_chunk(tokenizer: Tokenizer):
 
 
 def test_every_token_of_a_run_has_its_weight(tokenizer: Tokenizer):
-    assert chunk("cat (dog cat:1.5), [dog]", tokenizer) == [
+    assert weighted("cat (dog cat:1.5), [dog]", tokenizer) == [
         [(CAT, 1.0), (DOG, 1.5), (CAT, 1.5), (COMMA, 1.0), (DOG, pytest.approx(1 / 1.1))]
     ]
 
@@ -59,7 +63,7 @@ def test_commas_of_one_chunk_do_not_cut_the_next(tokenizer: Tokenizer):
 def test_moved_tokens_keep_their_weights(tokenizer: Tokenizer):
     text = "cat " * 60 + ", (" + "dog " * 20 + ":1.3)"
 
-    assert chunk(text, tokenizer)[1] == [(DOG, 1.3)] * 20
+    assert weighted(text, tokenizer)[1] == [(DOG, 1.3)] * 20
 
 
 def test_break_ends_a_chunk_wherever_it_stands(tokenizer: Tokenizer):

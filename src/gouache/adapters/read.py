@@ -4,47 +4,89 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from gouache.adapters.config import Scales, scales
 from gouache.adapters.patch import SAME, Patch
+from gouache.errors import ModelError
 from gouache.files.record import ModelFile
-from gouache.layouts.adapters import suffix_of
+from gouache.layouts.adapters import bundled, split_names
 from gouache.layouts.modules import Module
+
+NEAREST = 20  # for so many unmatched names the nearest known one is looked for, which takes a while each
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """`tensors[module][part]` is the file's name of that part. `unmatched`: names without a module -> the nearest."""
+    """The patches of a file. `tensors[module][part]` is the file's name of that part; `shares` as in `Patch`.
+
+    `unmatched`: names without a module -> the nearest, "" where none is near. `embeddings`: those packed along, as
+    {placeholder: the file's names}.
+    """
 
     file: ModelFile
     tensors: Mapping[Module, Mapping[str, str]]
+    shares: Mapping[Module, tuple[int, int]]
     unmatched: Mapping[str, str]
+    embeddings: Mapping[str, list[str]]
+    stems: Mapping[Module, str] = field(repr=False)
+    scales: Scales = field(repr=False)
 
-    def patch(self, module: Module) -> Patch:
+    def patch(self, module: Module, device: torch.device | str = "cpu") -> Patch:
         """What the file does to `module`; read now, in float32."""
-        return Patch({part: self.file.tensor(name).float() for part, name in self.tensors[module].items()})
+        names = self.tensors[module]
+        parts = {part: self.file.tensor(name).to(device).float() for part, name in names.items()}
+        return Patch({**self.scales.of(self.stems[module], parts), **parts}, self.shares[module])
 
     def sketch(self, module: Module) -> Patch:
         """The same without values, on the meta device: what shapes it has, and whether they fit each other."""
         parts = {part: torch.empty(self.file.tensors[name].shape, device="meta")
-                 for part, name in self.tensors[module].items() if part != "alpha"}  # fmt: skip
-        return Patch(parts)
+                 for part, name in self.tensors[module].items() if part not in _NUMBERS}  # fmt: skip
+        return Patch(parts, self.shares[module])
+
+    def misfit(self, module: Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """Why the patch does not fit a module of these shapes ({"weight": ..., "bias": ...}), told from the headers."""
+        sketch = self.sketch(module)
+        if "bias_values" in sketch.parts:
+            return ""  # how large that is, its values tell
+        if "weight" not in shapes:
+            return "the module has no weight"
+        if "bias" not in shapes and set(sketch.parts) == {"diff_b"}:
+            return "the module has no bias"
+        try:
+            sketch.weight(torch.empty(shapes["weight"], device="meta"), 1.0)
+            if "bias" in shapes:
+                sketch.bias(torch.empty(shapes["bias"], device="meta"), 1.0)
+        except (ModelError, RuntimeError, IndexError) as error:
+            return str(error) if isinstance(error, ModelError) else "its parts do not fit each other"
+        return ""
 
 
-def read_lora(file: ModelFile, names: Mapping[str, Module]) -> Adapter:
+_NUMBERS = ("alpha", "scale", "scalar", "on_input")  # which have values, not shapes
+
+
+def read_lora(file: ModelFile, names: Mapping[str, tuple[Module, ...]]) -> Adapter:
     """The patches in `file` for a model whose modules are called `names` (`layouts.modules.module_names`)."""
     tensors: dict[Module, dict[str, str]] = {}
+    shares: dict[Module, tuple[int, int]] = {}
+    stems: dict[Module, str] = {}
     unmatched: dict[str, str] = {}
+    split = split_names(file)
+    packed = bundled(file)
+    inside = {name for group in packed.values() for name in group}
     for name in file:
-        suffix = suffix_of(name)
-        stem = name.removesuffix(suffix) if suffix else name
-        module = names.get(stem.removeprefix("base_model.model."))  # which PEFT puts before everything
-        if not suffix or module is None:
-            near = difflib.get_close_matches(stem, names, n=1) if len(unmatched) < 20 else []
+        if name in inside:
+            continue
+        stem, suffix = split.get(name, (name, ""))
+        modules = names.get(stem, ())
+        if not suffix or not modules:
+            near = difflib.get_close_matches(stem, names, n=1) if len(unmatched) < NEAREST else []
             unmatched[name] = near[0] if near else ""
             continue
         part = suffix.lstrip("._")  # what joins it to the module
-        tensors.setdefault(module, {})[SAME.get(part, part)] = name
-    return Adapter(file, tensors, unmatched)
+        for index, module in enumerate(modules):
+            tensors.setdefault(module, {})[SAME.get(part, part)] = name
+            shares[module], stems[module] = (index, len(modules)), stem
+    return Adapter(file, tensors, shares, unmatched, packed, stems, scales(file))

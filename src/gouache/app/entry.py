@@ -17,11 +17,10 @@ from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import read_adapter
-from gouache.workshop.details import tag_counts
+from gouache.workshop.details import trigger_words
 
 USES = ("official", "anime", "realistic", "2.5D", "illustration", "inpainting", "video", "general")
 MOST_WEIGHT = 10.0
-_MOST_WORDS = 5  # of those that training captions used, as a suggestion
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,8 @@ def _facts(file: ModelFile, found: Found) -> Iterator[tuple[str, Any]]:
     yield "licence", said.get("modelspec.license")
     yield "author", said.get("modelspec.author")
     yield "base", said.get("ss_base_model_version") or said.get("ss_sd_model_name")
-    if phrase := said.get("modelspec.trigger_phrase"):
-        yield "trigger_words", [phrase]
-    elif read_adapter({name: info.shape for name, info in file.tensors.items()}) is not None:
-        yield "trigger_words", [printable(word, 60) for word, _ in tag_counts(file.metadata).most_common(_MOST_WORDS)]
+    if (
+        read_adapter({name: info.shape for name, info in file.tensors.items()}) is not None
+        or "modelspec.trigger_phrase" in said
+    ):
+        yield "trigger_words", trigger_words(file.metadata)

@@ -40,7 +40,8 @@ def resolve(name: str, settings: Settings, kind: str = "") -> Path:
     name = printable(name)
     near = difflib.get_close_matches(name, [*(each for one in found for each in one.names), DEFAULT], n=3)
     hint = f"the nearest are {', '.join(near)}" if near else f"looked in {', '.join(map(str, settings.models))}"
-    raise RequestError("model", f"there is no file {name!r} and no model of that name; {hint}")
+    what = kind or "model"
+    raise RequestError(what, f"there is no file {name!r} and no {what} of that name; {hint}")
 
 
 def _parted(name: str) -> tuple[str, str]:
@@ -74,6 +75,9 @@ def _of_hash(name: str, digest: str, called: list[Candidate], settings: Settings
         seen.append(f"{each.names[0]} [{whole[:10]}]")
     with Library.of(settings) as library:
         renamed = library.paths_of_hash(digest)
+        if not renamed:  # since it was last looked through
+            library.refresh()
+            renamed = library.paths_of_hash(digest)
     if renamed:
         return renamed[0]
     there = f"there are {', '.join(seen)}" if seen else "`gouache models list` tells what there is"

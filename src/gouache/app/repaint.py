@@ -13,6 +13,7 @@ import torch
 
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
+from gouache.app.shelf import RecordedShelf
 from gouache.diffusion.samplers.sampler import OnStep
 from gouache.errors import RequestError
 from gouache.families.identify import identify
@@ -58,13 +59,18 @@ def repaint(
     place = residency.device(device or recipe.get("device"))
     told = recipe.get("model", {})
     found = identify(file, prediction=told.get("prediction"), family=told.get("family"))
-    loaded = load.load(file, found, device=place, dtype=residency.dtype(recipe.get("dtype", "fp32")))
-    picture = next(iter(run.paint(loaded, request, model_hash=digest, on_step=on_step)))
+    shelf = RecordedShelf(settings, recipe.get("splices", []))
+    other = None
+    if (vae := shelf.vae()) is not None:
+        opened = open_model(vae)
+        other = opened, identify(opened)
+    loaded = load.load(file, found, device=place, dtype=residency.dtype(recipe.get("dtype", "fp32")), vae=other)
+    picture = next(iter(run.paint(loaded, request, model_hash=digest, shelf=shelf, on_step=on_step)))
     if picture.image.size != before.size:
         size = f"{before.width}x{before.height}"
         raise RequestError("picture", f"{path} was cut or scaled to {size} after it was painted")
     difference = np.abs(np.asarray(picture.image, np.int16) - np.asarray(before, np.int16))
-    causes = tuple(_causes(recipe, request, digest, place, loaded.upcast)) if difference.any() else ()
+    causes = tuple(_causes(recipe, request, picture, digest, place, loaded.upcast)) if difference.any() else ()
     return Repainted(picture, float(difference.any(axis=2).mean()), int(difference.max()), causes)
 
 
@@ -86,7 +92,7 @@ def _model(recipe: dict[str, Any], model: str | None, settings: Settings) -> Pat
 
 
 def _causes(
-    recipe: dict[str, Any], request: Request, digest: str, device: torch.device, upcast: list[str]
+    recipe: dict[str, Any], request: Request, picture: Picture, digest: str, device: torch.device, upcast: list[str]
 ) -> Iterator[str]:
     """What is not as it was, the likeliest cause of a difference first."""
     told = recipe.get("model", {})
@@ -97,6 +103,10 @@ def _causes(
         now = sha256(path) if path is not None and path.is_file() else "gone"
         if then != now:
             yield f"the picture given as {name} is another: {then[:10]} then, {now[:10]} now"
+    for then, now in zip(recipe.get("splices", []), picture.recipe["splices"]):
+        if then.get("sha256") != now["sha256"]:
+            was, digest = str(then.get("sha256"))[:10], now["sha256"][:10]
+            yield f"the {now['kind']} {now['name']} is another: {was} then, {digest} now"
     if recipe.get("device") != device.type:
         yield f"painted on {recipe.get('device')} then, {device.type} now"
     if sorted(recipe.get("upcast", [])) != sorted(upcast):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from gouache.errors import RequestError
 if TYPE_CHECKING:
     from gouache.face import Model
     from gouache.generate.request import Request
+    from gouache.generate.splices import Spliced
 
 
 OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -53,6 +55,17 @@ def paint(
     ] = None,
     ensd: Annotated[int, Option(help="A1111's eta noise seed delta.")] = 0,
     rescale: Annotated[float, Option(help="Guidance rescale, 0 to 1; for v-prediction models.")] = 0.0,
+    lora: Annotated[
+        list[str] | None, Option(help="A LoRA: FILE[:STRENGTH][:te=STRENGTH][:start=0.2][:end=0.8]; again for more.")
+    ] = None,
+    lora_blocks: Annotated[
+        list[str] | None, Option(help="FILE=PRESET, numbers, or IN=0,OUT=1: a --lora's strength by U-Net block.")
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, Option(help="An embedding that is in no model folder; prompts call it by its file's name.")
+    ] = None,
+    hypernet: Annotated[list[str] | None, Option(help="A hypernetwork: FILE[:STRENGTH].")] = None,
+    vae: Annotated[str, Option(help="Another VAE: a file, automatic, or none for the model's own.")] = "automatic",
     device: Annotated[str | None, Option(help="cpu, cuda, cuda:1 or mps.", show_default="the best there is")] = None,
     dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="the fastest measured")] = None,
     prediction: Annotated[str | None, Option(help="eps or v, where the file does not tell.")] = None,
@@ -66,7 +79,8 @@ def paint(
         prompt=prompt, negative=negative, sampler=sampler, schedule=schedule, steps=steps, cfg=cfg, seed=seed,
         size=size, count=count, batch=batch, clip_skip=clip_skip, emphasis=emphasis, init=init, strength=strength,
         mask=mask, image_cfg=image_cfg, depth=depth, variation_seed=variation_seed,
-        variation_strength=variation_strength, rng=rng, eta=eta, ensd=ensd, rescale=rescale,
+        variation_strength=variation_strength, rng=rng, eta=eta, ensd=ensd, rescale=rescale, lora=lora or (),
+        lora_blocks=lora_blocks or (), embedding=embedding or (), hypernet=hypernet or (),
     )  # fmt: skip
     request = Request.from_json(knobs).settled()
     if output is not None and output.suffix.lower() in OTHER_PICTURES:
@@ -80,7 +94,16 @@ def paint(
 
     settings = read()
     target = output if output is not None else settings.output
-    loaded = load(model, device=device, dtype=dtype, prediction=prediction, family=family, settings=settings)
+    loaded = load(
+        model,
+        device=device,
+        dtype=dtype,
+        prediction=prediction,
+        family=family,
+        vae=vae,
+        settings=settings,
+        on_note=_note,
+    )
     _notes(loaded, request)
     _paint(loaded, request, target, as_file=output is not None and output.suffix.lower() == ".png", as_json=as_json)
 
@@ -91,7 +114,7 @@ def _paint(model: Model, request: Request, target: Path, *, as_file: bool, as_js
     saved = 0
     with Steps(request.count, request.batch) as steps:
         try:
-            for picture in model.paint(request, on_step=steps.on_step):
+            for picture in model.paint(request, on_step=steps.on_step, on_spliced=partial(_spliced, request)):
                 path = picture.save(_path(target, picture.seed, saved, request.count, as_file))
                 saved += 1
                 if as_json:
@@ -116,7 +139,24 @@ def _path(target: Path, seed: int, index: int, count: int, as_file: bool) -> Pat
 
 def _notes(model: Model, request: Request) -> None:
     """What the user should know of this prompt before waiting for it."""
+    from gouache.app.shelf import LibraryShelf
     from gouache.generate.notes import notes
 
-    for note in notes(model, request):
-        print(f"note: {note}", file=sys.stderr)
+    names = LibraryShelf(model.settings).mentioned([request.prompt, request.negative])
+    known = {name.casefold() for name in (*names, *(Path(each).stem for each in request.embedding))}
+    for note in notes(model, request, known):
+        _note(note)
+
+
+def _spliced(request: Request, splices: list[Spliced]) -> None:
+    """What was put into the model, counted."""
+    from gouache.generate.notes import splice_notes
+
+    for each in splices:
+        print(each, file=sys.stderr)
+    for note in splice_notes(request, splices):
+        _note(note)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)

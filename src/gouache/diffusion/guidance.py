@@ -76,6 +76,22 @@ def masked(denoise: Denoise, mask: Tensor, original: Tensor) -> Denoise:
     return lambda x, sigma: torch.lerp(original, denoise(x, sigma), mask)
 
 
+def at_progress(denoise: Denoise, sigmas: Tensor, tell: Callable[[float], None]) -> Denoise:
+    """`denoise`, before each call of which `tell` hears what share of the run over `sigmas` is done.
+
+    The step is told by the level: one between two of the run's, which second-order samplers visit, is of the step that
+    began above it.
+    """
+    starts, steps = sigmas[:-1], len(sigmas) - 1
+
+    def told(x: Tensor, sigma: Tensor) -> Tensor:
+        begun = int((starts.to(sigma.device) >= sigma.max() * (1 - 1e-6)).sum())
+        tell(max(begun - 1, 0) / steps)
+        return denoise(x, sigma)
+
+    return told
+
+
 def _together(
     denoise: ConditionedDenoise, *conditionings: Conditioning
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:

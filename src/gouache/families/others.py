@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from gouache.errors import printable
 from gouache.families.found import Fact
+from gouache.layouts.tiny import tiny_names
 
 # (kind, what it is, pieces of names: a file that holds any of them is it)
 _OTHERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -20,7 +21,6 @@ _OTHERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("upscaler", "an ESRGAN upscaler", ("RDB1.conv1.", "rdb1.conv1.", "RRDB_trunk.")),
     ("upscaler", "a SwinIR or HAT upscaler", ("residual_group.blocks.",)),
     ("upscaler", "Stable Diffusion's own upscaler", ("label_emb.weight", "unet/class_embedding.weight")),
-    ("preview decoder", "a TAESD autoencoder", ("taesd_encoder.", "taesd_decoder.", "decoder.layers.1.conv.0.")),
     ("unknown", "Stable Diffusion 3", ("joint_blocks.",)),
     ("unknown", "Flux", ("double_blocks.", "single_transformer_blocks.")),
     ("unknown", "Stable Cascade", ("clip_txt_mapper.", "channelwise.")),
@@ -32,6 +32,10 @@ _IMAGE_TOWER = ("vision_model.encoder.", "visual.transformer.resblocks.")
 
 def other_kind(names: Iterable[str]) -> Fact[str] | None:
     """The kind of a file that holds `names`, with the name that tells it; None where nothing here fits."""
+    names = list(names)
+    if (tiny := tiny_names(names)) is not None:
+        towers = " and ".join(sorted({name.partition(".")[0] for name in tiny}))
+        return Fact("preview decoder", f"its names are those of a TAESD autoencoder: {towers}", "certain")
     every = "\n".join(sorted(names))
     for kind, title, pieces in _OTHERS:
         for piece in pieces:

@@ -85,6 +85,10 @@ def _has_form(recipe: dict[str, Any]) -> bool:
         if not isinstance(part, dict):
             return False
         texts += part.values()
+    splices = recipe.get("splices", [])
+    if not isinstance(splices, list) or not all(isinstance(each, dict) for each in splices):
+        return False
+    texts += [each.get(name) for each in splices for name in ("kind", "name", "told", "path", "sha256")]
     upcast = recipe.get("upcast", [])
     if not isinstance(upcast, list) or not isinstance(recipe.get("request"), dict):
         return False

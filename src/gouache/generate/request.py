@@ -13,6 +13,7 @@ from gouache.prompts.encode import Emphasis
 
 Rng = Literal["cpu", "nv"]
 SEEDS = 2**64
+LISTS = ("lora", "lora_blocks", "embedding", "hypernet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Request:
     `variation_seed` and `variation_strength` (0 to 1) turn the starting noise towards another seed's.
     `rng`: "cpu", or "nv" for the noise that NVIDIA GPUs draw; the same on every device. `eta`: the noise that DDIM and
     the ancestral samplers add, None for their usual. `ensd`: A1111's eta noise seed delta. `rescale`: guidance rescale.
+    `lora`, `hypernet`: "NAME:STRENGTH", see `generate.splices`; `lora_blocks`: "NAME=PRESET"; `embedding`: names that
+    the prompts then can use. `vae`: another autoencoder. Names are paths or of the library.
     """
 
     prompt: str = ""
@@ -53,11 +56,20 @@ class Request:
     eta: float | None = None
     ensd: int = 0
     rescale: float = 0.0
+    lora: tuple[str, ...] = ()
+    lora_blocks: tuple[str, ...] = ()
+    embedding: tuple[str, ...] = ()
+    hypernet: tuple[str, ...] = ()
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("prompt", "negative", "sampler", "schedule"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(name, f"{getattr(self, name)!r} is not text")
+        for name in LISTS:
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+        if self.vae is not None and not isinstance(self.vae, str):
+            raise RequestError("vae", f"{self.vae!r} is not the name of a file")
         for name, high in (("steps", 1000), ("count", 100_000), ("batch", 1024)):
             _within(name, getattr(self, name), 1, high, whole=True)
         for name, low, high in (("seed", 0, SEEDS - 1), ("variation_seed", 0, SEEDS - 1), ("clip_skip", 1, 48)):
@@ -88,6 +100,7 @@ class Request:
         """Knobs by name, as JSON can say them."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         values["size"] = None if self.size is None else _size_text(self.size)
+        values |= {name: list(values[name]) for name in LISTS}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
     @classmethod
@@ -114,6 +127,14 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise RequestError("size", f"{text!r} is not a size; write WIDTHxHEIGHT, for example 640x512")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    """A list of names, or one."""
+    values = (value,) if isinstance(value, str | Path) else value
+    if not isinstance(values, list | tuple) or not all(isinstance(each, str | Path) for each in values):
+        raise RequestError(name, f"{value!r} is not a list of names")
+    return tuple(map(str, values))
 
 
 def _read_size(value: Any) -> tuple[int, int]:

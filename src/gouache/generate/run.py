@@ -20,12 +20,13 @@ from gouache.generate import infotext
 from gouache.generate.picture import Picture
 from gouache.generate.request import Request
 from gouache.generate.source import Source, read_source
+from gouache.generate.splices import Paths, Shelf, Spliced, spliced
 from gouache.images import pixels
 from gouache.model.model import Model
 from gouache.model.residency import dtype_name
 from gouache.version import __version__
 
-OnPicture = Callable[[int, int], None]
+OnSpliced = Callable[[list[Spliced]], None]
 
 
 @torch.inference_mode()
@@ -34,22 +35,29 @@ def paint(
     request: Request,
     *,
     model_hash: str | None = None,
+    shelf: Shelf | None = None,
     on_step: OnStep | None = None,
+    on_spliced: OnSpliced | None = None,
 ) -> Iterator[Picture]:
     """Paint `request.count` pictures, each handed out as soon as it is done.
 
-    `model_hash` (sha256, hex) goes into the recipes. `on_step` is told of each step of each batch. Stopping the
-    iteration loses nothing that was handed out.
+    `model_hash` (sha256, hex) goes into the recipes. `shelf` finds the files that the request names. `on_step` is told
+    of each step of each batch, `on_spliced` of what was put into the model for this request, which is taken out when
+    the iteration ends or is stopped. Stopping it loses nothing that was handed out.
     """
-    plan = _settle(model, request)
-    positive, negative = _prompts(model, plan)
-    for first in range(0, plan.request.count, plan.request.batch):
-        seeds = _seeds(plan.request, first)
-        latents = model.sampled(lambda: _sample(model, plan, positive, negative, seeds, on_step))  # noqa: B023
-        images = pixels.to_pictures(model.decode(latents))
-        for seed, image, latent in zip(seeds, images, latents):
-            recipe, parameters = _describe(model, plan, seed, model_hash)
-            yield Picture(image, latent.float().cpu(), seed, recipe, parameters)
+    with spliced(model, request.settled(), shelf or Paths()) as (bare, splices):
+        if on_spliced is not None:
+            on_spliced(splices)
+        plan = _settle(model, bare)
+        positive, negative = _prompts(model, plan)
+        plan = replace(plan, request=replace(plan.request, prompt=request.prompt), splices=tuple(splices))
+        for first in range(0, plan.request.count, plan.request.batch):
+            seeds = _seeds(plan.request, first)
+            latents = model.sampled(lambda: _sample(model, plan, positive, negative, seeds, on_step))  # noqa: B023
+            images = pixels.to_pictures(model.decode(latents))
+            for seed, image, latent in zip(seeds, images, latents):
+                recipe, parameters = _describe(model, plan, seed, model_hash)
+                yield Picture(image, latent.float().cpu(), seed, recipe, parameters)
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,10 @@ class _Plan:
     schedule: str
     sigmas: Tensor
     source: Source
+    splices: tuple[Spliced, ...] = ()
 
 
 def _settle(model: Model, request: Request) -> _Plan:
-    request = request.settled()
     sampler, schedule = catalog.find(request.sampler, request.schedule)
     source = read_source(model, request)
     sigmas = catalog.plan(sampler, schedule, model.schedule, request.steps)
@@ -142,6 +150,8 @@ def _guided(model: Model, plan: _Plan, positive: Conditioning, negative: Conditi
         )
     if source.mask is not None and source.latent is not None:
         denoise = guidance.masked(denoise, source.mask, source.latent)
+    if any(each.attached is not None and not each.attached.strength.whole_run for each in plan.splices):
+        denoise = guidance.at_progress(denoise, plan.sigmas, model.layers.at)
     return denoise
 
 
@@ -175,6 +185,7 @@ def _describe(model: Model, plan: _Plan, seed: int, model_hash: str | None) -> t
             "variant": model.variant,
             "prediction": model.prediction,
         },
+        "splices": [each.to_json() for each in plan.splices],
         "inputs": dict(plan.source.hashes),
         "device": model.device.type,
         "dtype": dtype_name(model.dtype),
@@ -182,5 +193,17 @@ def _describe(model: Model, plan: _Plan, seed: int, model_hash: str | None) -> t
         "versions": {"gouache": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
     more = {"Model hash": model_hash[:10]} if model_hash else {}
-    more |= {"Model": model.file.path.stem, "Version": f"Gouache {__version__}"}
+    more |= {"Model": model.file.path.stem, **_hashes(plan.splices), "Version": f"Gouache {__version__}"}
     return recipe, infotext.write(request, seed, plan.size, plan.sampler.name, plan.schedule, more)
+
+
+def _hashes(splices: tuple[Spliced, ...]) -> dict[str, object]:
+    """As sites read them, to link a picture with what it was made by."""
+    told: dict[str, object] = {}
+    for kind, key in (("lora", "Lora hashes"), ("embedding", "TI hashes"), ("hypernetwork", "Hypernet hashes")):
+        if names := [f"{each.path.stem}: {each.sha256[:12]}" for each in splices if each.kind == kind]:
+            told[key] = ", ".join(names)
+    for each in splices:
+        if each.kind == "vae":
+            told |= {"VAE hash": each.sha256[:10], "VAE": each.path.name}
+    return told

@@ -76,7 +76,7 @@ def _concat(
             if image is None:
                 raise RequestError("init", "is missing: this model changes a picture by instruction, so it needs one")
             # This one channel set is not scaled (Brooks et al. 2023).
-            return model.encode(image) / model.latent_scale
+            return model.encode(image) / model.latent_scale  # whatever autoencoder made it
         case "depth":
             if request.depth is None:
                 raise RequestError("depth", "is missing: this model is told how far things are; give a depth picture")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,11 +49,17 @@ SUFFIXES: dict[str, str] = {
     ".dora_scale": "dora",
     ".lora_magnitude_vector": "dora",
     ".lora_magnitude_vector.weight": "dora",
-    # rarer forms
+    # OFT, and with one dimension more BOFT; then PEFT's spellings
     ".oft_blocks": "oft",
     ".oft_diag": "oft",
     ".rescale": "oft",
+    ".oft_R.weight": "oft",
+    ".boft_R": "boft",
+    ".boft_s": "boft",
+    # IA3: `on_input` stands beside a plain `.weight`
     ".on_input": "ia3",
+    ".ia3_l": "ia3",
+    # rarer forms
     ".a1.weight": "glora",
     ".a2.weight": "glora",
     ".b1.weight": "glora",
@@ -63,9 +69,14 @@ SUFFIXES: dict[str, str] = {
     ".diff_b": "full difference",
     ".w_norm": "full difference",
     ".b_norm": "full difference",
+    ".bias_indices": "sparse difference",  # LyCORIS' first extractions: the largest values that the factors missed
+    ".bias_values": "sparse difference",
+    ".bias_size": "sparse difference",
     ".alpha": "",
+    ".scale": "",
+    ".scalar": "",
 }
-"""Suffix -> the format it belongs to; "" for `alpha`, which scales a module in whatever format."""
+"""Suffix -> the format it belongs to; "" for what scales a module in whatever format."""
 
 PREFIXES: dict[str, str] = {
     "lora_unet_": "unet",
@@ -73,10 +84,15 @@ PREFIXES: dict[str, str] = {
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "oft_unet_": "unet",
+    "lycoris_unet_": "unet",
+    "lycoris_te_": "text_encoder",
+    "lycoris_te1_": "text_encoder",
+    "lycoris_te2_": "text_encoder_2",
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_model.": "text_encoder",
+    "diffusion_model.": "unet",  # ComfyUI
     "down_blocks.": "unet",  # diffusers' first adapters, which were for the U-Net alone
     "mid_block.": "unet",
     "up_blocks.": "unet",
@@ -84,7 +100,9 @@ PREFIXES: dict[str, str] = {
 """Prefix -> the component whose modules the rest names."""
 
 # The weaker a format's claim, the later: a full difference may stand beside a LoRA that it completes.
-FORMATS = ("loha", "lokr", "locon", "lora", "oft", "glora", "ia3", "full difference", "dora")
+FORMATS = (
+    "loha", "lokr", "locon", "lora", "boft", "oft", "glora", "ia3", "full difference", "sparse difference", "dora"
+)  # fmt: skip
 _ORDER = FORMATS[:-1]
 _LONGEST_FIRST = tuple(sorted(SUFFIXES, key=len, reverse=True))
 _ORIGINAL_BLOCKS = re.compile(r"(?:lora|oft)_unet_(?:input_blocks|middle_block|output_blocks)_")
@@ -95,6 +113,34 @@ _CONTEXT_KEY = re.compile(r"attn2[._](?:processor[._])?to_k(?=[._])")
 def suffix_of(name: str) -> str:
     """What of an adapter's name says which part of its module's change it is; "" for no adapter's name."""
     return next((suffix for suffix in _LONGEST_FIRST if name.endswith(suffix)), "")
+
+
+def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """{tensor: (what the file calls its module, suffix)} of all that are named like an adapter's."""
+    names = list(names)
+    ia3 = {name.removesuffix(".on_input") for name in names if name.endswith(".on_input")}
+    found: dict[str, tuple[str, str]] = {}
+    for name in names:
+        suffix = suffix_of(name)
+        if not suffix and name.endswith(".weight") and name.removesuffix(".weight") in ia3:
+            suffix = ".weight"
+        if suffix:
+            # PEFT puts base_model.model before everything.
+            found[name] = name.removesuffix(suffix).removeprefix("base_model.model."), suffix
+    return found
+
+
+BUNDLED = "bundle_emb."
+"""Before the names of embeddings that a LoRA brings along: bundle_emb.<placeholder>.<as in a file of its own>."""
+
+
+def bundled(names: Iterable[str]) -> dict[str, list[str]]:
+    """{placeholder: the tensors of its embedding}."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if name.startswith(BUNDLED) and name.count(".") >= 2:
+            found.setdefault(name.split(".")[1], []).append(name)
+    return found
 
 
 @dataclass(frozen=True)
@@ -120,18 +166,19 @@ def read_adapter(shapes: Mapping[str, Shape]) -> AdapterNames | None:
     """What kind of adapter these tensors are; None where hardly any of them is named like one."""
     formats: Counter[str] = Counter()
     modules: dict[str, set[str]] = {}
-    embeddings, unnamed = set[str](), []
-    for name, shape in shapes.items():
-        if name.startswith("bundle_emb."):  # OneTrainer packs embeddings in: bundle_emb.<placeholder>.<encoder>
-            embeddings.add(name.split(".")[1])
-        elif not name.endswith(_LONGEST_FIRST):
-            unnamed.append(name)
-        else:
-            suffix = next(suffix for suffix in _LONGEST_FIRST if name.endswith(suffix))
-            kind = SUFFIXES[suffix]
-            # A LoRA that reaches a convolution of more than one pixel is what its authors named LoCon.
-            formats["locon" if kind == "lora" and shape[2:] not in ((), (1, 1)) else kind] += 1
-            modules.setdefault(_component(name), set()).add(name.removesuffix(suffix))
+    split = split_names(shapes)
+    packed = bundled(shapes)
+    for name, (module, suffix) in split.items():
+        shape = shapes[name]
+        kind = SUFFIXES.get(suffix, "ia3")
+        if kind == "lora" and shape[2:] not in ((), (1, 1)):
+            kind = "locon"  # what its authors named a LoRA that reaches a convolution of more than one pixel
+        if kind == "oft" and len(shape) == 4:
+            kind = "boft"
+        formats[kind] += 1
+        modules.setdefault(_component(module), set()).add(module)
+    inside = {name for names in packed.values() for name in names}
+    unnamed = [name for name in shapes if name not in split and name not in inside]
     named = sum(count for kind, count in formats.items() if kind)
     base = next((kind for kind in _ORDER if formats[kind]), None)
     if base is None or named < len(unnamed):
@@ -142,7 +189,7 @@ def read_adapter(shapes: Mapping[str, Shape]) -> AdapterNames | None:
         modules={component: len(names) for component, names in sorted(modules.items())},
         context_dim=next(_context_dims(shapes), None),
         block_names=_block_names(shapes),
-        embeddings=tuple(sorted(embeddings)),
+        embeddings=tuple(sorted(packed)),
         unnamed=tuple(unnamed),
     )
 

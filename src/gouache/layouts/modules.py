@@ -5,6 +5,7 @@
     unet.down_blocks.0.attentions.0.proj_in          PEFT and diffusers
     diffusion_model.input_blocks.4.1.proj_in         ComfyUI
     lora_te_text_model_encoder_layers_0_mlp_fc1      kohya's text encoders: te, or te1 and te2 where there are two
+    lora_te_model_transformer_resblocks_0_attn_in_proj   OpenCLIP's own names, query, key and value fused
 
 An underscore may join words or stand for a dot; so the names of all modules are written out, and a file's are found
 among them.
@@ -15,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from gouache.layouts.diffusers import unet_rules
+from gouache.layouts.diffusers_video import video_unet_rules
 from gouache.layouts.original import text_shapes, unet_shapes
+from gouache.layouts.original_video import video_unet_shapes
 from gouache.layouts.rules import Shape, invert, plan
 from gouache.nn.spec import TextSpec, UNetSpec
 
@@ -23,25 +26,41 @@ Module = tuple[str, str]
 """(component, path of the module in its network)."""
 
 _TEXT = {
-    "text_encoder": ("lora_te_", "lora_te1_", "text_encoder."),
-    "text_encoder_2": ("lora_te2_", "text_encoder_2."),
+    "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "text_encoder."),
+    "text_encoder_2": ("lora_te2_", "lycoris_te2_", "text_encoder_2."),
+}
+# OpenCLIP's names in a layer -> ours; of the fused one, its thirds.
+_OPENCLIP = {
+    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj": ("self_attn.out_proj",),
+    "mlp.c_fc": ("mlp.fc1",),
+    "mlp.c_proj": ("mlp.fc2",),
+    "ln_1": ("layer_norm1",),
+    "ln_2": ("layer_norm2",),
 }
 
 
-def module_names(specs: Mapping[str, UNetSpec | TextSpec]) -> dict[str, Module]:
-    """Every name that an adapter file may use for a module -> the module, for a model of these components."""
-    names: dict[str, Module] = {}
+def module_names(specs: Mapping[str, UNetSpec | TextSpec], *, video: bool = False) -> dict[str, tuple[Module, ...]]:
+    """Every name that an adapter file may use -> the module it means, for a model of these components.
+
+    A name that means several is for their rows below each other. `video`: the U-Net has layers across time too.
+    """
+    names: dict[str, tuple[Module, ...]] = {}
     for component, spec in specs.items():
-        found = _unet_names(spec) if isinstance(spec, UNetSpec) else _text_names(component, spec)
-        names |= {name: (component, module) for name, module in found.items()}
+        if isinstance(spec, UNetSpec):
+            found = {name: (module,) for name, module in _unet_names(spec, video).items()}
+        else:
+            found = _text_names(component, spec) | _openclip_names(component, spec)
+        names |= {name: tuple((component, module) for module in modules) for name, modules in found.items()}
     return names
 
 
-def _unet_names(spec: UNetSpec) -> dict[str, str]:
+def _unet_names(spec: UNetSpec, video: bool) -> dict[str, str]:
     names: dict[str, str] = {}
-    for module, other in diffusers_modules(spec).items():
+    for module, other in diffusers_modules(spec, video).items():
         names[f"lora_unet_{_joined(other)}"] = names[f"lora_unet_{_joined(module)}"] = module
         names[f"oft_unet_{_joined(other)}"] = names[f"oft_unet_{_joined(module)}"] = module
+        names[f"lycoris_unet_{_joined(other)}"] = names[f"lycoris_unet_{_joined(module)}"] = module
         names[f"unet.{other}"] = names[other] = names[f"diffusion_model.{module}"] = module
         # diffusers' first adapters named attention processors: attn1.processor.to_q, and to_out without its number.
         attention, _, leaf = other.rpartition(".to_")
@@ -51,17 +70,31 @@ def _unet_names(spec: UNetSpec) -> dict[str, str]:
     return names
 
 
-def _text_names(component: str, spec: TextSpec) -> dict[str, str]:
-    names: dict[str, str] = {}
+def _text_names(component: str, spec: TextSpec) -> dict[str, tuple[str, ...]]:
+    names: dict[str, tuple[str, ...]] = {}
     for module in _modules(text_shapes(spec)):
         for prefix in _TEXT[component]:
             if prefix.endswith("_"):
-                names[prefix + _joined(module)] = module
+                names[prefix + _joined(module)] = (module,)
             else:
                 # Transformers 5 leaves the outermost name out.
-                names[prefix + module] = names[prefix + module.removeprefix("text_model.")] = module
+                names[prefix + module] = names[prefix + module.removeprefix("text_model.")] = (module,)
         if component == "text_encoder":
-            names[module] = module
+            names[module] = (module,)
+    return names
+
+
+def _openclip_names(component: str, spec: TextSpec) -> dict[str, tuple[str, ...]]:
+    names: dict[str, tuple[str, ...]] = {}
+    for layer in range(spec.layers):
+        for theirs, ours in _OPENCLIP.items():
+            path = f"transformer.resblocks.{layer}.{theirs}"
+            modules = tuple(f"text_model.encoder.layers.{layer}.{each}" for each in ours)
+            for prefix in _TEXT[component]:
+                if prefix.endswith("_"):
+                    names[prefix + _joined(path)] = names[f"{prefix}model_{_joined(path)}"] = modules
+                else:
+                    names[prefix + path] = modules
     return names
 
 
@@ -88,11 +121,11 @@ def peft_names(specs: Mapping[str, UNetSpec | TextSpec]) -> dict[Module, str]:
     return names
 
 
-def diffusers_modules(spec: UNetSpec) -> dict[str, str]:
+def diffusers_modules(spec: UNetSpec, video: bool = False) -> dict[str, str]:
     """{module of the U-Net: the same in diffusers' names}."""
-    shapes = unet_shapes(spec)
+    shapes = (video_unet_shapes if video else unet_shapes)(spec)
     attends = [bool(depth) for depth in spec.attention_depth]
-    origins = plan(invert(unet_rules(attends, spec.res_blocks)), shapes).origins
+    origins = plan(invert((video_unet_rules if video else unet_rules)(attends, spec.res_blocks)), shapes).origins
     return {
         origin.sources[0].removesuffix(".weight"): name.removesuffix(".weight")
         for name, origin in origins.items()

@@ -20,15 +20,15 @@ from gouache.families.found import Component, Found
 from gouache.files.assign import assign
 from gouache.files.record import ModelFile
 from gouache.model.model import Model
+from gouache.model.vae import load_vae
 from gouache.nn.clip_text import ClipText
-from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
+from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.nn.unet import UNet
-from gouache.nn.vae import Autoencoder
 from gouache.prompts.recipe import TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
 
 Network = TypeVar("Network", bound=nn.Module)
-AnySpec = TypeVar("AnySpec", UNetSpec, VaeSpec, TextSpec)
+AnySpec = TypeVar("AnySpec", UNetSpec, TextSpec)
 
 
 def load(
@@ -37,14 +37,17 @@ def load(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    vae: tuple[ModelFile, Found] | None = None,
     kind: type[Model] = Model,
 ) -> Model:
     """Load a whole model from `file`, which `found` describes (`families.identify`).
 
-    Raises ModelError where the file is no model, or not all of one, or of a family that is not painted with yet.
+    `vae` is another file whose autoencoder takes the place of the model's own, which then may be missing. Raises
+    ModelError where the file is no model, or not all of one, or of a family that is not painted with yet.
     """
     line = _family(found)
-    parts = {place.component: found.component(place.component) for place in line.places}
+    needed = [place.component for place in line.places if vae is None or place.component != "vae"]
+    parts = {name: found.component(name) for name in needed}
     _no_unknowns(found)
     recipe = found.text_recipe
     if recipe is None or found.prediction is None or found.latent_scale is None:
@@ -53,20 +56,21 @@ def load(
     if found.prediction.value == "edm":
         raise ModelError(f"{printable(str(file.path))} was trained in the EDM form, which cannot be painted with yet")
     names = [each.name for each in recipe.encoders]
-    unet_spec, vae_spec = _spec(UNetSpec, parts["unet"], file), _spec(VaeSpec, parts["vae"], file)
+    unet_spec = _spec(UNetSpec, parts["unet"], file)
     text_specs = {name: _spec(TextSpec, parts[name], file) for name in names}
-    _fit_together(found, unet_spec, vae_spec, text_specs, recipe)
-
     place = torch.device(device)
+    autoencoder = load_vae(*(vae or (file, found)), place, dtype)
+    _fit_together(found, unet_spec, autoencoder.spec.latent_channels, text_specs, recipe)
+
     unet = _network(UNet, unet_spec, parts["unet"], file, place, dtype)
-    vae = _network(Autoencoder, vae_spec, parts["vae"], file, place, dtype)
     encoders = {name: _network(ClipText, text_specs[name], parts[name], file, place, dtype) for name in names}
     return kind(
         file=file,
         found=found,
         family=line,
         unet=unet,
-        vae=vae,
+        vae=autoencoder,
+        vae_file=vae[0] if vae is not None else None,
         text_encoders=encoders,
         text_recipe=recipe,
         tokenizer=Tokenizer(),
@@ -107,7 +111,7 @@ def _spec(expected: type[AnySpec], component: Component, file: ModelFile) -> Any
 
 
 def _fit_together(
-    found: Found, unet: UNetSpec, vae: VaeSpec, texts: Mapping[str, TextSpec], recipe: TextRecipe
+    found: Found, unet: UNetSpec, latent_channels: int, texts: Mapping[str, TextSpec], recipe: TextRecipe
 ) -> None:
     """What stands in one file, each part whole, need not belong together."""
     where = printable(str(found.path))
@@ -122,7 +126,7 @@ def _fit_together(
     for what, asked, given in (
         ("is told prompts as vectors", unet.context_dim, context),
         ("is told the pooled prompt and sizes as a vector", unet.vector_channels, vector),
-        ("paints latents of channels", unet.out_channels, vae.latent_channels),
+        ("paints latents of channels", unet.out_channels, latent_channels),
     ):
         if asked != given:
             raise ModelError(
@@ -143,7 +147,7 @@ def _network(
         network = build(spec)
     assign(network, _Tensors(component, file), device=device, dtype=dtype)
     if dtype != torch.float32:
-        # Convolutions are up to a fifth faster so. In float32 it gains nothing, and would copy weights that are mapped.
+        # Convolutions are up to a fifth faster so. In float32 it is a thirtieth, and would copy what is mapped.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()
 

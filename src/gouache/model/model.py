@@ -8,21 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from gouache.adapters.attach import Layers
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.denoiser import Denoiser, Prediction
 from gouache.diffusion.schedule import Schedule
 from gouache.errors import ModelError
 from gouache.families.family import Family
 from gouache.families.found import Found
+from gouache.files.assign import cast
 from gouache.files.record import ModelFile
 from gouache.nn.clip_text import ClipText
+from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.nn.unet import UNet
 from gouache.nn.vae import Autoencoder
+from gouache.nn.vae_tiny import TinyAutoencoder
 from gouache.prompts.encode import Emphasis, encode
 from gouache.prompts.recipe import TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
@@ -34,14 +39,16 @@ T = TypeVar("T")
 class Model:
     """A loaded model. `unet`, `vae` and `text_encoders` are plain modules; changing them changes what is painted.
 
-    `upcast` lists the stages that gave NaN in `dtype` and have been in float32 since.
+    `vae_file` is where the autoencoder is from, if not from `file`. `embeddings` {name: {encoder: (vectors, D)}} are
+    words that prompts can use besides the vocabulary. `upcast` lists the stages that gave NaN in `dtype` and have been
+    in float32 since.
     """
 
     file: ModelFile
     found: Found
     family: Family
     unet: UNet
-    vae: Autoencoder
+    vae: Autoencoder | TinyAutoencoder
     text_encoders: Mapping[str, ClipText]
     text_recipe: TextRecipe
     tokenizer: Tokenizer
@@ -50,7 +57,34 @@ class Model:
     latent_scale: float
     device: torch.device
     dtype: torch.dtype
+    vae_file: ModelFile | None = None
+    embeddings: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     upcast: list[str] = field(default_factory=list)
+
+    @cached_property
+    def layers(self) -> Layers:
+        """The adapters on the U-Net and the text encoders."""
+        return Layers({"unet": self.unet, **self.text_encoders}, self.restore)
+
+    def restore(self, component: str, name: str) -> Tensor:
+        """The tensor `name` of "unet" or a text encoder as it was loaded: read from the file again, cast the same."""
+        origin = self.found.component(component).origins[name]
+        return cast(origin.tensor(self.file.tensor), self.dtype, self.device)
+
+    @property
+    def specs(self) -> dict[str, UNetSpec | TextSpec]:
+        """What adapters can act on."""
+        return {"unet": self.unet.spec, **{name: encoder.spec for name, encoder in self.text_encoders.items()}}
+
+    @property
+    def text_widths(self) -> dict[str, int]:
+        """How wide a token's vector is, by encoder."""
+        return {each.name: self.text_encoders[each.name].spec.width for each in self.text_recipe.encoders}
+
+    @property
+    def vae_scale(self) -> float:
+        """What turns the autoencoder's latents into the U-Net's."""
+        return 1.0 if isinstance(self.vae, TinyAutoencoder) else self.latent_scale
 
     @property
     def size(self) -> tuple[int, int]:
@@ -87,6 +121,7 @@ class Model:
                 emphasis=emphasis,
                 negative=negative,
                 aesthetic=usual if aesthetic is None else aesthetic,
+                embeddings=self.embeddings,
                 device=self.device,
             )
 
@@ -119,7 +154,7 @@ class Model:
 
         def attempt() -> Tensor:
             kind = next(self.vae.parameters()).dtype
-            return self.vae.encode(images.to(self.device, kind)).mean.float() * self.latent_scale
+            return self.vae.encode(images.to(self.device, kind)).mean.float() * self.vae_scale
 
         return self._finite("VAE", [self.vae], attempt, _is_finite)
 
@@ -130,7 +165,7 @@ class Model:
         def attempt() -> Tensor:
             kind = next(self.vae.parameters()).dtype
             # One by one: the decoder's feature maps are the largest there are, and a batch gains nothing.
-            rows = [self.vae.decode((row / self.latent_scale).to(self.device, kind)[None]) for row in latents]
+            rows = [self.vae.decode((row / self.vae_scale).to(self.device, kind)[None]) for row in latents]
             return torch.cat(rows).float()
 
         return self._finite("VAE", [self.vae], attempt, _is_a_picture)
@@ -147,8 +182,9 @@ class Model:
             result = attempt()
             if good(result):
                 return result
+        file = self.vae_file if stage == "VAE" and self.vae_file is not None else self.file
         raise ModelError(
-            f"{self.file.path}: the {stage} gives NaN, infinite or black results even in float32, so its weights are "
+            f"{file.path}: the {stage} gives NaN, infinite or black results even in float32, so its weights are "
             f"damaged or not what they seem; nothing was saved. Use another copy of the file"
         )
 

@@ -70,3 +70,17 @@ class VisionSpec:
     patch_size: int = 14
     activation: str = "quick_gelu"
     projection: int | None = 768
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyVaeSpec:
+    """TAESD, and which of its towers are there."""
+
+    channels: int = 64
+    latent_channels: int = 4
+    encoder: bool = True
+    decoder: bool = True
+
+    @property
+    def factor(self) -> int:
+        return 8

@@ -6,38 +6,100 @@ so that a phrase is not cut in two.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
 from gouache.prompts.grammar import Break, flatten, parse
 from gouache.prompts.tokenizer import Tokenizer
 
 CHUNK_TOKENS = 75
 COMMA_BACKTRACK = 20
-
-Chunk = list[tuple[int, float]]
-"""(token id, weight), without begin, end and padding."""
+PLACEHOLDER = 0  # the token that stands where an embedding's vectors will; any but begin and end would do
 
 
-def chunk(text: str, tokenizer: Tokenizer) -> list[Chunk]:
-    """The chunks of the prompt `text`; at least one, which is empty for an empty prompt."""
+class Token(NamedTuple):
+    """`vector` (embedding, row) is what stands in for the token's own vector."""
+
+    id: int
+    weight: float
+    vector: tuple[str, int] | None = None
+
+
+Chunk = list[Token]
+"""Without begin, end and padding."""
+
+
+def chunk(text: str, tokenizer: Tokenizer, embeddings: Mapping[str, int] | None = None) -> list[Chunk]:
+    """The chunks of the prompt `text`; at least one, which is empty for an empty prompt.
+
+    `embeddings` {name: number of vectors} are found wherever their name stands, in any case, and are never cut in two.
+    """
     comma = tokenizer.id(",</w>")
+    known = _by_first_token(embeddings or {}, tokenizer)
     full: list[Chunk] = []
     current: Chunk = []
-    for run in flatten(parse(text)):
+    for run in flatten(parse(_bare(text, embeddings or {}))):
         if isinstance(run, Break):
             full.append(current)
             current = []
             continue
         words, weight = run
-        for token in tokenizer.encode(words):
+        tokens = tokenizer.encode(words)
+        place = 0
+        while place < len(tokens):
+            name, length = _embedding_at(tokens, place, known)
+            if name is not None:
+                count = (embeddings or {})[name]
+                if len(current) + count > CHUNK_TOKENS:
+                    full.append(current)
+                    current = []
+                current += [Token(PLACEHOLDER, weight, (name, row)) for row in range(count)]
+                place += length
+                continue
+            token = tokens[place]
             if len(current) == CHUNK_TOKENS:
                 stop = CHUNK_TOKENS if token == comma else _phrase_end(current, comma)
                 full.append(current[:stop])
                 current = current[stop:]
-            current.append((token, weight))
+            current.append(Token(token, weight))
+            place += 1
     return [*full, current] if current or not full else full
+
+
+def _bare(text: str, embeddings: Mapping[str, int]) -> str:
+    """ComfyUI's `embedding:name` as the name alone, for those that are there."""
+    names = {name.casefold() for name in embeddings}
+
+    def bare(match: re.Match[str]) -> str:
+        name = re.sub(r"\.(safetensors|pt|bin)$", "", match[1])
+        return name if name.casefold() in names else match[0]
+
+    return re.sub(r"\bembedding:([^\s,:()\[\]]+)", bare, text)
+
+
+def _by_first_token(embeddings: Mapping[str, int], tokenizer: Tokenizer) -> dict[int, list[tuple[list[int], str]]]:
+    """{first token: [(the name's tokens, name)]}, longer names first."""
+    found: dict[int, list[tuple[list[int], str]]] = {}
+    for name in embeddings:
+        if tokens := tokenizer.encode(name):
+            found.setdefault(tokens[0], []).append((tokens, name))
+    for entries in found.values():
+        entries.sort(key=lambda entry: -len(entry[0]))
+    return found
+
+
+def _embedding_at(
+    tokens: list[int], place: int, known: Mapping[int, list[tuple[list[int], str]]]
+) -> tuple[str | None, int]:
+    for name_tokens, name in known.get(tokens[place], ()):
+        if tokens[place : place + len(name_tokens)] == name_tokens:
+            return name, len(name_tokens)
+    return None, 0
 
 
 def _phrase_end(tokens: Chunk, comma: int | None) -> int:
     for index in range(len(tokens) - 1, len(tokens) - 1 - COMMA_BACKTRACK, -1):
-        if tokens[index][0] == comma:
+        if tokens[index].id == comma and tokens[index].vector is None:
             return index + 1
     return len(tokens)

@@ -38,7 +38,11 @@ class TextHidden(Protocol):
 
 
 class TextEncoder(Protocol):
-    def __call__(self, tokens: Tensor) -> TextHidden: ...
+    def __call__(self, tokens: Tensor, vectors: Tensor | None = None) -> TextHidden: ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The tokens' own vectors, (B, 77, D)."""
+        ...
 
     def norm(self, x: Tensor) -> Tensor:
         """The final layer norm."""
@@ -58,6 +62,7 @@ def encode(
     aesthetic: float = 6.0,
     emphasis: Emphasis = "original",
     negative: bool = False,
+    embeddings: Mapping[str, Mapping[str, Tensor]] | None = None,
     device: torch.device | str = "cpu",
 ) -> Conditioning:
     """What B prompts tell the denoiser: context (B, 77 * chunks, D), and vector (B, V) if the family has one.
@@ -68,7 +73,8 @@ def encode(
     `clip_skip` n takes every encoder's n-th hidden state from the end in place of the family's. `size` (width, height)
     is what will be painted, `original` (width, height) what the picture pretends to have been scaled from (None: the
     same), `crop` (left, top) how much was cut off; pixels. `aesthetic`, 0 to 10, is the refiner's score; 2.5 is usual
-    in a negative. `negative` says that these are negative prompts. `device` is where the encoders are.
+    in a negative. `negative` says that these are negative prompts. `embeddings` {name: {encoder: (vectors, D)}} stand
+    in for their names. `device` is where the encoders are.
 
     Raises RequestError for a clip skip, emphasis or size that cannot be followed.
     """
@@ -76,7 +82,9 @@ def encode(
         names = ", ".join(repr(name) for name in get_args(Emphasis))
         raise RequestError("emphasis", f"{emphasis!r} is none of {names}")
 
-    split = [chunk(text, tokenizer) for text in texts]
+    embeddings = embeddings or {}
+    counts = {name: len(next(iter(vectors.values()))) for name, vectors in embeddings.items()}
+    split = [chunk(text, tokenizer, counts) for text in texts]
     count = max(len(each) for each in split)
     rows = [part for each in split for part in [*each, *[[]] * (count - len(each))]]  # B * chunks
     weights = _weights(rows)
@@ -85,7 +93,9 @@ def encode(
     vector: Tensor | None = None
     for part in recipe.encoders:
         encoder = encoders[part.name]
-        output = encoder(_tokens(rows, tokenizer, part).to(device))
+        tokens = _tokens(rows, tokenizer, part).to(device)
+        vectors = _vectors(rows, tokens, encoder, part.name, embeddings)
+        output = encoder(tokens) if vectors is None else encoder(tokens, vectors)
         hidden = _hidden(output, encoder, part, clip_skip)
         if emphasis != "ignore":
             hidden = _emphasize(hidden, weights, restore_mean=emphasis == "original")
@@ -112,16 +122,29 @@ def _tokens(rows: list[Chunk], tokenizer: Tokenizer, part: EncoderRecipe) -> Ten
     pad = tokenizer.end if part.pad_token is None else part.pad_token
     return torch.tensor(
         [
-            [tokenizer.begin, *(token for token, _ in row), tokenizer.end, *[pad] * (CHUNK_TOKENS - len(row))]
+            [tokenizer.begin, *(token.id for token in row), tokenizer.end, *[pad] * (CHUNK_TOKENS - len(row))]
             for row in rows
         ]
     )
 
 
+def _vectors(
+    rows: list[Chunk], tokens: Tensor, encoder: TextEncoder, name: str, embeddings: Mapping[str, Mapping[str, Tensor]]
+) -> Tensor | None:
+    """(rows, 77, D) with the embeddings' vectors in their places; None where there are none."""
+    places = [(r, c, token.vector) for r, row in enumerate(rows) for c, token in enumerate(row, 1) if token.vector]
+    if not places:
+        return None
+    vectors = encoder.embed(tokens).clone()
+    for row, column, (embedding, number) in places:
+        vectors[row, column] = embeddings[embedding][name][number].to(vectors)
+    return vectors
+
+
 def _weights(rows: list[Chunk]) -> Tensor:
     """(rows, 77); begin, end and padding have weight 1."""
     return torch.tensor(
-        [[1.0, *(weight for _, weight in row), *[1.0] * (CHUNK_TOKENS + 1 - len(row))] for row in rows],
+        [[1.0, *(token.weight for token in row), *[1.0] * (CHUNK_TOKENS + 1 - len(row))] for row in rows],
         dtype=torch.float64,
     )
 

@@ -120,8 +120,8 @@ def escape(text: str) -> str:
 def unsupported(text: str) -> list[str]:
     """The parts of `text` that A1111 would read as more than weighted text and `parse` does not yet.
 
-    These are tags `<lora:name:1>`, scheduled `[from:to:0.5]` and alternating `[a|b]` words, and `AND`; each as it
-    stands in the text, the outermost only, no part twice.
+    These are tags `<name:...>` that no network belongs to, scheduled `[from:to:0.5]` and alternating `[a|b]` words, and
+    `AND`; each as it stands in the text, the outermost only, no part twice.
     """
     spans = [match.span() for pattern in (_TAG, _AND) for match in pattern.finditer(text)]
     frames: list[tuple[str, int, list[str]]] = []  # an open bracket, where it stands, its own text without nested ones

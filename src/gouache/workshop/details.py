@@ -91,6 +91,13 @@ def _words(metadata: Mapping[str, str]) -> Iterator[Detail]:
         yield Detail("captions", told, f"the commonest of {len(counts)} tags in ss_tag_frequency")
 
 
+def trigger_words(metadata: Mapping[str, str], most: int = 5) -> list[str]:
+    """What calls an adapter up: the words that its author states, else the commonest tags of its training captions."""
+    if phrase := metadata.get("modelspec.trigger_phrase", "").strip():
+        return [printable(phrase, 80)]
+    return [printable(word, 60) for word, _ in tag_counts(metadata).most_common(most)]
+
+
 def tag_counts(metadata: Mapping[str, str]) -> Counter[str]:
     """How often the training captions used each tag, all folders together; empty where it is not said."""
     try:

@@ -10,11 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gouache.errors import ModelError, RequestError, printable
+from gouache.adapters.embedding import vectors_of
+from gouache.errors import ModelError, RequestError
 from gouache.files.open import open_model
-from gouache.files.record import ModelFile
 from gouache.files.write import write_safetensors
-from gouache.layouts.adapters import read_embedding
 from gouache.workshop import save
 
 How = Literal["join", "mean"]
@@ -26,26 +25,6 @@ class Combined:
 
     vectors: int
     widths: Mapping[str, int]
-
-
-def vectors_of(file: ModelFile) -> dict[str, Tensor]:
-    """{encoder: (vectors, width)} of an embedding file in any of the forms in use, float32.
-
-    Encoders are "text_encoder" and, for SDXL, "text_encoder_2". Raises ModelError for a file that is none.
-    """
-    shapes = {name: info.shape for name, info in file.tensors.items()}
-    if read_embedding(shapes, file.extra) is None:
-        raise ModelError(
-            f"{printable(str(file.path))} is no embedding: its tensors are not those of a textual inversion"
-        )
-    if {"clip_l", "clip_g"} & set(file):
-        named = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-        found = {encoder: name for encoder, name in named.items() if name in file}
-    else:
-        first = next((name for name in file if name.startswith("string_to_param.")), next(iter(file)))
-        found = {"text_encoder": first}
-    vectors = {encoder: file.tensor(name).float() for encoder, name in found.items()}
-    return {encoder: each[None] if each.ndim == 1 else each for encoder, each in vectors.items()}
 
 
 def combine(

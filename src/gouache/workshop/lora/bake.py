@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from gouache.adapters.read import Adapter, read_lora
@@ -82,19 +81,14 @@ def _must_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter,
         for module in adapter.tensors:
             if module[0] != component:
                 continue
-            sketch = adapter.sketch(module)
-            weight, bias = (part.tensors.get(f"{module[1]}.{leaf}") for leaf in ("weight", "bias"))
-            try:
-                if weight is not None:
-                    sketch.weight(torch.empty(weight.shape, device="meta"), 1.0)
-                if bias is not None:
-                    sketch.bias(torch.empty(bias.shape, device="meta"), 1.0)
-            except (ModelError, RuntimeError) as error:
-                why = error if isinstance(error, ModelError) else "its parts do not fit each other"
-                raise ModelError(f"{adapter.file.path} does not fit {component} {module[1]}: {why}") from None
+            shapes = {
+                leaf: part.tensors[name].shape for leaf in ("weight", "bias") if (name := f"{module[1]}.{leaf}") in part
+            }
+            if why := adapter.misfit(module, shapes):
+                raise ModelError(f"{adapter.file.path} does not fit {component} {module[1]}: {why}")
 
 
-def _read(path: Path, names: Mapping[str, Module], found: Found) -> Adapter:
+def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> Adapter:
     file = open_model(path)
     adapter = read_lora(file, names)
     if not adapter.tensors:

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gouache.adapters.patch import Patch
+from gouache.adapters.patch import SAME, Patch
 from gouache.adapters.read import read_lora
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
-from gouache.layouts.adapters import suffix_of
+from gouache.layouts.adapters import split_names
 from gouache.layouts.modules import Module, module_names
 from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.workshop.convert import OnWork
@@ -111,9 +111,13 @@ def _combined(
 
 def _whole(patch: Patch, path: Path, stem: str) -> Tensor:
     """The difference that a patch makes, where its weight is not at hand."""
-    if "dora_scale" in patch.parts:
+    if {"dora_scale", "dora_rows"} & set(patch.parts):
         raise ModelError(f"{path}: {printable(stem)} is a DoRA, which is no difference by itself; bake it into a model")
     delta = patch.delta()
+    if delta is None and patch.form is not None:
+        raise ModelError(
+            f"{path}: {printable(stem)} is {patch.form}, which is no difference by itself; bake it into a model"
+        )
     if delta is None:
         raise ModelError(f"{path}: {printable(stem)} changes a bias, which no LoRA can")
     return delta
@@ -142,24 +146,20 @@ def rename(
         raise ModelError(f"{source}: {printable(odd)} is no module of {line.title} that could be renamed")
     parts: dict[Module, Factors] = {}
     for module, named in adapter.tensors.items():
-        if (
-            not {"lora_up.weight", "lora_down.weight"}
-            <= named.keys()
-            <= {"lora_up.weight", "lora_down.weight", "alpha"}
-        ):
+        pair = adapter.patch(module).factors
+        if pair is None or not named.keys() <= {"lora_up.weight", "lora_down.weight", "alpha"}:
             raise ModelError(f"{source}: {'.'.join(module)} is no plain LoRA; PEFT and kohya share that form alone")
-        patch = adapter.patch(module)
-        up, down = patch.parts["lora_up.weight"], patch.parts["lora_down.weight"]
-        alpha = float(patch.parts.get("alpha", torch.tensor(0.0)))
-        parts[module] = (up.flatten(1) * (alpha / down.shape[0] if alpha else 1.0), down)
+        parts[module] = pair
     return write(parts, specs, found, target, dtype or "fp16", naming, dict(file.metadata), 1.0, {})
 
 
 def _by_stem_names(file: ModelFile) -> dict[str, dict[str, str]]:
     """{what stands before the suffix: {part: name}}, whichever model the names are for."""
-    stems = {name: name.removesuffix(suffix) for name in file if (suffix := suffix_of(name))}
-    names = {stem: ("", stem) for stem in stems.values()}
-    return {stem: dict(parts) for (_, stem), parts in read_lora(file, names).tensors.items()}
+    found: dict[str, dict[str, str]] = {}
+    for name, (stem, suffix) in split_names(file).items():
+        part = suffix.lstrip("._")
+        found.setdefault(stem, {})[SAME.get(part, part)] = name
+    return found
 
 
 def _by_stem(file: ModelFile) -> dict[str, dict[str, Tensor]]:

@@ -1,0 +1,92 @@
+"""Which autoencoder a checkpoint is painted with: the one that is asked for, else the one that fits it best."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gouache.app import names
+from gouache.app.places import candidates
+from gouache.app.settings import Settings
+from gouache.errors import GouacheError, ModelError, printable
+from gouache.families.found import Found
+from gouache.families.identify import identify
+from gouache.files.open import open_model
+from gouache.files.record import ModelFile
+from gouache.model.vae import damaged
+from gouache.nn.spec import VaeSpec
+
+AUTOMATIC, NONE = "automatic", "none"
+BESIDE = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
+# Where several fit, files called so come first: what the authors of these lines recommend.
+_PREFERRED = {"sd1": ("ft-mse", "ft-ema"), "sd2": ("ft-mse", "ft-ema"), "sdxl": ("sdxl_vae", "sdxl-vae", "sdxl")}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """`path` None: the checkpoint's own. `note`: what the user should know of it, "" for nothing."""
+
+    path: Path | None
+    note: str = ""
+
+
+def choose_vae(file: ModelFile, found: Found, told: str | None, settings: Settings) -> Chosen:
+    """The autoencoder for `file`. `told`: a name or path, "none" for its own, None or "automatic" to choose.
+
+    Raises ModelError where it has none that can be used and the library has none that fits.
+    """
+    if told is not None and told.lower() not in (AUTOMATIC, NONE):
+        return Chosen(names.resolve(told, settings, "vae"))
+    if told is not None and told.lower() == NONE:
+        return Chosen(None)
+    path = file.path
+    for ending in BESIDE:
+        beside = path.with_name(path.stem + ending)
+        if not path.is_dir() and beside.is_file():
+            return Chosen(beside, f"using {beside.name}, which stands beside {path.name}")
+    if "vae" in found.components:
+        trouble = damaged(file, found)
+    elif found.kind.value in ("checkpoint", "diffusers folder") and "unet" in found.components:
+        trouble = f"{printable(str(path))} has no usable VAE ({found.missing.get('vae', 'none is in the file')})"
+    else:
+        return Chosen(None)  # it is no model, which loading will say
+    if not trouble:
+        return Chosen(None)
+    other = _fitting(found, settings)
+    if other is None:
+        family = found.family.value
+        raise ModelError(
+            f"{trouble.partition('; give another')[0]}, and no VAE for {family.title if family else 'it'} is in the "
+            f"model folders; give one with --vae FILE"
+        )
+    return Chosen(other, f"{trouble.partition('; give another')[0]}; using {other.name} in its place")
+
+
+def _fitting(found: Found, settings: Settings) -> Path | None:
+    """The first autoencoder of the library that goes with the family, the usual ones before others."""
+    family = found.family.value
+    if family is None:
+        return None
+    preferred = _PREFERRED.get(family.name, ())
+    fitting = list[Path]()
+    for candidate in candidates(settings):
+        if candidate.kind not in ("vae", "") or candidate.path.is_dir():
+            continue
+        try:
+            other = identify(open_model(candidate.path))
+        except GouacheError:
+            continue
+        vae = other.components.get("vae")
+        known = family.spec("vae")
+        if other.kind.value != "vae" or vae is None or not isinstance(vae.spec, VaeSpec):
+            continue
+        if not isinstance(known, VaeSpec) or vae.spec.latent_channels == known.latent_channels:
+            fitting.append(candidate.path)
+    ranked = sorted(
+        fitting, key=lambda path: min([preferred.index(p) for p in preferred if p in path.name.lower()] or [9])
+    )
+    if family.name == "sdxl":  # whose latents the autoencoders of SD1 and SD2 have the shape of, and do not fit
+        ranked = [path for path in ranked if "xl" in path.name.lower()]
+    else:
+        ranked = [path for path in ranked if "xl" not in path.name.lower()]
+    return ranked[0] if ranked else None

@@ -1,0 +1,36 @@
+"""Tags of A1111's prompts: `<lora:name:0.8>`, `<lyco:name:te=0.5:unet=1>`, `<hypernet:name:1>`.
+
+They name files rather than say anything to a text encoder, so they are taken out before a prompt is read.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+KINDS = ("lora", "lyco", "hypernet")
+_TAG = re.compile(r"<(\w+):([^<>]+)>")
+
+
+@dataclass(frozen=True)
+class Tag:
+    """`kind` is one of KINDS; `told` what follows it, as it stands: "name:0.8"."""
+
+    kind: str
+    told: str
+
+    def __str__(self) -> str:
+        return f"<{self.kind}:{self.told}>"
+
+
+def take_tags(text: str) -> tuple[str, list[Tag]]:
+    """(the prompt without its tags, the tags). What looks like a tag and is of no known kind stays text."""
+    tags: list[Tag] = []
+
+    def take(match: re.Match[str]) -> str:
+        if match[1].lower() not in KINDS:
+            return match[0]
+        tags.append(Tag(match[1].lower(), match[2].strip()))
+        return ""
+
+    return _TAG.sub(take, text), tags

@@ -1,0 +1,94 @@
+"""The layouts of files in the wild, by the official key lists: each attaches in full, told by shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gouache.adapters.attach import Layers
+from gouache.adapters.embedding import must_fit, vectors_of
+from gouache.adapters.hypernetwork import read_hypernetwork
+from gouache.adapters.read import read_lora
+from gouache.families.catalog import FAMILIES
+from gouache.files.open import open_model
+from gouache.files.record import ModelFile, TensorInfo
+from gouache.layouts.modules import module_names
+from gouache.nn.clip_text import ClipText
+from gouache.nn.spec import TextSpec, UNetSpec
+from gouache.nn.unet import UNet
+from tests.layouts.manifests import manifest, shapes
+
+
+def networks(line: str) -> dict[str, nn.Module]:
+    family = next(family for family in FAMILIES if family.name == line)
+    built: dict[str, nn.Module] = {}
+    with torch.device("meta"):
+        for place in family.places:
+            if isinstance(place.spec, UNetSpec):
+                built[place.component] = UNet(place.spec)
+            elif isinstance(place.spec, TextSpec):
+                built[place.component] = ClipText(place.spec)
+    return built
+
+
+def unread(name: str) -> Tensor:
+    raise AssertionError(f"{name} was read to tell what fits")
+
+
+@pytest.mark.parametrize(
+    ("name", "line"), [("lora_kohya_sd15", "sd1"), ("locon_kohya_sd15", "sd1"), ("lora_kohya_sdxl", "sdxl")]
+)
+def test_every_module_of_an_official_lora_fits(name: str, line: str):
+    infos = {key: TensorInfo(shape, "F16") for key, shape in shapes(name).items()}
+    file = ModelFile(Path(f"{name}.safetensors"), "safetensors", infos, unread)
+    parts = networks(line)
+    specs: Mapping[str, Any] = {component: network.spec for component, network in parts.items()}
+
+    adapter = read_lora(file, module_names(specs))
+    fitting, wrong = Layers(parts, unread).sort(adapter)  # type: ignore[arg-type]
+
+    assert not adapter.unmatched and not wrong
+    assert len(fitting) == len(infos) // 3  # up, down and alpha each
+
+
+@pytest.mark.parametrize("example", manifest("a1111_hypernetwork")["examples"])
+def test_every_official_hypernetwork_is_read(example: str, tmp_path: Path):
+    listed = manifest("a1111_hypernetwork")["examples"][example]
+    state = {key: torch.randn(shape) / shape[-1] ** 0.5 for key, (shape, _) in listed.items()}
+    flags: dict[str, Any] = {"activation_func": example.split("_")[0], "is_layer_norm": "layernorm" in example}
+    if example.startswith("default"):
+        flags = {}
+    torch.save({768: (state, state), "step": 1, "name": "x", **flags}, tmp_path / "x.pt")
+
+    read = read_hypernetwork(open_model(tmp_path / "x.pt"))
+
+    kept = [step for step in read.pairs[768][0].steps if not isinstance(step, str)]
+    assert [step[1].shape for step in kept] == [tuple(s) for key, (s, _) in listed.items() if key.endswith("weight")]
+    assert read.pairs[768][1](torch.randn(1, 77, 768)).shape == (1, 77, 768)
+
+
+def test_the_activations_of_the_official_list_are_known():
+    from gouache.adapters.hypernetwork import ACTIVATIONS
+
+    # What torch cannot build without arguments, A1111 cannot either, so that no file says it.
+    listed = set(manifest("a1111_hypernetwork")["activation_names"]) - {"multiheadattention"}
+
+    assert listed - {"linear", "prelu"} == set(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
+def test_official_embeddings_fit_their_lines(line: str, tmp_path: Path):
+    from safetensors.torch import save_file
+
+    vectors = {"sd1": {"emb_params": torch.randn(4, 768)}, "sd2": {"emb_params": torch.randn(4, 1024)}}
+    both = {"clip_l": torch.randn(4, 768), "clip_g": torch.randn(4, 1280)}
+    save_file(vectors.get(line, both), tmp_path / "x.safetensors")
+    file = open_model(tmp_path / "x.safetensors")
+    texts = {name: part.spec.width for name, part in networks(line).items() if isinstance(part, ClipText)}
+
+    must_fit(file, vectors_of(file), texts)
