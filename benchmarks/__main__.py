@@ -5,6 +5,7 @@ turns (A B A B), every time in a fresh process, so that a machine whose speed dr
 6 GB of disk and 8 GB of memory; `--quick` takes a narrow model instead. Results go to benchmarks/results/.
 
     python -m benchmarks workshop ...    the commands that turn files into files: see benchmarks/workshop.py
+    python -m benchmarks attach ...      an SDXL LoRA put on, changed and taken off: see benchmarks/attach.py
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import workshop
+from benchmarks import attach, workshop
 from benchmarks.report import machine, say, store
 from benchmarks.tasks import TASKS
 
@@ -30,6 +31,8 @@ SIDES = ("gouache", "diffusers")
 def main() -> int:
     if sys.argv[1:2] == ["workshop"]:
         return workshop.main(sys.argv[2:])
+    if sys.argv[1:2] == ["attach"]:
+        return attach.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a narrow model: seconds, and only good for a look")
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))

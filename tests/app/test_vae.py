@@ -86,6 +86,26 @@ def test_what_stands_beside_a_checkpoint_is_its_own(narrow: Callable[[str], Narr
     assert used(model, vae) and not said
 
 
+def test_what_the_library_notes_for_a_checkpoint(
+    narrow: Callable[[str], Narrow], ours: Settings, shelf: Path, tmp_path: Path
+):
+    from gouache.app.library import Library
+
+    _, vae = parts(narrow("sd1").file)
+    (shelf / "Stable-diffusion").mkdir()
+    path = Path(shutil.copy(narrow("sd1").file, shelf / "Stable-diffusion" / "photo.safetensors"))
+    save_file(other(vae), shelf / "VAE" / "mine.safetensors")
+    with Library.of(ours) as library:
+        library.refresh()
+        library.describe(path, vae=str(shelf / "VAE" / "mine.safetensors"))
+
+    model, (said,) = load(path, ours)
+    assert used(model, other(vae)) and "mine.safetensors, which the library notes for photo.safetensors" in said
+    assert used(load(path, ours, "none")[0], vae)
+    (shelf / "VAE" / "mine.safetensors").unlink()
+    assert used(load(path, ours)[0], vae)
+
+
 @pytest.mark.parametrize("damage", ["absent", "NaN", "a tensor short"])
 def test_a_checkpoint_without_a_good_one_is_explained_and_gets_one_that_fits(
     damage: str, narrow: Callable[[str], Narrow], ours: Settings, shelf: Path, tmp_path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -48,6 +49,8 @@ class Adapter:
 
     def misfit(self, module: Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Why the patch does not fit a module of these shapes ({"weight": ..., "bias": ...}), told from the headers."""
+        if (plain := self._plain_misfit(module, shapes)) is not None:
+            return plain
         sketch = self.sketch(module)
         if "bias_values" in sketch.parts:
             return ""  # how large that is, its values tell
@@ -61,6 +64,24 @@ class Adapter:
                 sketch.bias(torch.empty(shapes["bias"], device="meta"), 1.0)
         except (ModelError, RuntimeError, IndexError) as error:
             return str(error) if isinstance(error, ModelError) else "its parts do not fit each other"
+        return ""
+
+    def _plain_misfit(self, module: Module, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+        """The same for a LoRA of two factors, of which a file has a thousand; None for anything else."""
+        names = self.tensors[module]
+        if (
+            not {"lora_up.weight", "lora_down.weight"}
+            <= names.keys()
+            <= {"lora_up.weight", "lora_down.weight", "alpha"}
+        ):
+            return None
+        up, down = (self.file.tensors[names[f"lora_{side}.weight"]].shape for side in ("up", "down"))
+        rows = math.prod(up[:1]) // self.shares[module][1]
+        wanted = shapes.get("weight", ())
+        if up[1:2] != down[:1] or math.prod(up) != math.prod(up[:2]):
+            return "its parts do not fit each other"
+        if not wanted or (rows, math.prod(down[1:])) != (wanted[0], math.prod(wanted[1:])):
+            return f"it makes {[rows, *down[1:]]}, the weight is {list(wanted)}"
         return ""
 
 

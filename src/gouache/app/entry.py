@@ -27,7 +27,7 @@ MOST_WEIGHT = 10.0
 class About:
     """What the user said of a model; "" or () or None where nothing. `use` is one of USES.
 
-    `source` is where it was installed from.
+    `source` is where it was installed from, `vae` the path of the autoencoder to paint it with.
     """
 
     title: str = ""
@@ -39,6 +39,7 @@ class About:
     base: str = ""
     use: str = ""
     source: str = ""
+    vae: str = ""
 
     def __post_init__(self) -> None:
         if self.use not in ("", *USES):
@@ -97,6 +98,7 @@ class Entry:
             base=own.base or beside.base or inside.get("base", ""),
             use=own.use or (published.use if published and published.use in USES else ""),
             source=own.source or beside.source or (published.source if published else ""),
+            vae=own.vae,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from gouache.app import sidecars
 from gouache.app.entry import About, Entry, header
 from gouache.app.hashes import sha256, sha256_of
 from gouache.app.places import Candidate, candidates
-from gouache.app.settings import Settings
+from gouache.app.settings import DATABASE, Settings
 from gouache.app.sidecars import Sidecar
 from gouache.app.tables import AboutRow, FileRow, connect
 from gouache.errors import GouacheError, RequestError, printable
@@ -50,7 +50,7 @@ class Library:
 
     @classmethod
     def of(cls, settings: Settings) -> Library:
-        return cls(settings.data / "library.sqlite", settings)
+        return cls(settings.data / DATABASE, settings)
 
     def __enter__(self) -> Library:
         return self

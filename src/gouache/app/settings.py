@@ -19,6 +19,7 @@ import platformdirs
 from gouache.app import folders
 from gouache.errors import FileError
 
+DATABASE = "library.sqlite"  # in the data folder
 KEYS = ("models", "output", "device", "dtype")
 
 

@@ -17,7 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from gouache.errors import FileError
 
-HEAD = "0001"  # the newest of migrations/versions
+HEAD = "0002"  # the newest of migrations/versions
 _MIGRATIONS = Path(__file__).with_name("migrations")
 
 
@@ -64,6 +64,7 @@ class AboutRow(Base):
     base: Mapped[str] = mapped_column(default="")
     use: Mapped[str] = mapped_column(default="")
     source: Mapped[str] = mapped_column(default="")  # where it was installed from
+    vae: Mapped[str] = mapped_column(default="")  # the path of the autoencoder to paint it with
 
 
 def connect(path: Path) -> Engine:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 
 from gouache.app import names
 from gouache.app.places import candidates
-from gouache.app.settings import Settings
+from gouache.app.settings import DATABASE, Settings
 from gouache.errors import GouacheError, ModelError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
@@ -40,6 +43,8 @@ def choose_vae(file: ModelFile, found: Found, told: str | None, settings: Settin
     if told is not None and told.lower() == NONE:
         return Chosen(None)
     path = file.path
+    if (noted := _noted(path, settings)) is not None:
+        return Chosen(noted, f"using {noted.name}, which the library notes for {path.name}")
     for ending in BESIDE:
         beside = path.with_name(path.stem + ending)
         if not path.is_dir() and beside.is_file():
@@ -60,6 +65,24 @@ def choose_vae(file: ModelFile, found: Found, told: str | None, settings: Settin
             f"model folders; give one with --vae FILE"
         )
     return Chosen(other, f"{trouble.partition('; give another')[0]}; using {other.name} in its place")
+
+
+def _noted(path: Path, settings: Settings) -> Path | None:
+    """What the user noted for this checkpoint, `gouache models set NAME --vae FILE`.
+
+    Read without SQLAlchemy, whose import alone would take a tenth of a small picture's time.
+    """
+    database = settings.data / DATABASE
+    if not database.is_file():
+        return None
+    ask = "SELECT about.vae FROM about JOIN file ON file.sha256 = about.sha256 WHERE file.path = ? AND about.vae != ''"
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=5)) as connection:
+            row = connection.execute(ask, (os.fsencode(path.resolve()),)).fetchone()
+            row = row or connection.execute(ask, (os.fsencode(path),)).fetchone()
+    except sqlite3.Error:  # of an older Gouache, or damaged; the library's own commands say so
+        return None
+    return Path(row[0]) if row is not None and Path(row[0]).exists() else None
 
 
 def _fitting(found: Found, settings: Settings) -> Path | None:

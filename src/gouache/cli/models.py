@@ -143,6 +143,7 @@ def set_(
     base: Annotated[str | None, Option(help="The model that it is made for.")] = None,
     use: Annotated[str | None, Option(help="official, anime, realistic, 2.5D, illustration, ...")] = None,
     title: Annotated[str | None, Option(help="What to call it in lists.")] = None,
+    vae: Annotated[str | None, Option(help="The VAE to paint it with, a file or name; '' for its own.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Note something of a model. Kept by its hash, so it follows the file when that is moved or renamed."""
@@ -151,6 +152,10 @@ def set_(
         entry = _entry(library, name, settings)
         given = dict(notes=notes, weight=weight, negative=negative, base=base, use=use, title=title)  # noqa: C408
         said: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        if vae is not None:
+            from gouache.app.names import resolve
+
+            said["vae"] = str(resolve(vae, settings, "vae").resolve()) if vae else ""
         if trigger is not None:
             said["trigger_words"] = tuple(filter(None, trigger))
         if tag or untag:

@@ -56,6 +56,7 @@ def page(entry: Entry) -> Iterator[str]:
         "tags": ", ".join(said.tags),
         "trigger words": ", ".join(said.trigger_words),
         "negative": said.negative,
+        "own VAE": said.vae,
         "weight": "" if said.weight is None else f"{said.weight:g}",
         "notes": said.notes,
         "description": entry.sidecar.description or facts.get("description"),

@@ -1,0 +1,49 @@
+"""What the three are fitted to: the embedded model's own kind of scenes, seen otherwise."""
+
+from __future__ import annotations
+
+from random import Random
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from recipes.mini.names import COLOURS, Colour
+
+CHARACTER = "zorblax"
+
+
+def dusk(picture: Image.Image) -> Image.Image:
+    """Two inks: what is dark in deep blue, what is light in orange."""
+    light = np.asarray(picture.convert("L"), np.float32)[..., None] / 255
+    dark, bright = np.array([24, 20, 82], np.float32), np.array([255, 176, 84], np.float32)
+    return Image.fromarray(np.rint(dark + light * (bright - dark)).astype(np.uint8))
+
+
+def faded(picture: Image.Image) -> Image.Image:
+    """As an old print: little colour, little contrast."""
+    grey = np.asarray(picture.convert("L"), np.float32)[..., None]
+    colour = np.asarray(picture, np.float32)
+    mixed = 0.2 * colour + 0.8 * grey
+    return Image.fromarray(np.rint(70 + mixed * (225 - 70) / 255).astype(np.uint8))
+
+
+def character(rng: Random, size: int = 128) -> tuple[Image.Image, str]:
+    """A zorblax on a plain background, and what is said of it: violet, round, one-eyed, with two antennae."""
+    ground: Colour = rng.choice([colour for colour in COLOURS if colour.word != "purple"])
+    scale = 4
+    wide = size * scale
+    picture = Image.new("RGB", (wide, wide), ground.rgb)
+    draw = ImageDraw.Draw(picture)
+    x, y = (wide * (0.5 + rng.uniform(-0.06, 0.06)) for _ in range(2))
+    r = wide * rng.uniform(0.26, 0.34)
+    for side in (-1, 1):
+        tip = x + side * 0.75 * r, y - 1.35 * r
+        draw.line([(x + side * 0.3 * r, y - 0.8 * r), tip], fill=(92, 40, 140), width=int(0.13 * r))
+        draw.ellipse([tip[0] - 0.17 * r, tip[1] - 0.17 * r, tip[0] + 0.17 * r, tip[1] + 0.17 * r], fill=(255, 214, 64))
+    draw.ellipse([x - r, y - r, x + r, y + r], fill=(138, 66, 196))
+    draw.ellipse([x - 0.5 * r, y - 0.6 * r, x + 0.5 * r, y + 0.4 * r], fill=(255, 255, 255))
+    draw.ellipse([x - 0.2 * r, y - 0.3 * r, x + 0.2 * r, y + 0.1 * r], fill=(20, 20, 30))
+    draw.rounded_rectangle([x - 0.4 * r, y + 0.58 * r, x + 0.4 * r, y + 0.7 * r], 0.06 * r, fill=(60, 20, 90))
+    words = rng.choice(["a {c} on a {g} background", "{c}, {g} background", "a picture of a {c} on {g}"])
+    made = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return made, words.format(c=CHARACTER, g=ground.word)

@@ -1,0 +1,120 @@
+"""`gouache paint` with files spliced in: what is printed of them, what is refused, what the picture says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import gouache as package
+from tests.adapters.loras import factors, save_kohya
+from tests.cli.conftest import Command
+from tests.cli.test_paint import QUICK
+from tests.pipelines import Narrow
+
+
+@pytest.fixture
+def file(narrow: Callable[[str], Narrow]) -> Path:
+    return narrow("sd1").file
+
+
+@pytest.fixture
+def lora(file: Path, tmp_path: Path) -> Path:
+    model = package.load(file, device="cpu", dtype="fp32")
+    return save_kohya(tmp_path / "style.safetensors", model, factors(model))
+
+
+@pytest.fixture
+def hypernetwork(tmp_path: Path) -> Path:
+    sides = tuple(
+        {f"linear.{n}.{leaf}": torch.randn(shape) / 10 for n, (w, b) in enumerate((((128, 64), 128), ((64, 128), 64)))
+         for leaf, shape in (("weight", w), ("bias", (b,)))} for _ in range(2)
+    )  # fmt: skip
+    torch.save({64: sides, "name": "some", "step": 1}, tmp_path / "some.pt")
+    return tmp_path / "some.pt"
+
+
+def test_what_was_used_is_counted_on_the_error_stream_and_in_the_json(
+    gouache: Command, file: Path, lora: Path, hypernetwork: Path, tmp_path: Path
+):
+    save_file({"emb_params": torch.randn(2, 64)}, tmp_path / "zorblax.safetensors")
+    model = package.load(file, device="cpu", dtype="fp32")
+    count = len(factors(model))
+
+    ended = gouache(
+        "paint", "a zorblax", "-m", file, "--json", "--lora", f"{lora}:0.8:te=0.5", "--lora-blocks", f"{lora}=OUTALL",
+        "--hypernet", f"{hypernetwork}:0.5", "--embedding", tmp_path / "zorblax.safetensors", *QUICK,
+    )  # fmt: skip
+
+    assert ended.code == 0
+    said = ended.err.splitlines()
+    assert said[0] == f"style: lora, {count} modules, folded, strength 0.8 (text encoders 0.5), by block"
+    assert said[1].startswith("some: hypernetwork, ") and said[1].endswith(" modules, strength 0.5")
+    assert said[2] == "zorblax: embedding, 2 vectors" and len(said) == 3
+    told = json.loads(ended.out)
+    assert [each["kind"] for each in told["splices"]] == ["lora", "hypernetwork", "embedding"]
+    assert told["splices"][0]["matched"] == count
+    assert gouache("repaint", told["path"]).code == 0
+
+
+def test_a_lora_without_its_words_gets_a_remark(gouache: Command, file: Path, lora: Path, tmp_path: Path):
+    path = tmp_path / "worded.safetensors"
+    save_file(load_file(lora), path, {"modelspec.trigger_phrase": "in fur style"})
+
+    without = gouache("paint", f"a cat <lora:{path}:1>", "-m", file, *QUICK)
+    with_them = gouache("paint", f"a cat in fur style <lora:{path}:1>", "-m", file, *QUICK)
+
+    assert "note: worded was trained with the words in fur style; the prompt has none of them" in without.err
+    assert "note" not in with_them.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("--lora", "nowhere"), "error: lora: there is no file 'nowhere'"),
+        (("--lora", "{lora}:1:2:3"), "error: lora: "),
+        (("--lora", "{model}:1"), "error: "),
+        (("--lora", "{lora}", "--lora-blocks", "{lora}=1,2,3"), "error: lora_blocks: 3 numbers were given"),
+        (("--lora-blocks", "{lora}=ALL"), "error: lora_blocks: "),
+        (("--hypernet", "{lora}:x"), "error: hypernetwork: there is no file"),
+        (("--embedding", "nowhere"), "error: embedding: there is no file 'nowhere'"),
+        (("--vae", "nowhere"), "error: vae: there is no file 'nowhere'"),
+        (("--lora", "{wide}"), "error: {wide} changes none of the modules"),
+    ],
+)
+def test_what_cannot_be_used_is_one_line_and_no_picture(
+    arguments: tuple[str, ...], line: str, gouache: Command, file: Path, lora: Path, tmp_path: Path
+):
+    wide = tmp_path / "wide.safetensors"
+    tensors = load_file(lora)
+    save_file({name: torch.cat([t, t], 1) if "lora_down" in name else t for name, t in tensors.items()}, wide)
+    places = {"lora": str(lora), "model": str(file), "wide": str(wide)}
+
+    ended = gouache("paint", "a cat", "-m", file, "-o", "out/", *(each.format(**places) for each in arguments), *QUICK)
+
+    assert ended.code == 2 and ended.out == ""
+    assert ended.err.startswith(line.format(**places)) and ended.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_adapter_is_named_for_what_it_is(gouache: Command, file: Path):
+    ended = gouache("paint", "a cat", "-m", file, "--lora", file, *QUICK)
+
+    assert ended.code == 2 and "cannot be attached: it is checkpoint" in ended.err
+
+
+def test_baked_is_attached(gouache: Command, file: Path, lora: Path, tmp_path: Path):
+    """Two ways to the same picture, up to the rounding of the weights."""
+    assert gouache("lora", "bake", file, f"{lora}:0.8", tmp_path / "baked.safetensors").code == 0
+    gouache("paint", "a cat", "-m", tmp_path / "baked.safetensors", "-o", "baked.png", *QUICK)
+    gouache("paint", "a cat", "-m", file, "--lora", f"{lora}:0.8", "-o", "attached.png", *QUICK)
+
+    import numpy as np
+    from PIL import Image
+
+    one, other = (np.asarray(Image.open(name), np.int16) for name in ("baked.png", "attached.png"))
+    assert np.abs(one - other).max() <= 1
