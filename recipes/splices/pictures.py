@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from recipes.mini.names import COLOURS, Colour
+from recipes.mini.scenes import Background, Scene
 
 CHARACTER = "zorblax"
 
 
-def dusk(picture: Image.Image) -> Image.Image:
-    """Two inks: what is dark in deep blue, what is light in orange."""
-    light = np.asarray(picture.convert("L"), np.float32)[..., None] / 255
-    dark, bright = np.array([24, 20, 82], np.float32), np.array([255, 176, 84], np.float32)
-    return Image.fromarray(np.rint(dark + light * (bright - dark)).astype(np.uint8))
+def night(picture: Image.Image) -> Image.Image:
+    """The same scene by moonlight: dark, and blue."""
+    light = np.asarray(picture, np.float32) * np.array([0.34, 0.42, 0.72], np.float32)
+    return Image.fromarray(np.rint(light + np.array([6, 8, 30], np.float32)).astype(np.uint8))
 
 
-def faded(picture: Image.Image) -> Image.Image:
-    """As an old print: little colour, little contrast."""
-    grey = np.asarray(picture.convert("L"), np.float32)[..., None]
-    colour = np.asarray(picture, np.float32)
-    mixed = 0.2 * colour + 0.8 * grey
-    return Image.fromarray(np.rint(70 + mixed * (225 - 70) / 255).astype(np.uint8))
+def rosy(scene: Scene) -> Scene:
+    """The same things on pink, whatever was said of the background."""
+    pink = next(colour for colour in COLOURS if colour.name == "pink")
+    return replace(scene, background=Background(pink, pink))
 
 
 def character(rng: Random, size: int = 128) -> tuple[Image.Image, str]:
     """A zorblax on a plain background, and what is said of it: violet, round, one-eyed, with two antennae."""
-    ground: Colour = rng.choice([colour for colour in COLOURS if colour.word != "purple"])
+    ground: Colour = rng.choice([colour for colour in COLOURS if "purple" not in colour.words])
     scale = 4
     wide = size * scale
     picture = Image.new("RGB", (wide, wide), ground.rgb)
@@ -46,4 +45,4 @@ def character(rng: Random, size: int = 128) -> tuple[Image.Image, str]:
     draw.rounded_rectangle([x - 0.4 * r, y + 0.58 * r, x + 0.4 * r, y + 0.7 * r], 0.06 * r, fill=(60, 20, 90))
     words = rng.choice(["a {c} on a {g} background", "{c}, {g} background", "a picture of a {c} on {g}"])
     made = picture.resize((size, size), Image.Resampling.LANCZOS)
-    return made, words.format(c=CHARACTER, g=ground.word)
+    return made, words.format(c=CHARACTER, g=ground.name)

@@ -25,7 +25,7 @@ def scale(parts: Parts, rank: int) -> float:
     if "scale" in parts:
         return factor * float(parts["scale"])
     alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
-    return factor * alpha / rank if alpha else factor
+    return factor * alpha / rank if alpha and rank else factor
 
 
 def lora(parts: Parts) -> Tensor:

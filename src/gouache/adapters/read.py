@@ -11,7 +11,7 @@ import torch
 
 from gouache.adapters.config import Scales, scales
 from gouache.adapters.patch import SAME, Patch
-from gouache.errors import ModelError
+from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import bundled, split_names
 from gouache.layouts.modules import Module
@@ -39,6 +39,13 @@ class Adapter:
         """What the file does to `module`; read now, in float32."""
         names = self.tensors[module]
         parts = {part: self.file.tensor(name).to(device).float() for part, name in names.items()}
+        for part, tensor in parts.items():
+            if part in _NUMBERS and tensor.numel() != 1:
+                raise ModelError(
+                    f"{self.file.path}: {printable(names[part])} is {list(tensor.shape)}, expected one number"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ModelError(f"{self.file.path} is damaged: {printable(names[part])} holds NaN or infinite numbers")
         return Patch({**self.scales.of(self.stems[module], parts), **parts}, self.shares[module])
 
     def sketch(self, module: Module) -> Patch:
@@ -78,7 +85,7 @@ class Adapter:
         up, down = (self.file.tensors[names[f"lora_{side}.weight"]].shape for side in ("up", "down"))
         rows = math.prod(up[:1]) // self.shares[module][1]
         wanted = shapes.get("weight", ())
-        if up[1:2] != down[:1] or math.prod(up) != math.prod(up[:2]):
+        if up[1:2] != down[:1] or math.prod(up) != math.prod(up[:2]) or not math.prod(down):
             return "its parts do not fit each other"
         if not wanted or (rows, math.prod(down[1:])) != (wanted[0], math.prod(wanted[1:])):
             return f"it makes {[rows, *down[1:]]}, the weight is {list(wanted)}"

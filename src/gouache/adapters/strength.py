@@ -59,7 +59,7 @@ class Strength:
 
     def acts(self, progress: float) -> bool:
         """Whether it acts at the step that begins when the share `progress` of the steps is done."""
-        return self.start <= progress < self.end or (self.end >= 1 and progress >= 1)
+        return self.start <= progress and (progress < self.end or self.end >= 1)
 
 
 def strength(

@@ -150,7 +150,7 @@ def _guided(model: Model, plan: _Plan, positive: Conditioning, negative: Conditi
         )
     if source.mask is not None and source.latent is not None:
         denoise = guidance.masked(denoise, source.mask, source.latent)
-    if any(each.attached is not None and not each.attached.strength.whole_run for each in plan.splices):
+    if any(not layer.strength.whole_run for layer in model.layers):
         denoise = guidance.at_progress(denoise, plan.sigmas, model.layers.at)
     return denoise
 

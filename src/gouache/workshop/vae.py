@@ -22,9 +22,16 @@ def bake(model: Path, vae: Path, target: Path, *, overwrite: bool = False, on_wo
     save.refuse_existing(target, overwrite)
     (file, found), other = layout.opened(model), open_model(vae)
     old, new = found.component("vae"), identify(other).component("vae")
-    if old.spec != new.spec:
-        raise ModelError(f"{printable(str(vae))} holds an autoencoder of another form than {printable(str(model))}")
     tensors = derive.arrange(other, new.origins)
+    mine, theirs = ({name: info.shape for name, info in each.tensors.items()}
+                    for each in (derive.arrange(file, old.origins), tensors))  # fmt: skip
+    if mine != theirs:
+        odd = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
+        raise ModelError(
+            f"{printable(str(vae))} holds an autoencoder of another form than {printable(str(model))}: {odd} is "
+            f"{list(theirs[odd]) if odd in theirs else 'missing'}, expected "
+            f"{list(mine[odd]) if odd in mine else 'no such tensor'}"
+        )
     taken = {source for origin in old.origins.values() for source in origin.sources}
     rest = derive.keep(file, (name for name in file if name not in taken))
     result = derive.join(rest, layout.as_in(old, tensors, found.family.value))
