@@ -104,9 +104,10 @@ def fit_embedding(model: gouache.Model, folder: Path, steps: int, scenes: int) -
     latents = encoded(model, [picture for picture, _ in drawn])
     captions = [text for _, text in drawn]
 
+    model.embeddings.add(CHARACTER, {"text_encoder": vectors})
+
     def loss(step: int) -> Tensor:
         rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[:BATCH].tolist()
-        model.embeddings[CHARACTER] = {"text_encoder": vectors}
         context = told(model, [captions[row] for row in rows])
         return objective(model, dropout=0.0).losses(Captioned(latents[rows], Conditioning(context)), step)["loss"]
 

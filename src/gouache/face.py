@@ -24,7 +24,7 @@ from gouache.generate.request import Request
 from gouache.model import load as loading
 from gouache.model import model, residency
 from gouache.model.splice import Attached, attach
-from gouache.model.vae import load_vae
+from gouache.model.vae import load_vae, must_fit
 from gouache.nn.spec import UNetSpec
 
 __all__ = ["Attached", "GouacheError", "Model", "Picture", "Request", "Strength", "identify", "load", "open_model"]
@@ -40,7 +40,10 @@ class Model(model.Model):
         if name == "vae" and isinstance(value, str | Path):
             file = open_model(names.resolve(str(value), self.settings, "vae"))
             value = load_vae(file, identify(file), self.device, self.dtype)
+            must_fit(file.path, value, self.vae)
             super().__setattr__("vae_file", file)
+        elif name == "vae":
+            super().__setattr__("vae_file", None)  # until its caller says where it is from
         super().__setattr__(name, value)
 
     def paint(

@@ -59,9 +59,33 @@ def test_names_as_a1111_has_them(model: gouache.Model, ours: Settings, folder: P
 def test_embeddings_that_a_prompt_mentions(model: gouache.Model, ours: Settings):
     shelf = LibraryShelf(ours)
 
-    assert set(shelf.mentioned(["a ZORBLAX on a hill", "(bad hands:1.2), blurry"])) == {"zorblax", "bad hands"}
-    assert set(shelf.mentioned(["embedding:zorblax, a category"])) == {"zorblax"}
-    assert not shelf.mentioned(["zorblaxes, bad, hands"])
+    def mentioned(*prompts: str) -> set[str]:
+        return set(shelf.mentioned(prompts, model.text_widths))
+
+    assert mentioned("a ZORBLAX on a hill", "(bad hands:1.2), blurry") == {"zorblax", "bad hands"}
+    assert mentioned("embedding:zorblax, a category") == {"zorblax"}
+    assert not mentioned("zorblaxes, bad, hands")
+
+
+def test_those_of_other_models_are_passed_over(model: gouache.Model, ours: Settings, folder: Path):
+    (folder / "embeddings" / "xl").mkdir()
+    both = {"clip_l": torch.randn(2, 768), "clip_g": torch.randn(2, 1280)}
+    for name in ("aaa/zorblax", "moose"):
+        (folder / "embeddings" / name).parent.mkdir(exist_ok=True)
+        save_file(both, folder / "embeddings" / f"{name}.safetensors")
+    shelf = LibraryShelf(ours)
+    prompts = ["a zorblax and a moose"]
+
+    assert shelf.mentioned(prompts, model.text_widths) == {"zorblax": folder / "embeddings" / "zorblax.safetensors"}
+    assert shelf.passed_over(prompts, model.text_widths) == [folder / "embeddings" / "moose.safetensors"]
+    xl = shelf.mentioned(prompts, {"text_encoder": 768, "text_encoder_2": 1280})
+    assert {path.parent.name for path in xl.values()} == {"aaa", "embeddings"}
+    next(model.paint("a zorblax and a moose", **KNOBS))
+
+
+def test_a_model_is_no_lora(model: gouache.Model):
+    with pytest.raises(RequestError, match="lora: there is no file 'mini'"):
+        next(model.paint("a fox <lora:mini:1>", **KNOBS))
 
 
 def test_a_bare_name_and_a_tag_are_enough(model: gouache.Model, folder: Path):
@@ -85,7 +109,23 @@ def test_the_usual_strength_is_what_the_user_said_of_it(model: gouache.Model, ou
 
     told = next(model.paint("a fox <lora:old>", **KNOBS)).recipe["splices"][0]
 
-    assert told["strength"] == 0.4
+    assert told["strength"]["unet"] == 0.4
+
+
+def test_what_was_attached_by_hand_and_usual_strengths_are_in_the_recipe(
+    model: gouache.Model, ours: Settings, folder: Path, tmp_path: Path
+):
+    path = folder / "Lora" / "faces" / "old.safetensors"
+    with Library.of(ours) as library:
+        library.refresh()
+        library.describe(path, weight=0.4)
+        usual = next(model.paint("a fox <lora:old>", **KNOBS)).save(tmp_path / "usual.png")
+        library.describe(path, weight=0.9)
+    on = model.attach(path, gouache.Strength(0.5, 0.1))
+    by_hand = next(model.paint("a fox", **KNOBS)).save(tmp_path / "hand.png")
+    on.detach()
+
+    assert repaint(usual, ours).identical and repaint(by_hand, ours).identical
 
 
 @pytest.mark.parametrize("change", ["none", "moved", "other"])

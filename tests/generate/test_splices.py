@@ -113,7 +113,8 @@ def test_the_recipe_counts_and_repeats(models: Callable[[str], Model], tmp_path:
 
     lora, embedding = picture.recipe["splices"]
     assert lora["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (lora["kind"], lora["form"], lora["how"], lora["strength"]) == ("lora", "lora", "folded", 0.8)
+    assert (lora["kind"], lora["form"], lora["how"]) == ("lora", "lora", "folded")
+    assert (lora["strength"]["unet"], lora["strength"]["text"]) == (0.8, 0.5)
     assert lora["matched"] == len(factors(model)) and (lora["unmatched"], lora["wrong_shape"]) == (0, 0)
     assert (embedding["kind"], embedding["matched"]) == ("embedding", 2)
     assert f'Lora hashes: "style: {lora["sha256"][:12]}"' in picture.parameters
@@ -195,7 +196,8 @@ def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callabl
     model.vae = tmp_path / "taesd.safetensors"  # type: ignore[assignment]
     assert model.vae is not own and torch.equal(latent(model), picture.latent)
     model.vae = own
-    model.vae_file = None
+    assert model.vae_file is None
+    next(model.paint("a cat", vae="none", **KNOBS))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +210,7 @@ def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callabl
         (r"C:\models\style.safetensors:.5", Told(r"C:\models\style.safetensors", 0.5)),
         ("style:te=0.5:unet=1", Told("style", 1.0, 0.5)),
         ("style:1:start=0.2:end=0.8:how=live", Told("style", 1.0, None, 0.2, 0.8, "live")),
+        ("style:5e-1:lbw=INALL", Told("style", 0.5, blocks="INALL")),
         ("a:b", Told("a:b")),
     ],
 )

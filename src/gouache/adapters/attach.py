@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from gouache.adapters.fold import folded, folded_bias
 from gouache.adapters.live import Live
-from gouache.adapters.read import Adapter
+from gouache.adapters.read import WRONG, Adapter
 from gouache.adapters.strength import Strength
 from gouache.errors import ModelError
 from gouache.layouts.modules import Module
@@ -41,7 +42,7 @@ class Layer:
 
 
 class Layers:
-    """Every adapter that lies on some networks, in the order in which they were attached; live ones act last."""
+    """Every adapter that lies on some networks, in the order of attaching; live ones act after folded ones."""
 
     def __init__(self, networks: Mapping[str, nn.Module], restore: Restore) -> None:
         self._networks, self._restore = networks, restore
@@ -68,23 +69,34 @@ class Layers:
         return layer
 
     def detach(self, layer: Layer) -> None:
-        """Take it off: every weight that it changed is again what the others make of the original."""
-        if layer not in self._layers:
-            return
-        self._layers.remove(layer)
-        for hook in layer.hooks.values():
-            hook.remove()
-        layer.hooks.clear()
-        if layer.how != "folded":
-            return
+        """Take it off: every weight that it changed is again what the others make of the original.
+
+        Interrupted, it goes on to its end before it says so: nothing may be left half off.
+        """
         try:
-            self._fold(layer.modules)
-        except BaseException:  # Ctrl-C as well: nothing may be left half off
-            self._fold(layer.modules)
+            self._take_off(layer)
+        except BaseException:
+            self._take_off(layer)
             raise
 
+    def _take_off(self, layer: Layer) -> None:
+        while layer.hooks:
+            module = next(iter(layer.hooks))
+            layer.hooks[module].remove()
+            del layer.hooks[module]
+            self._stale(module)
+        if layer in self._layers:
+            self._layers.remove(layer)
+        if layer.how == "folded":
+            self._fold(module for module in layer.modules if module in self._changed)
+
     def change(self, layer: Layer, strength: Strength) -> None:
-        """Another strength for an attached adapter; only modules for which it differs are touched."""
+        """Another strength for an attached adapter; only modules for which it differs are touched.
+
+        Raises ModelError where it is not attached any more.
+        """
+        if layer not in self._layers:
+            raise ModelError(f"{layer.adapter.file.path} is not attached; attach it again")
         before = layer.strength
         if layer.how == "folded" and not strength.whole_run:
             self.detach(layer)
@@ -134,41 +146,60 @@ class Layers:
             return
         for module in modules:
             if module not in layer.hooks:
-                layer.hooks[module] = Live(self._module(module), layer.adapter, module)
+                patch = layer.adapter.patch(module, self._weight(module).device)
+                beneath = partial(self._beneath, layer, module)
+                layer.hooks[module] = Live(self._module(module), patch, beneath, self._named(layer, module))
             layer.hooks[module].set(layer.strength.of(module))
+            self._stale(module)
         self.at(0.0)
+
+    def _beneath(self, layer: Layer, module: Module) -> Tensor:
+        """The module's weight, float32, with the live adapters on it that were attached before `layer`."""
+        weight = self._weight(module).float()
+        for other in self._layers[: self._layers.index(layer)]:
+            if module in other.hooks:
+                weight = other.hooks[module].changed(weight)
+        return weight
+
+    def _stale(self, module: Module) -> None:
+        """The weight beneath the live adapters of `module` is another now."""
+        for layer in self._layers:
+            if module in layer.hooks:
+                layer.hooks[module].stale()
+
+    def _named(self, layer: Layer, module: Module) -> str:
+        return f"{layer.adapter.file.path} does not fit {' '.join(module)}"
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _fold(self, modules: Iterable[Module]) -> None:
         """Make each module's weights anew: the original, with every folded adapter on it."""
-        for module in modules:
+        for module in list(modules):
             there = self._module(module)
             fresh = module not in self._changed  # then its weights are the originals, and need not be read again
             on = [
-                (layer.adapter.patch(module, there.weight.device), strength)  # type: ignore[union-attr]
+                (layer.adapter.patch(module, self._weight(module).device), strength, layer)
                 for layer in self._layers
                 if layer.how == "folded" and module in layer.modules and (strength := layer.strength.of(module))
             ]
+            self._changed.add(module)  # before it is: an interrupt may come at any place
             for leaf in ("weight", "bias"):
                 now = getattr(there, leaf, None)
-                stays = fresh and leaf == "bias" and not any("diff_b" in patch.parts for patch, _ in on)
+                stays = fresh and leaf == "bias" and not any("diff_b" in patch.parts for patch, *_ in on)
                 if not isinstance(now, Tensor) or stays:
                     continue
                 made = now.data if fresh else self._restore(module[0], f"{module[1]}.{leaf}").to(now.device, now.dtype)
-                if on and leaf == "weight":
-                    made = folded(made, on)
-                elif on:
-                    made = folded_bias(made, on)
+                if on:
+                    try:
+                        made = (folded if leaf == "weight" else folded_bias)(made, [(p, s) for p, s, _ in on])
+                    except (ModelError, *WRONG) as error:
+                        raise ModelError(f"{self._named(on[-1][2], module)}: {error}") from None
                 if made.stride() != now.stride():  # channels-last, as it was loaded
                     made = torch.empty_strided(now.shape, now.stride(), dtype=now.dtype, device=now.device).copy_(made)
                 setattr(there, leaf, nn.Parameter(made, requires_grad=now.requires_grad))
-                self._changed.add(module)
             if not on:
                 self._changed.discard(module)
-            for layer in self._layers:
-                if module in layer.hooks:
-                    layer.hooks[module].stale()
+            self._stale(module)
 
     def _module(self, module: Module) -> nn.Module:
         return self._networks[module[0]].get_submodule(module[1])

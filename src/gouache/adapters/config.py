@@ -6,6 +6,7 @@ It stands in `adapter_config.json` beside the file, or, in LoRAs that diffusers 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,17 +34,19 @@ class Scales:
         if table is None or {"alpha", "scale"} & set(parts):
             return {}
         if "oft_R.weight" in parts:
-            terms = int(table.get("num_cayley_neumann_terms", 5)) if table.get("use_cayley_neumann") else 0
-            return {"cayley_terms": torch.tensor(float(terms))}
+            terms = table.get("num_cayley_neumann_terms", 5) if table.get("use_cayley_neumann") else 0
+            return {"cayley_terms": torch.tensor(float(terms if type(terms) is int and 0 <= terms < 100 else 0))}
         rank = next((parts[name].shape[0] for name in _RANKED if name in parts), None)
         if rank is None and any(name.startswith("lokr_") for name in parts):  # both factors whole: PEFT scales even so
             rank = _matching(table.get("rank_pattern"), stem, table.get("r"))
         alpha = _matching(table.get("alpha_pattern"), stem, table.get("lora_alpha", table.get("alpha")))
         if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
             return {}
-        return {"scale": torch.tensor(alpha / (rank**0.5 if table.get("use_rslora") else rank))}
+        scale = min(max(alpha, -_MOST), _MOST) / (rank**0.5 if table.get("use_rslora") else rank)
+        return {"scale": torch.tensor(scale)} if math.isfinite(scale) else {}
 
 
+_MOST = 1e30  # a larger alpha is no number that a float32 could hold
 _RANKED = ("lora_down.weight", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
 
 
@@ -69,7 +72,8 @@ def scales(file: ModelFile) -> Scales:
             tables.setdefault(f"{component}.", {})[knob] = value
         return Scales(tables)
     beside = (file.path if file.path.is_dir() else file.path.parent) / BESIDE
-    if beside.is_file() and any(".lora_A." in name or "base_model.model." in name for name in file):
+    # Where several LoRAs lie together, a config is for the one that PEFT gives its one name.
+    if beside.is_file() and (file.path.is_dir() or file.path.stem == "adapter_model"):
         return Scales({"": _parsed(file, beside.read_text(encoding="utf-8", errors="replace"), BESIDE)})
     return Scales({})
 

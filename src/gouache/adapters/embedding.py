@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
-from gouache.layouts.adapters import BUNDLED, read_embedding
+from gouache.layouts.adapters import BUNDLED, SDXL_VECTORS, read_embedding
+
+MOST = 75  # vectors, which is what a prompt's chunk has room for
 
 Vectors = Mapping[str, Tensor]
 """{encoder: (vectors, width)}, float32; encoders are "text_encoder" and, for SDXL, "text_encoder_2"."""
@@ -34,17 +36,50 @@ def bundled_vectors(file: ModelFile, names: list[str]) -> dict[str, Tensor]:
 
 
 def _vectors(file: ModelFile, names: Mapping[str, str]) -> dict[str, Tensor]:
-    if {"clip_l", "clip_g"} & set(names):
-        named = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
-        found = {encoder: names[name] for encoder, name in named.items() if name in names}
-    else:
+    found = {SDXL_VECTORS[name]: names[name] for name in SDXL_VECTORS if name in names}
+    if not found:
         first = next((name for name in names if name.startswith("string_to_param.")), next(iter(names)))
         found = {"text_encoder": names[first]}
+    where = printable(str(file.path))
     vectors = {encoder: file.tensor(name).float() for encoder, name in found.items()}
     vectors = {encoder: each[None] if each.ndim == 1 else each for encoder, each in vectors.items()}
+    shapes = [list(each.shape) for each in vectors.values()]
+    counts = {shape[0] if len(shape) == 2 else 0 for shape in shapes}
+    if len(counts) != 1 or not 1 <= max(counts) <= MOST:
+        told = " and ".join(map(str, shapes))
+        raise ModelError(f"{where} is no embedding that can be used: it holds {told}, expected 1 to {MOST} vectors")
     if not all(bool(torch.isfinite(each).all()) for each in vectors.values()):
-        raise ModelError(f"{printable(str(file.path))} is damaged: its vectors hold NaN or infinite numbers")
+        raise ModelError(f"{where} is damaged: its vectors hold NaN or infinite numbers")
     return vectors
+
+
+class Words(Mapping[str, Vectors]):
+    """The embeddings that prompts can use, by name; of several of one name the last that is still there."""
+
+    def __init__(self) -> None:
+        self._all: list[tuple[str, Vectors]] = []
+
+    def add(self, name: str, vectors: Vectors) -> Callable[[], None]:
+        """Make `name` stand for `vectors`, until what is returned is called."""
+        entry = (name, vectors)
+        self._all.append(entry)
+
+        def remove() -> None:
+            self._all = [each for each in self._all if each is not entry]
+
+        return remove
+
+    def __getitem__(self, name: str) -> Vectors:
+        for word, vectors in reversed(self._all):
+            if word == name:
+                return vectors
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(word for word, _ in self._all))
+
+    def __len__(self) -> int:
+        return len({word for word, _ in self._all})
 
 
 def must_fit(file: ModelFile, vectors: Vectors, widths: Mapping[str, int]) -> None:

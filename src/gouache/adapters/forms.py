@@ -15,6 +15,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gouache.errors import ModelError
+
 Parts = Mapping[str, Tensor]
 """The tensors of one module by their suffix, in the words of kohya's and LyCORIS' files; float32."""
 
@@ -95,8 +97,13 @@ def _tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def glora(parts: Parts, weight: Tensor, strength: float) -> Tensor:
-    """strength (W a1 a2 + b1 b2), with a core between the two b's for a convolution that has one."""
+    """strength (W a1 a2 + b1 b2), with a core between the two b's for a convolution that has one.
+
+    LyCORIS' first versions had the factors of each pair the other way round, b2 b1 and a2 a1, which their shapes tell.
+    """
     a1, a2, b1, b2 = (parts[f"{name}.weight"] for name in ("a1", "a2", "b1", "b2"))
+    if not a1.shape[1] == a2.shape[0] == b1.shape[1] == b2.shape[0]:
+        a1, a2, b1, b2 = a2, a1, b2, b1
     inner = a1.flatten(1) @ a2.flatten(1)  # in x in
     through = torch.einsum("oi...,ij->oj...", weight, inner)
     if "bm.weight" in parts:
@@ -126,8 +133,11 @@ def peft_ia3(parts: Parts, weight: Tensor, strength: float) -> Tensor:
 
 
 def _across(factor: Tensor, weight: Tensor, on_input: bool) -> Tensor:
+    side = int(on_input)
+    if weight.ndim <= side or factor.numel() != weight.shape[side]:
+        raise ModelError(f"it has {factor.numel()} factors, the weight is {list(weight.shape)}")
     shape = [1] * weight.ndim
-    shape[1 if on_input else 0] = -1
+    shape[side] = -1
     return factor.reshape(shape)
 
 
@@ -215,6 +225,8 @@ def peft_oft(parts: Parts, weight: Tensor, strength: float) -> Tensor:
 def peft_boft(parts: Parts, weight: Tensor, strength: float) -> Tensor:
     """s W B, B the product of a butterfly's stages over the inputs (PEFT; of a convolution, inputs times pixels)."""
     data = parts["boft_R"]
+    if data.ndim != 4 or not data.numel():
+        raise ModelError(f"its boft_R is {list(data.shape)}, expected stages, blocks and two widths")
     stages, blocks, width, _ = data.shape
     skew = (data - data.transpose(-1, -2)) / 2
     eye = torch.eye(width, dtype=skew.dtype, device=skew.device)

@@ -28,7 +28,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "celu": F.celu,
     "gelu": F.gelu,
-    "glu": F.glu,
+    "glu": F.glu,  # which halves the width, so that no file that works says it
     "hardshrink": F.hardshrink,
     "hardsigmoid": F.hardsigmoid,
     "hardtanh": F.hardtanh,
@@ -49,7 +49,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "tanhshrink": F.tanhshrink,
     "threshold": partial(F.threshold, threshold=0.0, value=0.0),
 }
-_NAME = re.compile(r"(\d+)\.([01])\.(?:linear\.(\d+)|linear(\d+))\.(weight|bias)")
+_NAME = re.compile(r"(\d{1,6})\.([01])\.(?:linear\.(\d{1,3})|linear(\d))\.(weight|bias)")
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,22 @@ def _mlp(file: ModelFile, width: int, layers: Mapping[int, Mapping[str, Tensor]]
     if name not in ("linear", "prelu") and name not in ACTIVATIONS:
         raise ModelError(f"{where}: its activation {printable(name)} is not known; there are {', '.join(ACTIVATIONS)}")
     last_too = file.extra.get("activate_output", True)  # A1111's default for files that do not say
-    linears = [number for number, layer in sorted(layers.items()) if layer["weight"].ndim == 2]
+    linears = [number for number, layer in sorted(layers.items()) if "weight" in layer and layer["weight"].ndim == 2]
+    if any("weight" not in layer for layer in layers.values()) or name == "glu":
+        raise ModelError(f"{where}: its network for contexts {width} wide is not whole, or of a form that cannot be")
     steps: list[tuple[str, Tensor, Tensor | None] | str] = []
     wide = width
     for number, layer in sorted(layers.items()):
         weight, bias = layer["weight"], layer.get("bias")
+        outs = (weight.shape[0] if weight.ndim else 0,)
+        slopes = name == "prelu" and bias is None and weight.ndim == 1 and outs[0] in (1, wide)
+        fits = weight.ndim == 2 or slopes or (weight.ndim == 1 and outs == (wide,))
+        if not fits or (bias is not None and tuple(bias.shape) != outs):
+            raise ModelError(
+                f"{where}: layer {number} for contexts {width} wide has tensors that do not fit each other"
+            )
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in layer.values()):
+            raise ModelError(f"{where} is damaged: it holds NaN or infinite numbers")
         if weight.ndim == 2:
             if weight.shape[1] != wide:
                 raise ModelError(f"{where}: a layer for contexts {width} wide takes {weight.shape[1]}, not {wide}")
@@ -142,10 +153,15 @@ class Worn:
                 self._handles.append(module.register_forward_pre_hook(partial(self._change, pair[side])))
         self.unused = sorted(set(hypernetwork.pairs) - {m.in_features for _, m, _ in _keys_and_values(network)})
 
+    @property
+    def removed(self) -> bool:
+        return not self._handles
+
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        """Interrupted, it goes on where it was when it is called again."""
+        while self._handles:
+            self._handles[-1].remove()
+            self._handles.pop()
 
     def _change(self, mlp: Mlp, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         x = inputs[0]

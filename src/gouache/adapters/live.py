@@ -6,23 +6,29 @@ change does to the input what the changed weight would do beyond the old one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gouache.adapters.read import Adapter
+from gouache.adapters.patch import Patch
+from gouache.adapters.read import WRONG
 from gouache.errors import ModelError
-from gouache.layouts.modules import Module
 
 
 class Live:
-    """What one adapter adds to one module's output as it runs."""
+    """What one patch adds to one module's output as it runs.
 
-    def __init__(self, module: nn.Module, adapter: Adapter, name: Module) -> None:
+    `beneath` gives the weight that it acts on, for forms to which that matters; `named` begins its errors.
+    """
+
+    def __init__(self, module: nn.Module, patch: Patch, beneath: Callable[[], Tensor], named: str) -> None:
         self.on = True
         self._strength = 0.0
-        self._module = module
-        self._patch = adapter.patch(name, module.weight.device)  # type: ignore[union-attr,arg-type]
+        self._patch, self._beneath, self._named = patch, beneath, named
+        # Positions and the like are looked up as integers, which no factor can multiply.
+        self._factors = patch.factors if isinstance(module, nn.Linear | nn.Conv2d) else None
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
         self._made = False
@@ -33,8 +39,12 @@ class Live:
             self._strength, self._made = strength, False
 
     def stale(self) -> None:
-        """The weight beneath has changed, and with it what a form makes of it."""
+        """The weight beneath has changed, and with it what some forms make of it."""
         self._made = False
+
+    def changed(self, weight: Tensor) -> Tensor:
+        """What the patch makes of `weight`, float32."""
+        return self._patch.weight(weight, self._strength) if self._strength else weight
 
     def remove(self) -> None:
         self._handle.remove()
@@ -43,11 +53,13 @@ class Live:
         if not self.on or not self._strength:
             return output
         if not self._made:
-            self._make(module)
-        pair = self._patch.factors
+            try:
+                self._make(module)
+            except (ModelError, *WRONG) as error:
+                raise ModelError(f"{self._named}: {error}") from None
         extra = None
-        if pair is not None:
-            extra = _product(module, inputs[0], pair[0] * self._strength, pair[1])
+        if self._factors is not None:
+            extra = _product(module, inputs[0], self._factors[0] * self._strength, self._factors[1])
         elif self._weight is not None:
             extra = _run(module, inputs[0], self._weight.to(inputs[0].device), None)
         if self._bias is not None:
@@ -60,9 +72,8 @@ class Live:
     def _make(self, module: nn.Module) -> None:
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
-        if self._patch.factors is None:
-            change = self._patch.change(weight.float(), self._strength)
-            # A norm's weight is added to what it normalised, so nothing else of it may come in.
+        if self._factors is None:
+            change = self._patch.change(self._beneath(), self._strength)
             self._weight = change if change is None else change.to(_computing(weight))
         delta = self._patch.bias_delta(bias) if isinstance(bias, Tensor) else None
         self._bias = None if delta is None else delta * self._strength

@@ -108,6 +108,15 @@ class Patch:
         return found
 
     @property
+    def unused(self) -> list[str]:
+        """Parts that its form does not read: those of a second form."""
+        if not any(mark in self.parts for marks in _MARKS.values() for mark in marks):
+            return []
+        form = self.form
+        foreign = {mark for name, marks in _MARKS.items() if name not in (form, _SPARSE) for mark in marks}
+        return [part for part in self.parts if part in foreign and part not in _MARKS.get(form or "", ())]
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """(up (out, r), down (r, in, ...)), scaled, of a change that is their product and nothing more; else None."""
         if self.form != "LoRA" or {"lora_mid.weight", "dora_scale", "dora_rows", "bias_values"} & set(self.parts):

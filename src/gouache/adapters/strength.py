@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gouache.errors import RequestError
 from gouache.layouts.blocks import Block, block_of, blocks
 from gouache.layouts.modules import Module
 from gouache.nn.spec import UNetSpec
 
+MOST = 1e4
 BASE = "BASE"  # the label of the text encoders
 
 # The presets of LoRA block weights in common use: a number for the text encoders and each block with a transformer of
@@ -43,6 +46,11 @@ class Strength:
     end: float = 1.0
     table: tuple[Block, ...] = field(default=(), repr=False)
 
+    def __post_init__(self) -> None:
+        every = [self.unet, self.text or 0.0, self.start, self.end, *(self.blocks or {}).values()]
+        if not all(math.isfinite(number) and abs(number) <= MOST for number in every):
+            raise RequestError("strength", f"a strength is {max(every, key=abs):g}; it takes numbers up to {MOST:g}")
+
     def of(self, module: Module) -> float:
         """The strength for one module."""
         component, path = module
@@ -51,6 +59,11 @@ class Strength:
             return self.unet * factor
         factor = self.blocks.get(BASE, 1.0) if self.blocks is not None else 1.0
         return (self.unet if self.text is None else self.text) * factor
+
+    def to_json(self) -> dict[str, object]:
+        """What it takes to make it again; see `from_json`."""
+        told = {"unet": self.unet, "text": self.text, "blocks": self.blocks, "start": self.start, "end": self.end}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in told.items()}
 
     @property
     def whole_run(self) -> bool:
@@ -77,6 +90,22 @@ def strength(
         raise RequestError("lora_blocks", "the model has no U-Net whose blocks could be told apart")
     table = blocks(spec)
     return Strength(unet, text, block_weights(told, table), start, end, table)
+
+
+def from_json(values: Mapping[str, Any], spec: UNetSpec) -> Strength:
+    """The reverse of `Strength.to_json`. Raises RequestError for what is none."""
+    try:
+        by_block = values.get("blocks")
+        table = blocks(spec)
+        own = {BASE, *(block.label for block in table)}
+        factors = None if by_block is None else {label: float(by_block[label]) for label in own}
+        text = values.get("text")
+        return Strength(
+            float(values.get("unet", 1.0)), None if text is None else float(text), factors,
+            float(values.get("start", 0.0)), float(values.get("end", 1.0)), table,
+        )  # fmt: skip
+    except (TypeError, ValueError, LookupError):
+        raise RequestError("strength", "what is recorded of it is damaged") from None
 
 
 def block_weights(told: str, table: Sequence[Block]) -> dict[str, float]:
@@ -139,8 +168,9 @@ def _by_label(told: str, table: Sequence[Block]) -> dict[str, float]:
         name, _, value = part.partition("=")
         first, _, last = name.upper().replace("MID", "M00").partition("-")
         meant = [label for label in labels if label == first or (label.startswith(first) and first in ("IN", "OUT"))]
-        if last and first in labels and last in labels:
-            meant = labels[labels.index(first) : labels.index(last) + 1]
+        if last:
+            both = first in labels and last in labels
+            meant = labels[labels.index(first) : labels.index(last) + 1] if both else []
         try:
             number = float(value)
         except ValueError:

@@ -27,7 +27,7 @@ def resolve(name: str, settings: Settings, kind: str = "") -> Path:
             return path
     except (OSError, RuntimeError):
         pass  # too long for a path, or in the home of nobody known
-    inside = embedded(name)
+    inside = embedded(name) if kind in ("", "checkpoint") else None
     if inside is not None:
         return inside
     found = list(candidates(settings))

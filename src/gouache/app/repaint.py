@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gouache.adapters.strength import from_json
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
 from gouache.app.shelf import RecordedShelf
@@ -23,6 +24,7 @@ from gouache.generate.picture import Picture, read_recipe
 from gouache.generate.request import Request
 from gouache.generate.source import sha256
 from gouache.model import load, residency
+from gouache.model.splice import attach
 from gouache.version import __version__
 
 
@@ -65,6 +67,13 @@ def repaint(
         opened = open_model(vae)
         other = opened, identify(opened)
     loaded = load.load(file, found, device=place, dtype=residency.dtype(recipe.get("dtype", "fp32")), vae=other)
+    for stage in recipe.get("upcast", []):
+        if stage in ("text encoder", "U-Net", "VAE"):
+            loaded.widen(stage)
+    for adapter, strength, how in shelf.by_hand():
+        attach(
+            loaded, open_model(adapter), from_json(strength, loaded.unet.spec), how="live" if how == "live" else None
+        )
     picture = next(iter(run.paint(loaded, request, model_hash=digest, shelf=shelf, on_step=on_step)))
     if picture.image.size != before.size:
         size = f"{before.width}x{before.height}"

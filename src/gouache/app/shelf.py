@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,30 @@ class LibraryShelf:
     def find(self, kind: Kind, name: str) -> Path:
         return names.resolve(name, self._settings, kind)
 
-    def mentioned(self, prompts: Sequence[str]) -> Mapping[str, Path]:
-        """Embeddings whose file's name stands in `prompts` as a word of its own, in any case."""
+    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+        """Embeddings whose file's name stands in `prompts` as a word of its own, in any case.
+
+        Of several of one name, the first for text encoders of these widths; what is for others is passed over.
+        """
+        return {name: path for name, path, fits in self._named(prompts, widths) if fits}
+
+    def passed_over(self, prompts: Sequence[str], widths: Mapping[str, int]) -> list[Path]:
+        """Those that are mentioned, and are for other models."""
+        every = list(self._named(prompts, widths))
+        used = {name.casefold() for name, _, fits in every if fits}
+        return [path for name, path, fits in every if not fits and name.casefold() not in used]
+
+    def _named(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Iterator[tuple[str, Path, bool]]:
         text = " ".join(prompts).casefold()
-        found: dict[str, Path] = {}
-        for name, path in self._embeddings.items():
-            if _stands_in(name.casefold(), text) and name not in found:
-                found[name] = path
-        return found
+        seen = set[str]()
+        for path in self._embeddings:
+            name = path.stem
+            if not _stands_in(name.casefold(), text):
+                continue
+            fits = _fits(path, widths)
+            if not fits or name.casefold() not in seen:
+                seen |= {name.casefold()} if fits else set()
+                yield name, path, fits
 
     def usual_strength(self, path: Path) -> float:
         """What the user or the sidecar says, else 1."""
@@ -48,8 +64,8 @@ class LibraryShelf:
         return hashes.sha256(open_model(path), self._settings)
 
     @cached_property
-    def _embeddings(self) -> dict[str, Path]:
-        return {each.path.stem: each.path for each in _of_kind(candidates(self._settings), "embedding")}
+    def _embeddings(self) -> list[Path]:
+        return [each.path for each in _of_kind(candidates(self._settings), "embedding")]
 
 
 class RecordedShelf(LibraryShelf):
@@ -65,9 +81,28 @@ class RecordedShelf(LibraryShelf):
                 return self._again(each)
         return super().find(kind, name)
 
-    def mentioned(self, prompts: Sequence[str]) -> Mapping[str, Path]:
+    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
         used = [each for each in self._splices if each.get("kind") == "embedding" and not each.get("told")]
         return {str(each.get("name", "")): self._again(each) for each in used}
+
+    def usual_strength(self, path: Path) -> float:
+        """What it was then."""
+        for each in self._splices:
+            told = each.get("strength")
+            if (
+                each.get("name") == path.stem
+                and isinstance(told, Mapping)
+                and isinstance(told.get("unet"), int | float)
+            ):
+                return float(told["unet"])
+        return super().usual_strength(path)
+
+    def by_hand(self) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
+        """(file, strength, how) of each LoRA and hypernetwork that was attached before the picture was asked for."""
+        for each in self._splices:
+            if each.get("kind") in ("lora", "hypernetwork") and not each.get("told"):
+                told = each.get("strength")
+                yield self._again(each), told if isinstance(told, Mapping) else {}, str(each.get("how", ""))
 
     def vae(self) -> Path | None:
         """The autoencoder from another file, if there was one."""
@@ -75,7 +110,7 @@ class RecordedShelf(LibraryShelf):
 
     def _again(self, used: Mapping[str, Any]) -> Path:
         path, digest = Path(str(used.get("path", ""))), str(used.get("sha256", ""))
-        if path.is_file():
+        if path.exists():
             return path
         return names.resolve(f"{path.stem} [{digest}]" if digest else path.stem, self._settings, used["kind"])
 
@@ -85,6 +120,20 @@ def _of_kind(every: Iterable[Candidate], kind: str) -> Iterable[Candidate]:
     for each in every:
         if each.kind == kind or (not each.kind and _is_small_embedding(each.path)):
             yield each
+
+
+def _fits(path: Path, widths: Mapping[str, int]) -> bool:
+    """Whether the header tells vectors of these widths. A file that cannot be read fits: using it will say why."""
+    try:
+        file = open_model(path)
+    except FileError:
+        return True
+    read = read_embedding({name: info.shape for name, info in file.tensors.items()}, file.extra)
+    return (
+        read is None
+        or {name: read.widths.get(name) for name in read.widths.keys() | widths.keys()} == widths
+        or (set(widths) == {"text_encoder_2"} and read.widths.get("text_encoder_2") == widths["text_encoder_2"])
+    )
 
 
 def _is_small_embedding(path: Path) -> bool:

@@ -142,7 +142,10 @@ def _notes(model: Model, request: Request) -> None:
     from gouache.app.shelf import LibraryShelf
     from gouache.generate.notes import notes
 
-    names = LibraryShelf(model.settings).mentioned([request.prompt, request.negative])
+    shelf, prompts = LibraryShelf(model.settings), [request.prompt, request.negative]
+    names = shelf.mentioned(prompts, model.text_widths)
+    for path in shelf.passed_over(prompts, model.text_widths):
+        _note(f"the embedding {path.name} is for another model, so {path.stem} is read as a word")
     known = {name.casefold() for name in (*names, *(Path(each).stem for each in request.embedding))}
     for note in notes(model, request, known):
         _note(note)

@@ -25,8 +25,8 @@ from gouache.files.source import Source
 if TYPE_CHECKING:
     import torch
 
-# How diffusers (first) and transformers name the weights of a component.
-_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+# How diffusers (first) and transformers name the weights of a component, then PEFT and diffusers those of a LoRA.
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model", "adapter_model", "pytorch_lora_weights")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
 
 

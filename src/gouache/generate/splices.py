@@ -24,12 +24,14 @@ from gouache.files.record import sha256_of
 from gouache.generate.request import Request
 from gouache.model.model import Model
 from gouache.model.splice import Attached, attach
-from gouache.model.vae import load_vae
+from gouache.model.vae import load_vae, must_fit
 from gouache.prompts.tags import take_tags
 
 Kind = Literal["lora", "embedding", "hypernetwork", "vae"]
-_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)")
-_KEYS = {"te": "te", "text": "te", "unet": "unet", "start": "start", "end": "end", "how": "how"}
+AUTOMATIC, _OWN_VAE = "automatic", "none"
+_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
+_KEYS = {"te": "te", "text": "te", "unet": "unet", "start": "start", "end": "end", "how": "how", "lbw": "blocks",
+         "blocks": "blocks"}  # fmt: skip
 
 
 class Shelf(Protocol):
@@ -39,8 +41,8 @@ class Shelf(Protocol):
         """The file that `name` means. Raises RequestError where there is none."""
         ...
 
-    def mentioned(self, prompts: Sequence[str]) -> Mapping[str, Path]:
-        """The embeddings whose names stand in `prompts`."""
+    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+        """The embeddings whose names stand in `prompts`, for text encoders of these widths."""
         ...
 
     def usual_strength(self, path: Path) -> float:
@@ -59,7 +61,7 @@ class Paths:
             raise RequestError(kind, f"there is no file {printable(name)}")
         return path
 
-    def mentioned(self, prompts: Sequence[str]) -> Mapping[str, Path]:
+    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
         return {}
 
     def usual_strength(self, path: Path) -> float:
@@ -79,6 +81,7 @@ class Told:
     start: float = 0.0
     end: float = 1.0
     how: How | None = None
+    blocks: str | None = None
 
 
 def read_told(setting: str, text: str) -> Told:
@@ -104,7 +107,7 @@ def read_told(setting: str, text: str) -> Told:
         knobs = {"te": numbers[0], "unet": numbers[1]} | knobs
     elif numbers:
         knobs = {"unet": numbers[0]} | knobs
-    how = knobs.pop("how", None)
+    how, blocks = knobs.pop("how", None), knobs.pop("blocks", None)
     if how not in (None, "folded", "live"):
         raise RequestError(setting, f"how={printable(how, 20)} is not known; use folded or live")
     try:
@@ -114,7 +117,7 @@ def read_told(setting: str, text: str) -> Told:
     start, end = told.get("start", 0.0), told.get("end", 1.0)
     if not 0 <= start < end <= 1:
         raise RequestError(setting, f"{printable(text, 80)!r}: start and end are shares of the steps, 0 to 1, in turn")
-    return Told(name, told.get("unet"), told.get("te"), start, end, cast("How | None", how))
+    return Told(name, told.get("unet"), told.get("te"), start, end, cast("How | None", how), blocks)
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,8 @@ class Spliced:
         if (on := self.attached) is not None:
             values |= {"form": on.kind, "matched": on.matched, "unmatched": len(on.unmatched)}
             values |= {"wrong_shape": len(on.wrong_shape)}
-            values |= {"how": on.how, "strength": on.strength.unet} if self.kind != "embedding" else {}
+            if self.kind != "embedding":
+                values |= {"how": on.how, "strength": on.strength.to_json()}
         return values
 
     def __str__(self) -> str:
@@ -153,8 +157,8 @@ def spliced(model: Model, request: Request, shelf: Shelf) -> Iterator[tuple[Requ
     """
     prompt, tags = take_tags(request.prompt)
     with ExitStack() as stack:
-        done: list[Spliced] = []
-        if request.vae is not None:
+        done = [_by_hand(each, shelf) for each in model.attached]
+        if request.vae is not None and request.vae.lower() != AUTOMATIC:
             _exchange(model, request.vae, shelf, stack)
         if model.vae_file is not None:
             done.append(Spliced("vae", model.vae_file.path, shelf.sha256(model.vae_file.path), request.vae or ""))
@@ -164,11 +168,12 @@ def spliced(model: Model, request: Request, shelf: Shelf) -> Iterator[tuple[Requ
             told = read_told("lora", text)
             path = shelf.find("lora", told.name)
             usual = shelf.usual_strength(path) if told.unet is None else told.unet
-            chosen = strength(usual, told.text, blocks.get(path), told.start, told.end, model.unet.spec)
+            by_block = told.blocks or blocks.get(path.resolve())
+            chosen = strength(usual, told.text, by_block, told.start, told.end, model.unet.spec)
             on = attach(model, open_model(path), chosen, how=told.how)
             stack.callback(on.detach)
             done.append(Spliced("lora", path, shelf.sha256(path), text, on))
-        for path in blocks.keys() - {each.path for each in done}:
+        for path in blocks.keys() - {each.path.resolve() for each in done}:
             raise RequestError("lora_blocks", f"{path} is no LoRA of this request; name it with lora too")
         for text in [*request.hypernet, *(tag.told for tag in tags if tag.kind == "hypernet")]:
             told = read_told("hypernet", text)
@@ -178,7 +183,8 @@ def spliced(model: Model, request: Request, shelf: Shelf) -> Iterator[tuple[Requ
             done.append(Spliced("hypernetwork", path, shelf.sha256(path), text, on))
         asked = [(shelf.find("embedding", name), name) for name in request.embedding]
         named = {path.stem: (path, name) for path, name in asked}
-        found = {name: (path, "") for name, path in shelf.mentioned([prompt, request.negative]).items()}
+        mentioned = shelf.mentioned([prompt, request.negative], model.text_widths)
+        found = {name: (path, "") for name, path in mentioned.items() if name not in model.embeddings}
         for name, (path, text) in {**found, **named}.items():
             on = attach(model, open_model(path), name=name)
             stack.callback(on.detach)
@@ -193,27 +199,32 @@ def _blocks(request: Request, shelf: Shelf) -> dict[Path, str]:
         name, sign, told = text.partition("=")
         if not sign or not name.strip() or not told.strip():
             raise RequestError("lora_blocks", f"{printable(text, 80)!r} is not NAME=PRESET or NAME=NUMBERS")
-        found[shelf.find("lora", name.strip())] = told.strip()
+        found[shelf.find("lora", name.strip()).resolve()] = told.strip()
     return found
 
 
+def _by_hand(attached: Attached, shelf: Shelf) -> Spliced:
+    """What the caller attached before."""
+    kinds: dict[str, Kind] = {"embedding": "embedding", "hypernetwork": "hypernetwork"}
+    path = attached.file.path
+    return Spliced(kinds.get(attached.kind, "lora"), path, shelf.sha256(path), "", attached)
+
+
 def _exchange(model: Model, name: str, shelf: Shelf, stack: ExitStack) -> None:
-    """Another autoencoder for a while."""
-    path = shelf.find("vae", name)
-    if model.vae_file is not None and model.vae_file.path == path:
+    """Another autoencoder for a while; "none" is the checkpoint's own."""
+    own = name.lower() == _OWN_VAE
+    path = model.file.path if own else shelf.find("vae", name)
+    now = model.file.path if model.vae_file is None else model.vae_file.path
+    if now == path:
         return
-    file = open_model(path)
-    vae = load_vae(file, identify(file), model.device, model.dtype)
-    if vae.spec.latent_channels != model.vae.spec.latent_channels or vae.spec.factor != model.vae.spec.factor:
-        raise RequestError(
-            "vae",
-            f"{printable(str(path))} makes latents of {vae.spec.latent_channels} channels, 1/{vae.spec.factor} the "
-            f"size; this model's have {model.vae.spec.latent_channels}, 1/{model.vae.spec.factor} the size",
-        )
+    file = model.file if own else open_model(path)
+    vae = load_vae(file, model.found if own else identify(file), model.device, model.dtype)
+    must_fit(path, vae, model.vae)
     before = model.vae, model.vae_file
 
     def back() -> None:
         model.vae, model.vae_file = before
 
     stack.callback(back)
-    model.vae, model.vae_file = vae, file
+    model.vae = vae
+    model.vae_file = None if own else file

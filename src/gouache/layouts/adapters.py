@@ -88,6 +88,7 @@ PREFIXES: dict[str, str] = {
     "lycoris_te_": "text_encoder",
     "lycoris_te1_": "text_encoder",
     "lycoris_te2_": "text_encoder_2",
+    "lycoris_": "unet",  # LyCORIS' own wrapper, around whatever it was given
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
@@ -124,11 +125,16 @@ def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         suffix = suffix_of(name)
         if not suffix and name.endswith(".weight") and name.removesuffix(".weight") in ia3:
             suffix = ".weight"
+        if not suffix and (named := _WITH_ADAPTER.fullmatch(name)) is not None:
+            found[name] = named[1].replace("base_model.model.", ""), f".{named[2]}.weight"
         if suffix:
-            # PEFT puts base_model.model before everything.
-            found[name] = name.removesuffix(suffix).removeprefix("base_model.model."), suffix
+            # PEFT puts base_model.model before the names of what it was given: all of it, or a component.
+            found[name] = name.removesuffix(suffix).replace("base_model.model.", ""), suffix
     return found
 
+
+# PEFT's names before it takes the adapter's own out of them: ...to_q.lora_A.default.weight
+_WITH_ADAPTER = re.compile(r"(.+)\.(lora_[AB])\.\w+\.weight")
 
 BUNDLED = "bundle_emb."
 """Before the names of embeddings that a LoRA brings along: bundle_emb.<placeholder>.<as in a file of its own>."""
@@ -211,6 +217,12 @@ def _context_dims(shapes: Mapping[str, Shape]) -> Iterator[int]:
             continue
         if name.endswith(_READS_INPUT):
             yield shape[1]
+        elif name.endswith(".a2.weight"):
+            yield max(shape[:2])  # of a rank and the width, whichever way round
+        elif name.endswith(".oft_R.weight"):
+            yield shape[0] * round((1 + (1 + 8 * shape[1]) ** 0.5) / 2)  # blocks by their width
+        elif name.endswith(".boft_R") and len(shape) == 4:
+            yield shape[1] * shape[2]
         elif name.endswith((".lokr_w1", ".lokr_w1_b")):
             stem = name[: name.rindex(".")]
             second = shapes.get(f"{stem}.lokr_w2", shapes.get(f"{stem}.lokr_w2_b", ()))
@@ -218,7 +230,12 @@ def _context_dims(shapes: Mapping[str, Shape]) -> Iterator[int]:
                 yield shape[1] * second[1]  # of a Kronecker product, widths multiply
 
 
-_SDXL_VECTORS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2"}
+SDXL_VECTORS = {
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "text_encoders_0": "text_encoder",  # diffusers' pivotal tuning
+    "text_encoders_1": "text_encoder_2",
+}
 
 
 @dataclass(frozen=True)
@@ -239,8 +256,8 @@ def read_embedding(shapes: Mapping[str, Shape], extra: Mapping[str, Any]) -> Emb
         return EmbeddingNames(form, param[0], {"text_encoder": param[-1]})
     if not wide or any(len(shape) != 2 for shape in wide.values()):
         return None
-    if set(wide) <= {"clip_l", "clip_g"}:
-        widths = {encoder: wide[name][1] for name, encoder in _SDXL_VECTORS.items() if name in wide}
+    if set(wide) <= set(SDXL_VECTORS):
+        widths = {encoder: wide[name][1] for name, encoder in SDXL_VECTORS.items() if name in wide}
         return EmbeddingNames(" and ".join(sorted(wide)), next(iter(wide.values()))[0], widths)
     if len(wide) > 1:
         return None
@@ -251,7 +268,7 @@ def read_embedding(shapes: Mapping[str, Shape], extra: Mapping[str, Any]) -> Emb
     return EmbeddingNames(name if name == "emb_params" else "diffusers", shape[0], {"text_encoder": shape[1]})
 
 
-_HYPERNETWORK = re.compile(r"(\d+)\.([01])\.linear\d?\.")
+_HYPERNETWORK = re.compile(r"(\d{1,6})\.([01])\.linear\d?\.")
 
 
 def read_hypernetwork(shapes: Mapping[str, Shape]) -> tuple[int, ...] | None:

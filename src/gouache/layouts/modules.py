@@ -29,6 +29,8 @@ _TEXT = {
     "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "text_encoder."),
     "text_encoder_2": ("lora_te2_", "lycoris_te2_", "text_encoder_2."),
 }
+# diffusers' first names for a text encoder's attention.
+_OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 # OpenCLIP's names in a layer -> ours; of the fused one, its thirds.
 _OPENCLIP = {
     "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -60,13 +62,17 @@ def _unet_names(spec: UNetSpec, video: bool) -> dict[str, str]:
     for module, other in diffusers_modules(spec, video).items():
         names[f"lora_unet_{_joined(other)}"] = names[f"lora_unet_{_joined(module)}"] = module
         names[f"oft_unet_{_joined(other)}"] = names[f"oft_unet_{_joined(module)}"] = module
-        names[f"lycoris_unet_{_joined(other)}"] = names[f"lycoris_unet_{_joined(module)}"] = module
+        for prefix in ("lycoris_unet_", "lycoris_"):
+            names[f"{prefix}{_joined(other)}"] = names[f"{prefix}{_joined(module)}"] = module
         names[f"unet.{other}"] = names[other] = names[f"diffusion_model.{module}"] = module
         # diffusers' first adapters named attention processors: attn1.processor.to_q, and to_out without its number.
         attention, _, leaf = other.rpartition(".to_")
         if attention.endswith(("attn1", "attn2")):
-            old = f"{attention}.processor.to_{leaf.removesuffix('.0')}"
-            names[f"unet.{old}"] = names[old] = module
+            for old in (
+                f"{attention}.processor.to_{leaf.removesuffix('.0')}",
+                f"{attention}.to_{leaf.removesuffix('.0')}",
+            ):
+                names[f"unet.{old}"] = names[old] = module
     return names
 
 
@@ -79,6 +85,9 @@ def _text_names(component: str, spec: TextSpec) -> dict[str, tuple[str, ...]]:
             else:
                 # Transformers 5 leaves the outermost name out.
                 names[prefix + module] = names[prefix + module.removeprefix("text_model.")] = (module,)
+                attention, _, leaf = module.rpartition(".")
+                if old := _OLD_TEXT.get(leaf) if attention.endswith("self_attn") else None:
+                    names[f"{prefix}{attention}.{old}"] = (module,)
         if component == "text_encoder":
             names[module] = (module,)
     return names

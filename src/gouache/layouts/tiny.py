@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_NAME = re.compile(r"(?:(?:taesd_)?(encoder|decoder)\.(?:layers\.)?)?(\d+)\.((?:conv\.[024]\.)?(?:weight|bias))")
+_NAME = re.compile(r"(?:(?:taesd_)?(encoder|decoder)\.(?:layers\.)?)?(\d{1,3})\.((?:conv\.[024]\.)?(?:weight|bias))")
 _CLAMPED = 1  # the number of the author's decoder's first convolution
 
 

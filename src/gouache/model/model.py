@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from gouache.adapters.attach import Layers
+from gouache.adapters.embedding import Words
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.denoiser import Denoiser, Prediction
 from gouache.diffusion.schedule import Schedule
@@ -40,8 +41,8 @@ class Model:
     """A loaded model. `unet`, `vae` and `text_encoders` are plain modules; changing them changes what is painted.
 
     `vae_file` is where the autoencoder is from, if not from `file`. `embeddings` {name: {encoder: (vectors, D)}} are
-    words that prompts can use besides the vocabulary. `upcast` lists the stages that gave NaN in `dtype` and have been
-    in float32 since.
+    words that prompts can use besides the vocabulary, `attached` what is spliced in (`model.splice`). `upcast` lists
+    the stages that gave NaN in `dtype` and have been in float32 since.
     """
 
     file: ModelFile
@@ -58,7 +59,8 @@ class Model:
     device: torch.device
     dtype: torch.dtype
     vae_file: ModelFile | None = None
-    embeddings: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    embeddings: Words = field(default_factory=Words)
+    attached: list[Any] = field(default_factory=list)
     upcast: list[str] = field(default_factory=list)
 
     @cached_property
@@ -176,17 +178,26 @@ class Model:
         if good(result):
             return result
         if any(parameter.dtype != torch.float32 for module in modules for parameter in module.parameters()):
-            for module in modules:
-                module.float()
-            self.upcast.append(stage)
+            self.widen(stage)
             result = attempt()
             if good(result):
                 return result
+        if self.attached and stage != "VAE":
+            names = ", ".join(each.name for each in self.attached)
+            raise ModelError(
+                f"the {stage} gives NaN or infinite results even in float32 with {names} on it; nothing was saved"
+            )
         file = self.vae_file if stage == "VAE" and self.vae_file is not None else self.file
         raise ModelError(
             f"{file.path}: the {stage} gives NaN, infinite or black results even in float32, so its weights are "
             f"damaged or not what they seem; nothing was saved. Use another copy of the file"
         )
+
+    def widen(self, stage: str) -> None:
+        """Compute `stage` ("text encoder", "U-Net" or "VAE") in float32 from now on."""
+        for module in {"text encoder": [*self.text_encoders.values()], "U-Net": [self.unet], "VAE": [self.vae]}[stage]:
+            module.float()
+        self.upcast.append(stage)
 
     def sampled(self, attempt: Callable[[], Tensor]) -> Tensor:
         """The latent that a sampling run gives, under the same guard as every other stage."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from gouache.adapters.attach import How
+from gouache.adapters.attach import How, Layer
 from gouache.adapters.embedding import bundled_vectors, must_fit, vectors_of
 from gouache.adapters.hypernetwork import Worn, read_hypernetwork
 from gouache.adapters.read import read_lora
@@ -26,7 +26,7 @@ class Attached:
     `kind` is a format of LoRA as `identify` names it, "embedding" or "hypernetwork". `matched` counts the modules (for
     an embedding, the vectors) that it changes. `unmatched`: names of the file that the model has no module for -> the
     nearest that it has, "" where none is near; `wrong_shape`: modules -> why the file's tensors do not fit them.
-    `how` is "folded" or "live" for a LoRA, "" for others. `words`: embeddings that prompts can use now.
+    `words`: embeddings that prompts can use now.
     """
 
     name: str
@@ -36,15 +36,19 @@ class Attached:
     matched: int
     unmatched: Mapping[str, str] = field(default_factory=dict)
     wrong_shape: Mapping[str, str] = field(default_factory=dict)
-    how: str = ""
     words: tuple[str, ...] = ()
+    layer: Layer | None = field(default=None, repr=False)
     _detach: Callable[[], None] = field(default=lambda: None, repr=False)
     _change: Callable[[Strength], None] | None = field(default=None, repr=False)
+
+    @property
+    def how(self) -> str:
+        """How a LoRA acts."""
+        return self.layer.how if self.layer is not None else ""
 
     def detach(self) -> None:
         """Take it off; weights are bit for bit what they were without it. A second time does nothing."""
         self._detach()
-        self._detach = lambda: None
 
     def change(self, strength: float | Strength) -> None:
         """Another strength; nothing is read again that it does not concern."""
@@ -89,12 +93,29 @@ def attach(
     found = identify(file)
     kind = found.kind.value
     if kind in FORMATS:
-        return _attach_lora(model, file, found, strength, how)
-    if kind == "embedding":
-        return _attach_embedding(model, file, name or file.path.stem)
-    if kind == "hypernetwork":
-        return _attach_hypernetwork(model, file, strength)
-    raise ModelError(
+        attached = _attach_lora(model, file, found, strength, how)
+    elif kind == "embedding":
+        attached = _attach_embedding(model, file, name or file.path.stem)
+    elif kind == "hypernetwork":
+        attached = _attach_hypernetwork(model, file, strength)
+    else:
+        raise _no_adapter(file, found)
+    take_off = attached._detach
+
+    def detach() -> None:
+        try:
+            take_off()
+        finally:
+            model.attached[:] = [each for each in model.attached if each is not attached]
+
+    attached._detach = detach
+    model.attached.append(attached)
+    return attached
+
+
+def _no_adapter(file: ModelFile, found: Found) -> ModelError:
+    kind = found.kind.value
+    return ModelError(
         f"{printable(str(file.path))} cannot be attached: it is {kind} ({found.kind.evidence}); LoRAs, embeddings and "
         f"hypernetworks can, and a VAE is given as vae"
     )
@@ -119,13 +140,12 @@ def _attach_lora(model: Model, file: ModelFile, found: Found, strength: Strength
     for vectors in words.values():
         must_fit(file, vectors, model.text_widths)
     layer = model.layers.attach(adapter, strength, how)
-    own = {word: vectors for word, vectors in words.items() if word not in model.embeddings}
-    model.embeddings.update(own)
+    removes = [model.embeddings.add(word, vectors) for word, vectors in words.items()]
 
     def detach() -> None:
         model.layers.detach(layer)
-        for word in own:
-            model.embeddings.pop(word, None)
+        for remove in removes:
+            remove()
 
     return Attached(
         name=file.path.stem,
@@ -135,8 +155,8 @@ def _attach_lora(model: Model, file: ModelFile, found: Found, strength: Strength
         matched=len(layer.modules),
         unmatched=adapter.unmatched,
         wrong_shape=layer.wrong_shape,
-        how=layer.how,
-        words=tuple(own),
+        words=tuple(words),
+        layer=layer,
         _detach=detach,
         _change=lambda other: model.layers.change(layer, other),
     )
@@ -150,17 +170,9 @@ def _related(one: str, other: str) -> bool:
 def _attach_embedding(model: Model, file: ModelFile, name: str) -> Attached:
     vectors = vectors_of(file)
     must_fit(file, vectors, model.text_widths)
-    before = model.embeddings.get(name)
-    model.embeddings[name] = vectors
-
-    def detach() -> None:
-        if before is None:
-            model.embeddings.pop(name, None)
-        else:
-            model.embeddings[name] = before
-
+    remove = model.embeddings.add(name, vectors)
     count = len(next(iter(vectors.values())))
-    return Attached(name, "embedding", file, Strength(), count, words=(name,), _detach=detach)
+    return Attached(name, "embedding", file, Strength(), count, words=(name,), _detach=remove)
 
 
 def _attach_hypernetwork(model: Model, file: ModelFile, strength: Strength) -> Attached:
@@ -182,6 +194,8 @@ def _attach_hypernetwork(model: Model, file: ModelFile, strength: Strength) -> A
         )
 
     def change(other: Strength) -> None:
+        if worn.removed:
+            raise ModelError(f"{printable(str(file.path))} is not attached; attach it again")
         worn.strength = other.unet
 
     unmatched = {str(width): "" for width in worn.unused}

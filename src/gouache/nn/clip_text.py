@@ -65,7 +65,7 @@ class ClipText(nn.Module):
         `vectors` (B, N, width) stand in for the embedded tokens, which then only tell where the prompt ends.
         """
         vectors = self.embed(tokens) if vectors is None else vectors
-        positions = self.text_model.embeddings.position_embedding.weight[: tokens.shape[1]]
+        positions = self.text_model.embeddings.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))
         layers = self.text_model.encoder(vectors + positions)
         last = self.norm(layers[-1])
         # The end token has the highest id; CLIP-L also pads with it, so the first one counts.

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gouache.errors import ModelError
 from gouache.nn.spec import TinyVaeSpec
 from gouache.nn.vae import Moments
 
@@ -54,6 +55,10 @@ class TinyAutoencoder(nn.Module):
 
     def encode(self, image: Tensor) -> Moments:
         """image (B, 3, H, W) in [-1, 1] -> Moments (B, C, H/8, W/8), of no deviation."""
+        if not self.spec.encoder:
+            raise ModelError(
+                "this TAESD is a decoder alone, which cannot read a picture; give the whole of it, or another VAE"
+            )
         latent = self.encoder((image + 1) / 2)
         return Moments(latent, torch.full_like(latent, -30.0))
 
