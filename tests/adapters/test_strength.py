@@ -75,4 +75,6 @@ def test_a_strength_for_each_network():
     assert some.of(("text_encoder", "text_model.encoder.layers.0.mlp.fc1")) == 0.25
     assert some.of(("unet", "output_blocks.3.1.proj_in")) == 0
     assert some.of(("unet", "input_blocks.1.1.proj_in")) == 0.8
+    apart = Strength(0.8, {"text_encoder": 0.5})
+    assert [apart.of((name, "x")) for name in ("text_encoder", "text_encoder_2")] == [0.5, 0.8]
     assert Strength(0.8).of(("text_encoder_2", "x")) == 0.8  # as the U-Net, where nothing else is said

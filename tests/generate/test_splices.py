@@ -210,6 +210,8 @@ def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callabl
         (r"C:\models\style.safetensors:.5", Told(r"C:\models\style.safetensors", 0.5)),
         ("style:te=0.5:unet=1", Told("style", 1.0, 0.5)),
         ("style:1:start=0.2:end=0.8:how=live", Told("style", 1.0, None, 0.2, 0.8, "live")),
+        ("style:1:te1=0.5:te2=0", Told("style", 1.0, {"text_encoder": 0.5, "text_encoder_2": 0.0})),
+        ("style:1:te=0.2:te2=0", Told("style", 1.0, {"text_encoder": 0.2, "text_encoder_2": 0.0})),
         ("style:5e-1:lbw=INALL", Told("style", 0.5, blocks="INALL")),
         ("a:b", Told("a:b")),
     ],

@@ -10,6 +10,7 @@ Networks are handed in as modules by name, and originals as a function; no model
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -17,8 +18,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from gouache.adapters.fold import folded, folded_bias
+from gouache.adapters.fold import Fold, fold, folded_bias
 from gouache.adapters.live import Live
+from gouache.adapters.patch import Patch
 from gouache.adapters.read import WRONG, Adapter
 from gouache.adapters.strength import Strength
 from gouache.errors import ModelError
@@ -27,6 +29,9 @@ from gouache.layouts.modules import Module
 How = Literal["folded", "live"]
 Restore = Callable[[str, str], Tensor]
 """(component, tensor's name) -> the original, read again and cast as when it was loaded."""
+
+
+HELD = 1 << 28  # bytes of patches read before the weights that they change are made
 
 
 @dataclass(eq=False)
@@ -39,6 +44,10 @@ class Layer:
     modules: Mapping[Module, None]  # in the file's order
     wrong_shape: Mapping[str, str]
     hooks: dict[Module, Live] = field(default_factory=dict, repr=False)
+
+
+Patches = list[tuple[Patch, float, Layer]]
+"""What lies on one module: patches at their strengths, and whose they are."""
 
 
 class Layers:
@@ -174,14 +183,26 @@ class Layers:
     @torch.no_grad()
     def _fold(self, modules: Iterable[Module]) -> None:
         """Make each module's weights anew: the original, with every folded adapter on it."""
+        ready: list[tuple[Module, Patches, Fold | None]] = []
+        held = 0
         for module in list(modules):
-            there = self._module(module)
-            fresh = module not in self._changed  # then its weights are the originals, and need not be read again
             on = [
                 (layer.adapter.patch(module, self._weight(module).device), strength, layer)
                 for layer in self._layers
                 if layer.how == "folded" and module in layer.modules and (strength := layer.strength.of(module))
             ]
+            with self._naming(on, module):
+                ready.append((module, on, fold(self._weight(module), [(p, s) for p, s, _ in on]) if on else None))
+            held += sum(part.nbytes for patch, *_ in on for part in patch.parts.values())
+            if held > HELD:
+                self._make(ready)
+                ready, held = [], 0
+        self._make(ready)
+
+    def _make(self, ready: Iterable[tuple[Module, Patches, Fold | None]]) -> None:
+        for module, on, change in ready:
+            there = self._module(module)
+            fresh = module not in self._changed  # then its weights are the originals, and need not be read again
             self._changed.add(module)  # before it is: an interrupt may come at any place
             for leaf in ("weight", "bias"):
                 now = getattr(there, leaf, None)
@@ -189,17 +210,23 @@ class Layers:
                 if not isinstance(now, Tensor) or stays:
                     continue
                 made = now.data if fresh else self._restore(module[0], f"{module[1]}.{leaf}").to(now.device, now.dtype)
-                if on:
-                    try:
-                        made = (folded if leaf == "weight" else folded_bias)(made, [(p, s) for p, s, _ in on])
-                    except (ModelError, *WRONG) as error:
-                        raise ModelError(f"{self._named(on[-1][2], module)}: {error}") from None
+                if change is not None:
+                    with self._naming(on, module):
+                        made = change(made) if leaf == "weight" else folded_bias(made, [(p, s) for p, s, _ in on])
                 if made.stride() != now.stride():  # channels-last, as it was loaded
                     made = torch.empty_strided(now.shape, now.stride(), dtype=now.dtype, device=now.device).copy_(made)
                 setattr(there, leaf, nn.Parameter(made, requires_grad=now.requires_grad))
             if not on:
                 self._changed.discard(module)
             self._stale(module)
+
+    @contextmanager
+    def _naming(self, on: Patches, module: Module) -> Iterator[None]:
+        """Whatever does not fit is a ModelError that names the file and the module."""
+        try:
+            yield
+        except (ModelError, *WRONG) as error:
+            raise ModelError(f"{self._named(on[-1][2], module)}: {error}") from None
 
     def _module(self, module: Module) -> nn.Module:
         return self._networks[module[0]].get_submodule(module[1])

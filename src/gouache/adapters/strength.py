@@ -35,19 +35,22 @@ PRESETS: Mapping[str, str] = {
 class Strength:
     """`unet`, and `text` for the text encoders (None: as the U-Net); any number, 1 is what the file's author meant.
 
+    `text` may be {"text_encoder": ..., "text_encoder_2": ...}; one that is left out is as the U-Net.
+
     `blocks`: a factor for each block of the U-Net by label, and BASE for the text encoders. `start` and `end`, shares
     of a run's steps: the U-Net's part acts from the one to the other.
     """
 
     unet: float = 1.0
-    text: float | None = None
+    text: float | Mapping[str, float] | None = None
     blocks: Mapping[str, float] | None = None
     start: float = 0.0
     end: float = 1.0
     table: tuple[Block, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        every = [self.unet, self.text or 0.0, self.start, self.end, *(self.blocks or {}).values()]
+        texts = self.text.values() if isinstance(self.text, Mapping) else [self.text or 0.0]
+        every = [self.unet, *texts, self.start, self.end, *(self.blocks or {}).values()]
         if not all(math.isfinite(number) and abs(number) <= MOST for number in every):
             raise RequestError("strength", f"a strength is {max(every, key=abs):g}; it takes numbers up to {MOST:g}")
 
@@ -58,7 +61,8 @@ class Strength:
             factor = self.blocks[block_of(path, self.table)] if self.blocks is not None else 1.0
             return self.unet * factor
         factor = self.blocks.get(BASE, 1.0) if self.blocks is not None else 1.0
-        return (self.unet if self.text is None else self.text) * factor
+        text = self.text.get(component) if isinstance(self.text, Mapping) else self.text
+        return (self.unet if text is None else text) * factor
 
     def to_json(self) -> dict[str, object]:
         """What it takes to make it again; see `from_json`."""
@@ -77,7 +81,7 @@ class Strength:
 
 def strength(
     unet: float = 1.0,
-    text: float | None = None,
+    text: float | Mapping[str, float] | None = None,
     told: str | None = None,
     start: float = 0.0,
     end: float = 1.0,
@@ -100,8 +104,9 @@ def from_json(values: Mapping[str, Any], spec: UNetSpec) -> Strength:
         own = {BASE, *(block.label for block in table)}
         factors = None if by_block is None else {label: float(by_block[label]) for label in own}
         text = values.get("text")
+        text = {str(name): float(each) for name, each in text.items()} if isinstance(text, Mapping) else text
         return Strength(
-            float(values.get("unet", 1.0)), None if text is None else float(text), factors,
+            float(values.get("unet", 1.0)), float(text) if isinstance(text, int | float) else text, factors,
             float(values.get("start", 0.0)), float(values.get("end", 1.0)), table,
         )  # fmt: skip
     except (TypeError, ValueError, LookupError):

@@ -1,7 +1,7 @@
 """What a request splices into the model while it is painted: files by name, strengths as users write them.
 
 style.safetensors:0.8              a LoRA at 0.8, in the text encoders too
-style:0.8:te=0.5                   the text encoders at 0.5
+style:0.8:te=0.5                   the text encoders at 0.5; te1=, te2= for one of SDXL's
 style:1:start=0.2:end=0.8          the U-Net's part from a fifth to four fifths of the steps
 <lora:style:0.8>                   the same in a prompt, as in A1111's web UI; <lora:style:0.5:1> is te, then U-Net
 """
@@ -30,8 +30,8 @@ from gouache.prompts.tags import take_tags
 Kind = Literal["lora", "embedding", "hypernetwork", "vae"]
 AUTOMATIC, _OWN_VAE = "automatic", "none"
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
-_KEYS = {"te": "te", "text": "te", "unet": "unet", "start": "start", "end": "end", "how": "how", "lbw": "blocks",
-         "blocks": "blocks"}  # fmt: skip
+_KEYS = {name: name for name in ("te", "te1", "te2", "unet", "start", "end", "how", "blocks")}
+_KEYS |= {"text": "te", "lbw": "blocks"}
 
 
 class Shelf(Protocol):
@@ -77,7 +77,7 @@ class Told:
 
     name: str
     unet: float | None = None
-    text: float | None = None
+    text: float | Mapping[str, float] | None = None
     start: float = 0.0
     end: float = 1.0
     how: How | None = None
@@ -115,9 +115,13 @@ def read_told(setting: str, text: str) -> Told:
     except ValueError:
         raise RequestError(setting, f"{printable(text, 80)!r} has a strength that is no number") from None
     start, end = told.get("start", 0.0), told.get("end", 1.0)
+    text_strength: float | dict[str, float] | None = told.get("te")
+    if "te1" in told or "te2" in told:
+        each = {"text_encoder": told.get("te1", told.get("te")), "text_encoder_2": told.get("te2", told.get("te"))}
+        text_strength = {name: number for name, number in each.items() if number is not None}
     if not 0 <= start < end <= 1:
         raise RequestError(setting, f"{printable(text, 80)!r}: start and end are shares of the steps, 0 to 1, in turn")
-    return Told(name, told.get("unet"), told.get("te"), start, end, cast("How | None", how), blocks)
+    return Told(name, told.get("unet"), text_strength, start, end, cast("How | None", how), blocks)
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,10 @@ class Spliced:
         return values
 
     def __str__(self) -> str:
-        return f"VAE {self.path.name}" if self.attached is None else str(self.attached)
+        """'style [0123456789]: lora, 192 modules, ...'"""
+        if self.attached is None:
+            return f"{self.path.name} [{self.sha256[:10]}]: VAE"
+        return f"{self.attached.name} [{self.sha256[:10]}]: {self.attached.told}"
 
 
 @contextmanager

@@ -61,9 +61,14 @@ class Attached:
         self.strength = strength
 
     def __str__(self) -> str:
-        """'style: LoRA, 192 modules, folded, strength 0.8; 3 names unmatched, 1 of another shape'."""
+        """'style: lora, 192 modules, folded, strength 0.8; 3 names unmatched, 1 of another shape'."""
+        return f"{self.name}: {self.told}"
+
+    @property
+    def told(self) -> str:
+        """What it is and how much of it was used, in words."""
         what = "vectors" if self.kind == "embedding" else "modules"
-        parts = [f"{self.name}: {self.kind}, {self.matched} {what}", *([self.how] if self.how else [])]
+        parts = [f"{self.kind}, {self.matched} {what}", *([self.how] if self.how else [])]
         if self.kind != "embedding":
             parts.append(f"strength {_strength(self.strength)}")
         text = ", ".join(parts)
@@ -207,7 +212,9 @@ def _attach_hypernetwork(model: Model, file: ModelFile, strength: Strength) -> A
 
 def _strength(strength: Strength) -> str:
     told = f"{strength.unet:g}"
-    if strength.text is not None and strength.text != strength.unet:
+    if isinstance(strength.text, Mapping):
+        told += f" ({', '.join(f'{name} {number:g}' for name, number in strength.text.items())})"
+    elif strength.text is not None and strength.text != strength.unet:
         told += f" (text encoders {strength.text:g})"
     if strength.blocks is not None:
         told += ", by block"
