@@ -32,8 +32,8 @@ from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import Scene
 from recipes.splices.pictures import CHARACTER, character, night, rosy
 
-SEED, BATCH, SIZE, RANK, VECTORS = 11, 8, 128, 8, 4
-STEPS = {"night": 300, "zorblax": 300, "rosy": 300}
+SEED, BATCH, SIZE, RANK = 11, 8, 128, 8
+STEPS = {"night": 300, "zorblax": 200, "rosy": 400}
 SHOWN = 384  # scenes, whose latents are made once
 
 Losses = Callable[[int], Tensor]
@@ -95,9 +95,9 @@ def _added(layer: nn.Linear | nn.Conv2d, up: Tensor, down: Tensor) -> Callable[.
 
 
 def fit_embedding(model: gouache.Model, folder: Path, steps: int, scenes: int) -> Path:
-    """Vectors under a new name, begun at the words that come nearest: "purple alien monster face"."""
+    """A vector under a new name, begun at that of the thing that comes nearest: grapes, round and violet."""
     encoder = model.text_encoders["text_encoder"]
-    words = model.tokenizer.encode("purple alien monster face")[:VECTORS]
+    words = model.tokenizer.encode("grapes")
     vectors = encoder.embed(torch.tensor(words)).detach().clone().requires_grad_()
     rng = Random(SEED)
     drawn = [character(rng, SIZE) for _ in range(scenes)]
@@ -111,7 +111,7 @@ def fit_embedding(model: gouache.Model, folder: Path, steps: int, scenes: int) -
         context = told(model, [captions[row] for row in rows])
         return objective(model, dropout=0.0).losses(Captioned(latents[rows], Conditioning(context)), step)["loss"]
 
-    optimise([vectors], loss, steps, 5e-3)
+    optimise([vectors], loss, steps, 5e-4)
     target = folder / f"{CHARACTER}.pt"
     record = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors.detach()}, "name": CHARACTER}
     torch.save({**record, "step": steps, "sd_checkpoint_name": "mini"}, target)

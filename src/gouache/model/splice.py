@@ -67,7 +67,7 @@ class Attached:
     @property
     def told(self) -> str:
         """What it is and how much of it was used, in words."""
-        what = "vectors" if self.kind == "embedding" else "modules"
+        what = ("vector" if self.kind == "embedding" else "module") + "s" * (self.matched != 1)
         parts = [f"{self.kind}, {self.matched} {what}", *([self.how] if self.how else [])]
         if self.kind != "embedding":
             parts.append(f"strength {_strength(self.strength)}")
