@@ -82,13 +82,20 @@ class Words(Mapping[str, Vectors]):
         return len({word for word, _ in self._all})
 
 
-def must_fit(file: ModelFile, vectors: Vectors, widths: Mapping[str, int]) -> None:
-    """Raises ModelError where the vectors are not for text encoders of these widths.
+def fits(told: Mapping[str, int], widths: Mapping[str, int]) -> bool:
+    """Whether vectors `told` wide, by encoder, are for text encoders of these widths.
 
     SDXL's refiner, which has the second encoder alone, takes what SDXL's embeddings have for that one.
     """
+    if set(widths) == {"text_encoder_2"}:
+        return told.get("text_encoder_2") == widths["text_encoder_2"]
+    return told == widths
+
+
+def must_fit(file: ModelFile, vectors: Vectors, widths: Mapping[str, int]) -> None:
+    """Raises ModelError where the vectors are not for text encoders of these widths."""
     told = {encoder: each.shape[1] for encoder, each in vectors.items()}
-    if told == widths or (set(widths) == {"text_encoder_2"} and told.get("text_encoder_2") == widths["text_encoder_2"]):
+    if fits(told, widths):
         return
     have, want = (" and ".join(str(width) for width in each.values()) for each in (told, widths))
     raise ModelError(

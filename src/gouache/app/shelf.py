@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from gouache.adapters.embedding import fits
 from gouache.app import hashes, names
 from gouache.app.places import Candidate, candidates
 from gouache.app.settings import Settings
@@ -31,13 +32,13 @@ class LibraryShelf:
 
         Of several of one name, the first for text encoders of these widths; what is for others is passed over.
         """
-        return {name: path for name, path, fits in self._named(prompts, widths) if fits}
+        return {name: path for name, path, fit in self._named(prompts, widths) if fit}
 
     def passed_over(self, prompts: Sequence[str], widths: Mapping[str, int]) -> list[Path]:
         """Those that are mentioned, and are for other models."""
         every = list(self._named(prompts, widths))
-        used = {name.casefold() for name, _, fits in every if fits}
-        return [path for name, path, fits in every if not fits and name.casefold() not in used]
+        used = {name.casefold() for name, _, fit in every if fit}
+        return [path for name, path, fit in every if not fit and name.casefold() not in used]
 
     def _named(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Iterator[tuple[str, Path, bool]]:
         text = " ".join(prompts).casefold()
@@ -46,10 +47,10 @@ class LibraryShelf:
             name = path.stem
             if not _stands_in(name.casefold(), text):
                 continue
-            fits = _fits(path, widths)
-            if not fits or name.casefold() not in seen:
-                seen |= {name.casefold()} if fits else set()
-                yield name, path, fits
+            fit = _fits(path, widths)
+            if not fit or name.casefold() not in seen:
+                seen |= {name.casefold()} if fit else set()
+                yield name, path, fit
 
     def usual_strength(self, path: Path) -> float:
         """What the user or the sidecar says, else 1."""
@@ -129,11 +130,7 @@ def _fits(path: Path, widths: Mapping[str, int]) -> bool:
     except FileError:
         return True
     read = read_embedding({name: info.shape for name, info in file.tensors.items()}, file.extra)
-    return (
-        read is None
-        or {name: read.widths.get(name) for name in read.widths.keys() | widths.keys()} == widths
-        or (set(widths) == {"text_encoder_2"} and read.widths.get("text_encoder_2") == widths["text_encoder_2"])
-    )
+    return read is None or fits(read.widths, widths)
 
 
 def _is_small_embedding(path: Path) -> bool:

@@ -16,10 +16,10 @@ from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
+from gouache.generate.splices import AUTOMATIC, OWN
 from gouache.model.vae import damaged
 from gouache.nn.spec import VaeSpec
 
-AUTOMATIC, NONE = "automatic", "none"
 BESIDE = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
 # Where several fit, files called so come first: what the authors of these lines recommend.
 _PREFERRED = {"sd1": ("ft-mse", "ft-ema"), "sd2": ("ft-mse", "ft-ema"), "sdxl": ("sdxl_vae", "sdxl-vae", "sdxl")}
@@ -38,9 +38,9 @@ def choose_vae(file: ModelFile, found: Found, told: str | None, settings: Settin
 
     Raises ModelError where it has none that can be used and the library has none that fits.
     """
-    if told is not None and told.lower() not in (AUTOMATIC, NONE):
+    if told is not None and told.lower() not in (AUTOMATIC, OWN):
         return Chosen(names.resolve(told, settings, "vae"))
-    if told is not None and told.lower() == NONE:
+    if told is not None and told.lower() == OWN:
         return Chosen(None)
     path = file.path
     if (noted := _noted(path, settings)) is not None:
@@ -61,10 +61,10 @@ def choose_vae(file: ModelFile, found: Found, told: str | None, settings: Settin
     if other is None:
         family = found.family.value
         raise ModelError(
-            f"{trouble.partition('; give another')[0]}, and no VAE for {family.title if family else 'it'} is in the "
+            f"{trouble}, and no VAE for {family.title if family else 'it'} is in the "
             f"model folders; give one with --vae FILE"
         )
-    return Chosen(other, f"{trouble.partition('; give another')[0]}; using {other.name} in its place")
+    return Chosen(other, f"{trouble}; using {other.name} in its place")
 
 
 def _noted(path: Path, settings: Settings) -> Path | None:

@@ -28,7 +28,7 @@ from gouache.model.vae import load_vae, must_fit
 from gouache.prompts.tags import take_tags
 
 Kind = Literal["lora", "embedding", "hypernetwork", "vae"]
-AUTOMATIC, _OWN_VAE = "automatic", "none"
+AUTOMATIC, OWN = "automatic", "none"
 _NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?")
 _KEYS = {name: name for name in ("te", "te1", "te2", "unet", "start", "end", "how", "blocks")}
 _KEYS |= {"text": "te", "lbw": "blocks"}
@@ -219,7 +219,7 @@ def _by_hand(attached: Attached, shelf: Shelf) -> Spliced:
 
 def _exchange(model: Model, name: str, shelf: Shelf, stack: ExitStack) -> None:
     """Another autoencoder for a while; "none" is the checkpoint's own."""
-    own = name.lower() == _OWN_VAE
+    own = name.lower() == OWN
     path = model.file.path if own else shelf.find("vae", name)
     now = model.file.path if model.vae_file is None else model.vae_file.path
     if now == path:

@@ -29,7 +29,7 @@ def load_vae(file: ModelFile, found: Found, device: torch.device | str, dtype: t
     if not isinstance(component.spec, VaeSpec):
         raise ModelError(f"{printable(str(file.path))}: its autoencoder has a form that is not built yet")
     if damage := damaged(file, found):
-        raise ModelError(damage)
+        raise ModelError(f"{damage}; give another with --vae FILE")
     with torch.device("meta"):
         vae = Autoencoder(component.spec)
     tensors = {name: origin.tensor(file.tensor) for name, origin in component.origins.items()}
@@ -59,7 +59,7 @@ def damaged(file: ModelFile, found: Found) -> str:
         if not (torch.isfinite(low) and torch.isfinite(high)):
             return (
                 f"{printable(str(file.path))}: its VAE is damaged, {printable(name)} holds NaN or infinite numbers "
-                f"(pictures come out blue or black); give another with --vae FILE"
+                f"(pictures come out blue or black)"
             )
     return ""
 
