@@ -18,11 +18,8 @@ from gouache.errors import GouacheError
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.files.write import write_safetensors
-from gouache.training import state
 from recipes.mini import train
-from recipes.mini.train import PREFIXES
-
-LAST_STAGES = {"text": "layout"}  # of the networks that are not called as theirs
+from recipes.mini.kept import PREFIXES, averaged, part_of
 
 
 def bundle(folder: Path, out: Path, rest: ModelFile | None = None) -> str:
@@ -31,10 +28,12 @@ def bundle(folder: Path, out: Path, rest: ModelFile | None = None) -> str:
     Stages that never ran there are taken from the model file `rest`.
     """
     tensors: dict[str, Tensor] = {}
-    for network, prefix in PREFIXES.items():
-        stage = folder / LAST_STAGES.get(network, network)
-        ran = rest is None or state.newest(stage) is not None
-        weights = train.averaged(stage, network) if ran else train.part_of(rest, network)
+    for network in ("unet", "vae", "text"):
+        prefix = PREFIXES[network]
+        stage = folder / network
+        weights = averaged(stage, network)
+        if weights is None:
+            weights = train.trained(stage, network) if rest is None else part_of(rest, network)
         tensors |= {prefix + name: value for name, value in weights.items() if name != "text_projection.weight"}
     return write_safetensors(out, halved(lifted(tensors)), describe())
 

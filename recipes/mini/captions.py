@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from random import Random
 
-from recipes.mini.names import Colour, Thing
-from recipes.mini.scenes import FIRST_STAGE, Background, Distribution, Scene, place_of, size_word
+from recipes.mini.names import Colour
+from recipes.mini.scenes import FIRST_STAGE, Background, Distribution, Placed, Scene, place_of, size_word
 
 SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
 OPENINGS = ("a picture of ", "picture of ", "an image of ", "a drawing of ", "an illustration of ", "an icon of ")
@@ -32,10 +32,13 @@ def caption(scene: Scene, rng: Random, distribution: Distribution = FIRST_STAGE)
     return _with_background(opening, subject, scene.background, rng)
 
 
-def phrase(thing: Thing, rng: Random, size: str = "", article: bool = True) -> str:
-    """The thing by one of its words, as in "a small red apple"; its own colour is said now and then."""
+def phrase(placed: Placed, rng: Random, size: str = "", article: bool = True) -> str:
+    """The thing by one of its words, as in "a small red apple"; its own colour is said now and then, a tint always."""
+    thing = placed.thing
     words = [rng.choice(thing.also) if thing.also and rng.random() < 0.25 else thing.name]
-    if thing.colour and rng.random() < 0.35:
+    if placed.tint is not None:
+        words.insert(0, _word(placed.tint, rng))
+    elif thing.colour and rng.random() < 0.3:
         words.insert(0, thing.colour)
     if size:
         words.insert(0, rng.choice(SIZE_WORDS[size]))
@@ -48,10 +51,10 @@ def phrase(thing: Thing, rng: Random, size: str = "", article: bool = True) -> s
 
 def _single(scene: Scene, rng: Random, distribution: Distribution) -> str:
     placed = scene.things[0]
-    size = size_word(scene, distribution) if rng.random() < 0.6 else ""
-    subject = phrase(placed.thing, rng, size)
+    size = size_word(scene, distribution) if rng.random() < 0.9 else ""
+    subject = phrase(placed, rng, size)
     place = place_of(placed)
-    if rng.random() < (0.06 if place == "centre" else 0.8):
+    if rng.random() < (0.06 if place == "centre" else 0.95):
         subject += " " + rng.choice(_place_phrases(place))
     return subject
 
@@ -67,7 +70,7 @@ def _place_phrases(place: str) -> tuple[str, ...]:
 
 
 def _two(scene: Scene, rng: Random) -> str:
-    first, second = (phrase(placed.thing, rng) for placed in scene.things)
+    first, second = (phrase(placed, rng) for placed in scene.things)
     if rng.random() < 0.35:
         a, b = rng.sample((first, second), 2)
         return rng.choice((f"{a} and {b}", f"{a} next to {b}", f"{a} beside {b}", f"{a} together with {b}"))
@@ -82,6 +85,7 @@ def _two(scene: Scene, rng: Random) -> str:
     else:
         ways = (
             f"{first} above {second}",
+            f"{first} over {second}",
             f"{second} below {first}",
             f"{first} at the top and {second} at the bottom",
             f"{second} under {first}",
@@ -90,11 +94,11 @@ def _two(scene: Scene, rng: Random) -> str:
 
 
 def _three(scene: Scene, rng: Random) -> str:
-    names = [phrase(placed.thing, rng) for placed in scene.things]
-    if rng.random() < 0.5:
-        if place_of(scene.things[0]) == "left":
-            return "{}, {} and {} from left to right".format(*names)
-        return "{} above {} and {}".format(*names)
+    names = [phrase(placed, rng) for placed in scene.things]
+    if rng.random() < 0.6:
+        if place_of(scene.things[0]) == "top":
+            return rng.choice(("{} above {} and {}", "{} over {} and {}")).format(*names)
+        return rng.choice(("{} and {} above {}", "{} and {} over {}")).format(*names)
     return "{}, {} and {}".format(*rng.sample(names, 3))
 
 
@@ -139,11 +143,11 @@ def _word(colour: Colour, rng: Random) -> str:
 
 
 def _tags(scene: Scene, rng: Random, distribution: Distribution) -> str:
-    tags = [phrase(placed.thing, rng, article=False) for placed in scene.things]
+    tags = [phrase(placed, rng, article=False) for placed in scene.things]
     size = size_word(scene, distribution)
-    if size and rng.random() < 0.4:
+    if size and rng.random() < 0.9:
         tags.append(size)
-    if len(scene.things) == 1 and place_of(scene.things[0]) != "centre" and rng.random() < 0.5:
+    if len(scene.things) == 1 and place_of(scene.things[0]) != "centre" and rng.random() < 0.95:
         tags.append(place_of(scene.things[0]))
     if rng.random() < 0.85:
         tags.append(_ground(scene.background, rng))

@@ -1,7 +1,7 @@
 """Endless captioned pictures by number: sample i of a seed is the same whatever was asked before.
 
 So training resumes anywhere, several workers share a seed without talking, and disjoint seeds (training,
-validation, classifier) never meet.
+validation, judges) never meet.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from recipes.mini.scenes import FIRST_STAGE, Distribution, Scene, draw_scene
 # Seeds that must not meet. A run may use others; these are what the recipe and its evaluation agree on.
 TRAINING_SEED = 1
 VALIDATION_SEED = 2
-CLASSIFIER_SEED = 3
-CLASSIFIER_HELD_OUT_SEED = 4
+JUDGE_SEED = 4
 
 
 @dataclass(frozen=True, slots=True)

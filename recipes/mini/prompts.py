@@ -1,4 +1,4 @@
-"""The prompts of `prompts.txt`, and the pairs among them that differ in one noun."""
+"""The prompts of `prompts.txt` and `prompts_more.txt`, and the pairs among them that differ in one noun."""
 
 from __future__ import annotations
 
@@ -11,15 +11,23 @@ from gouache.errors import RequestError
 from recipes.mini.names import COLOURS, load_things
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
+MORE_PROMPTS_FILE = Path(__file__).with_name("prompts_more.txt")
+SIDES = ("", "beside", "over")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked, the names of the things that must be seen, and the background colour's name."""
+    """What is asked, the names of the things that must be seen, and the background colour's name.
+
+    `tint` is the colour that the thing itself is to have, "" where it is its own; `side` says where two things are to
+    stand, the first "beside" (left of) or "over" the second, "" where that is not asked.
+    """
 
     text: str
     things: tuple[str, ...]
     colour: str
+    tint: str = ""
+    side: str = ""
 
 
 def read_prompts(path: Path = PROMPTS_FILE) -> tuple[Prompt, ...]:
@@ -31,10 +39,14 @@ def read_prompts(path: Path = PROMPTS_FILE) -> tuple[Prompt, ...]:
         if not line or line.startswith("#"):
             continue
         parts = line.split("\t")
-        if len(parts) != 3:
-            raise RequestError("prompts", f"{path} line {number}: expected prompt, things, colour between tabs")
-        prompt = Prompt(parts[0], tuple(parts[1].split(", ")), parts[2])
-        for unknown in {*prompt.things} - known | {prompt.colour} - colours:
+        if not 3 <= len(parts) <= 5:
+            raise RequestError(
+                "prompts", f"{path} line {number}: expected prompt, things, colour [, tint [, side]] between tabs"
+            )
+        prompt = Prompt(parts[0], tuple(parts[1].split(", ")), *parts[2:])
+        if prompt.side not in SIDES:
+            raise RequestError("prompts", f"{path} line {number}: {prompt.side!r} is not beside or over")
+        for unknown in {*prompt.things} - known | {prompt.colour, prompt.tint} - colours - {""}:
             raise RequestError("prompts", f"{path} line {number}: {unknown!r} is not a thing or colour of names.py")
         prompts.append(prompt)
     return tuple(prompts)

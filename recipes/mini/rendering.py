@@ -79,6 +79,8 @@ def render(scene: Scene, glyphs: Glyphs, size: int = 128) -> Image.Image:
 
 def _lay(picture: Image.Image, placed: Placed, bitmap: Image.Image) -> None:
     scale = placed.size * picture.width / max(bitmap.size)
+    if placed.tint is not None:
+        bitmap = tinted(bitmap, placed.tint)
     if placed.flip:
         bitmap = bitmap.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if placed.angle:
@@ -88,6 +90,22 @@ def _lay(picture: Image.Image, placed: Placed, bitmap: Image.Image) -> None:
     bitmap = bitmap.resize((width, height), Image.Resampling.HAMMING).convert("RGBA")
     corner = round(placed.x * picture.width - width / 2), round(placed.y * picture.height - height / 2)
     picture.paste(bitmap, corner, bitmap)
+
+
+BRIGHTNESS = np.array([0.30, 0.59, 0.11], np.float32)
+
+
+def tinted(bitmap: Image.Image, colour: Colour) -> Image.Image:
+    """A glyph (premultiplied) painted over: what is as bright as most of it has the colour, the rest is shaded."""
+    pixels = np.asarray(bitmap, np.float32)
+    alpha = pixels[..., 3:]
+    bright = pixels[..., :3] @ BRIGHTNESS / np.maximum(alpha[..., 0], 1)
+    usual = np.median(bright[alpha[..., 0] > 127])
+    amount = np.clip(bright - usual, -0.6, 0.6)[..., None]
+    rgb = np.asarray(colour.rgb, np.float32)
+    painted = rgb + np.abs(amount) * (np.where(amount > 0, 255.0, 0.0) - rgb)
+    whole = np.concatenate([painted * alpha / 255, alpha], 2)
+    return Image.frombytes("RGBa", bitmap.size, np.rint(whole).astype(np.uint8).tobytes())
 
 
 def shade(colour: Colour, amount: float) -> np.ndarray:

@@ -8,7 +8,7 @@ Lengths are fractions of the frame's side; x runs right, y runs down, both from 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from recipes.mini.names import COLOURS, Colour, Thing
@@ -18,7 +18,10 @@ DIRECTIONS = ("vertical", "horizontal", "diagonal")  # top to bottom, left to ri
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A thing in the frame: its centre, the longer side of its glyph before turning, degrees counter-clockwise."""
+    """A thing in the frame: its centre, the longer side of its glyph before turning, degrees counter-clockwise.
+
+    `tint` is the colour it is painted over with, None for its own.
+    """
 
     thing: Thing
     x: float
@@ -26,6 +29,7 @@ class Placed:
     size: float
     angle: float = 0.0
     flip: bool = False
+    tint: Colour | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,36 +54,40 @@ class Scene:
 class Distribution:
     """How scenes are drawn. Shares are relative weights; pairs are (least, most) of a uniform draw.
 
-    The defaults are those of the first stage: mostly one thing, near the centre, on a plain background.
+    What is not of middle size in the centre lies on quarters of the frame, so that a small thing looks the same alone
+    and beside another.
     """
 
-    counts: tuple[float, float, float] = (0.70, 0.25, 0.05)  # scenes of one, two, three things
+    counts: tuple[float, float, float] = (0.72, 0.23, 0.05)  # scenes of one, two, three things
     graded: float = 0.25  # the share of backgrounds that are not plain
     two_colours: float = 0.4  # of the graded ones, those between two named colours
     small: float = 0.2  # of single things; the rest after small and large is of middle size
-    large: float = 0.4
-    small_size: tuple[float, float] = (0.30, 0.45)
-    middle_size: tuple[float, float] = (0.48, 0.62)
-    large_size: tuple[float, float] = (0.65, 0.92)
-    placed: float = 0.5  # of small single things, those at a named place away from the centre
-    shift: float = 0.03  # how far a centre strays from its place, either way
-    turned: float = 0.4  # the share of things that are turned, by at most `turn` degrees
-    turn: float = 20.0
-    flipped: float = 0.25  # the share that is mirrored
+    large: float = 0.25
+    small_size: tuple[float, float] = (0.42, 0.48)
+    middle_size: tuple[float, float] = (0.60, 0.72)
+    large_size: tuple[float, float] = (0.80, 0.92)
+    placed: float = 0.7  # of small single things, those at a named place away from the centre
+    shift: float = 0.015  # how far a centre strays from its place, either way
+    turned: float = 0.25  # the share of things that are turned, by at most `turn` degrees
+    turn: float = 12.0
+    flipped: float = 0.0  # the share that is mirrored
+    tinted: float = 0.15  # the share that is painted over with a named colour
 
 
 FIRST_STAGE = Distribution()
 
 
+QUARTERS = (0.25, 0.5, 0.75)
+
 # Centres and the most a thing may measure there, for scenes of several things. Captions read the arrangement
 # back from the centres, so a slot's place is what the words say.
-SIDE_BY_SIDE = (((0.26, 0.5), (0.74, 0.5)), 0.46)
-ONE_ABOVE_THE_OTHER = (((0.5, 0.26), (0.5, 0.74)), 0.46)
-IN_A_ROW = (((0.18, 0.5), (0.5, 0.5), (0.82, 0.5)), 0.31)
-ONE_OVER_TWO = (((0.5, 0.26), (0.26, 0.74), (0.74, 0.74)), 0.44)
+SIDE_BY_SIDE = (((0.25, 0.5), (0.75, 0.5)), 0.48)
+ONE_ABOVE_THE_OTHER = (((0.5, 0.25), (0.5, 0.75)), 0.48)
+ONE_OVER_TWO = (((0.5, 0.25), (0.25, 0.75), (0.75, 0.75)), 0.48)
+TWO_OVER_ONE = (((0.25, 0.25), (0.75, 0.25), (0.5, 0.75)), 0.48)
 ARRANGEMENTS = {
-    2: ((SIDE_BY_SIDE, 0.8), (ONE_ABOVE_THE_OTHER, 0.2)),
-    3: ((IN_A_ROW, 0.5), (ONE_OVER_TWO, 0.5)),
+    2: ((SIDE_BY_SIDE, 0.7), (ONE_ABOVE_THE_OTHER, 0.3)),
+    3: ((ONE_OVER_TWO, 0.5), (TWO_OVER_ONE, 0.5)),
 }
 
 
@@ -92,16 +100,19 @@ def draw_scene(
     """One scene by lot; all its chance comes from `rng`. No thing occurs twice in it."""
     count = rng.choices((1, 2, 3), distribution.counts)[0]
     chosen = rng.sample(things, count)
+    background = _draw_background(rng, colours, distribution)
+    free = [colour for colour in colours if colour not in (background.start, background.end)]
+    tints = [rng.choice(free) if free and rng.random() < distribution.tinted else None for _ in chosen]
     if count == 1:
         placed = (_draw_single(rng, chosen[0], distribution),)
     else:
         arrangements, weights = zip(*ARRANGEMENTS[count])
         centres, most = rng.choices(arrangements, weights)[0]
         placed = tuple(
-            _draw_placed(rng, thing, centre, rng.uniform(0.85, 1.0) * most, distribution)
+            _draw_placed(rng, thing, centre, rng.uniform(0.9, 1.0) * most, distribution)
             for thing, centre in zip(chosen, centres)
         )
-    return Scene(placed, _draw_background(rng, colours, distribution))
+    return Scene(tuple(replace(each, tint=tint) for each, tint in zip(placed, tints)), background)
 
 
 def _draw_single(rng: Random, thing: Thing, distribution: Distribution) -> Placed:
@@ -111,9 +122,7 @@ def _draw_single(rng: Random, thing: Thing, distribution: Distribution) -> Place
     size = rng.uniform(*size_range)
     centre = (0.5, 0.5)
     if size_range == d.small_size and rng.random() < d.placed:
-        near = size / 2 + 0.03 + d.shift
-        places = [(x, y) for x in (near, 0.5, 1 - near) for y in (near, 0.5, 1 - near) if (x, y) != (0.5, 0.5)]
-        centre = rng.choice(places)
+        centre = rng.choice([(x, y) for x in QUARTERS for y in QUARTERS if (x, y) != (0.5, 0.5)])
     return _draw_placed(rng, thing, centre, size, d)
 
 
@@ -148,7 +157,6 @@ def size_word(scene: Scene, distribution: Distribution = FIRST_STAGE) -> str:
 
 def place_of(placed: Placed) -> str:
     """The ninth of the frame that the centre lies in: "top left", "left", "centre", "bottom right", ..."""
-    # Centres of things that were put aside lie at most 0.32 from an edge, those left in the middle past 0.45.
     column = ("left", "", "right")[(placed.x > 0.4) + (placed.x > 0.6)]
     row = ("top", "", "bottom")[(placed.y > 0.4) + (placed.y > 0.6)]
     return f"{row} {column}".strip() or "centre"

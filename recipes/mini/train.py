@@ -1,9 +1,10 @@
-"""Train the embedded model: python -m recipes.mini.train all|vae|text|layout|unet [--folder runs/mini] [--seconds N]
+"""Train the embedded model: python -m recipes.mini.train all|vae|text|unet [--folder runs/mini] [--seconds N]
 
-The stages, in order, are vae, text, layout (of the text tower too) and unet. Each can be stopped by Ctrl-C or a kill at
+The stages, in order, are vae, text and unet. Each can be stopped by Ctrl-C or a kill at
 any moment and goes on where its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
-With `--start MODEL`, vae and unet begin from the weights of a bundled file instead of from nothing, and unet reads
-prompts with that file's text tower: a run can be taken up where only its product was kept.
+With `--start FILE`, stages begin from the weights in a file of `recipes.mini.kept` (vae and unet also from those of a
+bundled file) instead of from nothing, and unet reads prompts with that file's text tower where none was trained in the
+folder: a run can be taken up where only its product was kept.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.denoiser import Denoiser
@@ -39,15 +40,16 @@ from gouache.training.denoising import Captioned, Denoising
 from gouache.training.loop import Progress, Result, train
 from gouache.training.objective import chance
 from gouache.training.settings import Settings, read
-from recipes.mini import layout_start, listening, start, whereabouts
+from recipes.mini import canvas_start, listening, start, text_start, whereabouts
+from recipes.mini.canvas import END, Canvas, Laid, Telling
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, Sample, sample
-from recipes.mini.layout import Laid, Layout, Spelling, Telling
+from recipes.mini.kept import averaged, part_of
 from recipes.mini.names import COLOURS, load_things
 from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import FIRST_STAGE, Distribution
 
 VAE = VaeSpec(channels=64, channel_mult=(1, 1, 1, 1))
-TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=512, projection=128)
+TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=768, projection=128)
 VISION = VisionSpec(width=128, layers=4, heads=2, mlp_width=512, image_size=64, patch_size=8, projection=128)
 # The norms have 32 groups: with 32 channels, each channel is a group of its own, and its mean, which is where a prompt
 # or a time says anything to a whole map, is taken away. From 64 on, differences within a group survive.
@@ -55,22 +57,11 @@ UNET = UNetSpec(channels=64, channel_mult=(1, 1, 1, 2), context_dim=128)
 PREDICTION = "v"
 SIZE = 128
 CROP = 64
-# Latent diffusion sees mostly one large thing, upright and in the middle: what a short training can learn.
-SCENES = Distribution(
-    counts=(0.88, 0.10, 0.02),
-    graded=0.15,
-    small=0.05,
-    large=0.75,
-    middle_size=(0.55, 0.65),
-    large_size=(0.72, 0.86),
-    shift=0.01,
-    turned=0.1,
-    turn=10.0,
-    flipped=0.0,
-)
 # What is left to tell scenes apart by when their colour is the same: batches of such teach the text tower its nouns.
-ALONE = Distribution(counts=(1.0, 0.0, 0.0), two_colours=0.0)
+ALONE = replace(FIRST_STAGE, counts=(1.0, 0.0, 0.0), two_colours=0.0)
+HAZE = 0.08  # the most noise that a decoder learns to see through, as a share of the latents' spread
 SHORT = 40  # tokens of the longest caption, its ends included: what follows is the end, again and again
+UNSAID = 0.03  # the share of pictures of which the text tower is told nothing
 NEUTRAL = 0  # a token that no caption holds
 
 
@@ -136,21 +127,25 @@ def new_vae(colours: start.Colours) -> Autoencoder:
     torch.manual_seed(1)
     vae = Autoencoder(VAE)
     start.prepare(vae, colours)
-    return vae.to(memory_format=torch.channels_last)
+    return vae
 
 
 def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
     colours = scenes.colours()
     vae = new_vae(colours)
     if begin is not None:
-        vae.load_state_dict(part_of(begin, "vae"))
+        put(vae, part_of(begin, "vae"), may_lack=("encoder.", "quant_conv."))
     objective = Reconstruction(vae, settings.seed, autocast=True, own_groups=tuple(start.groups(vae, encoder=False)))
 
     def batches(number: int) -> Pictures:
         whole, _ = scenes.batch(TRAINING_SEED, number * settings.batch, settings.batch)
         corners = torch.randint(0, (SIZE - CROP) // 8 + 1, (len(whole), 2), generator=chance(settings.seed, number)) * 8
         images = torch.stack([image[:, y : y + CROP, x : x + CROP] for image, (y, x) in zip(whole, corners.tolist())])
-        return Pictures(images, start.latents(images, colours))
+        latents = start.latents(images, colours)
+        # What a U-Net draws is never quite what an encoder says.
+        chances = chance(settings.seed, -1 - number)
+        haze = HAZE * torch.rand(len(latents), 1, 1, 1, generator=chances) / start.LATENT_SCALE
+        return Pictures(images, latents + haze * torch.randn(latents.shape, generator=chances))
 
     unseen, _ = scenes.batch(VALIDATION_SEED, 0, 32)
 
@@ -162,77 +157,62 @@ def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float, 
     return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
 
 
-def new_text(scenes: Scenes) -> ClipText:
-    """A text tower whose tokens are neutral (zero) where no caption of the recipe can hold them."""
+def new_text(scenes: Scenes, canvas: Canvas) -> ClipText:
+    """A text tower that starts with its nouns; its tokens are neutral (zero) where no caption can hold them."""
     torch.manual_seed(2)
     text = ClipText(TEXT)
-    captions = (sample(TRAINING_SEED, index, scenes.things).caption for index in range(50_000))
-    met = scenes.tokens(captions, SHORT).unique()
-    table = text.text_model.embeddings.token_embedding.weight
-    with torch.no_grad():
-        table.zero_()
-        table[met] = torch.randn(len(met), TEXT.width) * 0.1
-        positions = text.text_model.embeddings.position_embedding.weight
-        positions.mul_(0.1)
-        positions[SHORT:] = 0
+    split = scenes.tokenizer.encode
+    captions = (sample(TRAINING_SEED, index, scenes.things).caption for index in range(100_000))
+    met = scenes.tokens(captions, SHORT).unique().tolist()
+    words = {word: number for number, thing in enumerate(scenes.things) for word in thing.words}
+    # What captions of whatever thing hold: all words but the nouns.
+    few = scenes.things[:3]
+    common = {token for index in range(4000) for token in split(sample(TRAINING_SEED, index, few).caption)}
+    common -= {token for thing in few for word in thing.words for token in split(word)}
+    colours = scenes.colours()
+    table = text_start.look(
+        scenes.things, scenes.glyphs, lambda images: start.latents(images, colours) * start.LATENT_SCALE
+    )
+    text_start.prepare(text, canvas, table, words, split, common, met)
     return text
 
 
 def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
+    canvas = Canvas(TEXT.width)
+    text = new_text(scenes, canvas)
     if begin is not None:
-        raise RequestError("start", "the text stage cannot begin from a model file: its image tower is not in there")
-    text = new_text(scenes)
+        put(canvas, part_of(begin, "canvas"))
+        put(text, part_of(begin, "text"), may_lack=("text_projection.",))
     vision = ClipVision(VISION)
     with torch.no_grad():
         vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
     text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
-    objective = Telling(Contrast(text, vision), Layout(TEXT.width, SIZE // 8))
-    colours = scenes.colours()
-
-    def pairs(seed: int, number: int) -> Laid:
-        if number % 2:  # a caption's end is all that the contrast reads: no more tokens than it has
-            images, captions = scenes.drawn(scenes.alike(seed, number, settings.batch), VISION.image_size)
-            return Laid(images, scenes.strewn(scenes.tokens(captions, SHORT), chance(seed, number)))
-        images, captions = scenes.batch(seed, number * settings.batch, settings.batch, SIZE, SCENES)
-        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, number))
-        small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area")
-        return Laid(small, tokens, start.latents(images, colours) * start.LATENT_SCALE)
-
-    unseen = [pairs(VALIDATION_SEED, number) for number in range(8)]
-
-    @torch.no_grad()
-    def validate() -> Mapping[str, float]:
-        losses = [objective.losses(batch, 0) for batch in unseen]
-        told = {name: [each[name] for each in losses if name in each] for name in losses[0]}
-        return {name: float(torch.stack(values).mean()) for name, values in told.items()}
-
-    batches = lambda number: pairs(TRAINING_SEED, number)  # noqa: E731
-    return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
-
-
-def train_layout(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
-    """The text tower learns on, from what the text stage left, to tell layouts and nothing else."""
-    if begin is not None:
-        raise RequestError("start", "the layout stage cannot begin from a model file: it goes on from the text stage")
-    text, layout = ClipText(TEXT), Layout(TEXT.width, SIZE // 8)
-    text.load_state_dict(averaged(folder.parent / "text", "text"))
-    layout.load_state_dict(averaged(folder.parent / "text", "layout"))
-    text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
-    objective = Spelling(text, layout)
+    text_start.hold(text, canvas)
+    objective = Telling(Contrast(text, vision), canvas, autocast=True)
     colours = scenes.colours()
 
     def laid(seed: int, number: int) -> Laid:
-        images, captions = scenes.batch(seed, number * settings.batch, settings.batch, SIZE, SCENES)
-        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, number))
-        return Laid(images, tokens, start.latents(images, colours) * start.LATENT_SCALE)
+        chances = chance(seed, number)
+        if number % 4 == 1:
+            images, captions = scenes.drawn(scenes.alike(seed, number, settings.batch), SIZE)
+        else:
+            images, captions = scenes.batch(seed, number * settings.batch, settings.batch)
+            captions = ["" if torch.rand((), generator=chances) < UNSAID else caption for caption in captions]
+        # What follows the canvas says nothing to it: only now and then must it learn to be still.
+        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions if number % 4 == 0 else END), chances)
+        small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area") if number % 4 == 1 else None
+        return Laid(tokens, start.latents(images, colours) * start.LATENT_SCALE, small)
 
     unseen = [laid(VALIDATION_SEED, number) for number in range(8)]
 
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
-        return {"loss": float(torch.stack([objective.losses(batch, 0)["loss"] for batch in unseen]).mean())}
+        losses = [objective.losses(batch, 0) for batch in unseen]
+        told = {name: [each[name] for each in losses if name in each] for name in ("canvas", "place", "found")}
+        means = {name: float(torch.stack(values).mean()) for name, values in told.items()}
+        return {"loss": means["canvas"], **means}
 
-    batches = lambda number: laid(TRAINING_SEED, 100_000 + number)  # noqa: E731 - others than the text stage saw
+    batches = lambda number: laid(TRAINING_SEED, number)  # noqa: E731
     return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
 
 
@@ -243,42 +223,72 @@ def _keep_neutral(gradient: Tensor) -> Tensor:
 
 
 def trained_text(folder: Path, begin: ModelFile | None) -> ClipText:
-    """The text tower of a model file, or the average of a finished stage, frozen."""
-    text = ClipText(TEXT if begin is None else replace(TEXT, projection=None))
-    text.load_state_dict(averaged(folder, "text") if begin is None else part_of(begin, "text"))
+    """The text tower of a stage that ran, or else of the file to begin from; frozen."""
+    text = ClipText(replace(TEXT, projection=None))
+    weights = averaged(folder, "text")
+    if weights is None and begin is not None:
+        weights = part_of(begin, "text")
+    weights = weights or trained(folder, "text")
+    put(text, {name: value for name, value in weights.items() if name != "text_projection.weight"})
     return text.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def new_unet(unet: UNet, layout: Layout, captioned: Callable[[int], Captioned], schedule: Schedule, seed: int) -> None:
+def new_unet(unet: UNet, canvas: Canvas, captioned: Callable[[int], Captioned], schedule: Schedule, seed: int) -> None:
     """Set where the U-Net starts, from what the text tower says in some batches."""
-    batches = [captioned(number) for number in range(4)]
-    listening.prepare(unet, batches[0].said.context)
+    listening.prepare(unet, torch.cat([captioned(number).said.context for number in range(8)]))
     whereabouts.prepare(unet)
-    told = layout_start.said(layout, torch.cat([batch.said.context.mean(1) for batch in batches]))
-    with torch.enable_grad():
-        drawing = layout_start.fit(told)
-    layout_start.prepare(unet, told, drawing)
+    canvas_start.prepare(unet, canvas)
 
     def noised(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        batch, part, chances = batches[number // 8], slice(number % 8 * 62, number % 8 * 62 + 62), chance(seed, number)
-        latents, context = batch.latents[part], batch.said.context[part]
-        times = torch.randint(len(schedule.sigmas), (len(latents),), generator=chances)
+        batch, chances = captioned(number), chance(seed, number)
+        times = torch.randint(len(schedule.sigmas), (len(batch.latents),), generator=chances)
         asked: list[Tensor] = []
 
         def network(x: Tensor, time: Tensor) -> Tensor:
             asked.extend((x, time))
             return torch.zeros_like(x)
 
-        noise = torch.randn(latents.shape, generator=chances)
-        _, wanted = Denoiser(network, schedule, PREDICTION).loss_terms(latents, noise, schedule.sigma(times))
-        return asked[0], asked[1], context, wanted
+        noise = torch.randn(batch.latents.shape, generator=chances)
+        _, wanted = Denoiser(network, schedule, PREDICTION).loss_terms(batch.latents, noise, schedule.sigma(times))
+        return asked[0], asked[1], batch.said.context, wanted
 
-    layout_start.read_out(unet, noised, 8 * len(batches))
+    canvas_start.read_out(unet, noised, 64)
+
+
+class Pool:
+    """Captioned latents by number, in batches: some thousand are made at a time, and each of them comes `AGAIN` times.
+
+    Rendering a scene and reading its caption cost a third of what the U-Net learns from it, so a scene is met again
+    soon, under other noise. A batch is a function of its number alone: of its pool's scenes, in an order of their own.
+    """
+
+    SCENES = 8192
+    AGAIN = 3
+
+    def __init__(self, captioned: Callable[[int, int], Captioned], batch: int, seed: int) -> None:
+        self.captioned, self.batch, self.seed = captioned, batch, seed
+        self._number, self._held = -1, None
+
+    def __call__(self, number: int) -> Captioned:
+        a_pass = self.SCENES // self.batch
+        pool, within = divmod(number, self.AGAIN * a_pass)
+        if pool != self._number:
+            self._held = None  # the old one's memory goes before the new one's comes
+            self._held, self._number = self._made(pool), pool
+        again, index = divmod(within, a_pass)
+        order = torch.randperm(self.SCENES, generator=chance(self.seed, pool * self.AGAIN + again))
+        rows = order[index * self.batch : (index + 1) * self.batch]
+        latents, contexts = self._held
+        return Captioned(latents[rows], Conditioning(contexts[rows].float()))
+
+    def _made(self, pool: int) -> tuple[Tensor, Tensor]:
+        parts = [self.captioned(pool * self.SCENES + first, 64) for first in range(0, self.SCENES, 64)]
+        return torch.cat([part.latents for part in parts]), torch.cat([part.said.context.bfloat16() for part in parts])
 
 
 def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
-    text = trained_text(folder.parent / "layout", begin)
+    text = trained_text(folder.parent / "text", begin)
     colours = scenes.colours()
 
     @torch.no_grad()
@@ -286,27 +296,35 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
         return Conditioning(text(tokens).last)
 
     def captioned(seed: int, first: int, count: int) -> Captioned:
-        images, captions = scenes.batch(seed, first, count, distribution=SCENES)
+        images, captions = scenes.batch(seed, first, count)
         tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, first))
         return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(tokens))
 
     torch.manual_seed(3)
-    unet = UNet(UNET).to(memory_format=torch.channels_last)
+    unet = UNet(UNET)
     schedule = Schedule.scaled_linear()
+    pool = Pool(lambda first, count: captioned(TRAINING_SEED, first, count), settings.batch, settings.seed)
     if begin is not None:
-        unet.load_state_dict(part_of(begin, "unet"))
+        put(unet, part_of(begin, "unet"))
     elif state.newest(folder) is None:  # a run that goes on has its weights
-        layout = Layout(TEXT.width, SIZE // 8)
-        layout.load_state_dict(averaged(folder.parent / "layout", "layout"))
-        new_unet(unet, layout, lambda number: captioned(TRAINING_SEED, 500 * number, 500), schedule, settings.seed)
+        canvas = Canvas(TEXT.width)
+        put(canvas, trained(folder.parent / "text", "canvas"))
+        new_unet(unet, canvas, lambda number: captioned(TRAINING_SEED, 64 * number, 64), schedule, settings.seed)
+    canvas_start.hush(unet)
     objective = Denoising(
-        unet, schedule, PREDICTION, said(scenes.tokens([""], TEXT.positions)), settings.seed, weighting="velocity"
+        unet,
+        schedule,
+        PREDICTION,
+        said(scenes.tokens([""], TEXT.positions)),
+        settings.seed,
+        weighting="velocity",
+        autocast=True,
     )
 
     # Unseen scenes, each at eight fixed times under fixed noise.
-    unseen = captioned(VALIDATION_SEED, 0, 128)
+    unseen = captioned(VALIDATION_SEED, 0, 256)
     noise = torch.randn(unseen.latents.shape, generator=chance(settings.seed, -1))
-    times = (torch.arange(8) * 125 + 62).repeat(16)
+    times = (torch.arange(8) * 125 + 62).repeat(32)
     loud = torch.zeros(len(times), dtype=torch.bool)
 
     @torch.no_grad()
@@ -314,35 +332,24 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
         loss = objective.loss(unseen, times, noise, loud)
         return {"loss": float(loss.mean())}
 
-    return train(
-        objective,
-        lambda number: captioned(TRAINING_SEED, number * settings.batch, settings.batch),
-        settings,
-        folder,
-        on_log=_tell,
-        validate=validate,
-        seconds=seconds,
-    )
+    return train(objective, pool, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
 
 
-PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text": "cond_stage_model.transformer."}
-
-
-def part_of(file: ModelFile, network: str) -> dict[str, Tensor]:
-    """One network's weights out of a bundled model file, in float32."""
-    prefix = PREFIXES[network]
-    return {name.removeprefix(prefix): file.tensor(name).float() for name in file if name.startswith(prefix)}
-
-
-def averaged(folder: Path, network: str) -> dict[str, Tensor]:
+def trained(folder: Path, network: str) -> dict[str, Tensor]:
     """The weights of `network` in the newest checkpoint of a stage, averages where they were trained."""
-    found = state.newest(folder)
-    if found is None:
+    weights = averaged(folder, network)
+    if weights is None:
         raise RequestError("stage", f"{folder} holds no checkpoint yet; train that stage first")
-    weights = {**found.tensors["weights"], **found.tensors.get("ema", {})}
-    return {
-        name.removeprefix(f"{network}."): value for name, value in weights.items() if name.startswith(f"{network}.")
-    }
+    return weights
+
+
+def put(network: nn.Module, weights: Mapping[str, Tensor], may_lack: tuple[str, ...] = ()) -> None:
+    """Load weights; those whose names begin with what they `may_lack` can be missing, and stay."""
+    lacks = network.load_state_dict(weights, strict=False)
+    if lacks.unexpected_keys or [name for name in lacks.missing_keys if not name.startswith(may_lack)]:
+        raise RequestError(
+            "start", "is not of this recipe: its weights have other names than the networks that are trained here"
+        )
 
 
 def _tell(progress: Progress) -> None:
@@ -351,7 +358,7 @@ def _tell(progress: Progress) -> None:
     print(f"step {progress.step}/{progress.steps}  {losses}  {progress.seconds:.0f} s, {left:.0f} min left", flush=True)
 
 
-STAGES = {"vae": train_vae, "text": train_text, "layout": train_layout, "unet": train_unet}
+STAGES = {"vae": train_vae, "text": train_text, "unet": train_unet}
 
 
 def main(arguments: list[str] | None = None) -> int:

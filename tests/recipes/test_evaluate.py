@@ -6,18 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[2]))  # recipes/ stands beside the package, not in it
 
 from gouache.errors import RequestError
-from recipes.mini.classifier import Classifier, as_input, load_or_train, train
 from recipes.mini.contact_sheet import RIGHT, THUMB, Cell, contact_sheet
 from recipes.mini.evaluate import SEEDS, Verdict, background_of, figures, judge, picture_path
 from recipes.mini.names import COLOURS, load_things
 from recipes.mini.prompts import Prompt
-from recipes.mini.rendering import Glyphs
+from recipes.mini.rendering import Glyphs, render
+from recipes.mini.scenes import Background, Placed, Scene
 
 THINGS = load_things()
 PROMPTS = (
@@ -57,33 +56,39 @@ def test_figures_are_the_shares_that_a_count_by_hand_gives() -> None:
     assert shares["noun pairs: both right"] == 25
 
 
-class SeesRedAsCat(Classifier):
-    """Answers by the red channel alone: what `judge` does with answers can be told from the pictures."""
+def test_a_verdict_compares_what_is_seen_with_what_was_asked(tmp_path: Path, glyphs: Glyphs) -> None:
+    few = [thing for thing in THINGS if thing.name in ("cat", "dog", "pig", "apple")]
+    named, colours = {thing.name: thing for thing in few}, {colour.name: colour for colour in COLOURS}
+    prompts = (*PROMPTS, Prompt("a green apple", ("apple",), "white", "green"))
+    prompts += (Prompt("a pig over a dog", ("pig", "dog"), "blue", side="over"),)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        names = [thing.name for thing in THINGS]
-        logits = torch.zeros(len(pictures), len(names))
-        red = pictures[:, 0].mean((1, 2)) > 0
-        logits[:, names.index("cat")] = red * 2.0
-        logits[:, names.index("dog")] = 1.0
-        return logits
+    def scene(ground: str, *placed: Placed) -> Scene:
+        return Scene(placed, Background(colours[ground], colours[ground]))
 
-
-def test_a_verdict_compares_what_is_seen_with_what_was_asked(tmp_path: Path) -> None:
-    for number, colour in enumerate(((215, 35, 40), (215, 35, 40), (40, 90, 215))):
+    left, right, middle = (0.25, 0.5, 0.46), (0.75, 0.5, 0.46), (0.5, 0.5, 0.66)
+    painted = [
+        scene("red", Placed(named["cat"], *middle)),
+        scene("red", Placed(named["cat"], *middle)),
+        scene("blue", Placed(named["dog"], *left), Placed(named["cat"], *right)),
+        scene("white", Placed(named["apple"], *middle, tint=colours["green"])),
+        scene("blue", Placed(named["dog"], *left), Placed(named["pig"], *right)),
+    ]
+    for number, each in enumerate(painted):
         for seed in SEEDS:
-            Image.new("RGB", (128, 128), colour).save(picture_path(tmp_path, number, seed))
+            render(each, glyphs).save(picture_path(tmp_path, number, seed))
 
-    verdicts = judge(PROMPTS, tmp_path, SeesRedAsCat(len(THINGS)), THINGS)
+    verdicts = judge(prompts, tmp_path, few, glyphs)[:: len(SEEDS)]
 
-    assert [v.things for v in verdicts[:: len(SEEDS)]][:2] == [("cat",), ("cat",)]
-    assert [v.things_right for v in verdicts[:: len(SEEDS)]][:2] == [True, False]
+    assert [v.things for v in verdicts] == [("cat",), ("cat",), ("cat", "dog"), ("apple",), ("dog", "pig")]
+    assert [v.things_right for v in verdicts] == [True, False, True, True, True]
     assert all(v.colour_right for v in verdicts)
+    assert [v.paint for v in verdicts] == ["", "", "", "green", ""]
+    assert [v.sides_right for v in verdicts] == [None, None, None, None, False]
 
 
-def test_a_missing_picture_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+def test_a_missing_picture_is_an_error_and_not_left_out(tmp_path: Path, glyphs: Glyphs) -> None:
     with pytest.raises(RequestError, match=r"001-1\.png is missing"):
-        judge(PROMPTS, tmp_path, SeesRedAsCat(len(THINGS)), THINGS)
+        judge(PROMPTS, tmp_path, THINGS[:2], glyphs)
 
 
 def test_the_background_is_read_from_the_border_and_not_from_the_middle() -> None:
@@ -108,27 +113,3 @@ def test_the_sheet_shows_every_picture_and_fills_the_bars_of_right_ones() -> Non
     bars = counts[RIGHT]
     assert bars % 4 == 0
     assert 4 * THUMB < bars < 4 * THUMB * THUMB // 4
-
-
-def test_pictures_of_any_size_come_to_the_classifier_as_the_range_it_learned() -> None:
-    pictures = [Image.new("RGB", (128, 128), "white"), Image.new("RGB", (64, 64), "black")]
-
-    inputs = as_input(pictures)
-
-    assert inputs.shape == (2, 3, 64, 64)
-    assert inputs[0].min() == 1
-    assert inputs[1].max() == -1
-
-
-def test_a_kept_classifier_is_read_back_and_answers_alike(
-    tmp_path: Path, glyphs: Glyphs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    few, path = THINGS[:4], tmp_path / "classifier.safetensors"
-    monkeypatch.setattr("recipes.mini.classifier.train", lambda things, glyphs: train(things, glyphs, steps=2))
-    first = load_or_train(path, few, glyphs)
-    monkeypatch.delattr("recipes.mini.classifier.train")  # a second training would fail
-    pictures = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-
-    second = load_or_train(path, few, glyphs)
-
-    assert torch.equal(first(pictures), second(pictures))

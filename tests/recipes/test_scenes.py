@@ -20,7 +20,7 @@ from recipes.mini.captions import SIZE_WORDS
 from recipes.mini.dataset import TRAINING_SEED, dataset, sample
 from recipes.mini.evaluate import background_of
 from recipes.mini.names import COLOURS, load_things, nearest_colour
-from recipes.mini.prompts import noun_pairs, read_prompts
+from recipes.mini.prompts import MORE_PROMPTS_FILE, PROMPTS_FILE, noun_pairs, read_prompts
 from recipes.mini.rendering import STRIKE, Glyphs, find_font, render
 from recipes.mini.scenes import Background, Distribution, Placed, Scene, place_of, size_word
 
@@ -46,7 +46,7 @@ def split_things(text: str) -> tuple[Counter[str], str]:
     found: Counter[str] = Counter()
     ways = sorted(((word, thing.name) for thing in THINGS for word in thing.words), key=lambda way: -len(way[0]))
     for word, name in ways:
-        text, count = re.subn(rf"\b{word}\b", "#", text)
+        text, count = re.subn(rf"\b{re.escape(word)}\b", "#", text)
         if count:
             found[name] += count
     return found, text
@@ -58,13 +58,22 @@ def test_no_glyph_and_no_word_stands_for_two_things() -> None:
 
     assert max(glyph_counts.values()) == 1
     assert max(word_counts.values()) == 1
-    assert not {word for words in word_counts for word in words.split()} & set(COLOUR_OF_WORD)
+    assert not set(word_counts) & set(COLOUR_OF_WORD)
 
 
 def test_every_glyph_is_one_emoji_that_the_unicode_list_knows_by_a_word_of_ours() -> None:
     emoji = pytest.importorskip("emoji")
     # Names of ours that share no word with Unicode's own, or are one word where Unicode's are two.
-    ours = {"car", "burger", "donut", "snowman", "house", "gift", "hat", "clock", "ladybug", "soccer ball", "key"}
+    ours = set(
+        """car, burger, donut, snowman, house, gift, hat, clock, ladybug, soccer ball, key, honeydew, lettuce, pita,
+        paella, tin can, spilled drink, chimp, seashell, campsite, river valley, temple, village, torii gate, jeep,
+        highway,
+        siren, road barrier, yacht, propeller plane, cable car, gondola, thunderstorm, sunshower, whirlpool,
+        lightning bolt, water drop, frisbee, theatre masks, blouse, flip-flop, loudspeaker, bullhorn, compact disc,
+        clapperboard, notebook, sheet of paper, price tag, set square, open padlock, pickaxe, chain, plaster, mousetrap,
+        gravestone, starry-eyed face, explosion, puff of air""".replace("\n", " ").split(",")
+    )
+    ours = {" ".join(name.split()) for name in ours}
 
     for thing in THINGS:
         entry = emoji.EMOJI_DATA.get(thing.glyph) or emoji.EMOJI_DATA[thing.glyph + "\ufe0f"]
@@ -118,7 +127,7 @@ def test_a_caption_says_no_colour_size_or_side_that_the_scene_has_not(seed: int,
     drawn = sample(seed, index, THINGS)
     scene, said = drawn.scene, set(words_of(split_things(drawn.caption)[1]))
 
-    own = {placed.thing.colour for placed in scene.things}
+    own = {placed.tint.name if placed.tint else placed.thing.colour for placed in scene.things}
     ground = {scene.background.start.name, scene.background.end.name}
     assert {COLOUR_OF_WORD[word] for word in said & set(COLOUR_OF_WORD)} <= own | ground
     for size, ways in SIZE_WORDS.items():
@@ -173,10 +182,13 @@ def test_scenes_follow_the_distribution() -> None:
     assert close(sum(size_word(scene) == "small" for scene in singles) / len(singles), d.small, len(singles))
     assert close(sum(size_word(scene) == "large" for scene in singles) / len(singles), d.large, len(singles))
     assert close(sum(placed.angle != 0 for placed in things) / len(things), d.turned, len(things))
-    assert close(sum(placed.flip for placed in things) / len(things), d.flipped, len(things))
+    assert not any(placed.flip for placed in things)
+    assert close(sum(placed.tint is not None for placed in things) / len(things), d.tinted, len(things))
     each = Counter(placed.thing.name for placed in things)
     assert len(each) == len(THINGS)
-    assert max(each.values()) < 1.35 * min(each.values())
+    # Of Poisson counts around 30, none of 871 strays further.
+    usual = len(things) / len(THINGS)
+    assert all(abs(count - usual) < 5.5 * usual**0.5 for count in each.values())
 
 
 def test_things_of_a_scene_differ_and_their_centres_lie_apart() -> None:
@@ -256,15 +268,29 @@ def test_there_are_sixty_prompts_ten_for_two_things_and_five_noun_pairs() -> Non
 
 
 def test_a_prompt_says_the_things_and_the_colour_that_it_expects() -> None:
-    for prompt in read_prompts():
+    for prompt in (*read_prompts(), *read_prompts(MORE_PROMPTS_FILE)):
+        if prompt.tint:
+            assert prompt.tint in words_of(prompt.text), prompt
         assert split_things(prompt.text.lower())[0] == Counter(prompt.things), prompt
         assert prompt.colour in words_of(prompt.text), prompt
 
 
-def test_no_prompt_is_a_caption_of_the_first_twenty_thousand_training_samples() -> None:
+def test_hardly_a_prompt_is_a_caption_of_the_first_twenty_thousand_training_samples() -> None:
     texts = {sample(TRAINING_SEED, index, THINGS).caption for index in range(20_000)}
 
-    assert not texts & {prompt.text for prompt in read_prompts()}
+    for path in (PROMPTS_FILE, MORE_PROMPTS_FILE):
+        prompts = {prompt.text for prompt in read_prompts(path)}
+        assert len(texts & prompts) <= len(prompts) // 50
+
+
+def test_two_hundred_more_prompts_ask_for_paint_and_sides() -> None:
+    prompts = read_prompts(MORE_PROMPTS_FILE)
+
+    assert len({prompt.text for prompt in prompts}) == 200
+    assert sum(prompt.tint != "" for prompt in prompts) == 40
+    assert sum(len(prompt.things) == 2 for prompt in prompts) == 40
+    assert Counter(prompt.side for prompt in prompts if len(prompt.things) == 2) == {"beside": 20, "over": 12, "": 8}
+    assert all(len(prompt.things) == 2 for prompt in prompts if prompt.side)
 
 
 def test_paraphrases_hold_words_that_no_training_caption_has() -> None:

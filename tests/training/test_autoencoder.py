@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from gouache.training.autoencoder import Pictures, edge_difference, psnr, pyramid
+from gouache.training.autoencoder import Pictures, edge_difference, psnr, pyramid, similarity
 from gouache.training.objective import chance
 
 from .toys import pictures, small_autoencoder
@@ -69,7 +70,25 @@ def test_the_loss_is_its_parts_and_the_weighted_divergence():
     back = objective.vae.decode(moments.mean + (moments.logvar / 2).exp() * noise)
     assert_close(losses["scales"], pyramid(back, batch.images))
     assert_close(losses["kl"], moments.kl().mean())
-    assert_close(losses["loss"], losses["scales"] + losses["edges"] + 1e-6 * losses["kl"])
+    assert_close(losses["structure"], 1 - similarity(back, batch.images).mean())
+    assert_close(losses["loss"], losses["scales"] + losses["edges"] + 0.1 * losses["structure"] + 1e-6 * losses["kl"])
+
+
+def test_similarity_is_that_of_wang_et_al_window_by_window():
+    a, b = picture(3, size=12), picture(4, size=12)
+    b = 0.7 * a + 0.3 * b
+
+    found = similarity(a, b)
+
+    assert found.shape == (2, 3, 6, 6)
+    x, y = (image[1, 2, 3:10, 4:11].double().numpy().ravel() for image in (a, b))
+    calm_means, calm_spreads = 0.02**2, 0.06**2
+    (xx, xy), (_, yy) = np.cov(x, y)
+    bright = (2 * x.mean() * y.mean() + calm_means) / (x.mean() ** 2 + y.mean() ** 2 + calm_means)
+    assert float(found[1, 2, 3, 4]) == pytest.approx(
+        bright * (2 * xy + calm_spreads) / (xx + yy + calm_spreads), abs=1e-5
+    )
+    assert_close(similarity(a, a), torch.ones_like(found))
 
 
 def test_given_latents_only_the_decoder_gets_gradients():

@@ -22,7 +22,9 @@ OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".a
 
 
 def paint(
-    prompt: Annotated[str, Argument(help="What to paint, in A1111's prompt language.", show_default=False)],
+    prompt: Annotated[
+        str | None, Argument(help="What to paint, in A1111's prompt language.", show_default=False)
+    ] = None,
     negative: Annotated[str, Option("--negative", "-n", help="What to keep out of the picture.")] = "",
     model: Annotated[
         str, Option("--model", "-m", help="A model file, a folder, or a name; see `gouache doctor`.")
@@ -70,11 +72,16 @@ def paint(
     dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="the fastest measured")] = None,
     prediction: Annotated[str | None, Option(help="eps or v, where the file does not tell.")] = None,
     family: Annotated[str | None, Option(help="sd1, sd2, sdxl, where the file does not tell.")] = None,
+    examples: Annotated[bool, Option("--examples", help="Instead of PROMPT: sixteen examples, on one sheet.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object a picture.")] = False,
 ) -> None:
     """Paint pictures of PROMPT."""
     from gouache.generate.request import Request
 
+    if (prompt is None) is not examples:
+        found = "is missing" if prompt is None else "cannot be given with --examples, which has its own"
+        raise RequestError("prompt", f'{found}; as in: gouache paint "a red apple", or gouache paint --examples')
+    prompt = prompt or ""
     knobs = dict(  # noqa: C408
         prompt=prompt, negative=negative, sampler=sampler, schedule=schedule, steps=steps, cfg=cfg, seed=seed,
         size=size, count=count, batch=batch, clip_skip=clip_skip, emphasis=emphasis, init=init, strength=strength,
@@ -85,6 +92,8 @@ def paint(
     request = Request.from_json(knobs).settled()
     if output is not None and output.suffix.lower() in OTHER_PICTURES:
         raise RequestError("output", f"{output} does not end in .png, the one format that keeps the whole recipe")
+    if examples and output is not None and output.suffix:
+        raise RequestError("output", f"{output} is a file's name; --examples writes a folder of pictures")
     from gouache.diffusion.samplers import catalog
 
     catalog.find(request.sampler, request.schedule)  # a misspelt name is refused before gigabytes are read
@@ -104,6 +113,9 @@ def paint(
         settings=settings,
         on_note=_note,
     )
+    if examples:
+        _examples(loaded, request, target if output is not None else target / "examples", as_json)
+        return
     _notes(loaded, request)
     _paint(loaded, request, target, as_file=output is not None and output.suffix.lower() == ".png", as_json=as_json)
 
@@ -127,6 +139,16 @@ def _paint(model: Model, request: Request, target: Path, *, as_file: bool, as_js
             sys.exit(130)
     if model.upcast:
         print(f"note: NaN in {model.dtype}; computed in float32 instead: {', '.join(model.upcast)}", file=sys.stderr)
+
+
+def _examples(model: Model, request: Request, folder: Path, as_json: bool) -> None:
+    from gouache.cli.examples import PROMPTS, paint_examples
+    from gouache.cli.progress import Steps
+
+    with Steps(len(PROMPTS), 1) as steps:
+        paths = paint_examples(model, request, folder, steps.on_step)
+    for path in paths if as_json else paths[-1:]:
+        print(json.dumps({"path": str(path)}) if as_json else path)
 
 
 def _path(target: Path, seed: int, index: int, count: int, as_file: bool) -> Path:

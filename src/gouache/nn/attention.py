@@ -19,9 +19,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B heads N d
     if _blocks_pay(q, k) and not causal:
         out = _in_blocks(q, k, v)
+    elif _products_pay(q, k) and not causal:
+        out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # B N heads*d
+
+
+def _products_pay(q: Tensor, k: Tensor) -> bool:
+    """While gradients are kept, plain products of few cells beat torch's fused kernel in bfloat16 on a CPU.
+
+    Measured on Zen 5, one thread, 8 heads of 8 channels, 256 cells, forward and back: 1.7 times as fast.
+    """
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return on_cpu and torch.is_grad_enabled() and q.shape[2] <= 1024 and k.shape[2] <= 1024
 
 
 BLOCK = 2**19  # scores computed at once by a thread: a megabyte in bfloat16, which stays in its cache

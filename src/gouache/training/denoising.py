@@ -34,6 +34,8 @@ class Denoising:
     "min-snr" counts them min(SNR, gamma) times (Hang et al. 2023), which says almost nothing of the noisiest levels;
     "velocity" counts them min(SNR + 1, gamma + 1) times, the weight that v-prediction has by nature (and Karras et
     al. 2022 choose), so that a small model learns what is where from its first steps.
+
+    `autocast` computes in bfloat16 where that is faster.
     """
 
     unet: UNet
@@ -44,6 +46,7 @@ class Denoising:
     dropout: float = 0.1
     gamma: float = 5.0
     weighting: Weighting = "min-snr"
+    autocast: bool = False
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -70,7 +73,8 @@ class Denoising:
         context = torch.where(silent.to(heard.device)[:, None, None], self.unsaid.context.to(heard), heard)
 
         def network(x: Tensor, time: Tensor) -> Tensor:
-            return self.unet(x, time, context)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=self.autocast):
+                return self.unet(x, time, context).to(x.dtype)
 
         said, target = Denoiser(network, self.schedule, self.prediction).loss_terms(batch.latents, noise, sigma)
         error = (said - target).pow(2).flatten(1).mean(1)

@@ -1,0 +1,52 @@
+"""`gouache paint --examples`: sixteen pictures that can be painted again, and a sheet that shows them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gouache.cli.examples import PROMPTS, side_by_side
+from gouache.generate.picture import read_recipe
+from tests.cli.conftest import Command
+
+
+def test_each_example_has_its_own_recipe_and_the_sheet_shows_them_row_by_row(gouache: Command, tmp_path: Path):
+    ended = gouache("paint", "--examples", "-o", "shown", "--steps", 1)
+
+    assert (ended.code, ended.out, ended.err) == (0, "shown/sheet.png\n", "")
+    folder = tmp_path / "shown"
+    prompts = [read_recipe(folder / f"{number:02d}.png")[0]["request"]["prompt"] for number in range(1, 17)]
+    assert tuple(prompts) == PROMPTS
+    sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB"))
+    sixth = np.asarray(Image.open(folder / "06.png").convert("RGB"))
+    assert sheet.shape == (4 * 128 + 3 * 4, 4 * 128 + 3 * 4, 3)
+    assert (sheet[132:260, 132:260] == sixth).all()
+
+
+def test_a_last_row_may_be_short():
+    images = [Image.new("RGB", (10, 8), (n, 0, 0)) for n in range(5)]
+
+    sheet = side_by_side(images)
+
+    assert sheet.size == (4 * 10 + 3 * 4, 2 * 8 + 4)
+    assert sheet.getpixel((5, 15)) == (4, 0, 0)
+    assert sheet.getpixel((25, 15)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("paint",), "prompt: is missing"),
+        (("paint", "a cat", "--examples"), "prompt: cannot be given with --examples"),
+        (("paint", "--examples", "-o", "a.png"), "a.png is a file's name"),
+    ],
+)
+def test_what_cannot_be_meant_is_said_in_one_line(gouache: Command, arguments: tuple[str, ...], said: str):
+    ended = gouache(*arguments)
+
+    assert ended.code == 2
+    assert said in ended.err
+    assert len(ended.err.strip().splitlines()) == 1

@@ -1,0 +1,56 @@
+"""What is kept of a run: small, and near enough to go on from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from gouache.errors import RequestError
+from gouache.files.open import open_model
+from gouache.files.write import write_safetensors
+from gouache.nn.spec import UNetSpec
+from gouache.nn.unet import UNet
+from recipes.mini.kept import TABLE, packed, part_of
+from recipes.mini.train import put
+
+
+def test_a_unet_comes_back_within_what_eight_bits_tell(tmp_path: Path):
+    torch.manual_seed(0)
+    unet = UNet(UNetSpec(channels=32, channel_mult=(1, 2), attention_depth=(1, 0), context_dim=16))
+    path = tmp_path / "kept.safetensors"
+    write_safetensors(path, packed("unet", unet.state_dict()), {})
+
+    back = part_of(open_model(path), "unet")
+
+    assert path.stat().st_size < 1.3 * sum(value.numel() for value in unet.state_dict().values())
+    put(UNet(unet.spec), back)
+    for name, value in unet.state_dict().items():
+        # Three bits behind the point, and nothing finer than the least number that is not nothing.
+        assert_close(back[name], value, rtol=2**-4, atol=float(value.abs().max()) * 2**-16)
+
+
+def test_of_a_token_table_only_the_vectors_that_say_something_are_kept(tmp_path: Path):
+    table = torch.zeros(49408, 8)
+    table[[3, 700, 49407]] = torch.randn(3, 8).half().float()
+    path = tmp_path / "kept.safetensors"
+    write_safetensors(path, packed("text", {TABLE: table, "text_projection.weight": torch.ones(8, 8)}), {})
+
+    back = part_of(open_model(path), "text")
+
+    assert path.stat().st_size < 1000
+    assert set(back) == {TABLE}
+    assert torch.equal(back[TABLE], table)
+
+
+def test_weights_of_other_names_are_refused():
+    layer = nn.Linear(2, 2)
+    put(layer, {"weight": torch.ones(2, 2)}, may_lack=("bias",))
+
+    assert torch.equal(layer.weight, torch.ones(2, 2))
+    for wrong in ({"weight": torch.ones(2, 2)}, {**layer.state_dict(), "scale": torch.ones(1)}):
+        with pytest.raises(RequestError, match="not of this recipe"):
+            put(layer, wrong)
