@@ -2,7 +2,7 @@
 
 A caption may leave out the background, the size, the place or the thing's own colour. A colour word before the
 noun is the thing's; the background's colour always stands beside the word "background", "gradient" or "backdrop",
-or after "on".
+after "on", "against" or "in front of", or beside "behind".
 """
 
 from __future__ import annotations
@@ -116,7 +116,14 @@ def _with_background(opening: str, subject: str, background: Background, rng: Ra
         f"{article} {ground} and {subject}",
     ]
     if not background.direction:
-        ways.append(f"{opening}{subject} on {_word(background.start, rng)}")
+        word = _word(background.start, rng)
+        ways += [
+            f"{opening}{subject} on {word}",
+            f"{opening}{subject} against {word}",
+            f"{opening}{subject} in front of {word}",
+            f"{opening}{subject} with {word} behind it",
+            f"{word} behind {subject}",
+        ]
     return rng.choice(ways)
 
 

@@ -170,30 +170,29 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def figures(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Shares in percent: subjects right, backgrounds right, and noun pairs whose subjects differ."""
+    """Shares in percent of what the prompts ask: subjects, sides, colours, backgrounds, and noun pairs that differ."""
     by_prompt = {(verdict.prompt, verdict.seed): verdict for verdict in verdicts}
     pairs = [(by_prompt[i, seed], by_prompt[j, seed]) for i, j in noun_pairs(prompts) for seed in SEEDS]
     one = [verdict for verdict in verdicts if len(prompts[verdict.prompt].things) == 1]
     several = [verdict for verdict in verdicts if len(prompts[verdict.prompt].things) > 1]
     tinted = [verdict for verdict in verdicts if prompts[verdict.prompt].tint]
     sided = [verdict for verdict in verdicts if verdict.sides_right is not None]
-    return {
-        "subject right": percent([verdict.things_right for verdict in verdicts]),
-        "subject right, prompts for one thing": percent([verdict.things_right for verdict in one]),
-        "subject right, prompts for two things": percent([verdict.things_right for verdict in several]),
-        "two things on the right sides": percent([bool(verdict.sides_right) for verdict in sided]),
-        "recoloured thing right": percent([v.things_right for v in tinted]),
-        "recoloured thing right, in its colour": percent(
-            [v.things_right and v.paint == prompts[v.prompt].tint for v in tinted]
-        ),
-        "background right": percent([verdict.colour_right for verdict in verdicts]),
-        "noun pairs: subjects differ": percent([a.things != b.things for a, b in pairs]),
-        "noun pairs: both right": percent([a.things_right and b.things_right for a, b in pairs]),
+    answers = {
+        "subject right": [verdict.things_right for verdict in verdicts],
+        "subject right, prompts for one thing": [verdict.things_right for verdict in one],
+        "subject right, prompts for two things": [verdict.things_right for verdict in several],
+        "two things on the right sides": [bool(verdict.sides_right) for verdict in sided],
+        "recoloured thing right": [v.things_right for v in tinted],
+        "recoloured thing right, in its colour": [v.things_right and v.paint == prompts[v.prompt].tint for v in tinted],
+        "background right": [verdict.colour_right for verdict in verdicts],
+        "noun pairs: subjects differ": [a.things != b.things for a, b in pairs],
+        "noun pairs: both right": [a.things_right and b.things_right for a, b in pairs],
     }
+    return {name: percent(each) for name, each in answers.items() if each}  # what no prompt asks is not said
 
 
 def percent(answers: Sequence[bool]) -> float:
-    return round(100 * sum(answers) / len(answers), 1) if answers else 0.0
+    return round(100 * sum(answers) / len(answers), 1)
 
 
 def report_markdown(
@@ -244,7 +243,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     first = len(read_prompts())
     if arguments.prompts[0] == PROMPTS_FILE and len(prompts) > first:
         of_first = figures(prompts[:first], verdicts[: first * len(SEEDS)])
-        shares |= {f"{name}, of the first {first} prompts": share for name, share in of_first.items() if share}
+        shares |= {f"{name}, of the first {first} prompts": share for name, share in of_first.items()}
     shares |= variety(prompts, folder, things, glyphs) | accuracies
 
     title = f"{arguments.title}: {len(prompts)} prompts, seeds {', '.join(map(str, SEEDS))}, none left out"
