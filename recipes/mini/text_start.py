@@ -103,7 +103,7 @@ def prepare(
     loud = parts.std() / CODED
     # What a patch shows is linear in the code.
     usual, parts = parts.mean(0) / loud, (parts - parts.mean(0)) / loud
-    maps = torch.linalg.lstsq(coded, parts.flatten(1)).solution.unflatten(1, (PATCHES, SHOWN))
+    maps = (torch.linalg.pinv(coded, rtol=1e-4) @ parts.flatten(1)).unflatten(1, (PATCHES, SHOWN))
 
     _embed(text, _shares(coded, words, tokens, common), table, tokens, met, (code, ground, other), chances)
     positions = text.text_model.embeddings.position_embedding.weight
