@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gouache.errors import GouacheError
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.files.write import write_safetensors
 from recipes.mini import train
+from recipes.mini.command import ended, tell_written
 from recipes.mini.kept import PREFIXES, averaged, part_of
 
 
@@ -82,14 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--rest", type=Path, help="a bundled model file to take stages from that did not run")
     options = parser.parse_args(arguments)
-    try:
+
+    def make() -> None:
         rest = open_model(options.rest) if options.rest is not None else None
-        digest = bundle(options.folder, options.out, rest)
-    except GouacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
-    return 0
+        tell_written(options.out, bundle(options.folder, options.out, rest))
+
+    return ended(make)
 
 
 if __name__ == "__main__":

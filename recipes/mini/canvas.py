@@ -93,7 +93,7 @@ class Telling:
         return by_decay(self.networks)
 
     def losses(self, batch: Laid, step: int) -> Mapping[str, Tensor]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.autocast):
             said = self.text(batch.tokens)
         states = said.last.float()
         losses = {"canvas": F.mse_loss(self.canvas(states), batch.latents), "place": self.canvas.misplaced(states)}

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gouache.errors import FileError, GouacheError
+from gouache.errors import FileError
 from gouache.files.write import write_atomic
+from recipes.mini.command import ended
 
 STAGES = {
     "vae": ("autoencoder: dB on unseen scenes", -1.0),
@@ -74,19 +75,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)
-    try:
-        logs = {stage: validated(options.folder / stage) for stage in STAGES}
-    except GouacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return ended(lambda: draw(options.folder, options.out))
+
+
+def draw(folder: Path, out: Path) -> None:
+    logs = {stage: validated(folder / stage) for stage in STAGES}
     lines = [json.dumps({"stage": stage, **line}) for stage, log in logs.items() for line in log]
-    write_atomic(options.out.with_suffix(".jsonl"), ("\n".join(lines) + "\n").encode())
+    write_atomic(out.with_suffix(".jsonl"), ("\n".join(lines) + "\n").encode())
     drawn = [
         (title, [(int(line["step"]), sign * line["validation loss"]) for line in logs[stage]])
         for stage, (title, sign) in STAGES.items()
     ]
-    write_atomic(options.out.with_suffix(".svg"), charts(drawn).encode())
-    return 0
+    write_atomic(out.with_suffix(".svg"), charts(drawn).encode())
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from gouache.errors import GouacheError, RequestError, TrainingError
+from gouache.errors import RequestError, TrainingError
+from recipes.mini.command import ended
 from recipes.mini.contact_sheet import Cell, contact_sheet
 from recipes.mini.dataset import JUDGE_SEED, TRAINING_SEED, sample
-from recipes.mini.looks import ALIKE, SMALL, distances, ground_of, paint_of, thumbs
+from recipes.mini.looks import ALIKE, distances, ground_of, paint_of, thumbs
 from recipes.mini.matching import Found, Matcher
 from recipes.mini.names import COLOURS, Colour, Thing, load_things, nearest_colour
 from recipes.mini.prompts import MORE_PROMPTS_FILE, PROMPTS_FILE, Prompt, noun_pairs, read_prompts
@@ -34,7 +35,8 @@ from recipes.mini.scenes import FIRST_STAGE
 
 SEEDS = (1, 2, 3, 4)  # one after the other, so that a batch paints them
 STEPS = 20
-LEAST_ACCURACY = 0.93  # of two things; of one 0.97 and more
+LEAST_ACCURACY = 0.97  # of every judge
+LEAST_OF_TWO = 0.95  # of that of two things, who must be right twice
 RENDERINGS = 20_000  # of training, that painted pictures are compared with
 RUNS = Path("runs/mini")
 
@@ -110,7 +112,9 @@ def on_their_sides(seen: Sequence[Found], things: Sequence[Thing], names: Sequen
 def variety(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:
     """Shares in percent: of prompts whose pictures all differ; of pictures that copy a rendering out of training."""
     differ, copies = [], []
-    known = thumbs([render(sample(TRAINING_SEED, index, things).scene, glyphs, SMALL) for index in range(RENDERINGS)])
+    # Drawn as large as for training, and then made small as the pictures are: drawn small, a scene looks otherwise.
+    scenes = (sample(TRAINING_SEED, index, things).scene for index in range(RENDERINGS))
+    known = torch.cat([thumbs([render(scene, glyphs)]) for scene in scenes])
     for number in range(len(prompts)):
         painted = thumbs([open_picture(picture_path(folder, number, seed)) for seed in SEEDS])
         apart = distances(painted, painted) + torch.eye(len(painted))
@@ -211,7 +215,7 @@ def report_markdown(
 
 
 def measure_judges(things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:
-    """How often each judge is right on unseen renderings, in percent; TrainingError below `LEAST_ACCURACY`."""
+    """How often each judge is right on unseen renderings, in percent; TrainingError below the least."""
     accuracies = {
         "judge of one thing": things_accuracy(things, glyphs, 1, None, 200),
         "judge of one thing, green": things_accuracy(things, glyphs, 1, COLOURS[3], 100),
@@ -221,9 +225,10 @@ def measure_judges(things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:
     }
     for name, accuracy in accuracies.items():
         print(f"{name}: right on {accuracy:.1%} of unseen renderings", flush=True)
-        if accuracy < LEAST_ACCURACY:
+        least = LEAST_OF_TWO if "two" in name else LEAST_ACCURACY
+        if accuracy < least:
             raise TrainingError(
-                f"the {name} is right on {accuracy:.1%} of unseen renderings, not on the {LEAST_ACCURACY:.0%}"
+                f"the {name} is right on {accuracy:.1%} of unseen renderings, not on the {least:.0%}"
                 " that its verdicts need"
             )
     return {f"{name}, on unseen renderings": round(100 * accuracy, 1) for name, accuracy in accuracies.items()}
@@ -275,12 +280,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RUNS / "evaluation", help="folder for sheet, table and figures")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, where it is in no usual font folder")
     parser.add_argument("--title", default="mini")
-    try:
-        evaluate(parser.parse_args())
-    except GouacheError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    arguments = parser.parse_args()
+    return ended(lambda: evaluate(arguments))
 
 
 if __name__ == "__main__":

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gouache.errors import GouacheError
+from gouache.errors import RequestError
 from gouache.files.record import ModelFile
 from gouache.files.write import write_safetensors
 from gouache.training import state
+from recipes.mini.command import ended, tell_written
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -86,16 +87,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)
-    try:
+
+    def keep() -> None:
         tensors: dict[str, Tensor] = {}
         for network, stage in STAGES.items():
             tensors |= packed(network, averaged(options.folder / stage, network) or {})
-        digest = write_safetensors(options.out, tensors, {"format": "pt", "note": "kept for recipes.mini.train"})
-    except GouacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.1f} MB, sha256 {digest}")
-    return 0
+        if not tensors:
+            raise RequestError("folder", f"{options.folder} holds no checkpoint of any stage")
+        text = {"format": "pt", "note": "kept for recipes.mini.train"}
+        tell_written(options.out, write_safetensors(options.out, tensors, text))
+
+    return ended(keep)
 
 
 if __name__ == "__main__":

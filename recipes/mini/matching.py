@@ -73,17 +73,12 @@ class Matcher:
     @staticmethod
     def _laid(bitmap: Image.Image, x: float, y: float, size: float, side: int, turn: float = 0.0) -> Tensor:
         """(4, side, side) in 0..1: colour times cover, and cover."""
-        scale = size * side / max(bitmap.size)
+        # Laid at its own size on a frame that large, and the frame made small: so a place need not be a whole pixel.
+        frame = round(max(bitmap.size) / size)
         if turn:
             bitmap = bitmap.rotate(turn, Image.Resampling.BILINEAR, expand=True)
-        wide, high = (max(1, length * scale) for length in bitmap.size)
-        # One step that scales and places to a fraction of a pixel.
-        box = (-(x * side - wide / 2) / scale, -(y * side - high / 2) / scale)
-        canvas = Image.new("RGBa", bitmap.size)
-        canvas.paste(bitmap)
-        margin = int(max(bitmap.size) / size)
-        whole = Image.new("RGBa", (margin, margin))
-        whole.paste(canvas, (round(-box[0]), round(-box[1])))
+        whole = Image.new("RGBa", (frame, frame))
+        whole.paste(bitmap, (round(x * frame - bitmap.width / 2), round(y * frame - bitmap.height / 2)))
         small = whole.resize((side, side), Image.Resampling.BOX)
         return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255
 

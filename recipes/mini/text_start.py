@@ -11,7 +11,7 @@ late, noun by noun. This one begins with it:
 
 So a caption of one thing of middle size lies on the canvas at once, and the tower learns the rest: sizes, places, two
 things, other colours, words of no meaning. All of it goes along directions at right angles, beside one that is the same
-in all tokens and so large that the norms' divisors stand nearly still. What stands here is free to change.
+in all tokens and so large that the norms' divisors stand nearly still. What was built is held (`hold`).
 """
 
 from __future__ import annotations

@@ -12,11 +12,10 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.denoiser import Denoiser
 from gouache.diffusion.schedule import Schedule
-from gouache.errors import GouacheError, RequestError
+from gouache.errors import RequestError
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.nn.clip_text import ClipText
@@ -32,7 +31,6 @@ from gouache.nn.clip_vision import ClipVision
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec, VisionSpec
 from gouache.nn.unet import UNet
 from gouache.nn.vae import Autoencoder
-from gouache.prompts.tokenizer import Tokenizer
 from gouache.training import state
 from gouache.training.autoencoder import Pictures, Reconstruction, psnr
 from gouache.training.contrastive import Contrast
@@ -41,12 +39,12 @@ from gouache.training.loop import Progress, Result, train
 from gouache.training.objective import chance
 from gouache.training.settings import Settings, read
 from recipes.mini import canvas_start, listening, start, text_start, whereabouts
+from recipes.mini.batches import NEUTRAL, SIZE, Scenes
 from recipes.mini.canvas import END, Canvas, Laid, Telling
-from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, Sample, sample
+from recipes.mini.command import ended
+from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
 from recipes.mini.kept import averaged, part_of
-from recipes.mini.names import COLOURS, load_things
-from recipes.mini.rendering import Glyphs, render
-from recipes.mini.scenes import FIRST_STAGE, Distribution
+from recipes.mini.pool import Pool
 
 VAE = VaeSpec(channels=64, channel_mult=(1, 1, 1, 1))
 TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=768, projection=128)
@@ -55,72 +53,10 @@ VISION = VisionSpec(width=128, layers=4, heads=2, mlp_width=512, image_size=64, 
 # or a time says anything to a whole map, is taken away. From 64 on, differences within a group survive.
 UNET = UNetSpec(channels=64, channel_mult=(1, 1, 1, 2), context_dim=128)
 PREDICTION = "v"
-SIZE = 128
 CROP = 64
-# What is left to tell scenes apart by when their colour is the same: batches of such teach the text tower its nouns.
-ALONE = replace(FIRST_STAGE, counts=(1.0, 0.0, 0.0), two_colours=0.0)
 HAZE = 0.08  # the most noise that a decoder learns to see through, as a share of the latents' spread
 SHORT = 40  # tokens of the longest caption, its ends included: what follows is the end, again and again
 UNSAID = 0.03  # the share of pictures of which the text tower is told nothing
-NEUTRAL = 0  # a token that no caption holds
-
-
-class Scenes:
-    """The recipe's pictures and captions by number, as tensors."""
-
-    def __init__(self) -> None:
-        self.things = load_things()
-        self.glyphs = Glyphs()
-        self.tokenizer = Tokenizer()
-
-    def batch(
-        self, seed: int, first: int, count: int, size: int = SIZE, distribution: Distribution = FIRST_STAGE
-    ) -> tuple[Tensor, list[str]]:
-        """(images (count, 3, size, size) in [-1, 1], captions) of the samples from `first` on."""
-        samples = [sample(seed, index, self.things, distribution) for index in range(first, first + count)]
-        return self.drawn(samples, size)
-
-    def drawn(self, samples: Sequence[Sample], size: int) -> tuple[Tensor, list[str]]:
-        pixels = np.stack([np.asarray(render(each.scene, self.glyphs, size)) for each in samples])
-        return _as_images(pixels), [each.caption for each in samples]
-
-    def alike(self, seed: int, number: int, count: int) -> list[Sample]:
-        """`count` scenes that only their things tell apart: one thing each, all different, on one colour."""
-        order = torch.randperm(len(self.things), generator=chance(seed, number))[:count].tolist()
-        colour = (COLOURS[number // 2 % len(COLOURS)],)
-        return [
-            sample(seed, number * count + index, (self.things[thing],), ALONE, colour)
-            for index, thing in enumerate(order)
-        ]
-
-    def strewn(self, tokens: Tensor, chances: torch.Generator) -> Tensor:
-        """Half the captions (B, N) with words between theirs that nobody taught, which are neutral (zero vectors).
-
-        So a word that is not known moves the others along, and changes nothing else.
-        """
-        rows = []
-        for row in tokens.tolist():
-            if torch.rand((), generator=chances) < 0.5:
-                for _ in range(int(torch.randint(1, 7, (), generator=chances))):
-                    row.insert(int(torch.randint(1, row.index(self.tokenizer.end) + 1, (), generator=chances)), NEUTRAL)
-            rows.append([*row[: tokens.shape[1] - 1], self.tokenizer.end])
-        return torch.tensor(rows)
-
-    def tokens(self, captions: Iterable[str], length: int) -> Tensor:
-        """(B, length) int64: begin, words, end, and the end again as padding."""
-        rows = []
-        for caption in captions:
-            words = self.tokenizer.encode(caption)[: length - 2]
-            row = [self.tokenizer.begin, *words, self.tokenizer.end]
-            rows.append(row + [self.tokenizer.end] * (length - len(row)))
-        return torch.tensor(rows)
-
-    def colours(self) -> start.Colours:
-        return start.measure(self.batch(TRAINING_SEED, 0, 2000)[0])
-
-
-def _as_images(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def new_vae(colours: start.Colours) -> Autoencoder:
@@ -256,37 +192,6 @@ def new_unet(unet: UNet, canvas: Canvas, captioned: Callable[[int], Captioned], 
     canvas_start.read_out(unet, noised, 64)
 
 
-class Pool:
-    """Captioned latents by number, in batches: some thousand are made at a time, and each of them comes `AGAIN` times.
-
-    Rendering a scene and reading its caption cost a third of what the U-Net learns from it, so a scene is met again
-    soon, under other noise. A batch is a function of its number alone: of its pool's scenes, in an order of their own.
-    """
-
-    SCENES = 8192
-    AGAIN = 3
-
-    def __init__(self, captioned: Callable[[int, int], Captioned], batch: int, seed: int) -> None:
-        self.captioned, self.batch, self.seed = captioned, batch, seed
-        self._number, self._held = -1, None
-
-    def __call__(self, number: int) -> Captioned:
-        a_pass = self.SCENES // self.batch
-        pool, within = divmod(number, self.AGAIN * a_pass)
-        if pool != self._number:
-            self._held = None  # the old one's memory goes before the new one's comes
-            self._held, self._number = self._made(pool), pool
-        again, index = divmod(within, a_pass)
-        order = torch.randperm(self.SCENES, generator=chance(self.seed, pool * self.AGAIN + again))
-        rows = order[index * self.batch : (index + 1) * self.batch]
-        latents, contexts = self._held
-        return Captioned(latents[rows], Conditioning(contexts[rows].float()))
-
-    def _made(self, pool: int) -> tuple[Tensor, Tensor]:
-        parts = [self.captioned(pool * self.SCENES + first, 64) for first in range(0, self.SCENES, 64)]
-        return torch.cat([part.latents for part in parts]), torch.cat([part.said.context.bfloat16() for part in parts])
-
-
 def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
     text = trained_text(folder.parent / "text", begin)
     colours = scenes.colours()
@@ -345,11 +250,15 @@ def trained(folder: Path, network: str) -> dict[str, Tensor]:
 
 def put(network: nn.Module, weights: Mapping[str, Tensor], may_lack: tuple[str, ...] = ()) -> None:
     """Load weights; those whose names begin with what they `may_lack` can be missing, and stay."""
-    lacks = network.load_state_dict(weights, strict=False)
-    if lacks.unexpected_keys or [name for name in lacks.missing_keys if not name.startswith(may_lack)]:
-        raise RequestError(
-            "start", "is not of this recipe: its weights have other names than the networks that are trained here"
-        )
+    known = network.state_dict()
+    for name in [*weights, *known]:
+        found, wanted = (tuple(place[name].shape) if name in place else None for place in (weights, known))
+        if found != wanted and not (found is None and name.startswith(may_lack)):
+            raise RequestError(
+                "start",
+                f"is a file of another recipe: {name} is {found or 'missing'} there, {wanted or 'unknown'} here",
+            )
+    network.load_state_dict(weights, strict=False)
 
 
 def _tell(progress: Progress) -> None:
@@ -366,12 +275,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=["all", *STAGES])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so long")
-    parser.add_argument("--start", type=Path, help="a bundled model file to begin from")
+    parser.add_argument("--start", type=Path, help="a kept or bundled file to begin from")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
+
+    def run() -> None:
         scenes, begin = Scenes(), None if options.start is None else open_model(options.start)
         for stage in STAGES if options.stage == "all" else [options.stage]:
             settings = read(Path(__file__).with_name("recipe.toml"), stage)
@@ -379,10 +289,8 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{stage}: step {result.step}, {'finished' if result.finished else 'stopped; run again to go on'}")
             if not result.finished:
                 break
-    except GouacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return ended(run)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gouache.cli.examples import PROMPTS, side_by_side
+from gouache.cli.examples import PROMPTS
 from gouache.generate.picture import read_recipe
+from gouache.images.sheet import tiled
 from tests.cli.conftest import Command
 
 
 def test_each_example_has_its_own_recipe_and_the_sheet_shows_them_row_by_row(gouache: Command, tmp_path: Path):
     ended = gouache("paint", "--examples", "-o", "shown", "--steps", 1)
 
-    assert (ended.code, ended.out, ended.err) == (0, "shown/sheet.png\n", "")
+    names = [*(f"{number:02d}.png" for number in range(1, 17)), "sheet.png"]
+    assert (ended.code, ended.out.split(), ended.err) == (0, [f"shown/{name}" for name in names], "")
     folder = tmp_path / "shown"
     prompts = [read_recipe(folder / f"{number:02d}.png")[0]["request"]["prompt"] for number in range(1, 17)]
     assert tuple(prompts) == PROMPTS
@@ -29,7 +31,7 @@ def test_each_example_has_its_own_recipe_and_the_sheet_shows_them_row_by_row(gou
 def test_a_last_row_may_be_short():
     images = [Image.new("RGB", (10, 8), (n, 0, 0)) for n in range(5)]
 
-    sheet = side_by_side(images)
+    sheet = tiled(images, across=4)
 
     assert sheet.size == (4 * 10 + 3 * 4, 2 * 8 + 4)
     assert sheet.getpixel((5, 15)) == (4, 0, 0)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from gouache.layouts.diffusers import unet_rules
@@ -187,3 +188,21 @@ def test_attention_is_its_definition_in_float64(causal):
             scores = scores.masked_fill(torch.ones(6, 6, dtype=torch.bool).triu(1), -math.inf)
         expected[..., part] = scores.softmax(-1) @ v[..., part].double()
     assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("cells", [48, 1100])
+def test_in_bfloat16_with_gradients_attention_and_they_are_those_of_float32(cells: int):
+    inputs = [normal(1, cells, 16), normal(1, 77, 16, seed=2), normal(1, 77, 16, seed=3)]
+    whole, half = ([x.to(kind, copy=True).requires_grad_() for x in inputs] for kind in (torch.float32, torch.bfloat16))
+
+    wanted = F.scaled_dot_product_attention(*(x.unflatten(2, (2, 8)).transpose(1, 2) for x in whole))
+    wanted = wanted.transpose(1, 2).flatten(2)
+    found = attention(*half, heads=2)
+    wanted.square().sum().backward()
+    found.float().square().sum().backward()
+
+    assert found.dtype == torch.bfloat16
+    assert_close(found.float(), wanted, atol=0.02, rtol=0.02)
+    for a, b in zip(half, whole):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad.float() - b.grad).norm() < 0.03 * b.grad.norm()

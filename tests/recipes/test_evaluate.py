@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[2]))  # recipes/ stands beside the package, not in it
-
 from gouache.errors import RequestError
 from recipes.mini.contact_sheet import RIGHT, THUMB, Cell, contact_sheet
-from recipes.mini.evaluate import SEEDS, Verdict, background_of, figures, judge, picture_path
+from recipes.mini.dataset import TRAINING_SEED, sample
+from recipes.mini.evaluate import SEEDS, Verdict, background_of, figures, judge, picture_path, variety
 from recipes.mini.names import COLOURS, load_things
 from recipes.mini.prompts import Prompt
 from recipes.mini.rendering import Glyphs, render
@@ -24,14 +22,6 @@ PROMPTS = (
     Prompt("a dog on red", ("dog",), "red"),
     Prompt("a cat and a dog, blue", ("cat", "dog"), "blue"),
 )
-
-
-@pytest.fixture(scope="module")
-def glyphs() -> Glyphs:
-    try:
-        return Glyphs()
-    except RequestError as error:
-        pytest.skip(str(error))
 
 
 def verdict(prompt: int, seed: int, things: tuple[str, ...], colour: str) -> Verdict:
@@ -113,3 +103,18 @@ def test_the_sheet_shows_every_picture_and_fills_the_bars_of_right_ones() -> Non
     bars = counts[RIGHT]
     assert bars % 4 == 0
     assert 4 * THUMB < bars < 4 * THUMB * THUMB // 4
+
+
+def test_variety_counts_pictures_that_are_one_and_such_as_were_trained_on(
+    tmp_path: Path, glyphs: Glyphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipes.mini.evaluate.RENDERINGS", 8)
+    trained = render(sample(TRAINING_SEED, 3, THINGS).scene, glyphs)
+    for seed in SEEDS:
+        shade = Image.new("RGB", (128, 128), (60 * seed, 10, 255 - 60 * seed))
+        shade.save(picture_path(tmp_path, 0, seed))
+        (trained if seed > 2 else shade).save(picture_path(tmp_path, 1, seed))
+
+    shares = variety(PROMPTS[:2], tmp_path, THINGS, glyphs)
+
+    assert shares == {"prompts whose seeds differ": 50, "copies of a training rendering": 25}

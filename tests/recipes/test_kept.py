@@ -52,5 +52,17 @@ def test_weights_of_other_names_are_refused():
 
     assert torch.equal(layer.weight, torch.ones(2, 2))
     for wrong in ({"weight": torch.ones(2, 2)}, {**layer.state_dict(), "scale": torch.ones(1)}):
-        with pytest.raises(RequestError, match="not of this recipe"):
+        with pytest.raises(RequestError, match=r"start: is a file of another recipe: (bias|scale) is"):
             put(layer, wrong)
+
+
+def test_a_file_of_an_older_recipe_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from recipes.mini import train
+
+    begin = ["text", "--folder", str(tmp_path), "--start", str(tmp_path / "old.safetensors")]
+    write_safetensors(tmp_path / "old.safetensors", {"canvas.draw.weight": torch.ones(3, 128)}, {})
+
+    assert train.main(begin) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "error: start: is a file of another recipe: draw.weight is (3, 128) there, (84, 128) here"
+    ]

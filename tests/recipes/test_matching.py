@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from gouache.errors import RequestError
 from recipes.mini.dataset import JUDGE_SEED, sample
 from recipes.mini.looks import ground_of
 from recipes.mini.matching import FINE, Matcher
@@ -17,14 +16,6 @@ from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import FIRST_STAGE, Background, Placed, Scene
 
 THINGS = load_things()[::12]
-
-
-@pytest.fixture(scope="module")
-def glyphs() -> Glyphs:
-    try:
-        return Glyphs()
-    except RequestError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -12,8 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
-
-sys.path.append(str(Path(__file__).parents[2]))  # recipes/ stands beside the package, not in it
 
 from gouache.errors import RequestError
 from recipes.mini.captions import SIZE_WORDS
@@ -27,14 +24,6 @@ from recipes.mini.scenes import Background, Distribution, Placed, Scene, place_o
 THINGS = load_things()
 COLOUR_OF_WORD = {word: colour.name for colour in COLOURS for word in colour.words}
 numbers = st.integers(0, 10**9)
-
-
-@pytest.fixture(scope="module")
-def glyphs() -> Glyphs:
-    try:
-        return Glyphs()
-    except RequestError as error:
-        pytest.skip(str(error))
 
 
 def words_of(text: str) -> list[str]:

@@ -126,8 +126,7 @@ def test_what_was_built_stays_while_the_rest_learns(table: Table):
     assert third.mlp.fc2.weight.grad.any()
 
 
-def test_a_table_is_the_picture_taken_apart():
-    glyphs = Glyphs()
+def test_a_table_is_the_picture_taken_apart(glyphs: Glyphs):
     things = load_things()[:80:9]
 
     def encode(images: Tensor) -> Tensor:

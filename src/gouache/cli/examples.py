@@ -1,20 +1,17 @@
-"""`gouache paint --examples`: sixteen pictures, each with its recipe, and a sheet of them to look at."""
+"""What `gouache paint --examples` paints: sixteen pictures, each with its recipe, and a sheet of them to look at."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from gouache.files.write import write_atomic
-
-if TYPE_CHECKING:
-    from gouache.diffusion.samplers.sampler import OnStep
-    from gouache.face import Model
-    from gouache.generate.request import Request
+from gouache.generate.request import Request
+from gouache.images.sheet import tiled
 
 # Things that the embedded model knows, in words it was taught.
 PROMPTS = (
@@ -35,28 +32,16 @@ PROMPTS = (
     "a snowman on a turquoise background",
     "a red car on a white background",
 )
-ACROSS, GAP = 4, 4  # pictures in a row, pixels between them
 
 
-def paint_examples(model: Model, request: Request, folder: Path, on_step: OnStep | None = None) -> list[Path]:
-    """Paint `PROMPTS` with the request's other knobs and its seed, or 1; the files' paths, the sheet's last."""
+def requests_of(request: Request) -> list[Request]:
+    """`PROMPTS` with the request's other knobs and its seed, or 1."""
     seed = 1 if request.seed is None else request.seed
-    paths, images = [], []
-    for number, prompt in enumerate(PROMPTS, 1):
-        [picture] = model.paint(replace(request, prompt=prompt, seed=seed, count=1), on_step=on_step)
-        paths.append(picture.save(folder / f"{number:02d}.png"))
-        images.append(picture.image)
+    return [replace(request, prompt=prompt, seed=seed, count=1) for prompt in PROMPTS]
+
+
+def write_sheet(images: Sequence[Image.Image], path: Path) -> Path:
     buffer = io.BytesIO()
-    side_by_side(images).save(buffer, "PNG")
-    write_atomic(folder / "sheet.png", buffer.getvalue())
-    return [*paths, folder / "sheet.png"]
-
-
-def side_by_side(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one size, row by row."""
-    width, height = images[0].size
-    rows = -(-len(images) // ACROSS)
-    sheet = Image.new("RGB", (ACROSS * (width + GAP) - GAP, rows * (height + GAP) - GAP), "white")
-    for number, image in enumerate(images):
-        sheet.paste(image, (number % ACROSS * (width + GAP), number // ACROSS * (height + GAP)))
-    return sheet
+    tiled(images, across=4).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+    return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,8 @@ from typer import Argument, Option
 from gouache.errors import RequestError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from gouache.face import Model
     from gouache.generate.request import Request
     from gouache.generate.splices import Spliced
@@ -114,41 +117,42 @@ def paint(
         on_note=_note,
     )
     if examples:
-        _examples(loaded, request, target if output is not None else target / "examples", as_json)
+        from gouache.cli.examples import requests_of, write_sheet
+
+        folder = target if output is not None else target / "examples"
+        images = _paint(loaded, requests_of(request), lambda index, _: folder / f"{index + 1:02d}.png", as_json)
+        print(write_sheet(images, folder / "sheet.png"), file=sys.stderr if as_json else sys.stdout)
         return
     _notes(loaded, request)
-    _paint(loaded, request, target, as_file=output is not None and output.suffix.lower() == ".png", as_json=as_json)
+    as_file = output is not None and output.suffix.lower() == ".png"
+    _paint(loaded, [request], lambda index, seed: _path(target, seed, index, request.count, as_file), as_json)
 
 
-def _paint(model: Model, request: Request, target: Path, *, as_file: bool, as_json: bool) -> None:
+def _paint(
+    model: Model, requests: Sequence[Request], path_of: Callable[[int, int], Path], as_json: bool
+) -> list[Image]:
+    """Paint all that is requested, each picture saved where `path_of` its number, from 0, and its seed says."""
     from gouache.cli.progress import Steps
 
-    saved = 0
-    with Steps(request.count, request.batch) as steps:
+    images = []
+    count = sum(request.count for request in requests)
+    with Steps(count, requests[0].batch) as steps:
         try:
-            for picture in model.paint(request, on_step=steps.on_step, on_spliced=partial(_spliced, request)):
-                path = picture.save(_path(target, picture.seed, saved, request.count, as_file))
-                saved += 1
-                if as_json:
-                    print(json.dumps({"path": str(path), "seed": picture.seed, **picture.recipe}), flush=True)
-                else:
-                    print(path, flush=True)
+            for request in requests:
+                for picture in model.paint(request, on_step=steps.on_step, on_spliced=partial(_spliced, request)):
+                    path = picture.save(path_of(len(images), picture.seed))
+                    images.append(picture.image)
+                    if as_json:
+                        print(json.dumps({"path": str(path), "seed": picture.seed, **picture.recipe}), flush=True)
+                    else:
+                        print(path, flush=True)
         except KeyboardInterrupt:
             steps.close()
-            print(f"stopped; {saved} of {request.count} pictures are done and saved", file=sys.stderr)
+            print(f"stopped; {len(images)} of {count} pictures are done and saved", file=sys.stderr)
             sys.exit(130)
     if model.upcast:
         print(f"note: NaN in {model.dtype}; computed in float32 instead: {', '.join(model.upcast)}", file=sys.stderr)
-
-
-def _examples(model: Model, request: Request, folder: Path, as_json: bool) -> None:
-    from gouache.cli.examples import PROMPTS, paint_examples
-    from gouache.cli.progress import Steps
-
-    with Steps(len(PROMPTS), 1) as steps:
-        paths = paint_examples(model, request, folder, steps.on_step)
-    for path in paths if as_json else paths[-1:]:
-        print(json.dumps({"path": str(path)}) if as_json else path)
+    return images
 
 
 def _path(target: Path, seed: int, index: int, count: int, as_file: bool) -> Path:

@@ -1,4 +1,4 @@
-"""Pictures side by side with labels: a row a thing compared by, a column a thing compared."""
+"""Pictures side by side: with labels, a row a thing compared by, a column a thing compared; or without."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP, INK, PAPER = 8, (30, 30, 30), (255, 255, 255)
 TEXT_SIZE, LINE = 14, 18  # pixels
+SEAM = 4  # pixels between tiles
 LEAST = 192  # px: a column is at least so wide, or no label has room
 
 
@@ -39,6 +40,16 @@ def sheet(columns: Sequence[str], rows: Sequence[str], pictures: Sequence[Sequen
             if picture is not None:
                 result.paste(picture, (left, top))
         top += height + GAP
+    return result
+
+
+def tiled(pictures: Sequence[Image.Image], across: int) -> Image.Image:
+    """Pictures of one size without labels, `across` in a row, as an RGB picture; a last row may be short."""
+    width, height = pictures[0].size
+    down = -(-len(pictures) // across)
+    result = Image.new("RGB", (across * (width + SEAM) - SEAM, down * (height + SEAM) - SEAM), PAPER)
+    for number, picture in enumerate(pictures):
+        result.paste(picture, (number % across * (width + SEAM), number // across * (height + SEAM)))
     return result
 
 
