@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +21,11 @@ SIZE = 128
 # What is left to tell scenes apart by when their colour is the same: batches of such teach the text tower its nouns.
 ALONE = replace(FIRST_STAGE, counts=(1.0, 0.0, 0.0), two_colours=0.0)
 NEUTRAL = 0  # a token that no caption holds
+# Words that only point to the ground or lead up to a noun. Where they are not said, a colour right before a noun is
+# still the thing's, and any other the ground's: so people may put it in words that no caption has.
+POINTING = {"a", "an", "the", "some", "on", "against", "in", "front", "of", "with", "behind", "it"}
+POINTING |= {"background", "backdrop", "plain"}
+TERSE = 0.2  # the share of strewn captions without those words
 
 
 class Scenes:
@@ -28,15 +33,19 @@ class Scenes:
         self.things = load_things()
         self.glyphs = Glyphs()
         self.tokenizer = Tokenizer()
+        self.pointing = {token for word in POINTING for token in self.tokenizer.encode(word)}
 
     def batch(
         self, seed: int, first: int, count: int, size: int = SIZE, distribution: Distribution = FIRST_STAGE
     ) -> tuple[Tensor, list[str]]:
         """(images (count, 3, size, size) in [-1, 1], captions) of the samples from `first` on."""
-        samples = [sample(seed, index, self.things, distribution) for index in range(first, first + count)]
-        return self.drawn(samples, size)
+        return self.drawn(self.samples(seed, first, count, distribution), size)
 
-    def drawn(self, samples: Sequence[Sample], size: int) -> tuple[Tensor, list[str]]:
+    def samples(self, seed: int, first: int, count: int, distribution: Distribution = FIRST_STAGE) -> list[Sample]:
+        return [sample(seed, index, self.things, distribution) for index in range(first, first + count)]
+
+    def drawn(self, samples: Iterable[Sample], size: int) -> tuple[Tensor, list[str]]:
+        samples = list(samples)
         pixels = np.stack([np.asarray(render(each.scene, self.glyphs, size)) for each in samples])
         return _as_images(pixels), [each.caption for each in samples]
 
@@ -52,11 +61,14 @@ class Scenes:
     def strewn(self, tokens: Tensor, chances: torch.Generator) -> Tensor:
         """Half the captions (B, N) with words between theirs that nobody taught, which are neutral (zero vectors).
 
-        So a word that is not known moves the others along, and changes nothing else.
+        So a word that is not known moves the others along, and changes nothing else. Some of them, besides, have
+        neutral words for all that point.
         """
         rows = []
         for row in tokens.tolist():
             if torch.rand((), generator=chances) < 0.5:
+                if torch.rand((), generator=chances) < TERSE:
+                    row = [NEUTRAL if token in self.pointing else token for token in row]
                 for _ in range(int(torch.randint(1, 7, (), generator=chances))):
                     row.insert(int(torch.randint(1, row.index(self.tokenizer.end) + 1, (), generator=chances)), NEUTRAL)
             rows.append([*row[: tokens.shape[1] - 1], self.tokenizer.end])

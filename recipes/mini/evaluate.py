@@ -31,7 +31,7 @@ from recipes.mini.matching import Found, Matcher
 from recipes.mini.names import COLOURS, Colour, Thing, load_things, nearest_colour
 from recipes.mini.prompts import MORE_PROMPTS_FILE, PROMPTS_FILE, Prompt, noun_pairs, read_prompts
 from recipes.mini.rendering import Glyphs, render
-from recipes.mini.scenes import FIRST_STAGE
+from recipes.mini.scenes import FIRST_STAGE, TAUGHT
 
 SEEDS = (1, 2, 3, 4)  # one after the other, so that a batch paints them
 STEPS = 20
@@ -113,7 +113,7 @@ def variety(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], gl
     """Shares in percent: of prompts whose pictures all differ; of pictures that copy a rendering out of training."""
     differ, copies = [], []
     # Drawn as large as for training, and then made small as the pictures are: drawn small, a scene looks otherwise.
-    scenes = (sample(TRAINING_SEED, index, things).scene for index in range(RENDERINGS))
+    scenes = (sample(TRAINING_SEED, index, things, TAUGHT).scene for index in range(RENDERINGS))
     known = torch.cat([thumbs([render(scene, glyphs)]) for scene in scenes])
     for number in range(len(prompts)):
         painted = thumbs([open_picture(picture_path(folder, number, seed)) for seed in SEEDS])

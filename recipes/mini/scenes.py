@@ -72,10 +72,14 @@ class Distribution:
     turn: float = 12.0
     flipped: float = 0.0  # the share that is mirrored
     tinted: float = 0.15  # the share that is painted over with a named colour
+    often: int = 1  # how many times as often as another each of the first `COMMON` things is drawn
 
+
+COMMON = 80  # things that stand first in names.toml, because they are what people ask for first
 
 FIRST_STAGE = Distribution()
-
+# What the text tower and the U-Net are taught; they are validated, and the judges measured, on all things alike.
+TAUGHT = replace(FIRST_STAGE, often=3)
 
 QUARTERS = (0.25, 0.5, 0.75)
 
@@ -99,7 +103,7 @@ def draw_scene(
 ) -> Scene:
     """One scene by lot; all its chance comes from `rng`. No thing occurs twice in it."""
     count = rng.choices((1, 2, 3), distribution.counts)[0]
-    chosen = rng.sample(things, count)
+    chosen = _draw_things(rng, things, count, distribution.often)
     background = _draw_background(rng, colours, distribution)
     free = [colour for colour in colours if colour not in (background.start, background.end)]
     tints = [rng.choice(free) if free and rng.random() < distribution.tinted else None for _ in chosen]
@@ -113,6 +117,16 @@ def draw_scene(
             for thing, centre in zip(chosen, centres)
         )
     return Scene(tuple(replace(each, tint=tint) for each, tint in zip(placed, tints)), background)
+
+
+def _draw_things(rng: Random, things: Sequence[Thing], count: int, often: int) -> list[Thing]:
+    if often == 1:
+        return rng.sample(things, count)
+    weights = [often] * len(things[:COMMON]) + [1] * len(things[COMMON:])
+    chosen: list[Thing] = []
+    while len(chosen) < count:
+        chosen += [thing for thing in rng.choices(things, weights) if thing not in chosen]
+    return chosen
 
 
 def _draw_single(rng: Random, thing: Thing, distribution: Distribution) -> Placed:
@@ -143,6 +157,19 @@ def _draw_background(rng: Random, colours: Sequence[Colour], distribution: Distr
     if rng.random() < distribution.two_colours:
         end = rng.choice([colour for colour in colours if colour != start])
     return Background(start, end, rng.choice(DIRECTIONS))
+
+
+def settled(scene: Scene, distribution: Distribution = FIRST_STAGE) -> Scene:
+    """The scene without what no caption tells: things upright, just at their places, in the mean size of their kind."""
+    sizes = (distribution.small_size, distribution.middle_size, distribution.large_size)
+    means = [(least + most) / 2 for least, most in sizes]
+
+    def calm(placed: Placed) -> Placed:
+        x, y = (min(QUARTERS, key=lambda quarter: abs(quarter - at)) for at in (placed.x, placed.y))
+        size = min(means, key=lambda mean: abs(mean - placed.size))
+        return replace(placed, x=x, y=y, size=size, angle=0.0, flip=False)
+
+    return replace(scene, things=tuple(calm(placed) for placed in scene.things))
 
 
 def size_word(scene: Scene, distribution: Distribution = FIRST_STAGE) -> str:

@@ -45,6 +45,7 @@ from recipes.mini.command import ended
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
 from recipes.mini.kept import averaged, part_of
 from recipes.mini.pool import Pool
+from recipes.mini.scenes import FIRST_STAGE, TAUGHT, Distribution, settled
 
 VAE = VaeSpec(channels=64, channel_mult=(1, 1, 1, 1))
 TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=768, projection=128)
@@ -129,14 +130,18 @@ def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
 
     def laid(seed: int, number: int) -> Laid:
         chances = chance(seed, number)
-        if number % 4 == 1:
-            images, captions = scenes.drawn(scenes.alike(seed, number, settings.batch), SIZE)
+        told_apart = number % 4 == 1
+        if told_apart:
+            samples = scenes.alike(seed, number, settings.batch)
         else:
-            images, captions = scenes.batch(seed, number * settings.batch, settings.batch)
+            samples = scenes.samples(seed, number * settings.batch, settings.batch, drawn_for(seed))
+        # Asked for what captions cannot know, a canvas would be the mean of all that may be: a blur.
+        images, captions = scenes.drawn((replace(each, scene=settled(each.scene)) for each in samples), SIZE)
+        if not told_apart:
             captions = ["" if torch.rand((), generator=chances) < UNSAID else caption for caption in captions]
         # What follows the canvas says nothing to it: only now and then must it learn to be still.
         tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions if number % 4 == 0 else END), chances)
-        small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area") if number % 4 == 1 else None
+        small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area") if told_apart else None
         return Laid(tokens, start.latents(images, colours) * start.LATENT_SCALE, small)
 
     unseen = [laid(VALIDATION_SEED, number) for number in range(8)]
@@ -150,6 +155,11 @@ def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
 
     batches = lambda number: laid(TRAINING_SEED, number)  # noqa: E731
     return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+
+
+def drawn_for(seed: int) -> Distribution:
+    """Common things are taught oftener; how well a run goes is told by all things alike."""
+    return TAUGHT if seed == TRAINING_SEED else FIRST_STAGE
 
 
 def _keep_neutral(gradient: Tensor) -> Tensor:
@@ -201,7 +211,7 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
         return Conditioning(text(tokens).last)
 
     def captioned(seed: int, first: int, count: int) -> Captioned:
-        images, captions = scenes.batch(seed, first, count)
+        images, captions = scenes.batch(seed, first, count, distribution=drawn_for(seed))
         tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, first))
         return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(tokens))
 

@@ -19,7 +19,18 @@ from recipes.mini.evaluate import background_of
 from recipes.mini.names import COLOURS, load_things, nearest_colour
 from recipes.mini.prompts import MORE_PROMPTS_FILE, PROMPTS_FILE, noun_pairs, read_prompts
 from recipes.mini.rendering import STRIKE, Glyphs, find_font, render
-from recipes.mini.scenes import Background, Distribution, Placed, Scene, place_of, size_word
+from recipes.mini.scenes import (
+    COMMON,
+    FIRST_STAGE,
+    TAUGHT,
+    Background,
+    Distribution,
+    Placed,
+    Scene,
+    place_of,
+    settled,
+    size_word,
+)
 
 THINGS = load_things()
 COLOUR_OF_WORD = {word: colour.name for colour in COLOURS for word in colour.words}
@@ -186,6 +197,28 @@ def test_things_of_a_scene_differ_and_their_centres_lie_apart() -> None:
         for i, one in enumerate(placed):
             for other in placed[:i]:
                 assert np.hypot(one.x - other.x, one.y - other.y) > 0.9 * max(one.size, other.size) - 0.05
+
+
+def test_common_things_are_taught_oftener_and_no_scene_holds_a_thing_twice() -> None:
+    scenes = [sample(TRAINING_SEED, index, THINGS, TAUGHT).scene for index in range(4000)]
+    common = {thing.name for thing in THINGS[:COMMON]}
+    single = [scene.things[0].thing.name in common for scene in scenes if len(scene.things) == 1]
+    share = TAUGHT.often * COMMON / (TAUGHT.often * COMMON + len(THINGS) - COMMON)
+    assert abs(np.mean(single) - share) < 4 * (share * (1 - share) / len(single)) ** 0.5
+    assert all(len({placed.thing.name for placed in scene.things}) == len(scene.things) for scene in scenes)
+
+
+@given(index=numbers)
+@settings(max_examples=200)
+def test_a_settled_scene_keeps_all_that_words_can_tell_and_no_chance(index: int) -> None:
+    scene = sample(TRAINING_SEED, index, THINGS).scene
+    calm = settled(scene)
+    assert settled(calm) == calm
+    assert calm.background == scene.background and size_word(calm) == size_word(scene)
+    for placed, before in zip(calm.things, scene.things, strict=True):
+        assert (placed.thing, placed.tint, place_of(placed)) == (before.thing, before.tint, place_of(before))
+        assert placed.angle == 0 and {placed.x, placed.y} <= {0.25, 0.5, 0.75}
+        assert abs(placed.x - before.x) <= FIRST_STAGE.shift and abs(placed.y - before.y) <= FIRST_STAGE.shift
 
 
 def test_a_plain_background_is_exactly_the_named_colour_and_a_shaded_one_nearest_to_it(glyphs: Glyphs) -> None:
