@@ -106,7 +106,7 @@ def on_their_sides(seen: Sequence[Found], things: Sequence[Thing], names: Sequen
     if len(names) != 2 or not by_name.keys() >= set(names):
         return False
     first, second = (by_name[name] for name in names)
-    return first.x < second.x - 0.2 if side == "beside" else first.y < second.y - 0.2
+    return bool(first.x < second.x - 0.2 if side == "beside" else first.y < second.y - 0.2)
 
 
 def variety(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 The averaged weights of the stages in FOLDER, a third as large as a model file, for `recipes.mini.train --start` to
 begin from: of the token table only the vectors that some caption holds, of the autoencoder only the decoder, all in
-float16, and the U-Net's matrices in eight bits, each with a scale of its own.
+float16, and the U-Net's matrices in eight bits, each row with a scale of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PREFIXES = {
 STAGES = {"unet": "unet", "vae": "vae", "text": "text", "canvas": "text"}  # where each network is trained
 TABLE = "text_model.embeddings.token_embedding.weight"
 SCALE, ROWS = ".scale", ".rows"
-EIGHT = torch.float8_e4m3fn
+TINY = 1e-30  # what a row of nothing is divided by
 SMALL = 4096  # numbers: what has fewer stays in float16
 
 
@@ -47,8 +47,9 @@ def packed(network: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
             rows = value.abs().sum(1).nonzero().flatten()
             kept[key], kept[key + ROWS] = value[rows].half(), rows.int()
         elif network == "unet" and value.ndim > 1 and value.numel() > SMALL:
-            scale = value.abs().max().float() / torch.finfo(EIGHT).max
-            kept[key], kept[key + SCALE] = (value / scale).to(EIGHT), scale[None]
+            scale = value.abs().flatten(1).amax(1).float().clamp_min(TINY) / 127
+            scale = scale.unflatten(0, (-1, *[1] * (value.ndim - 1)))
+            kept[key], kept[key + SCALE] = (value / scale).round().to(torch.int8), scale
         else:
             kept[key] = value.half()
     return {name: value.contiguous() for name, value in kept.items()}

@@ -79,7 +79,7 @@ COMMON = 80  # things that stand first in names.toml, because they are what peop
 
 FIRST_STAGE = Distribution()
 # What the text tower and the U-Net are taught; they are validated, and the judges measured, on all things alike.
-TAUGHT = replace(FIRST_STAGE, often=3)
+TAUGHT = replace(FIRST_STAGE, often=6)
 
 QUARTERS = (0.25, 0.5, 0.75)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from recipes.mini.evaluate import SEEDS, Verdict, background_of, figures, judge,
 from recipes.mini.names import COLOURS, load_things
 from recipes.mini.prompts import Prompt
 from recipes.mini.rendering import Glyphs, render
-from recipes.mini.scenes import Background, Placed, Scene
+from recipes.mini.scenes import TAUGHT, Background, Placed, Scene
 
 THINGS = load_things()
 PROMPTS = (
@@ -74,6 +75,7 @@ def test_a_verdict_compares_what_is_seen_with_what_was_asked(tmp_path: Path, gly
     assert all(v.colour_right for v in verdicts)
     assert [v.paint for v in verdicts] == ["", "", "", "green", ""]
     assert [v.sides_right for v in verdicts] == [None, None, None, None, False]
+    assert all(type(value) in (str, int, bool, tuple, type(None)) for v in verdicts for value in asdict(v).values())
 
 
 def test_a_missing_picture_is_an_error_and_not_left_out(tmp_path: Path, glyphs: Glyphs) -> None:
@@ -109,7 +111,7 @@ def test_variety_counts_pictures_that_are_one_and_such_as_were_trained_on(
     tmp_path: Path, glyphs: Glyphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.mini.evaluate.RENDERINGS", 8)
-    trained = render(sample(TRAINING_SEED, 3, THINGS).scene, glyphs)
+    trained = render(sample(TRAINING_SEED, 3, THINGS, TAUGHT).scene, glyphs)
     for seed in SEEDS:
         shade = Image.new("RGB", (128, 128), (60 * seed, 10, 255 - 60 * seed))
         shade.save(picture_path(tmp_path, 0, seed))

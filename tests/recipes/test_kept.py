@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.testing import assert_close
 
 from gouache.errors import RequestError
 from gouache.files.open import open_model
@@ -29,8 +28,9 @@ def test_a_unet_comes_back_within_what_eight_bits_tell(tmp_path: Path):
     assert path.stat().st_size < 1.3 * sum(value.numel() for value in unet.state_dict().values())
     put(UNet(unet.spec), back)
     for name, value in unet.state_dict().items():
-        # Three bits behind the point, and nothing finer than the least number that is not nothing.
-        assert_close(back[name], value, rtol=2**-4, atol=float(value.abs().max()) * 2**-16)
+        # A row's largest number is 127 steps, and rounding errs by half a step at most; what is small is in float16.
+        largest = value.abs().flatten(1).amax(1).unflatten(0, (-1, *[1] * (value.ndim - 1))) if value.ndim > 1 else 0
+        assert ((back[name] - value).abs() <= largest / 254 * 1.001 + value.abs() * 2**-11 + 1e-7).all(), name
 
 
 def test_of_a_token_table_only_the_vectors_that_say_something_are_kept(tmp_path: Path):
