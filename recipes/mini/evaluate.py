@@ -22,8 +22,9 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import gouache
 from gouache.errors import RequestError, TrainingError
-from recipes.mini.command import ended
+from recipes.mini.command import counted, ended
 from recipes.mini.contact_sheet import Cell, contact_sheet
 from recipes.mini.dataset import JUDGE_SEED, TRAINING_SEED, sample
 from recipes.mini.looks import ALIKE, distances, ground_of, paint_of, thumbs
@@ -128,16 +129,12 @@ def picture_path(folder: Path, prompt: int, seed: int) -> Path:
     return folder / f"{prompt + 1:03d}-{seed}.png"
 
 
-def paint_all(model_path: str, prompts: Sequence[Prompt], folder: Path) -> None:
+def paint_all(model: gouache.Model, prompts: Sequence[Prompt], folder: Path) -> None:
     """Paint each prompt with each seed into `folder`."""
-    import gouache
-
-    model = gouache.load(model_path)
     folder.mkdir(parents=True, exist_ok=True)
-    for number, prompt in enumerate(prompts):
+    for number, prompt in counted(list(enumerate(prompts)), "painted"):
         for picture in model.paint(prompt.text, seed=SEEDS[0], count=len(SEEDS), batch=len(SEEDS), steps=STEPS):
             picture.image.save(picture_path(folder, number, picture.seed))
-        print(f"painted {number + 1} of {len(prompts)}: {prompt.text}", flush=True)
 
 
 def judge(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], glyphs: Glyphs) -> list[Verdict]:
@@ -147,9 +144,8 @@ def judge(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], glyp
     # One matcher at a time: those that look for a tint hold twice as much.
     for tint in sorted({prompt.tint for prompt in prompts}):
         matcher = Matcher(things, glyphs, tints.get(tint))
-        for number, prompt in enumerate(prompts):
-            if prompt.tint != tint:
-                continue
+        asked = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.tint == tint]
+        for number, prompt in counted(asked, f"judged, {tint or 'no'} paint"):
             for seed in SEEDS:
                 picture = open_picture(picture_path(folder, number, seed))
                 seen = matcher.find(picture, len(prompt.things))
@@ -237,12 +233,13 @@ def measure_judges(things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:
 def evaluate(arguments: argparse.Namespace) -> None:
     things, glyphs = load_things(), Glyphs(arguments.font)
     prompts = [prompt for path in arguments.prompts for prompt in read_prompts(path)]
+    # A model that cannot be loaded is said before the judges are measured, which takes minutes.
+    model = gouache.load(arguments.model) if arguments.pictures is None else None
     accuracies = measure_judges(things, glyphs)
 
-    folder = arguments.pictures
-    if folder is None:
-        folder = arguments.out / "pictures"
-        paint_all(arguments.model, prompts, folder)
+    folder = arguments.pictures or arguments.out / "pictures"
+    if model is not None:
+        paint_all(model, prompts, folder)
     verdicts = judge(prompts, folder, things, glyphs)
     shares = figures(prompts, verdicts)
     first = len(read_prompts())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from gouache.errors import RequestError
+from gouache.errors import FileError, RequestError
 from recipes.mini.names import COLOURS, load_things
 
 PROMPTS_FILE = Path(__file__).with_name("prompts.txt")
@@ -35,7 +35,13 @@ def read_prompts(path: Path = PROMPTS_FILE) -> tuple[Prompt, ...]:
     known = {thing.name for thing in load_things()}
     colours = {colour.name for colour in COLOURS}
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise FileError(path, "is not UTF-8; a line is a prompt, its things and its colour, tabs between") from None
+    for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):
             continue
         parts = line.split("\t")

@@ -120,7 +120,7 @@ def draw_scene(
 
 
 def _draw_things(rng: Random, things: Sequence[Thing], count: int, often: int) -> list[Thing]:
-    if often == 1:
+    if often == 1:  # as scenes for validation and judges always were, so that their figures stay comparable
         return rng.sample(things, count)
     weights = [often] * len(things[:COMMON]) + [1] * len(things[COMMON:])
     chosen: list[Thing] = []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 
-from gouache.errors import RequestError
+from gouache.errors import FileError, RequestError
 from recipes.mini.captions import SIZE_WORDS
 from recipes.mini.dataset import TRAINING_SEED, dataset, sample
 from recipes.mini.evaluate import background_of
@@ -159,7 +159,7 @@ def test_left_and_right_above_and_below_are_said_as_they_are(index: int) -> None
 
 
 def test_captions_are_varied() -> None:
-    texts = [sample(TRAINING_SEED, index, THINGS).caption for index in range(5000)]
+    texts = [sample(TRAINING_SEED, index, THINGS, TAUGHT).caption for index in range(5000)]
 
     assert len(set(texts)) > 4000
 
@@ -296,7 +296,7 @@ def test_a_prompt_says_the_things_and_the_colour_that_it_expects() -> None:
 
 
 def test_hardly_a_prompt_is_a_caption_of_the_first_twenty_thousand_training_samples() -> None:
-    texts = {sample(TRAINING_SEED, index, THINGS).caption for index in range(20_000)}
+    texts = {sample(TRAINING_SEED, index, THINGS, TAUGHT).caption for index in range(20_000)}
 
     for path in (PROMPTS_FILE, MORE_PROMPTS_FILE):
         prompts = {prompt.text for prompt in read_prompts(path)}
@@ -314,7 +314,7 @@ def test_two_hundred_more_prompts_ask_for_paint_and_sides() -> None:
 
 
 def test_paraphrases_hold_words_that_no_training_caption_has() -> None:
-    taught = {word for index in range(5000) for word in words_of(sample(TRAINING_SEED, index, THINGS).caption)}
+    taught = {word for index in range(5000) for word in words_of(sample(TRAINING_SEED, index, THINGS, TAUGHT).caption)}
 
     for prompt in read_prompts()[-20:]:
         assert set(words_of(prompt.text)) - taught, prompt
@@ -326,3 +326,11 @@ def test_a_prompt_for_a_thing_that_is_not_taught_is_refused(tmp_path: Path) -> N
 
     with pytest.raises(RequestError, match="line 2: 'zeppelin'"):
         read_prompts(path)
+
+
+def test_a_file_of_prompts_that_cannot_be_read_is_said_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"^.*none\.txt: cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "picture.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(FileError, match="is not UTF-8"):
+        read_prompts(tmp_path / "picture.txt")
