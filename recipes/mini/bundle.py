@@ -1,14 +1,14 @@
 """Make a model file of what the stages have learnt: python -m recipes.mini.bundle OUT.safetensors [--folder runs/mini]
 
 A Stable Diffusion 1 checkpoint in the original names, float16, with its card's facts in the header. The averages are
-taken where they were trained; the text tower's projection and the image tower stay behind, as in every SD1 file.
+taken where they were trained; the text tower's projection and the image tower stay behind, as in every SD1 file. What
+reads the text tower's canvas is written beside it with `--canvas FILE`: the text stage goes on from both.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from gouache.files.record import ModelFile
 from gouache.files.write import write_safetensors
 from recipes.mini import train
 from recipes.mini.command import ended, tell_written
-from recipes.mini.kept import PREFIXES, averaged, part_of
+from recipes.mini.parts import LIFT, LIFTED, PREFIXES, averaged, lifted, part_of
 
 
 def bundle(folder: Path, out: Path, rest: ModelFile | None = None) -> str:
@@ -29,36 +29,18 @@ def bundle(folder: Path, out: Path, rest: ModelFile | None = None) -> str:
     """
     tensors: dict[str, Tensor] = {}
     for network in ("unet", "vae", "text"):
-        prefix = PREFIXES[network]
         stage = folder / network
         weights = averaged(stage, network)
         if weights is None:
             weights = train.trained(stage, network) if rest is None else part_of(rest, network)
-        tensors |= {prefix + name: value for name, value in weights.items() if name != "text_projection.weight"}
-    return write_safetensors(out, halved(lifted(tensors)), describe())
+        weights.pop("text_projection.weight", None)
+        tensors |= named(network, lifted(network, weights, LIFT))
+    return write_safetensors(out, tensors, describe())
 
 
-def lifted(tensors: Mapping[str, Tensor], by: float = 0.1) -> dict[str, Tensor]:
-    """The same model with `by` added to every number of the context, which changes no picture.
-
-    A1111's weights divide by the context's mean, as CLIP's is about -0.1; a small encoder's is nearly 0, and any weight
-    could turn its sign. Added to all tokens alike, `by` falls out of the attention's softmax, and what it adds to the
-    values is taken off the bias behind them.
-    """
-    changed = dict(tensors)
-    bias = PREFIXES["text"] + "text_model.final_layer_norm.bias"
-    changed[bias] = tensors[bias] + by
-    for name, out in tensors.items():
-        if name.endswith(".attn2.to_out.0.weight"):
-            value = tensors[name.replace("to_out.0", "to_v")]
-            below = name.replace("weight", "bias")
-            changed[below] = tensors[below] - out @ (value.sum(1) * by)
-    return changed
-
-
-def halved(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In float16, contiguous."""
-    return {name: value.to(torch.float16).contiguous() for name, value in tensors.items()}
+def named(network: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Under the names of model files, in float16, contiguous."""
+    return {PREFIXES[network] + name: value.to(torch.float16).contiguous() for name, value in weights.items()}
 
 
 def describe() -> dict[str, str]:
@@ -73,19 +55,24 @@ def describe() -> dict[str, str]:
         "modelspec.license": "Apache-2.0; trained on renderings of Noto Color Emoji (OFL-1.1)",
         "modelspec.resolution": "128x128",
         "modelspec.prediction_type": "v" if train.PREDICTION == "v" else "epsilon",
+        LIFTED: str(LIFT),
     }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--rest", type=Path, help="a bundled model file to take stages from that did not run")
+    parser.add_argument("--canvas", type=Path, help="where to write what reads the text tower's canvas")
     options = parser.parse_args(arguments)
 
     def make() -> None:
         rest = open_model(options.rest) if options.rest is not None else None
         tell_written(options.out, bundle(options.folder, options.out, rest))
+        if options.canvas is not None:
+            canvas = named("canvas", train.trained(options.folder / "text", "canvas"))
+            tell_written(options.canvas, write_safetensors(options.canvas, canvas, {"format": "pt"}))
 
     return ended(make)
 

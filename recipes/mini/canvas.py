@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gouache.nn.clip_text import ClipText
@@ -75,10 +74,11 @@ class Canvas(nn.Module):
 
 @dataclass(frozen=True)
 class Telling:
-    """The squared error of the canvas, and the contrast of captions and pictures for batches that have images."""
+    """The canvas' squared error, weighted, and the contrast of captions and pictures for batches that have images."""
 
     contrast: Contrast
     canvas: Canvas
+    counts: Tensor  # (4,): how much the errors of each latent count
     autocast: bool = False
 
     @property
@@ -96,7 +96,8 @@ class Telling:
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.autocast):
             said = self.text(batch.tokens)
         states = said.last.float()
-        losses = {"canvas": F.mse_loss(self.canvas(states), batch.latents), "place": self.canvas.misplaced(states)}
+        errors = (self.canvas(states) - batch.latents).pow(2).mean((0, 2, 3))
+        losses = {"canvas": (self.counts * errors).mean(), "place": self.canvas.misplaced(states)}
         losses["loss"] = losses["canvas"] + 0.3 * losses["place"]
         if batch.images is not None:
             matched = self.contrast.matched(said.pooled.float(), batch.images)

@@ -71,10 +71,11 @@ def _place_phrases(place: str) -> tuple[str, ...]:
 
 def _two(scene: Scene, rng: Random) -> str:
     first, second = (phrase(placed, rng) for placed in scene.things)
-    if rng.random() < 0.35:
-        a, b = rng.sample((first, second), 2)
-        return rng.choice((f"{a} and {b}", f"{a} next to {b}", f"{a} beside {b}", f"{a} together with {b}"))
-    if place_of(scene.things[0]) == "left":
+    beside = place_of(scene.things[0]) == "left"
+    # Where no words tell sides, things stand as they are read.
+    if beside and rng.random() < 0.5:
+        return rng.choice(tuple(f"{first} {link} {second}" for link in ("and", "next to", "beside", "together with")))
+    if beside:
         ways = (
             f"{first} to the left of {second}",
             f"{second} to the right of {first}",
@@ -99,7 +100,7 @@ def _three(scene: Scene, rng: Random) -> str:
         if place_of(scene.things[0]) == "top":
             return rng.choice(("{} above {} and {}", "{} over {} and {}")).format(*names)
         return rng.choice(("{} and {} above {}", "{} and {} over {}")).format(*names)
-    return "{}, {} and {}".format(*rng.sample(names, 3))
+    return "{}, {} and {}".format(*names)
 
 
 def _with_background(opening: str, subject: str, background: Background, rng: Random) -> str:

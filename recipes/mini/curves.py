@@ -1,6 +1,7 @@
 """Draw what a run's logs tell: python -m recipes.mini.curves FOLDER OUT
 
 Reads FOLDER/vae, text and unet; writes OUT.jsonl, all validations line by line, and OUT.svg, a chart of each stage.
+Where what is measured changed within a run, `--anew STAGE=STEP` breaks its line: its two sides are not to be compared.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gouache.errors import FileError
@@ -34,8 +35,8 @@ def validated(folder: Path) -> list[dict[str, float]]:
     return list({line["step"]: line for line in lines if "validation loss" in line}.values())
 
 
-def chart(title: str, points: Points, left: int) -> str:
-    """A line through `points`, as SVG, its frame `left` pixels from the picture's edge."""
+def chart(title: str, points: Points, left: int, anew: int | None = None) -> str:
+    """A line through `points`, broken after step `anew`, as SVG, its frame `left` pixels from the picture's edge."""
     steps, values = [step for step, _ in points], [value for _, value in points]
     low, high = min(values), max(values)
     wide, tall = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
@@ -46,7 +47,14 @@ def chart(title: str, points: Points, left: int) -> str:
     def y(value: float) -> float:
         return TOP + tall * (1 - (value - low) / ((high - low) or 1))
 
-    line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+    def line(through: Points) -> str:
+        drawn = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in through)
+        return f'<polyline points="{drawn}" fill="none" stroke="#2a6fdb" stroke-width="1.5"/>'
+
+    parts = [points] if anew is None else [[p for p in points if p[0] <= anew], [p for p in points if p[0] > anew]]
+    lines = "".join(line(part) for part in parts)
+    if anew is not None:
+        lines += f'<path d="M{x(anew):.1f},{TOP} v{tall}" stroke="#999" stroke-dasharray="3 3"/>'
     labels = [
         f'<text x="{left + LEFT - 4}" y="{y(value) + 4:.0f}" text-anchor="end">{value:.4g}</text>'
         for value in (low, high)
@@ -57,11 +65,11 @@ def chart(title: str, points: Points, left: int) -> str:
     ]
     frame = f'<path d="M{left + LEFT},{TOP} v{tall} h{wide}" fill="none" stroke="#999"/>'
     head = f'<text x="{left + LEFT}" y="18" font-weight="bold">{title}</text>'
-    return f'{head}{frame}<polyline points="{line}" fill="none" stroke="#2a6fdb" stroke-width="1.5"/>{"".join(labels)}'
+    return f"{head}{frame}{lines}{''.join(labels)}"
 
 
-def charts(stages: Sequence[tuple[str, Points]]) -> str:
-    drawn = "\n".join(chart(title, points, number * WIDTH) for number, (title, points) in enumerate(stages))
+def charts(stages: Sequence[tuple[str, Points, int | None]]) -> str:
+    drawn = "\n".join(chart(title, points, number * WIDTH, anew) for number, (title, points, anew) in enumerate(stages))
     size = f'width="{WIDTH * len(stages)}" height="{HEIGHT}"'
     paper = '<rect width="100%" height="100%" fill="#fff"/>'
     return (
@@ -74,16 +82,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--anew", type=_stage_and_step, action="append", default=[], metavar="STAGE=STEP")
     options = parser.parse_args(arguments)
-    return ended(lambda: draw(options.folder, options.out))
+    return ended(lambda: draw(options.folder, options.out, dict(options.anew)))
 
 
-def draw(folder: Path, out: Path) -> None:
+def _stage_and_step(text: str) -> tuple[str, int]:
+    stage, _, step = text.partition("=")
+    if stage not in STAGES or not step.isdigit():
+        raise argparse.ArgumentTypeError(f"is {text!r}; expected one of {', '.join(STAGES)}, '=', and a step")
+    return stage, int(step)
+
+
+def draw(folder: Path, out: Path, anew: Mapping[str, int]) -> None:
     logs = {stage: validated(folder / stage) for stage in STAGES}
     lines = [json.dumps({"stage": stage, **line}) for stage, log in logs.items() for line in log]
     write_atomic(out.with_suffix(".jsonl"), ("\n".join(lines) + "\n").encode())
     drawn = [
-        (title, [(int(line["step"]), sign * line["validation loss"]) for line in logs[stage]])
+        (title, [(int(line["step"]), sign * line["validation loss"]) for line in logs[stage]], anew.get(stage))
         for stage, (title, sign) in STAGES.items()
     ]
     write_atomic(out.with_suffix(".svg"), charts(drawn).encode())

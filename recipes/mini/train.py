@@ -2,9 +2,9 @@
 
 The stages, in order, are vae, text and unet. Each can be stopped by Ctrl-C or a kill at
 any moment and goes on where its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
-With `--start FILE`, stages begin from the weights in a file of `recipes.mini.kept` (vae and unet also from those of a
-bundled file) instead of from nothing, and unet reads prompts with that file's text tower where none was trained in the
-folder: a run can be taken up where only its product was kept.
+With `--start FILE`, stages begin from the weights in a bundled file instead of from nothing, and unet reads prompts
+with that file's text tower where none was trained in the folder: a run can be taken up where only its product was kept,
+as that of the embedded model by `--start src/gouache/embedded/mini.safetensors`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from recipes.mini.batches import NEUTRAL, SIZE, Scenes
 from recipes.mini.canvas import END, Canvas, Laid, Telling
 from recipes.mini.command import ended
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
-from recipes.mini.kept import averaged, part_of
+from recipes.mini.parts import averaged, part_of
 from recipes.mini.pool import Pool
 from recipes.mini.scenes import FIRST_STAGE, TAUGHT, Distribution, settled
 
@@ -57,6 +57,7 @@ PREDICTION = "v"
 CROP = 64
 HAZE = 0.08  # the most noise that a decoder learns to see through, as a share of the latents' spread
 SHORT = 40  # tokens of the longest caption, its ends included: what follows is the end, again and again
+CANVAS = Path(__file__).with_name("canvas.safetensors")  # what reads the canvas of the embedded model's text tower
 UNSAID = 0.03  # the share of pictures of which the text tower is told nothing
 
 
@@ -118,15 +119,15 @@ def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
     canvas = Canvas(TEXT.width)
     text = new_text(scenes, canvas)
     if begin is not None:
-        put(canvas, part_of(begin, "canvas"))
+        put(canvas, part_of(open_model(CANVAS), "canvas"))
         put(text, part_of(begin, "text"), may_lack=("text_projection.",))
     vision = ClipVision(VISION)
     with torch.no_grad():
         vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
     text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
     text_start.hold(text, canvas)
-    objective = Telling(Contrast(text, vision), canvas, autocast=True)
     colours = scenes.colours()
+    objective = Telling(Contrast(text, vision), canvas, start.shown(colours), autocast=True)
 
     def laid(seed: int, number: int) -> Laid:
         chances = chance(seed, number)
@@ -233,6 +234,7 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
         said(scenes.tokens([""], TEXT.positions)),
         settings.seed,
         weighting="velocity",
+        counts=start.shown(colours),
         autocast=True,
     )
 
@@ -285,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("stage", choices=["all", *STAGES])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so long")
-    parser.add_argument("--start", type=Path, help="a kept or bundled file to begin from")
+    parser.add_argument("--start", type=Path, help="a bundled file to begin from")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(arguments)
     if options.threads:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -35,7 +39,7 @@ def test_distances_are_root_mean_squares_of_pixels_in_0_to_1():
 
 
 def test_a_chart_goes_from_its_first_to_its_last_point():
-    drawn = charts([("loss", [(0, 2.0), (50, 1.0), (100, 0.5)])])
+    drawn = charts([("loss", [(0, 2.0), (50, 1.0), (100, 0.5)], None)])
 
     first, middle, last = drawn.split('points="')[1].split('"')[0].split()
     assert (first, last) == ("44.0,30.0", "288.0,164.0")
@@ -46,3 +50,15 @@ def test_a_chart_goes_from_its_first_to_its_last_point():
 def test_a_run_without_logs_is_said_in_one_line(tmp_path, capsys: pytest.CaptureFixture[str]):
     assert main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "log.jsonl: cannot be read" in capsys.readouterr().err
+
+
+def test_a_line_breaks_where_what_is_measured_changed(tmp_path: Path):
+    for stage in ("vae", "text", "unet"):
+        (tmp_path / stage).mkdir()
+        lines = [{"step": step, "validation loss": 1 / step} for step in (100, 200, 300, 400)]
+        (tmp_path / stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    assert main([str(tmp_path), str(tmp_path / "curves"), "--anew", "text=250"]) == 0
+
+    lines = re.findall(r'polyline points="([^"]*)"', (tmp_path / "curves.svg").read_text())
+    assert [len(line.split()) for line in lines] == [4, 2, 2, 4]

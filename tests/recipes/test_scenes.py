@@ -158,6 +158,25 @@ def test_left_and_right_above_and_below_are_said_as_they_are(index: int) -> None
     assert not re.search(r"B [a-z ]*left of|B on the left|A on the right|B above|B at the top|A below|A under", text)
 
 
+def test_where_no_side_is_said_things_stand_as_they_are_read() -> None:
+    met = Counter()
+    for index in range(3000):
+        drawn = sample(12, index, THINGS, Distribution(counts=(0, 0.8, 0.2)))
+        text = drawn.caption
+        for letter, placed in zip("ABC", drawn.scene.things):
+            for word in sorted(placed.thing.words, key=len, reverse=True):
+                text = re.sub(rf"\b{word}\b", letter, text)
+        two = re.search(r"([AB]) (?:and|next to|beside|together with) .*?\b([AB])\b", text)
+        if len(drawn.scene.things) == 2 and two and not re.search(r"left|right|top|bottom", text):
+            assert two.groups() == ("A", "B")
+            assert drawn.scene.things[0].x < drawn.scene.things[1].x - 0.3
+            met["two"] += 1
+        three = re.search(r"\bA, .*\bB and .*\bC\b", text)
+        met["three"] += bool(three)
+        assert not re.search(r"\b[BC], .*\b[A-C] and|A, .*C and", text)
+    assert met["two"] > 500 and met["three"] > 100
+
+
 def test_captions_are_varied() -> None:
     texts = [sample(TRAINING_SEED, index, THINGS, TAUGHT).caption for index in range(5000)]
 

@@ -56,6 +56,19 @@ def test_cells_have_unit_variance_and_no_correlation_once_scaled(
     assert (spread[:3, :3] - torch.eye(3)).abs().max() < 0.02
 
 
+def test_a_latent_counts_as_the_root_of_what_it_changes_in_the_picture(colours: start.Colours) -> None:
+    plain = torch.zeros(1, 3, 16, 16)
+    colour = torch.linalg.inv(colours.whiten).T[:, :, None, None].expand(3, 3, 16, 16)
+    halves = torch.tensor([0.5, -0.5]).repeat_interleave(4).repeat(2).expand(1, 3, 16, 16) / colours.across
+    changed = plain + torch.cat([colour, halves])
+
+    moved = (start.latents(changed, colours) - start.latents(plain, colours)) * start.LATENT_SCALE
+    seen = (changed - plain).pow(2).mean((1, 2, 3)).sqrt()
+
+    torch.testing.assert_close(moved.mean((2, 3)), torch.eye(4), atol=1e-4, rtol=0)  # a unit of one latent each
+    torch.testing.assert_close(start.shown(colours), 4 * seen / seen.sum(), atol=1e-5, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_a_round_trip_blurs_as_interpolating_between_cells_does(vae: Autoencoder, pictures: torch.Tensor) -> None:
     blurred = F.interpolate(F.avg_pool2d(pictures, 8), scale_factor=8, mode="bilinear", align_corners=False)

@@ -69,6 +69,21 @@ def test_the_loss_of_each_image_is_the_min_snr_loss_of_diffusers_training_script
     assert_close(found, weight * error, atol=1e-4, rtol=1e-3)
 
 
+@torch.no_grad()
+def test_a_channel_that_counts_four_times_is_all_the_loss_where_others_count_nothing():
+    batch, t, silent = captioned(3), torch.tensor([10, 400, 900]), torch.zeros(3, dtype=torch.bool)
+    noise = torch.randn(batch.latents.shape, generator=chance(1, 2))
+
+    def loss(counts: list[float] | None) -> Tensor:
+        asked = None if counts is None else torch.tensor(counts)
+        return objective(Stub(), counts=asked).loss(batch, t, noise, silent)
+
+    alone = [loss([4.0 * (channel == each) for channel in range(4)]) for each in range(4)]
+    assert_close(loss(None), torch.stack(alone).mean(0))
+    assert_close(loss([1.5, 1.5, 0.5, 0.5]), (1.5 * (alone[0] + alone[1]) + 0.5 * (alone[2] + alone[3])) / 4)
+    assert (alone[0] - alone[1]).abs().min() > 1e-3
+
+
 def test_a_tenth_of_the_captions_is_dropped_and_each_is_either_said_or_not():
     unet = Stub()
 

@@ -35,6 +35,7 @@ class Denoising:
     "velocity" counts them min(SNR + 1, gamma + 1) times, the weight that v-prediction has by nature (and Karras et
     al. 2022 choose), so that a small model learns what is where from its first steps.
 
+    `counts` (C,) says how much the errors of each latent channel count, beside each other; None: all alike.
     `autocast` computes in bfloat16 where that is faster.
     """
 
@@ -46,6 +47,7 @@ class Denoising:
     dropout: float = 0.1
     gamma: float = 5.0
     weighting: Weighting = "min-snr"
+    counts: Tensor | None = None
     autocast: bool = False
 
     @property
@@ -77,7 +79,10 @@ class Denoising:
                 return self.unet(x, time, context).to(x.dtype)
 
         said, target = Denoiser(network, self.schedule, self.prediction).loss_terms(batch.latents, noise, sigma)
-        error = (said - target).pow(2).flatten(1).mean(1)
+        error = (said - target).pow(2)
+        if self.counts is not None:
+            error = error * self.counts.to(error)[:, None, None]
+        error = error.flatten(1).mean(1)
         return self.weights(t).to(error) * error
 
     def weights(self, t: Tensor) -> Tensor:
