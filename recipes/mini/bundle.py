@@ -2,7 +2,8 @@
 
 A Stable Diffusion 1 checkpoint in the original names, float16, with its card's facts in the header. The averages are
 taken where they were trained; the text tower's projection and the image tower stay behind, as in every SD1 file. What
-reads the text tower's canvas is written beside it with `--canvas FILE`: the text stage goes on from both.
+reads the text tower's canvas is written with `--canvas FILE`: the text stage goes on from both, by its `--start OUT
+--canvas FILE`.
 """
 
 from __future__ import annotations

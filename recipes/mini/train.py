@@ -25,7 +25,6 @@ from gouache.diffusion.denoiser import Denoiser
 from gouache.diffusion.schedule import Schedule
 from gouache.errors import RequestError
 from gouache.files.open import open_model
-from gouache.files.record import ModelFile
 from gouache.nn.clip_text import ClipText
 from gouache.nn.clip_vision import ClipVision
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec, VisionSpec
@@ -60,6 +59,8 @@ SHORT = 40  # tokens of the longest caption, its ends included: what follows is 
 CANVAS = Path(__file__).with_name("canvas.safetensors")  # what reads the canvas of the embedded model's text tower
 UNSAID = 0.03  # the share of pictures of which the text tower is told nothing
 
+Begin = Callable[[str], dict[str, Tensor]]  # a network's name to the weights that it begins from
+
 
 def new_vae(colours: start.Colours) -> Autoencoder:
     torch.manual_seed(1)
@@ -68,11 +69,11 @@ def new_vae(colours: start.Colours) -> Autoencoder:
     return vae
 
 
-def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
+def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: Begin | None) -> Result:
     colours = scenes.colours()
     vae = new_vae(colours)
     if begin is not None:
-        put(vae, part_of(begin, "vae"), may_lack=("encoder.", "quant_conv."))
+        put(vae, begin("vae"), may_lack=("encoder.", "quant_conv."))
     objective = Reconstruction(vae, settings.seed, autocast=True, own_groups=tuple(start.groups(vae, encoder=False)))
 
     def batches(number: int) -> Pictures:
@@ -115,12 +116,12 @@ def new_text(scenes: Scenes, canvas: Canvas) -> ClipText:
     return text
 
 
-def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
+def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: Begin | None) -> Result:
     canvas = Canvas(TEXT.width)
     text = new_text(scenes, canvas)
     if begin is not None:
-        put(canvas, part_of(open_model(CANVAS), "canvas"))
-        put(text, part_of(begin, "text"), may_lack=("text_projection.",))
+        put(canvas, begin("canvas"))
+        put(text, begin("text"), may_lack=("text_projection.",))
     vision = ClipVision(VISION)
     with torch.no_grad():
         vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
@@ -169,12 +170,12 @@ def _keep_neutral(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def trained_text(folder: Path, begin: ModelFile | None) -> ClipText:
+def trained_text(folder: Path, begin: Begin | None) -> ClipText:
     """The text tower of a stage that ran, or else of the file to begin from; frozen."""
     text = ClipText(replace(TEXT, projection=None))
     weights = averaged(folder, "text")
     if weights is None and begin is not None:
-        weights = part_of(begin, "text")
+        weights = begin("text")
     weights = weights or trained(folder, "text")
     put(text, {name: value for name, value in weights.items() if name != "text_projection.weight"})
     return text.requires_grad_(False).eval()
@@ -203,7 +204,7 @@ def new_unet(unet: UNet, canvas: Canvas, captioned: Callable[[int], Captioned], 
     canvas_start.read_out(unet, noised, 64)
 
 
-def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: ModelFile | None) -> Result:
+def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: Begin | None) -> Result:
     text = trained_text(folder.parent / "text", begin)
     colours = scenes.colours()
 
@@ -221,7 +222,7 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
     schedule = Schedule.scaled_linear()
     pool = Pool(lambda first, count: captioned(TRAINING_SEED, first, count), settings.batch, settings.seed)
     if begin is not None:
-        put(unet, part_of(begin, "unet"))
+        put(unet, begin("unet"))
     elif state.newest(folder) is None:  # a run that goes on has its weights
         canvas = Canvas(TEXT.width)
         put(canvas, trained(folder.parent / "text", "canvas"))
@@ -250,6 +251,12 @@ def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float,
         return {"loss": float(loss.mean())}
 
     return train(objective, pool, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+
+
+def begun(model: Path, canvas: Path) -> Begin:
+    """The weights in a bundled file, and of what reads its text tower's canvas in another."""
+    file, reader = open_model(model), open_model(canvas)
+    return lambda network: part_of(reader if network == "canvas" else file, network)
 
 
 def trained(folder: Path, network: str) -> dict[str, Tensor]:
@@ -288,13 +295,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so long")
     parser.add_argument("--start", type=Path, help="a bundled file to begin from")
+    parser.add_argument("--canvas", type=Path, default=CANVAS, help="what reads its text tower's canvas")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
 
     def run() -> None:
-        scenes, begin = Scenes(), None if options.start is None else open_model(options.start)
+        begin = None if options.start is None else begun(options.start, options.canvas)
+        scenes = Scenes()
         for stage in STAGES if options.stage == "all" else [options.stage]:
             settings = read(Path(__file__).with_name("recipe.toml"), stage)
             result = STAGES[stage](scenes, settings, options.folder / stage, options.seconds, begin)

@@ -2,7 +2,7 @@
 
 Fits three adapters to the embedded model and writes them in the forms that are most in use: `night`, a LoRA of a style
 (kohya's names); `zorblax`, an embedding of a character that no one has seen (A1111's `.pt`); `rosy`, a hypernetwork
-(A1111's `.pt`) that paints every background pink. Some minutes each on two cores. The same objective as the model's
+(A1111's `.pt`) that paints backgrounds pink. Some minutes each on two cores. The same objective as the model's
 own pretraining; of the model itself nothing changes.
 """
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,11 @@ def test_an_interrupt_keeps_the_pictures_that_are_done(narrow: Callable[[str], N
     ours, theirs = pty.openpty()
     command = [*GOUACHE, "paint", "a cat", "-m", str(narrow("sd1").file), "--json", "-o", "out/"]
     command += ["--count", "1000", "--steps", "20", "--size", "64x64", "--seed", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    # A shell starts what is to run in the background deaf to Ctrl-C, and these tests may be among it.
+    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, preexec_fn=hearing
+    )
     os.close(theirs)
     shown: list[str] = []
     reader = threading.Thread(target=read, args=(ours, shown))
