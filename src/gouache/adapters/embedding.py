@@ -1,4 +1,4 @@
-"""Textual inversions (Gal et al. 2022): vectors that stand in for words a text encoder never had."""
+"""Textual inversion (Gal et al. 2022): vectors that replace token embeddings where a name occurs in a prompt."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import BUNDLED, SDXL_VECTORS, read_embedding
 
-MOST = 75  # vectors, which is what a prompt's chunk has room for
+MOST = 75  # vectors, the size of a prompt's chunk
 
 Vectors = Mapping[str, Tensor]
 """{encoder: (vectors, width)}, float32; encoders are "text_encoder" and, for SDXL, "text_encoder_2"."""
 
 
 def vectors_of(file: ModelFile) -> dict[str, Tensor]:
-    """The vectors of an embedding file in any of the forms in use.
+    """The vectors of an embedding file in any known form.
 
-    Raises ModelError for a file that is none, or whose vectors are not finite.
+    Raises ModelError if the file is not an embedding, or its vectors are not finite.
     """
     shapes = {name: info.shape for name, info in file.tensors.items()}
     if read_embedding(shapes, file.extra) is None:
         raise ModelError(
-            f"{printable(str(file.path))} is no embedding: its tensors are not those of a textual inversion"
+            f"{printable(str(file.path))} is not an embedding: its tensors are not those of a textual inversion"
         )
     return _vectors(file, {name: name for name in file})
 
 
 def bundled_vectors(file: ModelFile, names: list[str]) -> dict[str, Tensor]:
-    """The vectors of an embedding that a LoRA brings along, of which `names` are the tensors."""
+    """The vectors of an embedding bundled in a LoRA; `names` are its tensors."""
     return _vectors(file, {name.removeprefix(BUNDLED).partition(".")[2]: name for name in names})
 
 
@@ -46,21 +46,23 @@ def _vectors(file: ModelFile, names: Mapping[str, str]) -> dict[str, Tensor]:
     shapes = [list(each.shape) for each in vectors.values()]
     counts = {shape[0] if len(shape) == 2 else 0 for shape in shapes}
     if len(counts) != 1 or not 1 <= max(counts) <= MOST:
-        told = " and ".join(map(str, shapes))
-        raise ModelError(f"{where} is no embedding that can be used: it holds {told}, expected 1 to {MOST} vectors")
+        found_shapes = " and ".join(map(str, shapes))
+        raise ModelError(
+            f"{where} cannot be used as an embedding: it holds {found_shapes}, expected 1 to {MOST} vectors"
+        )
     if not all(bool(torch.isfinite(each).all()) for each in vectors.values()):
         raise ModelError(f"{where} is damaged: its vectors hold NaN or infinite numbers")
     return vectors
 
 
-class Words(Mapping[str, Vectors]):
-    """The embeddings that prompts can use, by name; of several of one name the last that is still there."""
+class Embeddings(Mapping[str, Vectors]):
+    """The embeddings that prompts can use, by name; of several with one name, the one added last."""
 
     def __init__(self) -> None:
         self._all: list[tuple[str, Vectors]] = []
 
     def add(self, name: str, vectors: Vectors) -> Callable[[], None]:
-        """Make `name` stand for `vectors`, until what is returned is called."""
+        """Add an embedding; the returned function removes it."""
         entry = (name, vectors)
         self._all.append(entry)
 
@@ -70,41 +72,41 @@ class Words(Mapping[str, Vectors]):
         return remove
 
     def __getitem__(self, name: str) -> Vectors:
-        for word, vectors in reversed(self._all):
-            if word == name:
+        for each, vectors in reversed(self._all):
+            if each == name:
                 return vectors
         raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys(word for word, _ in self._all))
+        return iter(dict.fromkeys(name for name, _ in self._all))
 
     def __len__(self) -> int:
-        return len({word for word, _ in self._all})
+        return len({name for name, _ in self._all})
 
 
-def fits(told: Mapping[str, int], widths: Mapping[str, int]) -> bool:
-    """Whether vectors `told` wide, by encoder, are for text encoders of these widths.
+def fits(vectors: Mapping[str, int], widths: Mapping[str, int]) -> bool:
+    """Whether vectors of these widths, by encoder, are for text encoders of these `widths`.
 
-    SDXL's refiner, which has the second encoder alone, takes what SDXL's embeddings have for that one.
+    SDXL's refiner, which has only the second encoder, uses the vectors that SDXL's embeddings have for it.
     """
     if set(widths) == {"text_encoder_2"}:
-        return told.get("text_encoder_2") == widths["text_encoder_2"]
-    return told == widths
+        return vectors.get("text_encoder_2") == widths["text_encoder_2"]
+    return vectors == widths
 
 
-def must_fit(file: ModelFile, vectors: Vectors, widths: Mapping[str, int]) -> None:
-    """Raises ModelError where the vectors are not for text encoders of these widths."""
-    told = {encoder: each.shape[1] for encoder, each in vectors.items()}
-    if fits(told, widths):
+def check_widths(file: ModelFile, vectors: Vectors, widths: Mapping[str, int]) -> None:
+    """Raises ModelError if the vectors are not for text encoders of these widths."""
+    own = {encoder: each.shape[1] for encoder, each in vectors.items()}
+    if fits(own, widths):
         return
-    have, want = (" and ".join(str(width) for width in each.values()) for each in (told, widths))
+    have, want = (" and ".join(str(width) for width in each.values()) for each in (own, widths))
     raise ModelError(
-        f"{printable(str(file.path))} has vectors {have} wide, and this model reads prompts as vectors {want} wide; "
-        f"{_fits(told)}"
+        f"{printable(str(file.path))} has vectors of width {have}, but this model's text encoders have width {want}; "
+        f"{_families(own)}"
     )
 
 
-def _fits(widths: Mapping[str, int]) -> str:
+def _families(widths: Mapping[str, int]) -> str:
     lines = {(768,): "they fit Stable Diffusion 1", (1024,): "they fit Stable Diffusion 2",
-             (768, 1280): "they fit SDXL", (1280,): "they fit SDXL's second encoder alone"}  # fmt: skip
+             (768, 1280): "they fit SDXL", (1280,): "they fit SDXL's second encoder only"}  # fmt: skip
     return lines.get(tuple(widths.values()), "they fit none of the known families")

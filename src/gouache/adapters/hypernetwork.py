@@ -1,7 +1,7 @@
-"""Hypernetworks, as NovelAI introduced and A1111 trains them: small networks that change what attention is told.
+"""Hypernetworks, as NovelAI introduced and A1111 trains them: small networks that change the input of attention.
 
-For each width of what is attended to, there is a pair: x + strength * mlp(x) goes into `to_k` by the one and into
-`to_v` by the other. So the same file acts on self-attention (the widths of the U-Net) and on the prompt (768, 1024).
+There is a pair of networks for each input width: x + strength * mlp(x) is the input of `to_k` by the first and of
+`to_v` by the second. So one file acts on self-attention (the widths of the U-Net) and on the prompt (768, 1024).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
@@ -23,12 +24,12 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leakyrelu": F.leaky_relu,
     "elu": F.elu,
-    "swish": F.hardswish,  # which is what A1111 means by it
+    "swish": F.hardswish,  # A1111 maps this name to hardswish
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "celu": F.celu,
     "gelu": F.gelu,
-    "glu": F.glu,  # which halves the width, so that no file that works says it
+    "glu": F.glu,  # halves the width, so no working file uses it
     "hardshrink": F.hardshrink,
     "hardsigmoid": F.hardsigmoid,
     "hardtanh": F.hardtanh,
@@ -36,7 +37,7 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "logsigmoid": F.logsigmoid,
     "mish": F.mish,
     "relu6": F.relu6,
-    "rrelu": F.rrelu,  # which outside training has the mean slope
+    "rrelu": F.rrelu,  # outside training it has the mean slope
     "selu": F.selu,
     "silu": F.silu,
     "softmax": partial(F.softmax, dim=-1),
@@ -54,7 +55,7 @@ _NAME = re.compile(r"(\d{1,6})\.([01])\.(?:linear\.(\d{1,3})|linear(\d))\.(weigh
 
 @dataclass(frozen=True)
 class Mlp:
-    """Layers in turn: ("linear" or "norm", weight, bias), ("prelu", its slope, None), or an activation by name."""
+    """Layers in order: ("linear" or "norm", weight, bias), ("prelu", slope, None), or the name of an activation."""
 
     steps: tuple[tuple[str, Tensor, Tensor | None] | str, ...]
 
@@ -80,35 +81,37 @@ class Hypernetwork:
 
 
 def read_hypernetwork(file: ModelFile) -> Hypernetwork:
-    """A1111's `.pt` and NovelAI's, with whatever layers. Raises ModelError naming what cannot be followed."""
+    """Read A1111's `.pt` or NovelAI's, with any layers. Raises ModelError that names what is not supported."""
     found: dict[int, dict[int, dict[int, dict[str, Tensor]]]] = {}
     for name in file:
         match = _NAME.fullmatch(name)
         if match is None:
-            raise ModelError(f"{printable(str(file.path))}: {printable(name)} is no tensor of a hypernetwork")
+            raise ModelError(f"{printable(str(file.path))}: {printable(name)} is not a tensor of a hypernetwork")
         number = int(match[3]) if match[3] is not None else int(match[4]) - 1  # NovelAI's linear1 and linear2
         layers = found.setdefault(int(match[1]), {}).setdefault(int(match[2]), {})
         layers.setdefault(number, {})[match[5]] = file.tensor(name).float()
     pairs: dict[int, tuple[Mlp, Mlp]] = {}
     for width, sides in sorted(found.items()):
         if set(sides) != {0, 1}:
-            raise ModelError(f"{printable(str(file.path))} has but one network for contexts {width} wide; it takes two")
+            raise ModelError(
+                f"{printable(str(file.path))} has one network for inputs of width {width}, expected two (for keys and values)"
+            )
         pairs[width] = _mlp(file, width, sides[0]), _mlp(file, width, sides[1])
     if not pairs:
-        raise ModelError(f"{printable(str(file.path))} holds no network: it is no hypernetwork")
+        raise ModelError(f"{printable(str(file.path))} holds no network, so it is not a hypernetwork")
     return Hypernetwork(file, pairs)
 
 
 def _mlp(file: ModelFile, width: int, layers: Mapping[int, Mapping[str, Tensor]]) -> Mlp:
-    """The layers in the order of their numbers; activations have no tensors and stand where the flags say."""
+    """The layers in the order of their numbers; activations have no tensors, flags say where they are."""
     where = printable(str(file.path))
     name = str(file.extra.get("activation_func") or "linear").lower()
     if name not in ("linear", "prelu") and name not in ACTIVATIONS:
-        raise ModelError(f"{where}: its activation {printable(name)} is not known; there are {', '.join(ACTIVATIONS)}")
-    last_too = file.extra.get("activate_output", True)  # A1111's default for files that do not say
+        raise ModelError(f"{where}: its activation {printable(name)} is not known; known are {', '.join(ACTIVATIONS)}")
+    last_too = file.extra.get("activate_output", True)  # A1111's default for files without this flag
     linears = [number for number, layer in sorted(layers.items()) if "weight" in layer and layer["weight"].ndim == 2]
     if any("weight" not in layer for layer in layers.values()) or name == "glu":
-        raise ModelError(f"{where}: its network for contexts {width} wide is not whole, or of a form that cannot be")
+        raise ModelError(f"{where}: its network for inputs of width {width} is incomplete or cannot work")
     steps: list[tuple[str, Tensor, Tensor | None] | str] = []
     wide = width
     for number, layer in sorted(layers.items()):
@@ -118,16 +121,18 @@ def _mlp(file: ModelFile, width: int, layers: Mapping[int, Mapping[str, Tensor]]
         fits = weight.ndim == 2 or slopes or (weight.ndim == 1 and outs == (wide,))
         if not fits or (bias is not None and tuple(bias.shape) != outs):
             raise ModelError(
-                f"{where}: layer {number} for contexts {width} wide has tensors that do not fit each other"
+                f"{where}: layer {number} for inputs of width {width} has tensors that do not fit each other"
             )
         if not all(bool(torch.isfinite(tensor).all()) for tensor in layer.values()):
             raise ModelError(f"{where} is damaged: it holds NaN or infinite numbers")
         if weight.ndim == 2:
             if weight.shape[1] != wide:
-                raise ModelError(f"{where}: a layer for contexts {width} wide takes {weight.shape[1]}, not {wide}")
+                raise ModelError(
+                    f"{where}: a layer for inputs of width {width} expects {weight.shape[1]}, but receives {wide}"
+                )
             wide = weight.shape[0]
             steps.append(("linear", weight, bias))
-            # Of the activations, PReLU alone has a tensor, and so stands among the layers.
+            # PReLU is the only activation with a tensor, so it is numbered among the layers.
             if name not in ("linear", "prelu") and (number != linears[-1] or last_too):
                 steps.append(name)
         elif name == "prelu" and bias is None:
@@ -135,30 +140,36 @@ def _mlp(file: ModelFile, width: int, layers: Mapping[int, Mapping[str, Tensor]]
         else:
             steps.append(("norm", weight, bias))
     if wide != width:
-        raise ModelError(f"{where}: its network for contexts {width} wide gives {wide} numbers")
+        raise ModelError(f"{where}: its network for inputs of width {width} returns width {wide}")
     return Mlp(tuple(steps))
 
 
-class Worn:
-    """A hypernetwork on the keys and values of a network's attention, until `remove`."""
+class HypernetworkHooks:
+    """A hypernetwork on the inputs of `to_k` and `to_v` of a network's attention, from `attach` until `remove`."""
 
     def __init__(self, network: nn.Module, hypernetwork: Hypernetwork, strength: float) -> None:
         self.strength = strength
-        self.modules: list[str] = []
-        self._handles = []
-        for name, module, side in _keys_and_values(network):
-            pair = hypernetwork.pairs.get(module.in_features)
-            if pair is not None:
-                self.modules.append(name)
-                self._handles.append(module.register_forward_pre_hook(partial(self._change, pair[side])))
-        self.unused = sorted(set(hypernetwork.pairs) - {m.in_features for _, m, _ in _keys_and_values(network)})
+        self._layers = [
+            (name, module, hypernetwork.pairs[module.in_features][side])
+            for name, module, side in _keys_and_values(network)
+            if module.in_features in hypernetwork.pairs
+        ]
+        self._handles: list[RemovableHandle] = []
+        self.modules = [name for name, _, _ in self._layers]
+        self.unused = sorted(set(hypernetwork.pairs) - {module.in_features for _, module, _ in self._layers})
 
     @property
-    def removed(self) -> bool:
-        return not self._handles
+    def attached(self) -> bool:
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Does nothing if it is attached."""
+        if not self._handles:
+            for _, module, mlp in self._layers:
+                self._handles.append(module.register_forward_pre_hook(partial(self._change, mlp)))
 
     def remove(self) -> None:
-        """Interrupted, it goes on where it was when it is called again."""
+        """Can be called again after an interrupt, and then goes on."""
         while self._handles:
             self._handles[-1].remove()
             self._handles.pop()
@@ -169,6 +180,7 @@ class Worn:
 
 
 def _keys_and_values(network: nn.Module) -> Iterator[tuple[str, nn.Linear, int]]:
+    """(name, module, 0 for keys and 1 for values)"""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and name.endswith((".to_k", ".to_v")):
             yield name, module, int(name.endswith(".to_v"))

@@ -1,7 +1,7 @@
-"""A patch that acts as its module runs: what it makes of the input is added to the output, the weight left alone.
+"""A patch applied while its module runs: its contribution to the output is added, and the weight is left alone.
 
-Everything that adapters change (linear layers, convolutions, norms, embeddings) is linear in its weight, so a weight's
-change does to the input what the changed weight would do beyond the old one.
+All modules that adapters change (linear layers, convolutions, norms, embeddings) are linear in their weight, so a
+change of the weight adds to the output what the module would compute with the change alone.
 """
 
 from __future__ import annotations
@@ -13,37 +13,41 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gouache.adapters.patch import Patch
-from gouache.adapters.read import WRONG
+from gouache.adapters.read import SHAPE_ERRORS
 from gouache.errors import ModelError
 
 
-class Live:
-    """What one patch adds to one module's output as it runs.
+class LivePatch:
+    """What one patch adds to one module's output, as a forward hook.
 
-    `beneath` gives the weight that it acts on, for forms to which that matters; `named` begins its errors.
+    `beneath` returns the weight it acts on, for forms that depend on it; `error` is the start of its messages. Where
+    the patch has parameters that require gradients, its factors are computed from them at each call, under autograd;
+    otherwise what can be computed once is kept.
     """
 
-    def __init__(self, module: nn.Module, patch: Patch, beneath: Callable[[], Tensor], named: str) -> None:
+    def __init__(self, module: nn.Module, patch: Patch, beneath: Callable[[], Tensor], error: str) -> None:
         self.on = True
         self._strength = 0.0
-        self._patch, self._beneath, self._named = patch, beneath, named
-        # Positions and the like are looked up as integers, which no factor can multiply.
-        self._factors = patch.factors if isinstance(module, nn.Linear | nn.Conv2d) else None
+        self._patch, self._beneath, self._error = patch, beneath, error
+        self._trained = any(part.requires_grad for part in patch.parts.values())
+        # An embedding is looked up by integers, which no factor can multiply.
+        self._by_factors = isinstance(module, nn.Linear | nn.Conv2d) and patch.factors is not None
+        self._factors: tuple[Tensor, Tensor] | None = None
         self._weight: Tensor | None = None
         self._bias: Tensor | None = None
-        self._made = False
+        self._valid = False
         self._handle = module.register_forward_hook(self._add)
 
     def set(self, strength: float) -> None:
         if strength != self._strength:
-            self._strength, self._made = strength, False
+            self._strength, self._valid = strength, False
 
-    def stale(self) -> None:
-        """The weight beneath has changed, and with it what some forms make of it."""
-        self._made = False
+    def invalidate(self) -> None:
+        """Compute again: the weight beneath has changed, and some forms depend on it."""
+        self._valid = False
 
     def changed(self, weight: Tensor) -> Tensor:
-        """What the patch makes of `weight`, float32."""
+        """`weight` changed by the patch, float32."""
         return self._patch.weight(weight, self._strength) if self._strength else weight
 
     def remove(self) -> None:
@@ -52,41 +56,47 @@ class Live:
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not self.on or not self._strength:
             return output
-        if not self._made:
+        if not self._valid or self._trained:
             try:
-                self._make(module)
-            except (ModelError, *WRONG) as error:
-                raise ModelError(f"{self._named}: {error}") from None
+                if self._trained:
+                    self._compute(module)
+                else:
+                    with torch.inference_mode(False), torch.no_grad():
+                        self._compute(module)
+            except (ModelError, *SHAPE_ERRORS) as error:
+                raise ModelError(f"{self._error}: {error}") from None
         extra = None
         if self._factors is not None:
-            extra = _product(module, inputs[0], self._factors[0] * self._strength, self._factors[1])
+            extra = _product(module, inputs[0], *self._factors)
         elif self._weight is not None:
             extra = _run(module, inputs[0], self._weight.to(inputs[0].device), None)
         if self._bias is not None:
-            spread = self._bias.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d | nn.GroupNorm) else self._bias
-            extra = spread.to(output) if extra is None else extra + spread.to(extra)
+            bias = self._bias.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d | nn.GroupNorm) else self._bias
+            extra = bias.to(output) if extra is None else extra + bias.to(extra)
         return output if extra is None else output + extra.to(output.dtype)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _make(self, module: nn.Module) -> None:
+    def _compute(self, module: nn.Module) -> None:
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
-        if self._factors is None:
+        if self._by_factors:
+            factors = self._patch.factors
+            assert factors is not None
+            self._factors = factors[0] * self._strength, factors[1]
+        else:
             change = self._patch.change(self._beneath(), self._strength)
-            self._weight = change if change is None else change.to(_computing(weight))
+            self._weight = change if change is None else change.to(_compute_dtype(weight))
         delta = self._patch.bias_delta(bias) if isinstance(bias, Tensor) else None
         self._bias = None if delta is None else delta * self._strength
-        self._made = True
+        self._valid = True
 
 
-def _computing(weight: Tensor) -> torch.dtype:
-    """The dtype that a module of such weights computes in."""
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which a module with such weights computes."""
     return weight.dtype if weight.element_size() > 1 else torch.float32
 
 
 def _product(module: nn.Module, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """up (down x), the module being a linear layer or a convolution; whichever form the file has it in."""
+    """up (down x) of a linear layer or a convolution, whichever of the two forms the file stores."""
     if isinstance(module, nn.Conv2d):
         inner = down.reshape(len(down), module.in_channels, *module.kernel_size).to(x)
         return F.conv2d(_run(module, x, inner, None), up[..., None, None].to(x))
@@ -94,7 +104,7 @@ def _product(module: nn.Module, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 def _run(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the module would do with another weight. Everything that adapters change is linear in its weight."""
+    """The module's output with another weight."""
     match module:
         case nn.Conv2d():
             return F.conv2d(x, weight.to(x.dtype), bias, module.stride, module.padding, module.dilation, module.groups)

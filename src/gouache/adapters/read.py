@@ -1,10 +1,10 @@
-"""An adapter file -> patches by module, and what of it found no module: counted, nothing passed over in silence."""
+"""An adapter file -> patches by module, and the tensors that match no module: counted, never ignored silently."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,21 +17,21 @@ from gouache.files.record import ModelFile
 from gouache.layouts.adapters import bundled, split_names
 from gouache.layouts.modules import Module
 
-NEAREST = 20  # for so many unmatched names the nearest known one is looked for, which takes a while each
+NEAREST = 20  # unmatched names for which the nearest known one is searched, which is slow
 
-WRONG = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
-"""What torch raises for tensors whose shapes do not go together."""
+SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
+"""What torch raises for tensors whose shapes do not fit each other."""
 
-_NUMBERS = ("alpha", "scale", "scalar", "on_input")  # which have values, not shapes
+_NUMBERS = ("alpha", "scale", "scalar", "on_input")  # single values
 _PLAIN = ("lora_up.weight", "lora_down.weight")
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """The patches of a file. `tensors[module][part]` is the file's name of that part; `shares` as in `Patch`.
+class AdapterFile:
+    """The patches of a file. `tensors[module][part]` is the tensor name of that part; `shares` as in `Patch`.
 
-    `unmatched`: names without a module -> the nearest, "" where none is near. `embeddings`: those packed along, as
-    {placeholder: the file's names}.
+    `unmatched` maps names without a module to the nearest known one, "" where none is near. `embeddings` maps the
+    placeholder of each bundled embedding to its tensor names.
     """
 
     file: ModelFile
@@ -42,8 +42,16 @@ class Adapter:
     stems: Mapping[Module, str] = field(repr=False)
     scales: Scales = field(repr=False)
 
+    @property
+    def name(self) -> str:
+        return str(self.file.path)
+
+    @property
+    def target_modules(self) -> Collection[Module]:
+        return self.tensors.keys()
+
     def patch(self, module: Module, device: torch.device | str = "cpu") -> Patch:
-        """What the file does to `module`; read now, in float32. Raises ModelError for parts that are damaged."""
+        """The patch for `module`, read now, in float32. Raises ModelError for parts that are damaged."""
         names = self.tensors[module]
         parts: dict[str, Tensor] = {}
         for part, name in names.items():
@@ -54,39 +62,39 @@ class Adapter:
         return Patch({**self.scales.of(self.stems[module], parts), **parts}, self.shares[module])
 
     def sketch(self, module: Module) -> Patch:
-        """The same without values, on the meta device: what shapes it has, and whether they fit each other."""
+        """The patch without values, on the meta device: enough to check shapes."""
         names = self.tensors[module]
         parts = {part: torch.empty(self.file.tensors[name].shape, device="meta")
                  for part, name in names.items() if part not in _NUMBERS}  # fmt: skip
-        if "on_input" in names:  # which tells the side that the others are for
+        if "on_input" in names:  # its value decides which side the other parts act on
             parts["on_input"] = self._number(names["on_input"])
         return Patch(parts, self.shares[module])
 
-    def misfit(self, module: Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
-        """Why the patch does not fit a module of these shapes ({"weight": ..., "bias": ...}), told from the headers."""
+    def mismatch(self, module: Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """Why the patch does not fit a module of these shapes ({"weight": ..., "bias": ...}), by the header alone."""
         if "weight" not in shapes:
             return "the module has no weight"
-        if (plain := self._plain_misfit(module, shapes["weight"])) is not None:
+        if (plain := self._plain_mismatch(module, shapes["weight"])) is not None:
             return plain
         try:
             sketch = self.sketch(module)
             if "bias" not in shapes and set(sketch.parts) == {"diff_b"}:
                 return "the module has no bias"
-            # How large a delta of a few values is, those values tell, once they are read.
-            told = {part: tensor for part, tensor in sketch.parts.items() if not part.startswith("bias_")}
-            if told:
-                sketch = Patch(told, sketch.share)
+            # The shape of a sparse difference depends on its values, which are not read here.
+            dense = {part: tensor for part, tensor in sketch.parts.items() if not part.startswith("bias_")}
+            if dense:
+                sketch = Patch(dense, sketch.share)
                 sketch.weight(torch.empty(shapes["weight"], device="meta"), 1.0)
                 if "bias" in shapes:
                     sketch.bias(torch.empty(shapes["bias"], device="meta"), 1.0)
         except ModelError as error:
             return str(error)
-        except WRONG:
+        except SHAPE_ERRORS:
             return "its parts do not fit each other"
         return ""
 
-    def _plain_misfit(self, module: Module, weight: tuple[int, ...]) -> str | None:
-        """The same for a LoRA of two factors, of which a file has a thousand; None for anything else."""
+    def _plain_mismatch(self, module: Module, weight: tuple[int, ...]) -> str | None:
+        """The same for a LoRA of two factors, quickly because files hold a thousand; None for other forms."""
         names = self.tensors[module]
         if not set(_PLAIN) <= names.keys() <= {*_PLAIN, "alpha"}:
             return None
@@ -95,7 +103,9 @@ class Adapter:
             return "its parts do not fit each other"
         rows, count = up[0], self.shares[module][1]
         if len(weight) < 2 or (rows, math.prod(down[1:])) != (weight[0] * count, math.prod(weight[1:])):
-            return f"it makes {[rows, *down[1:]]}, the weight is {list(weight)}" + (f", {count} times" * (count > 1))
+            return f"it changes a weight of {[rows, *down[1:]]}, the weight is {list(weight)}" + (
+                f", {count} times" * (count > 1)
+            )
         return ""
 
     def _number(self, name: str) -> Tensor:
@@ -107,7 +117,7 @@ class Adapter:
         return f"{printable(str(self.file.path))}: {printable(name)}"
 
 
-def read_lora(file: ModelFile, names: Mapping[str, tuple[Module, ...]]) -> Adapter:
+def read_lora(file: ModelFile, names: Mapping[str, tuple[Module, ...]]) -> AdapterFile:
     """The patches in `file` for a model whose modules are called `names` (`layouts.modules.module_names`)."""
     tensors: dict[Module, dict[str, str]] = {}
     shares: dict[Module, tuple[int, int]] = {}
@@ -126,13 +136,13 @@ def read_lora(file: ModelFile, names: Mapping[str, tuple[Module, ...]]) -> Adapt
             unmatched[name] = near[0] if near else ""
             continue
         if other := next((stems[module] for module in modules if stems.get(module, stem) != stem), None):
-            unmatched[name] = other  # the file names the module twice, of which the first counts
+            unmatched[name] = other  # the file names the module twice; the first one is used
             continue
-        part = suffix.lstrip("._")  # what joins it to the module
+        part = suffix.lstrip("._")
         for index, module in enumerate(modules):
             tensors.setdefault(module, {})[SAME.get(part, part)] = name
             shares[module], stems[module] = (index, len(modules)), stem
     for module, parts in tensors.items():
         for part in Patch(dict.fromkeys(parts, torch.empty(0))).unused:
             unmatched[parts.pop(part)] = f"{stems[module]}, which has another form already"
-    return Adapter(file, tensors, shares, unmatched, packed, stems, scales(file))
+    return AdapterFile(file, tensors, shares, unmatched, packed, stems, scales(file))

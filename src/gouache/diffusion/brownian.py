@@ -36,7 +36,7 @@ class BrownianPath:
         # A sampler's next interval starts at a level of this one: keeping two halves the work.
         self._recent = {level: self._at(level) for level in (start, end)}
         if start == end:
-            return torch.zeros(self._shape)
+            return torch.zeros(self._shape, dtype=torch.float32)
         return (self._recent[end] - self._recent[start]) / math.sqrt(abs(end - start))
 
     def _at(self, level: float) -> Tensor:
@@ -45,7 +45,7 @@ class BrownianPath:
         if not 0 <= level <= HIGHEST_LEVEL:
             raise RequestError("sigmas", f"a noise level of {level} is outside 0 to {HIGHEST_LEVEL:.0f}")
         low, high, node = 0.0, HIGHEST_LEVEL, 1
-        at_low, at_high = torch.zeros(self._shape), math.sqrt(HIGHEST_LEVEL) * self._normal(0)
+        at_low, at_high = torch.zeros(self._shape, dtype=torch.float32), math.sqrt(HIGHEST_LEVEL) * self._normal(0)
         while low < level < high:
             middle = (low + high) / 2
             at_middle = (at_low + at_high) / 2 + math.sqrt(high - low) / 2 * self._normal(node)
@@ -58,7 +58,7 @@ class BrownianPath:
     def _normal(self, node: int) -> Tensor:
         digest = hashlib.blake2b(f"{self._seed} {node}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-        return torch.randn(self._shape, generator=generator)
+        return torch.randn(self._shape, generator=generator, dtype=torch.float32)
 
 
 def _as_float32(level: float) -> float:

@@ -1,49 +1,62 @@
-"""Guidance: functions that make a Denoise out of others, and know no network.
+"""Guidance: functions that make a Denoise from others, without knowing any network.
 
-The network arrives as `denoise(x, sigma, conditioning) -> x0`; what comes out is (x, sigma) -> x0, as samplers want it.
-All differences are taken between pictures x0. That is the same as between predicted noises or velocities, because
+The network is passed as `denoise(x, sigma, conditioning) -> x0`; the result is (x, sigma) -> x0, as samplers need it.
+All differences are between predictions of x0. That is the same as between predicted noises or velocities, because
 each is a linear function of x0 at a given x and sigma.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from gouache.diffusion.conditioning import Conditioning, stack
 from gouache.diffusion.denoiser import Prediction, per_image, scaling
-from gouache.diffusion.samplers.sampler import Denoise
+from gouache.diffusion.samplers.sampler import Denoise, OnStep, Step
+from gouache.errors import RequestError
 
 ConditionedDenoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
-"""(x (B, C, H, W), sigma scalar or (B,), conditioning of B rows) -> x0 shaped like x."""
+"""(x (B, ...), sigma scalar or (B,), conditioning of B rows) -> x0 shaped like x."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One part of a positive prompt, and its weight (`AND`)."""
+
+    conditioning: Conditioning
+    weight: float = 1.0
 
 
 def cfg(
     denoise: ConditionedDenoise,
-    positive: Conditioning,
+    positive: Conditioning | Sequence[Term],
     negative: Conditioning | None,
     scale: float,
     *,
     rescale: float = 0.0,
     prediction: Prediction = "v",
 ) -> Denoise:
-    """Classifier-free guidance (Ho and Salimans 2022): x0 = negative + scale * (positive - negative).
+    """Classifier-free guidance (Ho and Salimans 2022): x0 = negative + scale * sum of weight * (positive - negative).
 
-    At scale 1, or without a negative, the negative is never computed. `rescale` from 0 to 1 is the phi of Lin et al.
-    2023, which takes back the contrast that guidance adds; it acts on what the network says, so it needs to know
-    what that is.
+    Several terms are composed as Liu et al. 2022 do. With one term of weight 1, at scale 1 or without a negative, the
+    negative is never computed. `rescale` from 0 to 1 is the phi of Lin et al. 2023, which reduces the contrast that
+    guidance adds; it acts on the network's output, so it depends on `prediction`.
     """
-    if negative is None or scale == 1:
-        return lambda x, sigma: denoise(x, sigma, positive)
-    together = _together(denoise, positive, negative)
+    terms = [Term(positive)] if isinstance(positive, Conditioning) else list(positive)
+    if negative is None or (scale == 1 and len(terms) == 1 and terms[0].weight == 1):
+        if len(terms) == 1:
+            return lambda x, sigma: denoise(x, sigma, terms[0].conditioning)
+        raise RequestError("prompt", "parts joined by AND need a negative conditioning")
+    predict = _together(denoise, *(term.conditioning for term in terms), negative)
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        wanted, unwanted = together(x, sigma)
-        x0 = unwanted + scale * (wanted - unwanted)
-        return _rescaled(x0, wanted, x, sigma, rescale, prediction) if rescale else x0
+        *wanted, unwanted = predict(x, sigma)
+        direction = torch.stack([term.weight * (each - unwanted) for term, each in zip(terms, wanted)]).sum(0)
+        x0 = unwanted + scale * direction
+        return _rescaled(x0, unwanted + direction, x, sigma, rescale, prediction) if rescale else x0
 
     return guided
 
@@ -51,18 +64,18 @@ def cfg(
 def instruct(
     denoise: ConditionedDenoise, positive: Conditioning, negative: Conditioning, scale: float, image_scale: float
 ) -> Denoise:
-    """Two-fold guidance of instruct-pix2pix (Brooks et al. 2023, eq. 3): towards the words, and towards the picture.
+    """The two guidances of instruct-pix2pix (Brooks et al. 2023, eq. 3): towards the prompt, and towards the picture.
 
-    Both conditionings carry the picture's latent in `concat`; the third pass has the negative words and no picture.
+    Both conditionings carry the picture's latent in `concat`; the third pass has the negative prompt and no picture.
     """
     without_picture = negative
     if negative.concat is not None:
         without_picture = replace(negative, concat=torch.zeros_like(negative.concat))
-    together = _together(denoise, positive, negative, without_picture)
+    predict = _together(denoise, positive, negative, without_picture)
 
     def guided(x: Tensor, sigma: Tensor) -> Tensor:
-        words, picture, nothing = together(x, sigma)
-        return nothing + scale * (words - picture) + image_scale * (picture - nothing)
+        prompt, picture, nothing = predict(x, sigma)
+        return nothing + scale * (prompt - picture) + image_scale * (picture - nothing)
 
     return guided
 
@@ -71,31 +84,39 @@ def masked(denoise: Denoise, mask: Tensor, original: Tensor) -> Denoise:
     """Inpainting with an ordinary model: paint where `mask` is 1, keep the latent `original` where it is 0.
 
     Both broadcast to x. The mask acts on x0 alone, in steps between: outside it x0 is `original`, so every sampler
-    walks from original + sigma * n to original there, along the noise it started with or adds.
+    moves from original + sigma * n to original there, along the noise it started with or adds.
     """
     return lambda x, sigma: torch.lerp(original, denoise(x, sigma), mask)
 
 
-def at_progress(denoise: Denoise, sigmas: Tensor, tell: Callable[[float], None]) -> Denoise:
-    """`denoise`, before each call of which `tell` hears what share of the run over `sigmas` is done.
+def by_step(make: Callable[[int], Denoise], on_step: OnStep | None, first: int = 1) -> tuple[Denoise, OnStep]:
+    """A denoise that changes from step to step: `make(step)` makes it, called once per step, counted from `first`.
 
-    The step is told by the level: one between two of the run's, which second-order samplers visit, is of the step that
-    began above it.
+    Returns it with the `on_step` that the sampler must be given: a step is over when the sampler reports it, however
+    often it called the network, so second-order samplers count steps and not calls.
     """
-    starts, steps = sigmas[:-1], len(sigmas) - 1
+    done = 0
+    made: tuple[int, Denoise] | None = None
 
-    def told(x: Tensor, sigma: Tensor) -> Tensor:
-        begun = int((starts.to(sigma.device) >= sigma.max() * (1 - 1e-6)).sum())
-        tell(max(begun - 1, 0) / steps)
-        return denoise(x, sigma)
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        nonlocal made
+        if made is None or made[0] != done:
+            made = done, make(first + done)
+        return made[1](x, sigma)
 
-    return told
+    def count(step: Step) -> None:
+        nonlocal done
+        done = step.index + 1
+        if on_step is not None:
+            on_step(step)
+
+    return denoise, count
 
 
 def _together(
     denoise: ConditionedDenoise, *conditionings: Conditioning
 ) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
-    """One x under several conditionings: in one call where they stack, else one after the other."""
+    """One x with several conditionings: in one call if they can be batched, else one after the other."""
     count = len(conditionings)
     if not all(conditionings[0].stacks_with(other) for other in conditionings[1:]):
         return lambda x, sigma: tuple(denoise(x, sigma, each) for each in conditionings)
@@ -103,14 +124,15 @@ def _together(
 
     def in_one_call(x: Tensor, sigma: Tensor) -> tuple[Tensor, ...]:
         levels = sigma.repeat(count) if sigma.ndim else sigma
-        return denoise(x.repeat(count, 1, 1, 1), levels, batch).chunk(count)
+        return denoise(x.repeat(count, *[1] * (x.ndim - 1)), levels, batch).chunk(count)
 
     return in_one_call
 
 
 def _rescaled(x0: Tensor, wanted: Tensor, x: Tensor, sigma: Tensor, amount: float, prediction: Prediction) -> Tensor:
-    """Lin et al. 2023, eq. 15 and 16: bring the guided prediction's spread, image by image, to the positive's."""
+    """Lin et al. 2023, eq. 15 and 16: the guided prediction's standard deviation, per image, becomes the positive's."""
     factors = scaling(prediction, per_image(sigma, x))
-    guided, positive = ((picture - factors.c_skip * x) / factors.c_out for picture in (x0, wanted))
-    spread = positive.std(dim=(1, 2, 3), keepdim=True) / guided.std(dim=(1, 2, 3), keepdim=True)
-    return factors.c_skip * x + factors.c_out * guided * torch.lerp(torch.ones_like(spread), spread, amount)
+    guided, positive = ((each - factors.c_skip * x) / factors.c_out for each in (x0, wanted))
+    axes = tuple(range(1, x.ndim))
+    ratio = positive.std(dim=axes, keepdim=True) / guided.std(dim=axes, keepdim=True)
+    return factors.c_skip * x + factors.c_out * guided * torch.lerp(torch.ones_like(ratio), ratio, amount)

@@ -7,6 +7,7 @@ CPU in float32 and moved.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
@@ -22,6 +23,8 @@ SEEDS = 2**64
 
 class _Source(Protocol):
     def normal(self, shape: tuple[int, ...]) -> Tensor: ...
+
+    def fork(self) -> _Source: ...
 
 
 class Noise:
@@ -62,6 +65,12 @@ class Noise:
         if ensd:
             self._generators = [_generator(generator, (seed + ensd) % SEEDS) for seed in seeds]
 
+    def fork(self) -> Noise:
+        """A copy that draws what this one would draw, while this one stays as it is."""
+        copied = copy.copy(self)
+        copied._generators = [source.fork() for source in self._generators]
+        return copied
+
     def start(self) -> Tensor:
         """The standard normal starting noise (B, C, h, w), the same at every call."""
         return self._start.clone()
@@ -94,7 +103,12 @@ class _CpuGenerator:
         self._generator = torch.Generator().manual_seed(seed)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.randn(shape, generator=self._generator)
+        return torch.randn(shape, generator=self._generator, dtype=torch.float32)
+
+    def fork(self) -> _CpuGenerator:
+        copied = _CpuGenerator(0)
+        copied._generator.set_state(self._generator.get_state())
+        return copied
 
 
 def _generator(kind: str, seed: int) -> _Source:

@@ -8,6 +8,8 @@ for each element, which all image latents fit; A1111's "NV" noise is this very r
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -24,11 +26,14 @@ CELL_OF_TURN = np.float64(np.float32(2.3283064e-10 * 6.2831855))
 
 
 class NvGenerator:
-    """What `torch.Generator("cuda").manual_seed(seed)` would draw, tensor after tensor."""
+    """The numbers that `torch.Generator("cuda").manual_seed(seed)` draws, tensor after tensor."""
 
     def __init__(self, seed: int) -> None:
         self._key = _words_of(seed)
         self._drawn = 0
+
+    def fork(self) -> NvGenerator:
+        return copy.copy(self)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """The next standard normal tensor of `shape`, float32 on the CPU."""

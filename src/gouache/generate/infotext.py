@@ -1,7 +1,7 @@
-"""A1111's `parameters` text: what other programs and sites read out of a picture.
+"""A1111's `parameters` text, which other programs and sites read from a picture.
 
-Prompt, then `Negative prompt: ...`, then one line of `Key: value` pairs. Values that hold a comma, colon or newline
-stand in quotes, as JSON strings.
+Prompt, then `Negative prompt: ...`, then one line of `Key: value` pairs. Values that contain a comma, colon or newline
+are quoted as JSON strings.
 """
 
 from __future__ import annotations
@@ -11,32 +11,72 @@ from collections.abc import Mapping
 
 from gouache.generate.request import Request
 
+UPSCALERS = {
+    "latent": "Latent",
+    "nearest-exact": "Latent (nearest-exact)",
+    "bicubic": "Latent (bicubic)",
+    "lanczos": "Lanczos",
+}
+EMPHASIS = {"none": "None", "ignore": "Ignore", "no norm": "No norm", "comfy": "Comfy"}
+
 
 def write(
-    request: Request, seed: int, size: tuple[int, int], sampler: str, schedule: str, more: Mapping[str, object]
+    request: Request,
+    seed: int,
+    sampler: str,
+    schedule: str,
+    more: Mapping[str, object],
+    *,
+    hires_sampler: str | None = None,
+    refiner: str | None = None,
 ) -> str:
-    """`request` in A1111's words, for the picture of `seed`. `more` follows the usual fields: model, hash, version."""
+    """`request`, with its size, for the picture of `seed`. `more` follows the usual fields: model, hash, version.
+
+    `hires_sampler` None: there was no hires pass; `refiner`: the model that took over, if one did.
+    """
+    assert request.size is not None
     fields: dict[str, object] = {
         "Steps": request.steps,
         "Sampler": sampler,
         "Schedule type": schedule,
-        "CFG scale": _plain(request.cfg),
+        "CFG scale": _number(request.cfg),
         "Seed": seed,
-        "Size": f"{size[0]}x{size[1]}",
+        "Size": f"{request.size[0]}x{request.size[1]}",
     }
-    if request.init is not None:
-        fields["Denoising strength"] = _plain(request.strength)
+    if request.hires is not None:
+        fields["Denoising strength"] = _number(request.hires_strength)
+    elif request.init is not None:
+        fields["Denoising strength"] = _number(request.strength)
     if request.clip_skip is not None:
         fields["Clip skip"] = request.clip_skip
     if request.variation_seed is not None and request.variation_strength:
         fields["Variation seed"] = request.variation_seed
-        fields["Variation seed strength"] = _plain(request.variation_strength)
+        fields["Variation seed strength"] = _number(request.variation_strength)
+    if request.hires is not None:
+        if isinstance(request.hires, tuple):
+            fields["Hires resize"] = f"{request.hires[0]}x{request.hires[1]}"
+        else:
+            fields["Hires upscale"] = _number(request.hires)
+        if request.hires_steps is not None:
+            fields["Hires steps"] = request.hires_steps
+        fields["Hires upscaler"] = UPSCALERS[request.hires_upscaler]
+        if hires_sampler is not None and hires_sampler != sampler:
+            fields["Hires sampler"] = hires_sampler
+        if request.hires_prompt:
+            fields["Hires prompt"] = request.hires_prompt
+        if request.hires_negative:
+            fields["Hires negative prompt"] = request.hires_negative
+        if request.init is not None:
+            fields["First pass denoising strength"] = _number(request.strength)
+    if refiner is not None:
+        fields["Refiner"] = refiner
+        fields["Refiner switch at"] = _number(request.refiner_at)
     if request.eta is not None:
-        fields["Eta"] = _plain(request.eta)
+        fields["Eta"] = _number(request.eta)
     if request.ensd:
         fields["ENSD"] = request.ensd
     if request.emphasis != "original":
-        fields["Emphasis"] = {"no norm": "No norm", "ignore": "Ignore"}[request.emphasis]
+        fields["Emphasis"] = EMPHASIS[request.emphasis]
     fields["RNG"] = request.rng.upper()
     fields.update(more)
     lines = [request.prompt]
@@ -46,12 +86,12 @@ def write(
     return "\n".join(lines)
 
 
-def _plain(number: float) -> str:
-    """All its digits, and no ".0"."""
-    return repr(float(number)).removesuffix(".0")
+def _number(value: float) -> str:
+    """All digits, without ".0"."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def quote(value: object) -> str:
-    """As it is, or as a JSON string where it holds what separates fields."""
+    """As it is, or as a JSON string if it contains what separates fields."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text

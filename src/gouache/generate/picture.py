@@ -1,4 +1,4 @@
-"""Picture: what was painted, with the recipe that paints it again, and how both become one PNG file."""
+"""Picture: a generated picture with the recipe that reproduces it, and how both become one PNG file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ PARAMETERS_KEY = "parameters"
 
 @dataclass(frozen=True)
 class Picture:
-    """One painted picture.
+    """One generated picture.
 
-    `image` is RGB. `latent` (C, h, w) float32 is what was decoded. `recipe` is all it takes to paint it again, as JSON
-    can say it; `parameters` the same in A1111's words.
+    `image` is RGB. `latent` (C, h, w) float32 was decoded to it. `recipe` holds all that is needed to reproduce it, as
+    JSON values; `parameters` is the same in A1111's format.
     """
 
     image: Image.Image
@@ -35,17 +35,18 @@ class Picture:
     parameters: str = field(repr=False)
 
     def save(self, path: str | Path) -> Path:
-        """Write a PNG with its recipe inside, whole or not at all; other suffixes are refused."""
+        """Write a PNG with its recipe inside, whole or not at all. Raises RequestError for another suffix."""
         path = Path(path)
         if path.suffix.lower() not in (".png", ""):
             raise RequestError(
-                "output", f"{path} does not end in .png; pictures are saved as PNG, which keeps all of them"
+                "output",
+                f"{path} does not end in .png; pictures are saved as PNG, which is lossless and holds the recipe",
             )
         path = path if path.suffix else path.with_suffix(".png")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise FileError(path.parent, f"cannot be made a folder for pictures: {error.strerror}") from None
+            raise FileError(path.parent, f"cannot be created as a folder for pictures: {error.strerror}") from None
         texts = PngInfo()
         _add(texts, PARAMETERS_KEY, self.parameters)
         _add(texts, RECIPE_KEY, json.dumps(self.recipe, ensure_ascii=False))
@@ -56,7 +57,7 @@ class Picture:
 
 
 def read_recipe(path: Path) -> tuple[dict[str, Any], Image.Image]:
-    """The recipe in a PNG that Gouache saved, and its picture. Raises RequestError where there is none."""
+    """The recipe in a PNG that Gouache saved, and the picture. Raises RequestError if there is none."""
     try:
         with Image.open(path, formats=("PNG",)) as opened:
             texts = dict(opened.text)  # type: ignore[attr-defined]
@@ -66,29 +67,37 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Image.Image]:
     except (OSError, ValueError, AttributeError):
         raise RequestError("picture", f"{path} is not a PNG that can be read") from None
     if RECIPE_KEY not in texts:
-        other = "; it holds another program's parameters" if PARAMETERS_KEY in texts else ""
-        raise RequestError("picture", f"{path} holds no recipe of Gouache's{other}")
+        other = "; it has the parameters of another program" if PARAMETERS_KEY in texts else ""
+        raise RequestError("picture", f"{path} has no recipe by Gouache{other}")
     try:
         recipe = json.loads(texts[RECIPE_KEY])
     except (ValueError, RecursionError):
         recipe = None
-    if not isinstance(recipe, dict) or not _has_form(recipe):
+    if not isinstance(recipe, dict):
+        raise RequestError("picture", f"{path}: its recipe is damaged")
+    if "splices" in recipe:  # the name that version 0.1 gave them
+        old = recipe.pop("splices")
+        recipe["adapters"] = [
+            {"setting": each.get("told"), **each} if isinstance(each, dict) else each
+            for each in (old if isinstance(old, list) else [old])
+        ]
+    if not _is_valid(recipe):
         raise RequestError("picture", f"{path}: its recipe is damaged")
     return recipe, picture
 
 
-def _has_form(recipe: dict[str, Any]) -> bool:
-    """Whether each part that a recipe has is of its kind; pictures come from anybody."""
+def _is_valid(recipe: dict[str, Any]) -> bool:
+    """Whether each part of a recipe has its type; pictures come from strangers."""
     texts = [recipe.get(name, "") for name in ("device", "dtype")]
-    for name in ("model", "inputs", "versions"):
+    for name in ("model", "refiner", "inputs", "versions"):
         part = recipe.get(name, {})
         if not isinstance(part, dict):
             return False
         texts += part.values()
-    splices = recipe.get("splices", [])
-    if not isinstance(splices, list) or not all(isinstance(each, dict) for each in splices):
+    adapters = recipe.get("adapters", [])
+    if not isinstance(adapters, list) or not all(isinstance(each, dict) for each in adapters):
         return False
-    texts += [each.get(name) for each in splices for name in ("kind", "name", "told", "path", "sha256")]
+    texts += [each.get(name) for each in adapters for name in ("kind", "name", "setting", "path", "sha256")]
     upcast = recipe.get("upcast", [])
     if not isinstance(upcast, list) or not isinstance(recipe.get("request"), dict):
         return False
@@ -96,7 +105,7 @@ def _has_form(recipe: dict[str, Any]) -> bool:
 
 
 def _add(texts: PngInfo, key: str, text: str) -> None:
-    """As plain text where Latin-1 can say it, which every reader knows, else as the international form."""
+    """As a tEXt chunk if Latin-1 has all characters, which every reader knows, else as iTXt."""
     try:
         text.encode("latin-1")
         texts.add_text(key, text)

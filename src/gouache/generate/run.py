@@ -1,9 +1,10 @@
-"""A request and a model in, pictures out: the first straight line of the house, from the prompt to the PNG."""
+"""A request and a model in, pictures out: the main pipeline, from the prompt to the PNG."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,22 +12,26 @@ import torch
 from torch import Tensor
 
 from gouache.diffusion import guidance
-from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.noise import Noise
 from gouache.diffusion.samplers import catalog
-from gouache.diffusion.samplers.sampler import Denoise, OnStep
+from gouache.diffusion.samplers.sampler import Denoise, OnStep, Step
 from gouache.errors import RequestError
 from gouache.generate import infotext
+from gouache.generate.adapters import FileSource, PathSource, UsedFile, find_adapters, find_vae, used_files
+from gouache.generate.passes import Guided, Pass, plan_passes
 from gouache.generate.picture import Picture
-from gouache.generate.request import Request
-from gouache.generate.source import Source, read_source
-from gouache.generate.splices import Paths, Shelf, Spliced, spliced
+from gouache.generate.prompting import Guides
+from gouache.generate.request import IMAGES, Request
 from gouache.images import pixels
+from gouache.model.lease import Lease
 from gouache.model.model import Model
 from gouache.model.residency import dtype_name
+from gouache.prompts.tags import take_tags
 from gouache.version import __version__
 
-OnSpliced = Callable[[list[Spliced]], None]
+OnAttached = Callable[[list[UsedFile]], None]
+LoadModel = Callable[[str], Model]
+HashOf = Callable[[Model], str | None]
 
 
 @torch.inference_mode()
@@ -34,124 +39,162 @@ def paint(
     model: Model,
     request: Request,
     *,
-    model_hash: str | None = None,
-    shelf: Shelf | None = None,
+    hash_of: HashOf = lambda model: None,
+    source: FileSource | None = None,
+    load: LoadModel | None = None,
     on_step: OnStep | None = None,
-    on_spliced: OnSpliced | None = None,
+    on_attached: OnAttached | None = None,
 ) -> Iterator[Picture]:
-    """Paint `request.count` pictures, each handed out as soon as it is done.
+    """Generate `request.count` pictures, each yielded as soon as its batch is done.
 
-    `model_hash` (sha256, hex) goes into the recipes. `shelf` finds the files that the request names. `on_step` is told
-    of each step of each batch, `on_spliced` of what was put into the model for this request, which is taken out when
-    the iteration ends or is stopped. Stopping it loses nothing that was handed out.
+    `hash_of` returns a model's sha256 (hex) for the recipes; it is called after the first batch. `source` finds the
+    files that the request names, `load` the refiner. `on_step` is called after each step, counted over all passes
+    of a batch, `on_attached` with the files this request attaches. These are detached when the iteration ends, is
+    closed, or another request uses the model; between batches other threads may use it. Closing the iteration loses
+    no picture that was yielded.
     """
-    with spliced(model, request.settled(), shelf or Paths()) as (bare, splices):
-        if on_spliced is not None:
-            on_spliced(splices)
-        plan = _settle(model, bare)
-        positive, negative = _prompts(model, plan)
-        plan = replace(plan, request=replace(plan.request, prompt=request.prompt), splices=tuple(splices))
-        for first in range(0, plan.request.count, plan.request.batch):
-            seeds = _seeds(plan.request, first)
-            latents = model.sampled(lambda: _sample(model, plan, positive, negative, seeds, on_step))  # noqa: B023
-            images = pixels.to_pictures(model.decode(latents))
+    request = request.settled()
+    with ExitStack() as stack:
+        job = _prepare(model, request, source or PathSource(), load, stack)
+        if on_attached is not None:
+            on_attached(job.used)
+        for first in range(0, request.count, request.batch):
+            seeds = _seeds(request, first)
+            latents = _sample(job, seeds, on_step)
+            with next((each.lease for each in reversed(job.passes) if each.model is model), job.lease):
+                images = pixels.to_pictures(model.decode(latents))
+                upcast = list(model.upcast)
             for seed, image, latent in zip(seeds, images, latents):
-                recipe, parameters = _describe(model, plan, seed, model_hash)
+                recipe, parameters = _describe(job, seed, upcast, hash_of)
                 yield Picture(image, latent.float().cpu(), seed, recipe, parameters)
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """A request with its blanks filled: `sigmas` is the whole run, of which `source` may leave only the end."""
+class _Job:
+    """A request with everything found, read and encoded that its batches share."""
 
+    model: Model
     request: Request
-    size: tuple[int, int]
-    sampler: catalog.SamplerInfo
-    schedule: str
-    sigmas: Tensor
-    source: Source
-    splices: tuple[Spliced, ...] = ()
+    lease: Lease
+    passes: Sequence[Pass]
+    used: list[UsedFile]
 
 
-def _settle(model: Model, request: Request) -> _Plan:
-    sampler, schedule = catalog.find(request.sampler, request.schedule)
-    source = read_source(model, request)
-    sigmas = catalog.plan(sampler, schedule, model.schedule, request.steps)
-    if source.latent is not None and request.strength < 1:
-        kept = min(int(request.steps * request.strength), request.steps)
-        if not kept:
-            raise RequestError("strength", f"{request.strength:g} of {request.steps} steps is no step; raise either")
-        sigmas = sigmas[len(sigmas) - 1 - kept :]
-    if request.eta is not None and "eta" not in sampler.knobs:
-        raise RequestError("eta", f"{sampler.name} adds no noise; DDIM and the ancestral samplers do")
-    return _Plan(replace(request, size=source.size), source.size, sampler, schedule, sigmas, source)
+def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel | None, stack: ExitStack) -> _Job:
+    prompt, tags = take_tags(request.prompt)
+    hires_prompt, hires_tags = take_tags(request.hires_prompt)
+    if request.refiner is not None and load is None:
+        raise RequestError("refiner", "cannot be loaded here; use gouache.load(...).paint")
+    vae = find_vae(model, request.vae, source)
+    texts = [prompt, request.negative, hires_prompt, request.hires_negative]
+
+    adapters = find_adapters(model, request, texts, tags, source)
+    lease = Lease(model, [each.use for each in adapters], vae)
+    stack.callback(lease.close)
+    with lease:
+        used = used_files(model, adapters, lease.attached, request, source)
+    first = Guided(prompt, request.negative, lease)
+    second = replace(first, negative=request.hires_negative or request.negative)
+    if request.hires is not None and request.hires_prompt:
+        # A hires prompt has tags of its own, which replace those of the prompt.
+        adapters = find_adapters(model, request, texts, hires_tags, source)
+        hires_lease = Lease(model, [each.use for each in adapters], vae)
+        stack.callback(hires_lease.close)
+        with hires_lease:
+            more = used_files(model, adapters, hires_lease.attached, request, source)
+        known = {(each.path, each.setting) for each in used}
+        used += [each for each in more if (each.path, each.setting) not in known]
+        second = replace(second, prompt=hires_prompt, lease=hires_lease)
+
+    name = request.refiner
+    refiner = (lambda: load(name)) if name is not None and load is not None else None
+    passes = plan_passes(model, request, first, second, refiner)
+    return _Job(model, replace(request, size=passes[0].source.size), lease, passes, used)
 
 
-def _prompts(model: Model, plan: _Plan) -> tuple[Conditioning, Conditioning]:
-    """Conditioning of one row each, of equal length: the shorter prompt is filled up with the empty one's chunks."""
-    request = plan.request
+def _sample(job: _Job, seeds: list[int], on_step: OnStep | None) -> Tensor:
+    """The latents (B, C, h, w) of these seeds, through all passes."""
+    request = job.request
+    total = sum(each.count for each in job.passes)
+    done = 0
+    result: Tensor | None = None
+    noise: Noise | None = None
+    for each in job.passes:
+        if noise is None or not each.continues:
+            noise = Noise(
+                seeds,
+                each.source.shape,
+                generator=request.rng,
+                device=each.model.device,
+                variation_seeds=_variation_seeds(request, seeds),
+                variation_strength=request.variation_strength,
+                ensd=request.ensd,
+            )
+        start, previous, before = noise, result, done
 
-    def said(text: str, negative: bool) -> Conditioning:
-        return model.encode_prompts(
-            [text], negative=negative, clip_skip=request.clip_skip, size=plan.size, emphasis=request.emphasis
-        )
+        def report(step: Step, before: int = before) -> None:
+            if on_step is not None:
+                on_step(replace(step, index=before + step.index, count=total))
 
-    positive, negative = said(request.prompt, False), said(request.negative, True)
-    chunks = max(positive.tokens, negative.tokens) // 77
-    if positive.tokens < negative.tokens:
-        positive = positive.pad_to(chunks, said("", False).context)
-    elif negative.tokens < positive.tokens:
-        # With nothing said at all, a family may put zeros in place of words; they fill up only such a prompt.
-        negative = negative.pad_to(chunks, said("", not request.negative.strip()).context)
-    if plan.source.concat is not None:
-        positive, negative = (replace(each, concat=plan.source.concat) for each in (positive, negative))
-    return positive, negative
+        def run(each: Pass = each, start: Noise = start, previous: Tensor | None = previous) -> Tensor:
+            nonlocal noise
+            noise = start.fork()  # a run that is repeated in float32 draws the same noise
+            return run_pass(each, request, previous, noise, len(seeds), report)
+
+        with each.lease:
+            result = each.model.sampled(run)
+        done += each.count
+    assert result is not None
+    return result
 
 
-def _sample(
-    model: Model,
-    plan: _Plan,
-    positive: Conditioning,
-    negative: Conditioning,
-    seeds: list[int],
-    on_step: OnStep | None,
+def run_pass(
+    each: Pass, request: Request, previous: Tensor | None, noise: Noise, batch: int, on_step: OnStep | None
 ) -> Tensor:
-    """The latents (B, C, h, w) of these seeds."""
-    request, sigmas = plan.request, plan.sigmas
-    noise = Noise(
-        seeds,
-        plan.source.shape,
-        generator=request.rng,
-        device=model.device,
-        variation_seeds=_variation_seeds(request, seeds),
-        variation_strength=request.variation_strength,
-        ensd=request.ensd,
-    )
-    if plan.source.latent is not None and request.strength < 1:
-        x = plan.source.latent + sigmas[0] * noise.start()
-    else:
-        x = catalog.start(plan.sampler, noise.start(), sigmas)
-    denoise = _guided(model, plan, positive.repeat(len(seeds)), negative.repeat(len(seeds)))
-    knobs: dict[str, Any] = {} if request.eta is None else {"eta": request.eta}
-    x = catalog.finish(plan.sampler.function(denoise, x, sigmas, noise=noise, on_step=on_step, **knobs), sigmas)
-    if plan.source.mask is not None and plan.source.latent is not None:
+    """The result (B, C, h, w) of one pass: a latent, or, if a pass continues it, x at its last sigma."""
+    x = each.initial(previous, noise)
+    denoise, on_step = guidance.by_step(_denoisers(each, request, batch), on_step, each.first_step)
+    knobs: dict[str, Any] = {}
+    if request.eta is not None and "eta" in each.sampler.knobs:
+        knobs["eta"] = request.eta
+    x = each.sampler.function(denoise, x, each.sigmas, noise=noise, on_step=on_step, **knobs)
+    if not each.ends:
+        return x
+    x = catalog.finish(x, each.sigmas)
+    if each.source.mask is not None and each.source.latent is not None:
         # A run that stops above level 0 leaves a little noise, which what the mask keeps must not have.
-        x = torch.lerp(plan.source.latent, x, plan.source.mask)
+        x = torch.lerp(each.source.latent, x, each.source.mask)
     return x
 
 
-def _guided(model: Model, plan: _Plan, positive: Conditioning, negative: Conditioning) -> Denoise:
-    request, source = plan.request, plan.source
+def _denoisers(each: Pass, request: Request, batch: int) -> Callable[[int], Denoise]:
+    """The guided denoiser of each step; made again only where the conditionings change."""
+    last: tuple[Guides, Denoise] | None = None
+
+    def make(step: int) -> Denoise:
+        nonlocal last
+        if each.model.adapters.changes_by_step:
+            each.model.adapters.set_progress((step - 1) / each.steps)
+        guides = each.guides(step)
+        if last is None or last[0] is not guides:
+            last = guides, _guided(each, request, guides, batch)
+        return last[1]
+
+    return make
+
+
+def _guided(each: Pass, request: Request, guides: Guides, batch: int) -> Denoise:
+    model, source = each.model, each.source
+    positive = [replace(term, conditioning=term.conditioning.repeat(batch)) for term in guides.positive]
+    negative = guides.negative.repeat(batch)
     if model.variant == "instruct-pix2pix":
-        denoise = guidance.instruct(model.denoise, positive, negative, request.cfg, request.image_cfg)
+        denoise = guidance.instruct(model.denoise, positive[0].conditioning, negative, request.cfg, request.image_cfg)
     else:
         denoise = guidance.cfg(
             model.denoise, positive, negative, request.cfg, rescale=request.rescale, prediction=model.prediction
         )
     if source.mask is not None and source.latent is not None:
         denoise = guidance.masked(denoise, source.mask, source.latent)
-    if any(not layer.strength.whole_run for layer in model.layers):
-        denoise = guidance.at_progress(denoise, plan.sigmas, model.layers.at)
     return denoise
 
 
@@ -162,48 +205,67 @@ def _seeds(request: Request, first: int) -> list[int]:
 
 
 def _variation_seeds(request: Request, seeds: list[int]) -> list[int] | None:
-    """With A1111, the variation seed counts up with the picture, as the seed does."""
+    """As in A1111, the variation seed counts up with the picture like the seed."""
     if request.variation_seed is None or request.seed is None:
         return None
     return [(request.variation_seed + seed - request.seed) % 2**64 for seed in seeds]
 
 
-def _describe(model: Model, plan: _Plan, seed: int, model_hash: str | None) -> tuple[dict[str, Any], str]:
-    """The recipe of one picture, and the same as A1111 says it."""
-    request = replace(plan.request, seed=seed, count=1, batch=1)
-    if request.variation_seed is not None and plan.request.seed is not None:
-        request = replace(request, variation_seed=(request.variation_seed + seed - plan.request.seed) % 2**64)
-    told = {**request.to_json(), "sampler": plan.sampler.name, "schedule": plan.schedule}
+def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple[dict[str, Any], str]:
+    """The recipe of one picture, and the same in A1111's format."""
+    model, whole, first = job.model, job.request, job.passes[0]
+    request = replace(whole, seed=seed, count=1, batch=1)
+    if request.variation_seed is not None and whole.seed is not None:
+        request = replace(request, variation_seed=(request.variation_seed + seed - whole.seed) % 2**64)
+    settings = {**request.to_json(), "sampler": first.sampler.name, "schedule": first.schedule}
+    model_hash = hash_of(model)
+    images = {name: image.sha256 for name in IMAGES if (image := getattr(request, name)) is not None}
     recipe: dict[str, Any] = {
-        "request": told,
-        "batch": plan.request.batch,
-        "model": {
-            "name": model.file.path.stem,
-            "path": str(model.file.path),
-            "sha256": model_hash,
-            "family": model.family.name,
-            "variant": model.variant,
-            "prediction": model.prediction,
-        },
-        "splices": [each.to_json() for each in plan.splices],
-        "inputs": dict(plan.source.hashes),
+        "request": settings,
+        "batch": whole.batch,
+        "model": _model(model, model_hash),
+        "adapters": [each.to_json() for each in job.used],
+        "inputs": images,
         "device": model.device.type,
         "dtype": dtype_name(model.dtype),
-        "upcast": list(model.upcast),
+        "upcast": upcast,
         "versions": {"gouache": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
-    more = {"Model hash": model_hash[:10]} if model_hash else {}
-    more |= {"Model": model.file.path.stem, **_hashes(plan.splices), "Version": f"Gouache {__version__}"}
-    return recipe, infotext.write(request, seed, plan.size, plan.sampler.name, plan.schedule, more)
+    more: dict[str, object] = {"Model hash": model_hash[:10]} if model_hash else {}
+    more |= {"Model": model.file.path.stem, **_hashes(job.used), "Version": f"Gouache {__version__}"}
+    refiner = next((each.model for each in job.passes if each.model is not model), None)
+    if refiner is not None:
+        recipe["refiner"] = _model(refiner, hash_of(refiner))
+    hires = next((each for each in job.passes[1:] if each.model is model and not each.continues), None)
+    return recipe, infotext.write(
+        request,
+        seed,
+        first.sampler.name,
+        first.schedule,
+        more,
+        hires_sampler=hires.sampler.name if hires is not None else None,
+        refiner=refiner.file.path.stem if refiner is not None else None,
+    )
 
 
-def _hashes(splices: tuple[Spliced, ...]) -> dict[str, object]:
-    """As sites read them, to link a picture with what it was made by."""
-    told: dict[str, object] = {}
+def _model(model: Model, sha256: str | None) -> dict[str, Any]:
+    return {
+        "name": model.file.path.stem,
+        "path": str(model.file.path),
+        "sha256": sha256,
+        "family": model.family.name,
+        "variant": model.variant,
+        "prediction": model.prediction,
+    }
+
+
+def _hashes(used: Sequence[UsedFile]) -> dict[str, object]:
+    """As sites read them, to link a picture with the files it was made with."""
+    found: dict[str, object] = {}
     for kind, key in (("lora", "Lora hashes"), ("embedding", "TI hashes"), ("hypernetwork", "Hypernet hashes")):
-        if names := [f"{each.path.stem}: {each.sha256[:12]}" for each in splices if each.kind == kind]:
-            told[key] = ", ".join(names)
-    for each in splices:
+        if names := [f"{each.path.stem}: {each.sha256[:12]}" for each in used if each.kind == kind]:
+            found[key] = ", ".join(names)
+    for each in used:
         if each.kind == "vae":
-            told |= {"VAE hash": each.sha256[:10], "VAE": each.path.name}
-    return told
+            found |= {"VAE hash": each.sha256[:10], "VAE": each.path.name}
+    return found

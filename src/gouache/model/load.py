@@ -2,7 +2,7 @@
 
     ModelFile -> families.identify -> Found -> networks on meta -> files.assign -> Model
 
-Nothing is loaded in part: a component that is missing, or not whole, is named before any weight is read.
+Nothing is loaded in part: a component that is missing or incomplete is named before any weight is read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from gouache.families.family import Family, Levels
 from gouache.families.found import Component, Found
 from gouache.files.assign import assign
 from gouache.files.record import ModelFile
+from gouache.model.core import Core
 from gouache.model.model import Model
+from gouache.model.text import TextConditioner
 from gouache.model.vae import load_vae
 from gouache.nn.clip_text import ClipText
 from gouache.nn.spec import TextSpec, UNetSpec
@@ -29,6 +31,7 @@ from gouache.prompts.tokenizer import Tokenizer
 
 Network = TypeVar("Network", bound=nn.Module)
 AnySpec = TypeVar("AnySpec", UNetSpec, TextSpec)
+AnyModel = TypeVar("AnyModel", bound=Model)
 
 
 def load(
@@ -38,48 +41,44 @@ def load(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     vae: tuple[ModelFile, Found] | None = None,
-    kind: type[Model] = Model,
-) -> Model:
+    model_class: type[AnyModel] = Model,
+) -> AnyModel:
     """Load a whole model from `file`, which `found` describes (`families.identify`).
 
-    `vae` is another file whose autoencoder takes the place of the model's own, which then may be missing. Raises
-    ModelError where the file is no model, or not all of one, or of a family that is not painted with yet.
+    `vae` is another file whose autoencoder replaces the model's own, which then may be missing. Raises ModelError if
+    the file is not a whole model, or is of a family that cannot be painted with yet.
     """
-    line = _family(found)
-    needed = [place.component for place in line.places if vae is None or place.component != "vae"]
+    family = _family(found)
+    needed = [place.component for place in family.places if vae is None or place.component != "vae"]
     parts = {name: found.component(name) for name in needed}
     _no_unknowns(found)
     recipe = found.text_recipe
     if recipe is None or found.prediction is None or found.latent_scale is None:
-        raise ModelError(f"{printable(str(file.path))}: {line.title} cannot be painted with yet; it can be inspected")
+        raise ModelError(f"{printable(str(file.path))}: {family.title} cannot be painted with yet; it can be inspected")
 
     if found.prediction.value == "edm":
         raise ModelError(f"{printable(str(file.path))} was trained in the EDM form, which cannot be painted with yet")
     names = [each.name for each in recipe.encoders]
     unet_spec = _spec(UNetSpec, parts["unet"], file)
     text_specs = {name: _spec(TextSpec, parts[name], file) for name in names}
-    place = torch.device(device)
-    autoencoder = load_vae(*(vae or (file, found)), place, dtype)
-    _fit_together(found, unet_spec, autoencoder.spec.latent_channels, text_specs, recipe)
+    target = torch.device(device)
+    autoencoder = load_vae(*(vae or (file, found)), target, dtype)
+    _check_parts(found, unet_spec, autoencoder.spec.latent_channels, text_specs, recipe)
 
-    unet = _network(UNet, unet_spec, parts["unet"], file, place, dtype)
-    encoders = {name: _network(ClipText, text_specs[name], parts[name], file, place, dtype) for name in names}
-    return kind(
-        file=file,
-        found=found,
-        family=line,
+    unet = _network(UNet, unet_spec, parts["unet"], file, target, dtype)
+    encoders = {name: _network(ClipText, text_specs[name], parts[name], file, target, dtype) for name in names}
+    core = Core(
         unet=unet,
         vae=autoencoder,
-        vae_file=vae[0] if vae is not None else None,
-        text_encoders=encoders,
-        text_recipe=recipe,
-        tokenizer=Tokenizer(),
-        schedule=_schedule(found.levels.value if found.levels else line.levels, found),
+        schedule=_schedule(found.levels.value if found.levels else family.levels, found),
         prediction="v" if found.prediction.value == "v" else "eps",
         latent_scale=found.latent_scale.value,
-        device=place,
+        device=target,
         dtype=dtype,
     )
+    text = TextConditioner(encoders, recipe, Tokenizer())
+    vae_file = vae[0] if vae is not None else None
+    return model_class(file=file, found=found, family=family, core=core, text=text, vae_file=vae_file)
 
 
 def _family(found: Found) -> Family:
@@ -87,7 +86,7 @@ def _family(found: Found) -> Family:
     if found.kind.value not in ("checkpoint", "diffusers folder"):
         raise ModelError(f"{where} is not a model to paint with: it is {found.kind.value} ({found.kind.evidence})")
     if found.family.value is None:
-        raise ModelError(f"{where}: the family cannot be told ({found.family.evidence}); name it with --family")
+        raise ModelError(f"{where}: its family is not recognised ({found.family.evidence}); name it with --family")
     family = found.family.value
     if any(place.spec is None for place in family.places):
         raise ModelError(f"{where} is {family.title}, which can be inspected and converted but not painted with yet")
@@ -100,20 +99,20 @@ def _no_unknowns(found: Found) -> None:
         family = found.family.value
         raise ModelError(
             f"{printable(str(found.path))} looks like {family.title if family else 'nothing known'}, but holds "
-            f"{len(found.unknown)} tensors that no part of it has: {names}"
+            f"{len(found.unknown)} tensors that belong to none of its parts: {names}"
         )
 
 
 def _spec(expected: type[AnySpec], component: Component, file: ModelFile) -> AnySpec:
     if not isinstance(component.spec, expected):
-        raise ModelError(f"{printable(str(file.path))}: {component.name} has a form that is not built yet")
+        raise ModelError(f"{printable(str(file.path))}: {component.name} has a form that is not supported")
     return component.spec
 
 
-def _fit_together(
+def _check_parts(
     found: Found, unet: UNetSpec, latent_channels: int, texts: Mapping[str, TextSpec], recipe: TextRecipe
 ) -> None:
-    """What stands in one file, each part whole, need not belong together."""
+    """Raise ModelError if the parts, each of them complete, are not of one model."""
     where = printable(str(found.path))
     family = found.family.value
     if family is None or found.variant.value not in family.variants.values():
@@ -123,15 +122,14 @@ def _fit_together(
     if recipe.pooled is not None:
         numbers = {"sdxl": 6, "refiner": 5, None: 0}[recipe.size_ids]
         vector = (texts[recipe.pooled].projection or texts[recipe.pooled].width) + numbers * recipe.size_width
-    for what, asked, given in (
-        ("is told prompts as vectors", unet.context_dim, context),
-        ("is told the pooled prompt and sizes as a vector", unet.vector_channels, vector),
-        ("paints latents of channels", unet.out_channels, latent_channels),
+    for what, expected, source, given in (
+        ("cross-attention width", unet.context_dim, "the text encoders give", context),
+        ("vector width (pooled prompt and sizes)", unet.vector_channels, "the text encoders give", vector),
+        ("latent channels", unet.out_channels, "the VAE has", latent_channels),
     ):
-        if asked != given:
+        if expected != given:
             raise ModelError(
-                f"{where}: its parts do not belong together. The U-Net, like that of {family.title}, {what} {asked} "
-                f"wide; the other parts make it {given}"
+                f"{where}: its parts are not of one model: the U-Net expects {what} {expected}, {source} {given}"
             )
 
 
@@ -147,13 +145,13 @@ def _network(
         network = build(spec)
     assign(network, _Tensors(component, file), device=device, dtype=dtype)
     if dtype != torch.float32:
-        # Convolutions are up to a fifth faster so. In float32 it is a thirtieth, and would copy what is mapped.
+        # Convolutions are up to a fifth faster so. In float32 the gain is a thirtieth, and mapped weights would be copied.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """The tensors of a component under the network's names, each read when it is asked for."""
+    """The tensors of a component under the names of the network, each read on access."""
 
     def __init__(self, component: Component, file: ModelFile) -> None:
         self._origins = component.origins

@@ -1,104 +1,148 @@
-"""Model: the networks of one checkpoint, put together, with what their family adds.
-
-It turns prompts into conditioning, latents into pictures and back, and is what a sampler's denoiser asks. Latents are
-scaled here (unit variance, roughly); only the autoencoder itself sees them unscaled.
-"""
+"""Model: the networks of one checkpoint, assembled: a core, a text conditioner, and the adapters attached to both."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from gouache.adapters.attach import Layers
-from gouache.adapters.embedding import Words
+from gouache.adapters.attach import Adapters
+from gouache.adapters.embedding import Embeddings
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.denoiser import Denoiser, Prediction
 from gouache.diffusion.schedule import Schedule
-from gouache.errors import ModelError
+from gouache.errors import ModelError, RequestError, printable
 from gouache.families.family import Family
 from gouache.families.found import Found
 from gouache.files.assign import cast
 from gouache.files.record import ModelFile
+from gouache.model.core import Core, NotFinite, is_finite, is_finite_conditioning, is_picture
+from gouache.model.text import TextConditioner
 from gouache.nn.clip_text import ClipText
 from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.nn.unet import UNet
 from gouache.nn.vae import Autoencoder
 from gouache.nn.vae_tiny import TinyAutoencoder
-from gouache.prompts.encode import Emphasis, encode
+from gouache.prompts.encode import Emphasis
 from gouache.prompts.recipe import TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gouache.model.attach import Attached
+    from gouache.model.lease import Lease
 
 T = TypeVar("T")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Model:
-    """A loaded model. `unet`, `vae` and `text_encoders` are plain modules; changing them changes what is painted.
+    """A loaded model. `unet`, `vae` and `text_encoders` are plain modules; changing them changes the pictures.
 
-    `vae_file` is where the autoencoder is from, if not from `file`. `embeddings` {name: {encoder: (vectors, D)}} are
-    words that prompts can use besides the vocabulary, `attached` what is spliced in (`model.splice`). `upcast` lists
-    the stages that gave NaN in `dtype` and have been in float32 since.
+    `vae_file` is the source of the autoencoder if that is not `file`. `attached` lists the adapters
+    (`model.attach`). Several threads may paint with one model: each request leases it (`model.lease`). Its methods
+    work under autograd; parameters do not require gradients until the caller says so.
     """
 
     file: ModelFile
     found: Found
     family: Family
-    unet: UNet
-    vae: Autoencoder | TinyAutoencoder
-    text_encoders: Mapping[str, ClipText]
-    text_recipe: TextRecipe
-    tokenizer: Tokenizer
-    schedule: Schedule
-    prediction: Prediction
-    latent_scale: float
-    device: torch.device
-    dtype: torch.dtype
+    core: Core
+    text: TextConditioner
     vae_file: ModelFile | None = None
-    embeddings: Words = field(default_factory=Words)
-    attached: list[Any] = field(default_factory=list)
-    upcast: list[str] = field(default_factory=list)
+    attached: list[Attached] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    holder: Lease | None = None
+    spare: Lease | None = None
 
     @cached_property
-    def layers(self) -> Layers:
-        """The adapters on the U-Net and the text encoders."""
-        return Layers({"unet": self.unet, **self.text_encoders}, self.restore)
+    def adapters(self) -> Adapters:
+        """The adapters on the weights of the U-Net and the text encoders."""
+        return Adapters({"unet": self.unet, **self.text_encoders}, self.restore)
 
     def restore(self, component: str, name: str) -> Tensor:
-        """The tensor `name` of "unet" or a text encoder as it was loaded: read from the file again, cast the same."""
+        """The tensor `name` of "unet" or a text encoder as it was loaded: read from the file again and cast."""
         origin = self.found.component(component).origins[name]
         return cast(origin.tensor(self.file.tensor), self.dtype, self.device)
 
     @property
+    def unet(self) -> UNet:
+        return self.core.unet
+
+    @property
+    def vae(self) -> Autoencoder | TinyAutoencoder:
+        return self.core.vae
+
+    @vae.setter
+    def vae(self, vae: Autoencoder | TinyAutoencoder) -> None:
+        self.core.vae = vae
+
+    @property
+    def text_encoders(self) -> Mapping[str, ClipText]:
+        return self.text.encoders
+
+    @property
+    def text_recipe(self) -> TextRecipe:
+        return self.text.recipe
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.text.tokenizer
+
+    @property
+    def embeddings(self) -> Embeddings:
+        return self.text.embeddings
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.core.schedule
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the U-Net predicts: "eps" or "v"."""
+        return self.core.prediction
+
+    @property
+    def latent_scale(self) -> float:
+        return self.core.latent_scale
+
+    @property
+    def device(self) -> torch.device:
+        return self.core.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.core.dtype
+
+    @property
+    def upcast(self) -> list[str]:
+        """The stages that gave NaN in `dtype` and now run in float32."""
+        return self.core.upcast
+
+    @property
     def specs(self) -> dict[str, UNetSpec | TextSpec]:
-        """What adapters can act on."""
+        """The specs of the networks that adapters can change."""
         return {"unet": self.unet.spec, **{name: encoder.spec for name, encoder in self.text_encoders.items()}}
 
     @property
     def text_widths(self) -> dict[str, int]:
-        """How wide a token's vector is, by encoder."""
-        return {each.name: self.text_encoders[each.name].spec.width for each in self.text_recipe.encoders}
-
-    @property
-    def vae_scale(self) -> float:
-        """What turns the autoencoder's latents into the U-Net's."""
-        return 1.0 if isinstance(self.vae, TinyAutoencoder) else self.latent_scale
+        """The width of a token's vector, by encoder."""
+        return self.text.widths
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels that the weights were trained on, as far as the file or its family tells."""
+        """(width, height) in pixels that the weights were trained on, as far as the file or its family says."""
         return self.found.size.value if self.found.size is not None else self.family.size
 
     @property
     def variant(self) -> str:
-        """What the U-Net's input channels are for: "base", "inpainting", "instruct-pix2pix", "depth"."""
+        """The use of the U-Net's input channels: "base", "inpainting", "instruct-pix2pix", "depth"."""
         return self.found.variant.value or "base"
 
-    @torch.inference_mode()
     def encode_prompts(
         self,
         texts: Sequence[str],
@@ -109,109 +153,98 @@ class Model:
         emphasis: Emphasis = "original",
         aesthetic: float | None = None,
     ) -> Conditioning:
-        """What `texts` tell the U-Net. `size` (width, height) matters to SDXL alone; see `prompts.encode`."""
-        usual = 2.5 if negative else 6.0
+        """The conditioning of `texts`, one row each. `size` (width, height) matters to SDXL only; see `prompts.encode`.
 
-        def attempt() -> Conditioning:
-            return encode(
+        Raises RequestError for a single string, which would be read as a list of its letters.
+        """
+        if isinstance(texts, str):
+            raise RequestError("texts", f"{texts[:40]!r} is one string; give a list of prompts, [{texts[:40]!r}]")
+
+        def compute() -> Conditioning:
+            return self.text.encode(
                 texts,
-                self.tokenizer,
-                self.text_encoders,
-                self.text_recipe,
-                clip_skip=clip_skip,
                 size=size or self.size,
-                emphasis=emphasis,
-                negative=negative,
-                aesthetic=usual if aesthetic is None else aesthetic,
-                embeddings=self.embeddings,
                 device=self.device,
+                negative=negative,
+                clip_skip=clip_skip,
+                emphasis=emphasis,
+                aesthetic=aesthetic,
             )
 
-        return self._finite("text encoder", list(self.text_encoders.values()), attempt, _conditioning_is_finite)
+        return self._finite("text encoder", compute, is_finite_conditioning)
 
     def denoise(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The picture x0 that the U-Net sees in x (B, C, h, w) at level sigma (a scalar or (B,)), told `conditioning`.
+        """x (B, C, h, w) at noise level sigma (a scalar or (B,)) -> x0, a scaled latent.
 
-        A latent, scaled; x is in the variance-exploding scale x0 + sigma * noise.
+        x is in the variance-exploding scale x0 + sigma * noise.
         """
         return self.denoiser(conditioning)(x, sigma)
 
     def denoiser(self, conditioning: Conditioning) -> Denoiser:
-        """(x, sigma) -> x0 with the conditioning bound: what any sampler of `diffusion.samplers` takes."""
-        kind = next(self.unet.parameters()).dtype
-        told = conditioning.to(self.device, kind)
+        """(x, sigma) -> x0 with the conditioning bound: the argument of every sampler and of training."""
+        return self.core.denoiser(conditioning)
 
-        @torch.inference_mode()
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            x = x.to(kind)
-            if told.concat is not None:
-                x = torch.cat([x, told.concat], dim=1)
-            return self.unet(x, t.to(self.device), told.context, told.vector)
-
-        return Denoiser(network, self.schedule, self.prediction)
-
-    @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), scaled, float32: the mean, without chance."""
+        """images (B, 3, H, W) in [-1, 1] -> latents (B, C, H/8, W/8), scaled, float32: the mean, not a sample."""
+        return self._finite("VAE", lambda: self.core.encode(images), is_finite)
 
-        def attempt() -> Tensor:
-            kind = next(self.vae.parameters()).dtype
-            return self.vae.encode(images.to(self.device, kind)).mean.float() * self.vae_scale
-
-        return self._finite("VAE", [self.vae], attempt, _is_finite)
-
-    @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, C, h, w), scaled -> images (B, 3, H, W), float32, about [-1, 1] and not clamped."""
+        """latents (B, C, h, w), scaled -> images (B, 3, H, W), float32, about [-1, 1], not clamped."""
+        return self._finite("VAE", lambda: self.core.decode(latents), is_picture)
 
-        def attempt() -> Tensor:
-            kind = next(self.vae.parameters()).dtype
-            # One by one: the decoder's feature maps are the largest there are, and a batch gains nothing.
-            rows = [self.vae.decode((row / self.vae_scale).to(self.device, kind)[None]) for row in latents]
-            return torch.cat(rows).float()
+    def sampled(self, run: Callable[[], Tensor]) -> Tensor:
+        """The latents of a sampling run, checked for NaN like every other stage."""
+        return self._finite("U-Net", run, is_finite)
 
-        return self._finite("VAE", [self.vae], attempt, _is_a_picture)
-
-    def _finite(self, stage: str, modules: list[nn.Module], attempt: Callable[[], T], good: Callable[[T], bool]) -> T:
-        """What `attempt` gives; again in float32 where that is not finite, and a ModelError where it still is not."""
-        result = attempt()
-        if good(result):
-            return result
-        if any(parameter.dtype != torch.float32 for module in modules for parameter in module.parameters()):
-            self.widen(stage)
-            result = attempt()
-            if good(result):
-                return result
-        if self.attached and stage != "VAE":
-            names = ", ".join(each.name for each in self.attached)
-            raise ModelError(
-                f"the {stage} gives NaN or infinite results even in float32 with {names} on it; nothing was saved"
-            )
-        file = self.vae_file if stage == "VAE" and self.vae_file is not None else self.file
-        raise ModelError(
-            f"{file.path}: the {stage} gives NaN, infinite or black results even in float32, so its weights are "
-            f"damaged or not what they seem; nothing was saved. Use another copy of the file"
-        )
+    def modules_of(self, stage: str) -> list[nn.Module]:
+        """The networks of a stage: "text encoder", "U-Net" or "VAE"."""
+        return {"text encoder": [*self.text_encoders.values()], "U-Net": [self.unet], "VAE": [self.vae]}[stage]
 
     def widen(self, stage: str) -> None:
-        """Compute `stage` ("text encoder", "U-Net" or "VAE") in float32 from now on."""
-        for module in {"text encoder": [*self.text_encoders.values()], "U-Net": [self.unet], "VAE": [self.vae]}[stage]:
+        """Compute `stage` in float32 from now on."""
+        for module in self.modules_of(stage):
             module.float()
         self.upcast.append(stage)
 
-    def sampled(self, attempt: Callable[[], Tensor]) -> Tensor:
-        """The latent that a sampling run gives, under the same guard as every other stage."""
-        return self._finite("U-Net", [self.unet], attempt, _is_finite)
+    def narrow(self, stage: str) -> None:
+        """Compute `stage` in the model's dtype again. Exact: float32 holds every value of the narrower dtypes."""
+        for module in self.modules_of(stage):
+            module.to(self.dtype)
+        self.upcast.remove(stage)
 
+    def exclusive(self) -> Lease:
+        """A lease without adapters: within it, no other request uses the model and none of its adapters is attached."""
+        from gouache.model.lease import Lease
 
-def _is_finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+        return Lease(self)
 
+    def _finite(self, stage: str, compute: Callable[[], T], valid: Callable[[T], bool]) -> T:
+        try:
+            return self.core.finite(stage, self.modules_of(stage), compute, valid)
+        except NotFinite:
+            pass
+        if self.attached and stage != "VAE":
+            names = ", ".join(each.name for each in self.attached)
+            raise ModelError(
+                f"the {stage} gives NaN or infinite results even in float32 with {names} attached; nothing was saved. "
+                f"Lower the strength, or leave it out"
+            )
+        file = self.vae_file if stage == "VAE" and self.vae_file is not None else self.file
+        raise ModelError(
+            f"{printable(str(file.path))}: the {stage} gives NaN, infinite or black results even in float32, so its "
+            f"weights are damaged or were identified wrongly; nothing was saved. Use another copy of the file"
+        )
 
-def _is_a_picture(images: Tensor) -> bool:
-    """Finite, and none of them black from edge to edge, which is what an overflow leaves behind."""
-    return _is_finite(images) and not bool((images <= -1).flatten(1).all(1).any())
+    def __repr__(self) -> str:
+        from gouache.model.residency import dtype_name
 
-
-def _conditioning_is_finite(conditioning: Conditioning) -> bool:
-    return _is_finite(conditioning.context) and (conditioning.vector is None or _is_finite(conditioning.vector))
+        parts = [
+            self.family.title,
+            self.variant,
+            f"{self.prediction}-prediction",
+            str(self.device),
+            dtype_name(self.dtype),
+        ]
+        if self.attached:
+            parts.append(f"{len(self.attached)} attached")
+        return f"<{type(self).__name__} {self.file.path.stem}: {', '.join(parts)}>"

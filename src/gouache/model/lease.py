@@ -1,0 +1,159 @@
+"""Lease: the adapters of one request on a model that several requests, and threads, share.
+
+`with lease:` gives the model to the request: other threads wait, its adapters are attached, and those of other
+requests are not. Leaving the block lets others have the model but detaches nothing yet, so that a request that goes on
+with its next batch pays nothing; the adapters are detached when another lease is entered, or at `close`. So a
+generator that is suspended, or forgotten, blocks nobody. Adapters that the caller attached to the model itself apply
+to every request.
+
+After `close` the weights are bit for bit what they were. The weights folded last are kept, within `KEEP_BYTES`, for the
+next request with the same adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from gouache.adapters.attach import How, Suspended
+from gouache.adapters.strength import Strength
+from gouache.files.record import ModelFile
+from gouache.model.attach import Attached, attach_unlocked
+from gouache.model.model import Model
+from gouache.model.vae import AnyVae
+
+KEEP_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Use:
+    """An adapter file as a request uses it. `name`: what an embedding is called in prompts."""
+
+    file: ModelFile
+    strength: Strength = Strength()  # noqa: RUF009  # frozen
+    how: How | None = None
+    name: str | None = None
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for equal adapters; the time tells a file that was replaced meanwhile."""
+        stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.file.files]
+        return stamps, self.strength, self.how, self.name
+
+
+class Lease:
+    """`uses` are attached in order; `vae` (module, its file) replaces the model's while the lease is held."""
+
+    def __init__(
+        self, model: Model, uses: Sequence[Use] = (), vae: tuple[AnyVae, ModelFile | None] | None = None
+    ) -> None:
+        self.attached: list[Attached] = []
+        self._model, self._uses, self._vae = model, tuple(uses), vae
+        self._suspended: Suspended | None = None
+        self._keys: list[tuple[object, ...]] = []
+        self._upcast: list[str] = []  # stages that this lease's adapters need in float32
+        self._upcast_before: list[str] = []
+        self._own_vae: tuple[AnyVae, ModelFile | None] = model.vae, model.vae_file
+        self._outer: list[Lease | None] = []
+        self._closed = False
+
+    def __enter__(self) -> Lease:
+        model = self._model
+        model.lock.acquire()
+        holder = model.holder
+        try:
+            if holder is not self:
+                if holder is not None:
+                    holder._suspend()
+                self._resume()
+        except BaseException:
+            model.lock.release()
+            raise
+        self._outer.append(holder)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        outer = self._outer.pop()
+        try:
+            if outer is not None and outer is not self and outer._outer:  # a request made from another's callback
+                self._suspend()
+                outer._resume()
+        finally:
+            self._model.lock.release()
+
+    def close(self) -> None:
+        """Detach everything. Does nothing if another lease has done so."""
+        with self._model.lock:
+            if self._model.holder is self:
+                try:
+                    self._suspend()
+                except BaseException:  # an interrupt: nothing may stay half attached
+                    self._suspend()
+                    raise
+            self._closed = True
+
+    def _suspend(self) -> None:
+        """Can be called again after an interrupt."""
+        model = self._model
+        mine = {each.on_weights for each in self.attached if each.on_weights is not None}
+        for each in self.attached:
+            each.disable()
+        if mine & set(model.adapters):
+            self._suspended = model.adapters.suspend(mine, KEEP_BYTES)
+            if model.spare is not None and model.spare is not self:
+                model.spare._drop()
+            model.spare = self
+        if self._vae is not None and model.vae is self._vae[0]:
+            model.vae, model.vae_file = self._own_vae
+        if self.attached or self._vae is not None:
+            self._upcast = [stage for stage in model.upcast if stage not in self._upcast_before]
+            for stage in self._upcast:
+                if stage == "VAE" and self._vae is None:
+                    continue  # no adapter changes the VAE, so it is the model's own fault
+                if stage == "VAE":
+                    model.upcast.remove(stage)  # the replaced module stays in float32
+                else:
+                    model.narrow(stage)
+        model.holder = None
+
+    def _resume(self) -> None:
+        model = self._model
+        self._upcast_before = list(model.upcast)
+        model.holder = self
+        try:
+            self._attach()
+            if self._vae is not None:
+                self._own_vae = model.vae, model.vae_file
+                model.vae, model.vae_file = self._vae
+            for stage in self._upcast:
+                if stage not in model.upcast:
+                    model.widen(stage)
+        except BaseException:
+            self._suspend()
+            raise
+
+    def _attach(self) -> None:
+        model = self._model
+        if not self.attached and self._uses:
+            self._keys = [use.key for use in self._uses]
+            spare = model.spare
+            if spare is not None and spare._closed and spare._keys == self._keys:
+                self.attached, self._suspended = spare.attached, spare._suspended
+                model.spare = None
+        if not self.attached:
+            for use in self._uses:
+                self.attached.append(attach_unlocked(model, use.file, use.strength, how=use.how, name=use.name))
+            return
+        if self._suspended is not None:
+            model.adapters.resume(self._suspended)
+            self._suspended = None
+        for each in self.attached:
+            each.enable()
+
+    def _drop(self) -> None:
+        """Keep no folded weights; they are folded again when needed."""
+        if self._suspended is not None:
+            self._suspended = replace(self._suspended, folded={})
