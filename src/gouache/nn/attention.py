@@ -6,6 +6,8 @@ Names follow CompVis' `ldm/modules/attention.py`, as files carry them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,8 +63,27 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.unflatten(0, (batch, heads))
 
 
+@dataclass(eq=False)
+class ImageProjections:
+    """What an image prompt adapter (IP-Adapter, Ye et al. 2023) adds to one cross-attention.
+
+    `to_k_ip` and `to_v_ip` map image tokens (B, M, D) to keys and values (B, M, width); they belong to the adapter,
+    which also puts them on the network's device and dtype. `tokens` selects the adapter's own tokens from those of all
+    adapters, which the network receives as one tensor; None selects all. `strength` may be changed between two steps.
+    """
+
+    to_k_ip: nn.Module
+    to_v_ip: nn.Module
+    strength: float = 1.0
+    tokens: slice | None = None
+
+
 class CrossAttention(nn.Module):
-    """Attention of x to `context`, or to itself where none is given."""
+    """Attention of x to `context`, or to itself if there is none.
+
+    Attached image projections add strength * attention(q, to_k_ip(image_tokens), to_v_ip(image_tokens)) before
+    `to_out`. They are not submodules: parameters, state dict and `to` know only the official tensors.
+    """
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -70,11 +91,29 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))  # files say to_out.0; to_out.1 was a dropout
+        self.to_out = nn.Sequential(nn.Linear(width, width))  # named to_out.0 in files; to_out.1 was a dropout
+        self._image_projections: tuple[ImageProjections, ...] = ()
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def attach_image_projections(self, projections: ImageProjections) -> None:
+        """Use `projections` from the next call on, after those already attached."""
+        self._image_projections = (*self._image_projections, projections)
+
+    def detach_image_projections(self, projections: ImageProjections) -> None:
+        """Undo `attach_image_projections`; projections that are not attached are ignored."""
+        self._image_projections = tuple(each for each in self._image_projections if each is not projections)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, image_tokens: Tensor | None = None) -> Tensor:
+        """x (B, N, width), context (B, M, context_width), image_tokens (B, K, D) -> (B, N, width)."""
         context = x if context is None else context
-        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        q = self.to_q(x)
+        out = attention(q, self.to_k(context), self.to_v(context), self.heads)
+        if image_tokens is not None:
+            for each in self._image_projections:
+                if each.strength:
+                    tokens = image_tokens if each.tokens is None else image_tokens[:, each.tokens]
+                    added = attention(q, each.to_k_ip(tokens), each.to_v_ip(tokens), self.heads)
+                    out = out + each.strength * added
+        return self.to_out(out)
 
 
 class GeGlu(nn.Module):
@@ -111,9 +150,9 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context, image_tokens)
         return x + self.ff(self.norm3(x))
 
 
@@ -132,7 +171,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         size = x.shape[-2:]
         tokens = self.norm(x)
         if not self.linear:
@@ -141,7 +180,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, image_tokens)
         if self.linear:
             tokens = self.proj_out(tokens)
         out = tokens.transpose(1, 2).unflatten(2, size)  # B C H W
