@@ -1,4 +1,4 @@
-"""Input pictures in every form that a caller can have them in."""
+"""Input pictures as paths, bytes, PIL images and arrays."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_pil_image_with_an_orientation_is_turned_upright():
     assert input_image(opened, "init").size == input_image(png(stored, exif=exif), "init").size == (4, 6)
 
 
-def test_later_changes_of_the_given_image_or_array_do_not_show():
+def test_later_changes_to_the_given_image_or_array_have_no_effect():
     array, picture = noise(4, 4, 3), Image.fromarray(noise(4, 4, 3))
     found, second = input_image(array, "init"), input_image(picture, "init")
 
@@ -131,10 +131,10 @@ def test_read_is_the_same_picture_on_white(tmp_path: Path):
     assert pixels.read(path, "init").tobytes() == input_image(path, "init").rgb().tobytes()
 
 
-def test_what_cannot_be_read_is_a_one_line_error_with_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_unreadable_input_is_a_one_line_error_with_the_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     whole = png(Image.fromarray(noise(64, 64, 3)))
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    monkeypatch.setattr(pixels, "MOST_PIXELS", 5000)
+    monkeypatch.setattr(pixels, "MAX_PIXELS", 5000)
     cases = {
         tmp_path / "absent.png": "there is no file",
         tmp_path / "two\nlines.png": r"there is no file .*two\\x0alines\.png",
@@ -176,7 +176,7 @@ def test_a_named_pipe_is_refused_at_once(tmp_path: Path):
 
 
 def test_a_file_that_is_too_large_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pixels, "MOST_BYTES", 1_000_000)
+    monkeypatch.setattr(pixels, "MAX_BYTES", 1_000_000)
     with (tmp_path / "large.png").open("wb") as file:
         file.truncate(2_000_000)
 

@@ -1,4 +1,4 @@
-"""Sheets of pictures: where every picture is, and that labels have room."""
+"""Sheets of pictures: the position of every picture and the space for labels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_labelled_tiles_are_in_rows_under_their_labels():
     assert boxes(result, 5) == [(left, top, left + 200, top + 40) for left, top in expected]
     assert result.mode == "RGB" and result.size == (3 * (200 + GAP) + GAP, second + 40 + GAP)
     pixels = np.asarray(result)
-    for left, top in expected:  # something is written over each, and nothing in the empty cell
+    for left, top in expected:  # there is a label above each, and nothing in the empty cell
         assert (pixels[top - LINE : top - GAP // 2, left : left + 200] != PAPER).any()
     assert (pixels[first + 40 :, lefts[2] :] == PAPER).all()
 

@@ -71,7 +71,7 @@ FAMILIES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "refiner": REFINER}
 
 
 def unet_pair(spec: UNetSpec, config: dict):
-    """(ours, theirs) with equal weights, whose names go through the layout table."""
+    """(ours, theirs) with equal weights, renamed by the layout table."""
     from diffusers import UNet2DConditionModel
 
     blocks = [ATTENDING if depth else PLAIN for depth in spec.attention_depth]

@@ -165,6 +165,17 @@ def test_residuals_that_do_not_fit_are_one_line_errors(pairs):
         unet(*given, control=[*control[:-1], control[-1][:, :1]])
 
 
+@torch.no_grad()
+def test_image_tokens_of_another_batch_are_a_one_line_error(pairs):
+    unet, _ = pairs["sd1"]
+
+    for tokens in (normal(1, 4, 24), normal(4, 24)):
+        with pytest.raises(
+            ModelError, match=r"^the image tokens have shape \(.*\), expected \(2, tokens, width\)[^\n]*$"
+        ):
+            unet(*inputs(unet.spec), image_tokens=tokens)
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.35])
 @torch.no_grad()
 def test_image_tokens_agree_with_the_ip_adapter_of_diffusers(strength):

@@ -1,4 +1,4 @@
-"""Pictures as values: whatever form a caller has a picture in, it is opened once and travels as an `InputImage`."""
+"""Pictures as values: paths, bytes, PIL images and arrays are opened once and passed on as an `InputImage`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _from_array(array: np.ndarray, setting: str) -> Image.Image:
         raise RequestError(
             setting, f"the given array has shape {array.shape}; expected (H, W), (H, W, 3) or (H, W, 4), not empty"
         )
-    if array.shape[0] * array.shape[1] > pixels.MOST_PIXELS:
+    if array.shape[0] * array.shape[1] > pixels.MAX_PIXELS:
         raise RequestError(setting, f"the given array has {array.shape[1]}x{array.shape[0]} pixels; at most 64 million")
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255

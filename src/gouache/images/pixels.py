@@ -19,8 +19,8 @@ from torch import Tensor
 from gouache.errors import RequestError, printable
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
-MOST_PIXELS = 64_000_000  # a larger picture is a mistake or a decompression bomb
-MOST_BYTES = 600_000_000  # 64 million pixels of 16-bit RGBA, uncompressed, take 512 MB
+MAX_PIXELS = 64_000_000  # a larger picture is a mistake or a decompression bomb
+MAX_BYTES = 600_000_000  # 64 million pixels of 16-bit RGBA, uncompressed, take 512 MB
 
 
 def read(path: Path, setting: str) -> Image.Image:
@@ -32,7 +32,7 @@ def read(path: Path, setting: str) -> Image.Image:
 
 
 def read_bytes(path: Path, setting: str) -> bytes:
-    """The content of a regular file of at most `MOST_BYTES`. Raises RequestError."""
+    """The content of a regular file of at most `MAX_BYTES`. Raises RequestError."""
     name = _printable(path)
     # O_NONBLOCK: a named pipe without a writer is opened and then refused, instead of waited for.
     flags = os.O_RDONLY
@@ -45,11 +45,11 @@ def read_bytes(path: Path, setting: str) -> bytes:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise RequestError(setting, f"{name} is not a regular file; a picture is expected")
-            if status.st_size > MOST_BYTES:
+            if status.st_size > MAX_BYTES:
                 raise RequestError(
-                    setting, f"{name} has {status.st_size / 1e6:.0f} MB; at most {MOST_BYTES / 1e6:.0f} MB"
+                    setting, f"{name} has {status.st_size / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB"
                 )
-            return file.read(MOST_BYTES)
+            return file.read(MAX_BYTES)
     except FileNotFoundError:
         raise RequestError(setting, f"there is no file {name}") from None
     except (OSError, ValueError) as error:
@@ -70,7 +70,7 @@ def decode(data: bytes, name: str, setting: str) -> Image.Image:
 def normalise(picture: Image.Image, name: str, setting: str) -> Image.Image:
     """A copy of `picture`: upright, 8 bits, mode RGBA if it has transparency, else L or RGB. Raises RequestError."""
     count = picture.width * picture.height
-    if not 0 < count <= MOST_PIXELS:
+    if not 0 < count <= MAX_PIXELS:
         limit = "at most 64 million" if count else "at least 1x1 is needed"
         raise RequestError(setting, f"{_printable(name)} has {picture.width}x{picture.height} pixels; {limit}")
     try:

@@ -10,7 +10,7 @@ INK, PAPER = (30, 30, 30), (255, 255, 255)
 GAP = 8  # pixels around labels and between labelled pictures
 SEAM = 4  # pixels between tiles without labels
 TEXT_SIZE, LINE = 14, 18  # pixels
-MIN_COLUMN = 192  # pixels; a narrower column leaves a label no room
+MIN_COLUMN = 192  # pixels; narrower columns have no room for labels
 
 
 def sheet(columns: Sequence[str], rows: Sequence[str], pictures: Sequence[Sequence[Image.Image | None]]) -> Image.Image:

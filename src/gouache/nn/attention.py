@@ -1,7 +1,7 @@
-"""The one attention call of the package, and the transformer that the U-Nets put between their convolutions.
+"""The attention function of all networks, and the spatial transformer of the U-Nets.
 
-Every network attends through `attention`, so that a faster kernel for a machine has one place to go.
-Names follow CompVis' `ldm/modules/attention.py`, as files carry them.
+Every network calls `attention`, so that a faster kernel has to be added in one place only.
+Names follow CompVis' `ldm/modules/attention.py`, as used in files.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     q is (B, N, heads * d); k and v are (B, M, heads * d); returns (B, N, heads * d).
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B heads N d
-    if _blocks_pay(q, k) and not causal:
-        out = _in_blocks(q, k, v)
-    elif _products_pay(q, k) and not causal:
+    if _use_blocks(q, k) and not causal:
+        out = _attention_in_blocks(q, k, v)
+    elif _use_matmul(q, k) and not causal:
         out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # B N heads*d
 
 
-def _products_pay(q: Tensor, k: Tensor) -> bool:
-    """While gradients are kept, plain products of few cells beat torch's fused kernel in bfloat16 on a CPU.
+def _use_matmul(q: Tensor, k: Tensor) -> bool:
+    """In bfloat16 on a CPU, with gradients and few tokens, plain matmuls are faster than torch's fused kernel.
 
-    Measured on Zen 5, one thread, 8 heads of 8 channels, 256 cells, forward and back: 1.7 times as fast.
+    Measured on Zen 5, one thread, 8 heads of 8 channels, 256 tokens, forward and backward: 1.7 times as fast.
     """
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return on_cpu and torch.is_grad_enabled() and q.shape[2] <= 1024 and k.shape[2] <= 1024
 
 
-BLOCK = 2**19  # scores computed at once by a thread: a megabyte in bfloat16, which stays in its cache
+BLOCK_SCORES = 2**19  # scores computed at once per thread: 1 MiB in bfloat16, which stays in the cache
 
 
-def _blocks_pay(q: Tensor, k: Tensor) -> bool:
-    """Torch's fused kernel multiplies bfloat16 as float32 on a CPU; plain products of blocks use the faster units.
+def _use_blocks(q: Tensor, k: Tensor) -> bool:
+    """On a CPU, torch's fused kernel multiplies bfloat16 as float32; plain matmuls use the bfloat16 units.
 
-    Measured on Zen 4, one thread: 1.4 times as fast for 4096 tokens, 1.6 for 1024. It keeps no gradients.
+    Measured on Zen 4, one thread: 1.4 times as fast for 4096 tokens, 1.6 for 1024. Without gradients only.
     """
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return on_cpu and not torch.is_grad_enabled() and k.shape[2] >= 256 and q.shape[2] >= 256
 
 
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention a head and a block of rows at a time; all (B, heads, N or M, d)."""
+def _attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention computed per head and block of rows; all tensors are (B, heads, N or M, d)."""
     batch, heads, rows, width = q.shape
     q, v = (x.flatten(0, 1) for x in (q * width**-0.5, v))  # B*heads N d
     k = k.flatten(0, 1).transpose(1, 2)  # B*heads d M
-    step = max(1, BLOCK * torch.get_num_threads() // k.shape[2])
+    step = max(1, BLOCK_SCORES * torch.get_num_threads() // k.shape[2])
     out = torch.empty_like(q)
     for head in range(batch * heads):
         for first in range(0, rows, step):
@@ -117,7 +117,7 @@ class CrossAttention(nn.Module):
 
 
 class GeGlu(nn.Module):
-    """A linear layer whose second half gates the first, through the erf GELU (Shazeer 2020)."""
+    """A linear layer whose first half is multiplied by the erf GELU of its second half (Shazeer 2020)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class GeGlu(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        # net.1 was a dropout; its number stays taken.
+        # net.1 was a dropout, which has no weights; the number is kept so that the names match.
         self.net = nn.Sequential(GeGlu(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the prompt, feed-forward; each added to what came in."""
+    """Self-attention, cross-attention to `context`, feed-forward; each is added to its input."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -157,10 +157,10 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the cells of a feature map, which is added to their result.
+    """Transformer blocks over the positions of a feature map, with a residual connection around them.
 
-    SD1 projects in and out by 1x1 convolutions, later families by linear layers: the same arithmetic, but files
-    store the weights with different shapes.
+    `proj_in` and `proj_out` are 1x1 convolutions in SD1 and linear layers in later families: the same arithmetic, but
+    files store the weights with different shapes.
     """
 
     def __init__(self, channels: int, context_width: int, heads: int, depth: int, linear: bool) -> None:

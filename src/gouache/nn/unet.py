@@ -56,14 +56,19 @@ class UNet(UNetEncoder):
 
         `control` holds a ControlNet's residuals, already scaled: one for the output of each input block, in order,
         then one for the middle block (SD1 and SD2: 12 + 1, SDXL: 9 + 1), each of the shape of that output. They are
-        added to the skip connections and to the middle block's output. Raises ModelError if they do not fit.
+        added to the skip connections and to the middle block's output.
         `image_tokens` (B, M, D) go to every cross-attention, which uses them only through the projections attached
-        by an image prompt adapter (`CrossAttention.attach_image_projections`).
+        by an image prompt adapter (`CrossAttention.attach_image_projections`). Raises ModelError if either does not fit.
         """
         if control is not None and len(control) != len(self.input_blocks) + 1:
             raise ModelError(
                 f"received {len(control)} control residuals, expected {len(self.input_blocks) + 1}: one per input "
                 f"block and one for the middle block; use a ControlNet made for this model family"
+            )
+        if image_tokens is not None and (image_tokens.ndim != 3 or len(image_tokens) != len(x)):
+            raise ModelError(
+                f"the image tokens have shape {tuple(image_tokens.shape)}, expected ({len(x)}, tokens, width): one row "
+                f"per latent of the batch"
             )
         emb = self.embed(t, vector, x.dtype)
         skips, x = self.encode(x, emb, context, image_tokens=image_tokens)
