@@ -1,4 +1,4 @@
-"""Pictures as files and as tensors, against Pillow's and NumPy's own idea of their pixels."""
+"""Pictures as files and as tensors, compared with the pixels that Pillow and NumPy give."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from PIL import Image
 from gouache.images import pixels
 
 
-def drawn(size: tuple[int, int], left: str = "red", right: str = "blue") -> Image.Image:
-    """A picture of two halves."""
+def two_halves(size: tuple[int, int], left: str = "red", right: str = "blue") -> Image.Image:
+    """A picture whose left and right halves have one colour each."""
     picture = Image.new("RGB", size, right)
     picture.paste(left, (0, 0, size[0] // 2, size[1]))
     return picture
@@ -26,7 +26,7 @@ def assert_same(picture: Image.Image, expected: Image.Image, tolerance: int = 0)
     assert np.abs(difference).max() <= tolerance
 
 
-def test_all_256_levels_survive_the_way_to_a_tensor_and_back():
+def test_all_256_levels_are_kept_in_a_tensor_and_back():
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     picture = Image.fromarray(np.stack([levels, levels.T, 255 - levels], axis=2))
 
@@ -37,7 +37,7 @@ def test_all_256_levels_survive_the_way_to_a_tensor_and_back():
         assert_same(back, picture)
 
 
-def test_values_outside_the_range_are_held_at_black_and_white():
+def test_values_outside_the_range_are_clamped():
     tensor = torch.tensor([-5.0, -1.0, 0.0, 1.0, 7.0]).reshape(1, 1, 1, 5).expand(1, 3, 1, 5)
 
     (picture,) = pixels.to_pictures(tensor)
@@ -46,26 +46,24 @@ def test_values_outside_the_range_are_held_at_black_and_white():
 
 
 @pytest.mark.parametrize(
-    ("orientation", "turned"),
+    ("orientation", "transpose"),
     [(1, None), (3, Image.Transpose.ROTATE_180), (6, Image.Transpose.ROTATE_90), (8, Image.Transpose.ROTATE_270)],
 )
-def test_a_picture_that_lies_on_its_side_is_turned_upright(
-    orientation: int, turned: Image.Transpose | None, tmp_path: Path
-):
-    """What a camera writes: the pixels as the sensor lay, and how to turn them (EXIF 2.3, tag 0x0112)."""
-    upright, exif = drawn((64, 32)), Image.Exif()
+def test_exif_orientation_is_applied(orientation: int, transpose: Image.Transpose | None, tmp_path: Path):
+    """A camera stores the pixels in the order of the sensor, and the rotation in EXIF 2.3, tag 0x0112."""
+    upright, exif = two_halves((64, 32)), Image.Exif()
     exif[0x0112] = orientation
-    stored = upright if turned is None else upright.transpose(turned)
+    stored = upright if transpose is None else upright.transpose(transpose)
     stored.save(tmp_path / "photo.jpg", exif=exif, quality=100, subsampling=0)
 
     assert_same(pixels.read(tmp_path / "photo.jpg", "init"), upright, tolerance=8)
 
 
-def test_what_is_transparent_lies_on_white(tmp_path: Path):
-    expected = drawn((16, 8), left="white", right="#808080")
+def test_transparent_pixels_become_white(tmp_path: Path):
+    expected = two_halves((16, 8), left="white", right="#808080")
     clear = expected.convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 0, 8, 8))
-    palette = drawn((16, 8), left="black", right="#808080").quantize(4)
+    palette = two_halves((16, 8), left="black", right="#808080").quantize(4)
     forms: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "rgba.png": (clear, {}),
         "grey.png": (clear.convert("LA"), {}),
@@ -80,8 +78,8 @@ def test_what_is_transparent_lies_on_white(tmp_path: Path):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "RGB"])
-def test_every_mode_of_pixels_becomes_rgb(mode: str, tmp_path: Path):
-    picture = drawn((16, 8), left="black", right="white")
+def test_every_pixel_mode_becomes_rgb(mode: str, tmp_path: Path):
+    picture = two_halves((16, 8), left="black", right="white")
     name = "picture.tiff" if mode == "CMYK" else "picture.png"
     picture.convert(mode).save(tmp_path / name)
 
@@ -90,14 +88,14 @@ def test_every_mode_of_pixels_becomes_rgb(mode: str, tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["depth.png", "depth.tiff"])
 def test_sixteen_bits_are_scaled_to_eight(name: str, tmp_path: Path):
-    """As depth maps come. Pillow's own conversion would cut off everything above 255."""
+    """Depth maps often have 16 bits. Pillow's own conversion would clip at 255."""
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(levels * 257).save(tmp_path / name)
 
     assert_same(pixels.read(tmp_path / name, "depth"), Image.fromarray(levels.astype(np.uint8)))
 
 
-def test_fitting_scales_to_cover_and_cuts_evenly():
+def test_fit_scales_to_cover_and_crops_equally():
     wide = Image.new("RGB", (256, 64), "white")
     wide.paste("red", (64, 0, 192, 64))
 
@@ -108,7 +106,7 @@ def test_fitting_scales_to_cover_and_cuts_evenly():
     assert pixels.fit(wide, (256, 64)) is wide
 
 
-def test_a_mask_is_black_and_white():
+def test_a_mask_is_rounded_to_0_and_1():
     greys = Image.fromarray(np.array([[0, 100, 127, 128, 200, 255]], np.uint8))
 
     mask = pixels.mask_to_tensor(greys)

@@ -1,4 +1,4 @@
-"""Narrow networks with weights in which nothing is zero, one, or equal to its neighbour: a mix-up must show."""
+"""Random weights for narrow networks: no weight is zero or one, and no two are equal, so that a mix-up is detected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 def scramble(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter drawn anew: matrices keep the size of what goes through, norms stay near one."""
+    """`network` with random parameters: matrices roughly preserve variance, norm weights are near one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in network.named_parameters():

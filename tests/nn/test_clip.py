@@ -1,4 +1,4 @@
-"""CLIP's two towers against transformers with the same random weights, at every layer, and the traps around them."""
+"""CLIP's two towers compared with transformers with the same random weights, at every layer, and special cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .narrow import normal, scramble
 BEGIN, END = 98, 99
 NARROW = {"width": 64, "layers": 4, "heads": 4, "mlp_width": 96, "vocabulary": 100}
 
-# A short prompt padded as CLIP-L does, with the end token; one padded as OpenCLIP does, with 0; and one with no room.
+# A short prompt padded with the end token, like CLIP-L; one padded with 0, like OpenCLIP; and one without padding.
 TOKENS = torch.tensor(
     [
         [BEGIN, 5, 6, END, END, END, END, END],
@@ -31,7 +31,7 @@ TOKENS = torch.tensor(
 
 @pytest.fixture(scope="module", params=["quick_gelu", "gelu"])
 def towers(request):
-    """(ours, theirs) with equal weights: CLIP-L's kind (quick GELU, no projection), and OpenCLIP's (erf, projected)."""
+    """(ours, theirs) with equal weights: as CLIP-L (quick GELU, no projection) and OpenCLIP (erf GELU, projection)."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     projection = 40 if request.param == "gelu" else None
@@ -56,7 +56,7 @@ def towers(request):
 
 
 def in_our_names(weights):
-    """Older transformers say `text_model.` in front, newer do not: the layout is told from the names."""
+    """Older versions of transformers have the prefix `text_model.`, newer ones do not: the names decide the layout."""
     found = text_layout(weights)
     assert found is not None
     return {name: origin.tensor(weights.__getitem__) for name, origin in plan(found[1], weights).origins.items()}
@@ -66,11 +66,11 @@ def in_our_names(weights):
 def test_every_layer_agrees_with_transformers(towers):
     ours, theirs = towers
 
-    said = ours(TOKENS)
+    found = ours(TOKENS)
 
     expected = theirs(TOKENS, output_hidden_states=True).hidden_states
-    assert len(said.layers) == len(expected) == 5
-    for layer, hidden in zip(said.layers, expected):
+    assert len(found.layers) == len(expected) == 5
+    for layer, hidden in zip(found.layers, expected):
         assert_close(layer, hidden, atol=1e-4, rtol=1e-4)
 
 
@@ -80,18 +80,18 @@ def test_every_clip_skip_agrees_with_transformers(towers, skip):
     ours, theirs = towers
     inner = getattr(theirs, "text_model", theirs)
 
-    said = ours(TOKENS)
+    found = ours(TOKENS)
 
-    # Clip skip 1 is the last layer: what comes out of it, normed, is the model's own last hidden state.
+    # Clip skip 1 is the last layer: its output after the final norm is the model's last hidden state.
     expected = theirs(TOKENS, output_hidden_states=True)
     normed = inner.final_layer_norm(expected.hidden_states[-skip])
-    assert_close(ours.norm(said.layers[-skip]), normed, atol=1e-4, rtol=1e-4)
+    assert_close(ours.norm(found.layers[-skip]), normed, atol=1e-4, rtol=1e-4)
     if skip == 1:
-        assert_close(said.last, expected.last_hidden_state, atol=1e-4, rtol=1e-4)
+        assert_close(found.last, expected.last_hidden_state, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_the_pooled_vector_agrees_with_transformers_whatever_the_padding(towers):
+def test_the_pooled_vector_agrees_with_transformers_for_every_padding(towers):
     ours, theirs = towers
 
     pooled = ours(TOKENS).pooled
@@ -103,7 +103,7 @@ def test_the_pooled_vector_agrees_with_transformers_whatever_the_padding(towers)
 
 
 @torch.no_grad()
-def test_vectors_stand_in_for_the_tokens_they_were_made_of(towers):
+def test_given_vectors_replace_the_token_embeddings(towers):
     ours, _ = towers
     others = torch.where((TOKENS == BEGIN) | (TOKENS == END), TOKENS, 50)
 
@@ -114,7 +114,7 @@ def test_vectors_stand_in_for_the_tokens_they_were_made_of(towers):
 
 
 @torch.no_grad()
-def test_a_token_is_unseen_by_those_before_it(towers):
+def test_a_token_does_not_affect_earlier_positions(towers):
     ours, _ = towers
     changed = TOKENS.clone()
     changed[:, 5:] = 42
@@ -126,7 +126,7 @@ def test_a_token_is_unseen_by_those_before_it(towers):
 
 
 @torch.no_grad()
-def test_padding_with_the_end_token_or_with_zeros_pools_the_same_vector(towers):
+def test_padding_with_end_tokens_and_with_zeros_gives_the_same_pooled_vector(towers):
     ours, _ = towers
     with_end = torch.tensor([[BEGIN, 7, END, END, END, END]])
     with_zeros = torch.tensor([[BEGIN, 7, END, 0, 0, 0]])
@@ -135,8 +135,8 @@ def test_padding_with_the_end_token_or_with_zeros_pools_the_same_vector(towers):
 
 
 @torch.no_grad()
-def test_a_tower_without_its_last_layer_ends_where_clip_skip_two_reads():
-    """diffusers keeps 23 of SD2's 24 layers, the single file all of them: the same prompt either way."""
+def test_a_tower_without_its_last_layer_gives_the_output_of_clip_skip_two():
+    """diffusers files have 23 of SD2's 24 layers, single files have all: both must encode prompts alike."""
     whole = scramble(ClipText(TextSpec(**NARROW, activation="gelu")))
     short = ClipText(TextSpec(**{**NARROW, "layers": 3}, activation="gelu"))
     short.load_state_dict({name: value for name, value in whole.state_dict().items() if ".layers.3." not in name})
@@ -144,7 +144,7 @@ def test_a_tower_without_its_last_layer_ends_where_clip_skip_two_reads():
     assert_close(short(TOKENS).last, whole.norm(whole(TOKENS).layers[-2]))
 
 
-def test_the_two_activations_are_their_formulas():
+def test_the_two_activations_equal_their_formulas():
     x = torch.linspace(-6, 6, 49, dtype=torch.float64)
 
     assert_close(activate(x, "quick_gelu"), x / (1 + torch.exp(-1.702 * x)))
@@ -152,7 +152,7 @@ def test_the_two_activations_are_their_formulas():
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "QuickGELU", ""])
-def test_a_tower_of_an_unknown_activation_is_refused(name):
+def test_an_unknown_activation_is_refused(name):
     with pytest.raises(ModelError, match="quick_gelu"):
         ClipText(TextSpec(**NARROW, activation=name))
 
@@ -181,10 +181,10 @@ def test_the_image_tower_agrees_with_transformers(activation):
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.endswith("position_ids")})
     image = normal(2, 3, 20, 20)
 
-    said = ours(image)
+    found = ours(image)
 
     expected = theirs(image, output_hidden_states=True)
     assert expected.image_embeds.std() > 0.1
-    assert_close(said.pooled, expected.image_embeds, atol=1e-4, rtol=1e-4)
-    for layer, hidden in zip(said.layers, expected.hidden_states, strict=True):
+    assert_close(found.pooled, expected.image_embeds, atol=1e-4, rtol=1e-4)
+    for layer, hidden in zip(found.layers, expected.hidden_states, strict=True):
         assert_close(layer, hidden, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Built on the meta device, the networks have exactly the tensors of the official files, and their published sizes."""
+"""On the meta device, the networks have exactly the tensors of the official files and the published sizes."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ CLIP_L = TextSpec()
 OPENCLIP_H = TextSpec(width=1024, layers=24, heads=16, mlp_width=4096, activation="gelu", projection=1024)
 OPENCLIP_BIGG = TextSpec(width=1280, layers=32, heads=20, mlp_width=5120, activation="gelu", projection=1280)
 
-# What the files hold beside the networks, and why nothing here loads it.
-SCHEDULE = {  # the noise schedule, which is computed from its two end points
+# What the files contain besides the networks, and why it is not loaded.
+SCHEDULE = {  # the noise schedule, which is computed from its two end points instead
     "alphas_cumprod", "alphas_cumprod_prev", "betas", "log_one_minus_alphas_cumprod", "posterior_log_variance_clipped",
     "posterior_mean_coef1", "posterior_mean_coef2", "posterior_variance", "sqrt_alphas_cumprod",
     "sqrt_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
@@ -54,7 +54,7 @@ SCHEDULE = {  # the noise schedule, which is computed from its two end points
 EMA_COUNTERS = {"model_ema.decay", "model_ema.num_updates"}  # of the training run's moving average
 POSITIONS = {"cond_stage_model.transformer.text_model.embeddings.position_ids"}  # the numbers 0 to 76
 TEMPERATURE = "logit_scale"  # of CLIP's contrastive loss
-MIDAS = "depth_model."  # estimates the depth map that sd2_depth is told, a network of its own
+MIDAS = "depth_model."  # a separate network that estimates the depth map for sd2_depth
 VAE_LOSS = "loss."  # LPIPS and the discriminator, used in training the autoencoder
 
 
@@ -73,7 +73,7 @@ def named_shapes(network: nn.Module, prefix: str = "") -> dict[str, tuple[int, .
 
 
 def from_openclip(shapes: dict[str, tuple[int, ...]], prefix: str) -> dict[str, tuple[int, ...]]:
-    """The same file with the OpenCLIP tower under `prefix` renamed and split as the layout tables say."""
+    """The same file with the OpenCLIP tower under `prefix` renamed and split by the layout tables."""
     inner = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     outer = {name: shape for name, shape in shapes.items() if not name.startswith(prefix)}
     found = plan(OPENCLIP, inner)
@@ -88,7 +88,7 @@ def without(shapes: dict[str, tuple[int, ...]], leftovers: set[str]) -> dict[str
 
 
 @pytest.mark.parametrize(("file", "channels"), [("sd15_emaonly", 4), ("sd15_inpainting", 9)])
-def test_sd1_files_are_exactly_these_networks_and_known_leftovers(file, channels):
+def test_sd1_files_contain_exactly_these_networks_and_known_leftovers(file, channels):
     expected = without(official(file), SCHEDULE | EMA_COUNTERS | POSITIONS)
 
     networks = (
@@ -101,7 +101,7 @@ def test_sd1_files_are_exactly_these_networks_and_known_leftovers(file, channels
 
 
 @pytest.mark.parametrize(("file", "channels"), [("sd15_pruned_full", 4), ("sd15_instruct_pix2pix", 8)])
-def test_sd1_files_with_averages_hold_every_u_net_tensor_a_second_time_without_dots(file, channels):
+def test_sd1_files_with_ema_contain_every_unet_tensor_twice_once_without_dots(file, channels):
     expected = without(official(file), SCHEDULE | EMA_COUNTERS | POSITIONS)
 
     unet = named_shapes(built(UNet, replace(SD1, in_channels=channels)), "diffusion_model.")
@@ -118,7 +118,7 @@ def test_sd1_files_with_averages_hold_every_u_net_tensor_a_second_time_without_d
 @pytest.mark.parametrize(
     ("file", "channels"), [("sd21_512_base", 4), ("sd21_768_v", 4), ("sd2_depth", 5), ("sd2_inpainting", 9)]
 )
-def test_sd2_files_are_exactly_these_networks_and_known_leftovers(file, channels):
+def test_sd2_files_contain_exactly_these_networks_and_known_leftovers(file, channels):
     shapes = from_openclip(official(file), "cond_stage_model.model.")
     midas = {name for name in shapes if name.startswith(MIDAS)}
     assert bool(midas) == (file == "sd2_depth")
@@ -133,7 +133,7 @@ def test_sd2_files_are_exactly_these_networks_and_known_leftovers(file, channels
     assert networks == expected
 
 
-def test_sdxl_base_is_exactly_these_networks_and_known_leftovers():
+def test_sdxl_base_contains_exactly_these_networks_and_known_leftovers():
     first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
     leftovers = {f"{first}text_model.embeddings.position_ids", second + TEMPERATURE}
     expected = without(from_openclip(official("sdxl_base"), second), leftovers)
@@ -148,7 +148,7 @@ def test_sdxl_base_is_exactly_these_networks_and_known_leftovers():
     assert networks == expected
 
 
-def test_sdxl_refiner_is_exactly_these_networks_and_known_leftovers():
+def test_sdxl_refiner_contains_exactly_these_networks_and_known_leftovers():
     text = "conditioner.embedders.0.model."
     expected = without(from_openclip(official("sdxl_refiner"), text), {text + TEMPERATURE})
 
@@ -162,7 +162,7 @@ def test_sdxl_refiner_is_exactly_these_networks_and_known_leftovers():
 
 
 @pytest.mark.parametrize("file", ["sdxl_vae", "vae_kl_f8_ft_mse", "vae_kl_f8_train_with_loss"])
-def test_autoencoder_files_are_exactly_the_autoencoder_and_known_leftovers(file):
+def test_autoencoder_files_contain_exactly_the_autoencoder_and_known_leftovers(file):
     shapes = official(file)
     loss = {name for name in shapes if name.startswith(VAE_LOSS)}
     assert bool(loss) == (file == "vae_kl_f8_train_with_loss")
@@ -196,18 +196,18 @@ def test_autoencoder_files_are_exactly_the_autoencoder_and_known_leftovers(file)
     ],
     ids=lambda value: getattr(value, "__name__", None) or (str(value) if isinstance(value, int) else "spec"),
 )
-def test_networks_have_as_many_weights_as_their_authors_published(make, spec, count):
+def test_networks_have_the_published_number_of_weights(make, spec, count):
     assert sum(parameter.numel() for parameter in built(make, spec).parameters()) == count
 
 
 @pytest.mark.parametrize(
     ("make", "spec"), [(UNet, SD1), (UNet, SDXL), (Autoencoder, KL_F8), (ClipText, CLIP_L), (ClipVision, VisionSpec())]
 )
-def test_networks_keep_no_buffers_that_would_stay_on_the_meta_device(make, spec):
+def test_networks_have_no_buffers_which_would_stay_on_the_meta_device(make, spec):
     assert not list(built(make, spec).buffers())
 
 
-# Which blocks attend, and how deep, is written in the names of the official files.
+# Which blocks have transformers, and how many, follows from the names in the official files.
 @pytest.mark.parametrize(
     ("spec", "depths"),
     [
@@ -218,7 +218,7 @@ def test_networks_keep_no_buffers_that_would_stay_on_the_meta_device(make, spec)
     ],
     ids=["sd1", "sd2", "sdxl", "refiner"],
 )
-def test_the_levels_that_attend_are_those_of_the_original(spec, depths):
+def test_transformers_are_in_the_blocks_of_the_original(spec, depths):
     blocks = built(UNet, spec).input_blocks
 
     found = {
@@ -231,7 +231,7 @@ def test_the_levels_that_attend_are_those_of_the_original(spec, depths):
     assert found == depths
 
 
-def test_sd1_has_eight_heads_everywhere_and_later_families_64_channels_a_head():
+def test_sd1_has_eight_heads_everywhere_and_later_families_64_channels_per_head():
     sd1 = [module for module in built(UNet, SD1).modules() if hasattr(module, "to_q")]
     later = [
         module for spec in (SD2, SDXL, REFINER) for module in built(UNet, spec).modules() if hasattr(module, "to_q")

@@ -1,4 +1,4 @@
-"""The U-Net against diffusers' UNet2DConditionModel with the same random weights, and the properties of its parts."""
+"""The U-Net compared with diffusers' UNet2DConditionModel with the same random weights, and properties of its parts."""
 
 from __future__ import annotations
 
@@ -9,124 +9,42 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from gouache.layouts.diffusers import unet_rules
-from gouache.layouts.rules import plan
 from gouache.nn.attention import GeGlu, attention
 from gouache.nn.blocks import timestep_embedding
 from gouache.nn.spec import UNetSpec
 from gouache.nn.unet import UNet
 
 from .narrow import normal, scramble
-
-PLAIN, ATTENDING = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
-
-# Each family twice, narrow: our spec, and what its authors' folder says to diffusers.
-SD1 = (
-    UNetSpec(channels=32, channel_mult=(1, 2, 4, 4), heads=8, context_dim=24),
-    # In diffusers' configuration of SD1, attention_head_dim is the number of heads.
-    {"attention_head_dim": 8, "cross_attention_dim": 24},
-)
-SD2 = (
-    UNetSpec(
-        channels=32, channel_mult=(1, 2, 4, 4), heads=None, head_channels=16, context_dim=40, linear_projection=True
-    ),
-    {"attention_head_dim": [2, 4, 8, 8], "cross_attention_dim": 40, "use_linear_projection": True},
-)
-SDXL = (
-    UNetSpec(
-        channels=32,
-        channel_mult=(1, 2, 4),
-        attention_depth=(0, 2, 3),
-        middle_depth=3,
-        heads=None,
-        head_channels=16,
-        context_dim=48,
-        linear_projection=True,
-        vector_channels=20 + 6 * 256,
-    ),
-    {
-        "attention_head_dim": [2, 4, 8],
-        "cross_attention_dim": 48,
-        "use_linear_projection": True,
-        "transformer_layers_per_block": [1, 2, 3],
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 20 + 6 * 256,
-    },
-)
-REFINER = (
-    UNetSpec(
-        channels=32,
-        channel_mult=(1, 2, 4, 4),
-        attention_depth=(0, 2, 2, 0),
-        middle_depth=2,
-        heads=None,
-        head_channels=16,
-        context_dim=40,
-        linear_projection=True,
-        vector_channels=20 + 5 * 256,
-    ),
-    {
-        "attention_head_dim": [2, 4, 8, 8],
-        "cross_attention_dim": 40,
-        "use_linear_projection": True,
-        "transformer_layers_per_block": 2,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 20 + 5 * 256,
-    },
-)
-FAMILIES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL, "refiner": REFINER}
+from .narrow_unets import FAMILIES, unet_pair
 
 
 @pytest.fixture(scope="module")
 def pairs():
-    """(ours, theirs) for each family, with equal weights; the names go through the layout table."""
-    from diffusers import UNet2DConditionModel
-
-    def pair(spec: UNetSpec, config: dict):
-        kinds = [ATTENDING if depth else PLAIN for depth in spec.attention_depth]
-        theirs = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=[spec.channels * mult for mult in spec.channel_mult],
-            down_block_types=[down for down, _ in kinds],
-            up_block_types=[up for _, up in reversed(kinds)],
-            **config,
-        )
-        scramble(theirs)
-        weights = theirs.state_dict()
-        table = unet_rules([depth > 0 for depth in spec.attention_depth], spec.res_blocks)
-        ours = UNet(spec)
-        ours.load_state_dict(
-            {name: origin.tensor(weights.__getitem__) for name, origin in plan(table, weights).origins.items()}
-        )
-        return ours.eval(), theirs
-
-    return {name: pair(*family) for name, family in FAMILIES.items()}
+    return {name: unet_pair(*family) for name, family in FAMILIES.items()}
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)], ids=["even", "odd"])
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_a_step_agrees_with_diffusers(pairs, family, size):
+def test_the_output_agrees_with_diffusers(pairs, family, size):
     ours, theirs = pairs[family]
     spec = ours.spec
     x, context = normal(2, 4, *size), normal(2, 7, spec.context_dim, seed=2)
     t = torch.tensor([981.0, 12.5])
-    vector, told = None, {}
+    vector, added_conditions = None, {}
     if spec.vector_channels:
-        # SDXL is told its pooled prompt and a few numbers: height, width, crop, target height and width (or a score).
+        # SDXL receives its pooled prompt and a few numbers: height, width, crop, target height and width (or a score).
         pooled = normal(2, 20, seed=3)
         ids = torch.tensor([[1024.0, 768, 0, 64, 512, 640], [96, 128, 3, 0, 1024, 6]])[:, : spec.vector_channels // 256]
         sinusoids = timestep_embedding(ids.flatten(), 256).reshape(2, -1)
         vector = torch.cat([pooled, sinusoids], dim=1)
-        told = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
+        added_conditions = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}}
 
-    said = ours(x, t, context, vector)
+    found = ours(x, t, context, vector)
 
-    expected = theirs(x, t, context, **told).sample
+    expected = theirs(x, t, context, **added_conditions).sample
     assert expected.std() > 0.1
-    assert_close(said, expected, atol=1e-4, rtol=1e-4)
+    assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -138,13 +56,13 @@ def test_more_input_channels_change_only_the_first_convolution():
     narrow.load_state_dict(weights)
     x, t, context = normal(1, 4, 8, 8), torch.tensor([500.0]), normal(1, 5, 768)
 
-    said = wide(torch.cat([x, torch.zeros(1, 5, 8, 8)], dim=1), t, context)
+    found = wide(torch.cat([x, torch.zeros(1, 5, 8, 8)], dim=1), t, context)
 
-    assert_close(said, narrow(x, t, context))
+    assert_close(found, narrow(x, t, context))
 
 
 @torch.no_grad()
-def test_each_row_of_a_batch_is_computed_by_itself(pairs):
+def test_each_row_of_a_batch_is_independent_of_the_others(pairs):
     ours, _ = pairs["sd1"]
     x, context, t = normal(3, 4, 8, 8), normal(3, 7, 24, seed=2), torch.tensor([1.0, 400.0, 999.0])
 
@@ -154,7 +72,7 @@ def test_each_row_of_a_batch_is_computed_by_itself(pairs):
     assert_close(together, alone, atol=1e-5, rtol=1e-5)
 
 
-def test_the_time_embedding_is_cosines_first_then_sines_of_falling_frequencies():
+def test_the_timestep_embedding_is_cosines_then_sines_of_falling_frequencies():
     found = timestep_embedding(torch.tensor([0.0, 1.0, 37.5]), 8)
 
     frequencies = [10000 ** (-k / 4) for k in range(4)]
@@ -163,7 +81,7 @@ def test_the_time_embedding_is_cosines_first_then_sines_of_falling_frequencies()
 
 
 @torch.no_grad()
-def test_the_gate_of_the_feed_forward_is_the_second_half_through_the_erf_gelu():
+def test_the_feed_forward_is_gated_by_the_erf_gelu_of_the_second_half():
     layer = scramble(GeGlu(3, 5))
     x = normal(4, 3)
 
@@ -175,7 +93,7 @@ def test_the_gate_of_the_feed_forward_is_the_second_half_through_the_erf_gelu():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_attention_is_its_definition_in_float64(causal):
+def test_attention_equals_its_definition_in_float64(causal):
     q, k, v = normal(2, 6, 12), normal(2, 6, 12, seed=2), normal(2, 6, 12, seed=3)
 
     found = attention(q, k, v, heads=3, causal=causal)
@@ -190,19 +108,21 @@ def test_attention_is_its_definition_in_float64(causal):
     assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("cells", [48, 1100])
-def test_in_bfloat16_with_gradients_attention_and_they_are_those_of_float32(cells: int):
-    inputs = [normal(1, cells, 16), normal(1, 77, 16, seed=2), normal(1, 77, 16, seed=3)]
-    whole, half = ([x.to(kind, copy=True).requires_grad_() for x in inputs] for kind in (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("tokens", [48, 1100])
+def test_bfloat16_attention_and_its_gradients_agree_with_float32(tokens: int):
+    inputs = [normal(1, tokens, 16), normal(1, 77, 16, seed=2), normal(1, 77, 16, seed=3)]
+    full, half = (
+        [x.to(dtype, copy=True).requires_grad_() for x in inputs] for dtype in (torch.float32, torch.bfloat16)
+    )
 
-    wanted = F.scaled_dot_product_attention(*(x.unflatten(2, (2, 8)).transpose(1, 2) for x in whole))
-    wanted = wanted.transpose(1, 2).flatten(2)
+    expected = F.scaled_dot_product_attention(*(x.unflatten(2, (2, 8)).transpose(1, 2) for x in full))
+    expected = expected.transpose(1, 2).flatten(2)
     found = attention(*half, heads=2)
-    wanted.square().sum().backward()
+    expected.square().sum().backward()
     found.float().square().sum().backward()
 
     assert found.dtype == torch.bfloat16
-    assert_close(found.float(), wanted, atol=0.02, rtol=0.02)
-    for a, b in zip(half, whole):
+    assert_close(found.float(), expected, atol=0.02, rtol=0.02)
+    for a, b in zip(half, full):
         assert a.grad is not None and b.grad is not None
         assert (a.grad.float() - b.grad).norm() < 0.03 * b.grad.norm()

@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKL with the same random weights, and the closed forms of its parts."""
+"""The autoencoder compared with diffusers' AutoencoderKL with the same random weights, and formulas of its parts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPEC = VaeSpec(channels=32, channel_mult=(1, 2, 1, 3))
 
 @pytest.fixture(scope="module")
 def pair():
-    """(ours, theirs) with equal weights; the names go through the layout table."""
+    """(ours, theirs) with equal weights, renamed by the layout table."""
     from diffusers import AutoencoderKL
 
     widths = [SPEC.channels * mult for mult in SPEC.channel_mult]
@@ -71,7 +71,7 @@ def test_decoding_agrees_with_diffusers(pair, size):
 
 
 @torch.no_grad()
-def test_halving_sees_nothing_above_or_left_and_one_row_of_zeros_below_and_right():
+def test_downsampling_pads_with_one_row_at_the_bottom_and_one_column_on_the_right_only():
     layer = Downsample(1)
     layer.conv.weight.fill_(1)
     layer.conv.bias.zero_()
@@ -82,7 +82,7 @@ def test_halving_sees_nothing_above_or_left_and_one_row_of_zeros_below_and_right
 
 
 @torch.no_grad()
-def test_the_log_variance_stays_where_its_exponential_is_a_number():
+def test_the_log_variance_is_clamped_to_where_its_exponential_is_finite():
     vae = scramble(Autoencoder(VaeSpec(channels=32, channel_mult=(1,))))
     image = normal(1, 3, 8, 8)
     vae.quant_conv.bias[4:6] = 1e6
@@ -94,11 +94,11 @@ def test_the_log_variance_stays_where_its_exponential_is_a_number():
     assert moments.logvar[:, 2:].unique().tolist() == [-30]
 
 
-def test_moments_sample_and_diverge_as_the_normal_distribution_they_describe():
+def test_samples_and_divergence_of_moments_are_those_of_the_normal_distribution():
     mean, logvar, noise = normal(3, 4, 2, 2), normal(3, 4, 2, 2, seed=2), normal(3, 4, 2, 2, seed=3)
     moments = Moments(mean, logvar)
-    described = Normal(mean.double(), logvar.double().exp().sqrt())
+    distribution = Normal(mean.double(), logvar.double().exp().sqrt())
 
-    assert_close(described.cdf(moments.sample(noise).double()), Normal(0.0, 1.0).cdf(noise.double()))
-    expected = kl_divergence(described, Normal(0.0, 1.0)).sum((1, 2, 3))
+    assert_close(distribution.cdf(moments.sample(noise).double()), Normal(0.0, 1.0).cdf(noise.double()))
+    expected = kl_divergence(distribution, Normal(0.0, 1.0)).sum((1, 2, 3))
     assert_close(moments.kl().double(), expected, atol=1e-5, rtol=1e-5)

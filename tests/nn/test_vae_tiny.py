@@ -1,4 +1,4 @@
-"""TAESD against diffusers' AutoencoderTiny, in every form of its files."""
+"""TAESD compared with diffusers' AutoencoderTiny, for every form of its files."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def theirs() -> Any:
     return diffusers.AutoencoderTiny().eval()
 
 
-def as_published(state: dict[str, torch.Tensor], tower: str) -> dict[str, torch.Tensor]:
-    """Its author's files: a Sequential, whose decoder begins with the clamp and so counts one further."""
-    shift = 1 if tower == "decoder" else 0
+def as_published(state: dict[str, torch.Tensor], half: str) -> dict[str, torch.Tensor]:
+    """Its author's files: a Sequential, whose decoder starts with the clamp, so its numbers are one higher."""
+    shift = 1 if half == "decoder" else 0
     found = {}
     for name, tensor in state.items():
-        if name.startswith(f"{tower}.layers."):
-            number, _, rest = name.removeprefix(f"{tower}.layers.").partition(".")
+        if name.startswith(f"{half}.layers."):
+            number, _, rest = name.removeprefix(f"{half}.layers.").partition(".")
             found[f"{int(number) + shift}.{rest}"] = tensor
     return found
 
@@ -45,7 +45,7 @@ def load(path: Path) -> TinyAutoencoder:
     return vae
 
 
-def test_both_ways_agree(theirs: Any, tmp_path: Path):
+def test_encoding_and_decoding_agree(theirs: Any, tmp_path: Path):
     save_file(theirs.state_dict(), tmp_path / "taesd.safetensors")
     mine = load(tmp_path / "taesd.safetensors")
     image = torch.rand(2, 3, 64, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -56,14 +56,14 @@ def test_both_ways_agree(theirs: Any, tmp_path: Path):
         torch.testing.assert_close(mine.decode(latent), theirs.decode(latent).sample, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("form", ["decoder alone", "both in one", "folder"])
-def test_every_form_of_its_files(form: str, theirs: Any, tmp_path: Path):
+@pytest.mark.parametrize("form", ["decoder only", "both in one file", "folder"])
+def test_every_form_of_its_files_is_loaded(form: str, theirs: Any, tmp_path: Path):
     state = theirs.state_dict()
     latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     path = tmp_path / "taesd_decoder.safetensors"
-    if form == "decoder alone":
+    if form == "decoder only":
         save_file(as_published(state, "decoder"), path)
-    elif form == "both in one":
+    elif form == "both in one file":
         save_file(
             {f"taesd_{t}.{n}": v for t in ("encoder", "decoder") for n, v in as_published(state, t).items()}, path
         )
@@ -77,7 +77,7 @@ def test_every_form_of_its_files(form: str, theirs: Any, tmp_path: Path):
         torch.testing.assert_close(mine.decode(latent), theirs.decode(latent).sample, atol=1e-4, rtol=1e-4)
 
 
-def test_an_encoder_alone_cannot_paint(theirs: Any, tmp_path: Path):
+def test_a_file_with_only_an_encoder_is_refused(theirs: Any, tmp_path: Path):
     save_file(as_published(theirs.state_dict(), "encoder"), tmp_path / "taesd_encoder.pth.safetensors")
     file = open_model(tmp_path / "taesd_encoder.pth.safetensors")
 
@@ -85,6 +85,6 @@ def test_an_encoder_alone_cannot_paint(theirs: Any, tmp_path: Path):
         load_vae(file, identify(file), "cpu", torch.float32)
 
 
-def test_other_numbered_files_are_not_taken_for_one():
+def test_other_files_with_numbered_layers_are_not_recognised_as_taesd():
     assert tiny_names(["0.weight", "0.bias", "2.weight"]) is None
     assert tiny_names([]) is None

@@ -1,1 +1,1 @@
-"""Pictures as files and as tensors. Nothing here knows a model."""
+"""Pictures as files, values and tensors. This package does not depend on any model."""

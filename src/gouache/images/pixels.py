@@ -1,40 +1,96 @@
-"""Picture <-> tensor: RGB of 8 bits on one side, (B, 3, H, W) float32 in [-1, 1] on the other."""
+"""Picture <-> tensor: 8-bit RGB on one side, (B, 3, H, W) float32 in [-1, 1] on the other.
+
+`decode` and `normalise` are the only place that opens pictures from outside.
+"""
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from gouache.errors import RequestError
+from gouache.errors import RequestError, printable
 
-MOST_PIXELS = 64_000_000  # a picture beyond this is a mistake or a bomb
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
+MAX_PIXELS = 64_000_000  # a larger picture is a mistake or a decompression bomb
+MAX_BYTES = 600_000_000  # 64 million pixels of 16-bit RGBA, uncompressed, take 512 MB
 
 
 def read(path: Path, setting: str) -> Image.Image:
-    """The picture at `path`, upright, as RGB; a transparent one lies on white. `setting` is who asked for it."""
+    """The picture at `path`, upright, as RGB, transparency on white.
+
+    Raises RequestError with `setting`, the name of the option that the path was given for.
+    """
+    return on_white(decode(read_bytes(path, setting), str(path), setting))
+
+
+def read_bytes(path: Path, setting: str) -> bytes:
+    """The content of a regular file of at most `MAX_BYTES`. Raises RequestError."""
+    name = _printable(path)
+    # O_NONBLOCK: a named pipe without a writer is opened and then refused, instead of waited for.
+    flags = os.O_RDONLY
+    for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, flag, 0)
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise RequestError(setting, f"{path} has {opened.width}x{opened.height} pixels; at most 64 million")
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):  # 16 bits: Pillow would cut them off at 255 instead of scaling
-                picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
-            if "A" in picture.getbands() or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                white = Image.new("RGBA", picture.size, "white")
-                picture = Image.alpha_composite(white, picture)
-            return picture.convert("RGB")
+        if path.is_dir():  # Windows cannot open a folder
+            raise RequestError(setting, f"{name} is a folder; a picture is expected")
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise RequestError(setting, f"{name} is not a regular file; a picture is expected")
+            if status.st_size > MAX_BYTES:
+                raise RequestError(
+                    setting, f"{name} has {status.st_size / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB"
+                )
+            return file.read(MAX_BYTES)
     except FileNotFoundError:
-        raise RequestError(setting, f"there is no file {path}") from None
-    except IsADirectoryError:
-        raise RequestError(setting, f"{path} is a folder; a picture is expected") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        raise RequestError(setting, f"{path} is not a picture that can be read ({error})") from None
+        raise RequestError(setting, f"there is no file {name}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RequestError(setting, f"{name} cannot be read: {_printable(reason)}") from None
+
+
+def decode(data: bytes, name: str, setting: str) -> Image.Image:
+    """An encoded picture as `normalise` gives it; `name` is what errors call it. Raises RequestError."""
+    try:
+        opened = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Exception as error:  # see `normalise`
+        raise _unreadable(error, name, setting) from None
+    with opened:
+        return normalise(opened, name, setting)
+
+
+def normalise(picture: Image.Image, name: str, setting: str) -> Image.Image:
+    """A copy of `picture`: upright, 8 bits, mode RGBA if it has transparency, else L or RGB. Raises RequestError."""
+    count = picture.width * picture.height
+    if not 0 < count <= MAX_PIXELS:
+        limit = "at most 64 million" if count else "at least 1x1 is needed"
+        raise RequestError(setting, f"{_printable(name)} has {picture.width}x{picture.height} pixels; {limit}")
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
+            return Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
+        if picture.mode == "La":  # premultiplied, which Pillow converts to LA only
+            picture = picture.convert("LA")
+        if picture.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
+            return picture.convert("RGBA")
+        return picture.convert("L" if picture.mode in ("L", "1") else "RGB")
+    except Exception as error:  # Pillow's decoders raise almost any exception on damaged files
+        raise _unreadable(error, name, setting) from None
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """A normalised picture as RGB, its transparency on white. Always a copy."""
+    if picture.mode == "RGBA":
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
@@ -49,13 +105,21 @@ def mask_to_tensor(picture: Image.Image) -> Tensor:
 
 
 def to_pictures(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W), clamped to [-1, 1] -> pictures; each value goes to the nearest of 256 levels."""
+    """(B, 3, H, W), clamped to [-1, 1] -> pictures; each value is rounded to the nearest of 256 levels."""
     levels = images.float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     return [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """`picture` at (width, height): scaled to cover it, then cut evenly on both sides."""
+    """`picture` at (width, height): scaled to cover it, then cropped equally on both sides."""
     if picture.size == size:
         return picture
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
+
+
+def _unreadable(error: Exception, name: str, setting: str) -> RequestError:
+    return RequestError(setting, f"{_printable(name)} is not a picture that can be read ({_printable(error)})")
+
+
+def _printable(value: object) -> str:
+    return printable(str(value), limit=1000)

@@ -1,4 +1,4 @@
-"""Networks and nothing else: torch in, tensors out, under the names that files in the wild carry.
+"""Networks only: tensors in, tensors out, with the parameter names of the published files.
 
-This room imports nothing of ours but the errors. Families, files and devices are somebody else's business.
+This package imports only `errors` from Gouache. Families, files and devices are handled elsewhere.
 """

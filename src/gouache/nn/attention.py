@@ -1,10 +1,12 @@
-"""The one attention call of the package, and the transformer that the U-Nets put between their convolutions.
+"""The attention function of all networks, and the spatial transformer of the U-Nets.
 
-Every network attends through `attention`, so that a faster kernel for a machine has one place to go.
-Names follow CompVis' `ldm/modules/attention.py`, as files carry them.
+Every network calls `attention`, so that a faster kernel has to be added in one place only.
+Names follow CompVis' `ldm/modules/attention.py`, as used in files.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,42 +19,42 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     q is (B, N, heads * d); k and v are (B, M, heads * d); returns (B, N, heads * d).
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B heads N d
-    if _blocks_pay(q, k) and not causal:
-        out = _in_blocks(q, k, v)
-    elif _products_pay(q, k) and not causal:
+    if _use_blocks(q, k) and not causal:
+        out = _attention_in_blocks(q, k, v)
+    elif _use_matmul(q, k) and not causal:
         out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v.dtype) @ v
     else:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     return out.transpose(1, 2).flatten(2)  # B N heads*d
 
 
-def _products_pay(q: Tensor, k: Tensor) -> bool:
-    """While gradients are kept, plain products of few cells beat torch's fused kernel in bfloat16 on a CPU.
+def _use_matmul(q: Tensor, k: Tensor) -> bool:
+    """In bfloat16 on a CPU, with gradients and few tokens, plain matmuls are faster than torch's fused kernel.
 
-    Measured on Zen 5, one thread, 8 heads of 8 channels, 256 cells, forward and back: 1.7 times as fast.
+    Measured on Zen 5, one thread, 8 heads of 8 channels, 256 tokens, forward and backward: 1.7 times as fast.
     """
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return on_cpu and torch.is_grad_enabled() and q.shape[2] <= 1024 and k.shape[2] <= 1024
 
 
-BLOCK = 2**19  # scores computed at once by a thread: a megabyte in bfloat16, which stays in its cache
+BLOCK_SCORES = 2**19  # scores computed at once per thread: 1 MiB in bfloat16, which stays in the cache
 
 
-def _blocks_pay(q: Tensor, k: Tensor) -> bool:
-    """Torch's fused kernel multiplies bfloat16 as float32 on a CPU; plain products of blocks use the faster units.
+def _use_blocks(q: Tensor, k: Tensor) -> bool:
+    """On a CPU, torch's fused kernel multiplies bfloat16 as float32; plain matmuls use the bfloat16 units.
 
-    Measured on Zen 4, one thread: 1.4 times as fast for 4096 tokens, 1.6 for 1024. It keeps no gradients.
+    Measured on Zen 4, one thread: 1.4 times as fast for 4096 tokens, 1.6 for 1024. Without gradients only.
     """
     on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
     return on_cpu and not torch.is_grad_enabled() and k.shape[2] >= 256 and q.shape[2] >= 256
 
 
-def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention a head and a block of rows at a time; all (B, heads, N or M, d)."""
+def _attention_in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention computed per head and block of rows; all tensors are (B, heads, N or M, d)."""
     batch, heads, rows, width = q.shape
     q, v = (x.flatten(0, 1) for x in (q * width**-0.5, v))  # B*heads N d
     k = k.flatten(0, 1).transpose(1, 2)  # B*heads d M
-    step = max(1, BLOCK * torch.get_num_threads() // k.shape[2])
+    step = max(1, BLOCK_SCORES * torch.get_num_threads() // k.shape[2])
     out = torch.empty_like(q)
     for head in range(batch * heads):
         for first in range(0, rows, step):
@@ -61,8 +63,27 @@ def _in_blocks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.unflatten(0, (batch, heads))
 
 
+@dataclass(eq=False)
+class ImageProjections:
+    """What an image prompt adapter (IP-Adapter, Ye et al. 2023) adds to one cross-attention.
+
+    `to_k_ip` and `to_v_ip` map image tokens (B, M, D) to keys and values (B, M, width); they belong to the adapter,
+    which also puts them on the network's device and dtype. `tokens` selects the adapter's own tokens from those of all
+    adapters, which the network receives as one tensor; None selects all. `strength` may be changed between two steps.
+    """
+
+    to_k_ip: nn.Module
+    to_v_ip: nn.Module
+    strength: float = 1.0
+    tokens: slice | None = None
+
+
 class CrossAttention(nn.Module):
-    """Attention of x to `context`, or to itself where none is given."""
+    """Attention of x to `context`, or to itself if there is none.
+
+    Attached image projections add strength * attention(q, to_k_ip(image_tokens), to_v_ip(image_tokens)) before
+    `to_out`. They are not submodules: parameters, state dict and `to` know only the official tensors.
+    """
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -70,15 +91,33 @@ class CrossAttention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.Sequential(nn.Linear(width, width))  # files say to_out.0; to_out.1 was a dropout
+        self.to_out = nn.Sequential(nn.Linear(width, width))  # named to_out.0 in files; to_out.1 was a dropout
+        self._image_projections: tuple[ImageProjections, ...] = ()
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def attach_image_projections(self, projections: ImageProjections) -> None:
+        """Use `projections` from the next call on, after those already attached."""
+        self._image_projections = (*self._image_projections, projections)
+
+    def detach_image_projections(self, projections: ImageProjections) -> None:
+        """Undo `attach_image_projections`; projections that are not attached are ignored."""
+        self._image_projections = tuple(each for each in self._image_projections if each is not projections)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, image_tokens: Tensor | None = None) -> Tensor:
+        """x (B, N, width), context (B, M, context_width), image_tokens (B, K, D) -> (B, N, width)."""
         context = x if context is None else context
-        return self.to_out(attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+        q = self.to_q(x)
+        out = attention(q, self.to_k(context), self.to_v(context), self.heads)
+        if image_tokens is not None:
+            for each in self._image_projections:
+                if each.strength:
+                    tokens = image_tokens if each.tokens is None else image_tokens[:, each.tokens]
+                    added = attention(q, each.to_k_ip(tokens), each.to_v_ip(tokens), self.heads)
+                    out = out + each.strength * added
+        return self.to_out(out)
 
 
 class GeGlu(nn.Module):
-    """A linear layer whose second half gates the first, through the erf GELU (Shazeer 2020)."""
+    """A linear layer whose first half is multiplied by the erf GELU of its second half (Shazeer 2020)."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -92,7 +131,7 @@ class GeGlu(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        # net.1 was a dropout; its number stays taken.
+        # net.1 was a dropout, which has no weights; the number is kept so that the names match.
         self.net = nn.Sequential(GeGlu(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,7 +139,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the prompt, feed-forward; each added to what came in."""
+    """Self-attention, cross-attention to `context`, feed-forward; each is added to its input."""
 
     def __init__(self, width: int, context_width: int, heads: int) -> None:
         super().__init__()
@@ -111,17 +150,17 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn2(self.norm2(x), context, image_tokens)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the cells of a feature map, which is added to their result.
+    """Transformer blocks over the positions of a feature map, with a residual connection around them.
 
-    SD1 projects in and out by 1x1 convolutions, later families by linear layers: the same arithmetic, but files
-    store the weights with different shapes.
+    `proj_in` and `proj_out` are 1x1 convolutions in SD1 and linear layers in later families: the same arithmetic, but
+    files store the weights with different shapes.
     """
 
     def __init__(self, channels: int, context_width: int, heads: int, depth: int, linear: bool) -> None:
@@ -132,7 +171,7 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.linear = linear
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, image_tokens: Tensor | None = None) -> Tensor:
         size = x.shape[-2:]
         tokens = self.norm(x)
         if not self.linear:
@@ -141,7 +180,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             tokens = self.proj_in(tokens)
         for block in self.transformer_blocks:
-            tokens = block(tokens, context)
+            tokens = block(tokens, context, image_tokens)
         if self.linear:
             tokens = self.proj_out(tokens)
         out = tokens.transpose(1, 2).unflatten(2, size)  # B C H W

@@ -1,6 +1,6 @@
-"""The convolutional parts of the U-Nets: residual block, halving, doubling, and the embedding of time.
+"""The convolutional parts of the U-Nets: residual block, downsampling, upsampling, and the timestep embedding.
 
-Names follow `guided_diffusion` as CompVis took it over: numbered layers, of which some hold no weights.
+Names follow `guided_diffusion` as used by CompVis: numbered layers, some of them without weights.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
-    """(N,) numbers -> (N, width) float32: cosines at falling frequencies, then sines of the same.
+    """(N,) numbers -> (N, width) float32: cosines at falling frequencies, then sines at the same frequencies.
 
-    The cosine half comes first, against the habit of Vaswani et al. (2017).
+    The cosines come first, unlike in Vaswani et al. (2017).
     """
     half = width // 2
     steps = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -24,9 +24,9 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Te
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions around the embedding of time, added to what came in.
+    """Two 3x3 convolutions, the timestep embedding added between them, with a residual connection.
 
-    in_layers.1, emb_layers.0 and out_layers.1 are SiLUs, out_layers.2 was a dropout: numbers without weights.
+    in_layers.1, emb_layers.0 and out_layers.1 are SiLUs, out_layers.2 was a dropout: they have no weights.
     """
 
     def __init__(self, channels: int, embedding: int, out_channels: int) -> None:
@@ -50,7 +50,7 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width, by a convolution of stride 2."""
+    """Halves height and width by a convolution of stride 2."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -61,9 +61,9 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """To `size` by nearest neighbours, then a convolution.
+    """Nearest-neighbour upsampling to `size` (height, width), then a convolution.
 
-    The size is told rather than doubled, so that maps of odd height or width meet their skip connection.
+    The caller gives the size, because doubling would not match the skip connection of a map of odd height or width.
     """
 
     def __init__(self, channels: int) -> None:

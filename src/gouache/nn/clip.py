@@ -1,4 +1,4 @@
-"""The transformer that CLIP's text and image towers share, in Transformers names (Radford et al. 2021).
+"""The transformer shared by CLIP's text and image towers, with the names of Transformers (Radford et al. 2021).
 
 Pre-norm blocks. OpenAI's weights were trained with the quick GELU, OpenCLIP's with the erf GELU.
 """
@@ -14,14 +14,14 @@ from gouache.nn.attention import attention
 
 
 def activate(x: Tensor, name: str) -> Tensor:
-    """The feed-forward's non-linearity: "quick_gelu" is x * sigmoid(1.702 x), "gelu" the exact one."""
+    """The activation of the feed-forward: "quick_gelu" is x * sigmoid(1.702 x), "gelu" the erf GELU."""
     return x * torch.sigmoid(1.702 * x) if name == "quick_gelu" else F.gelu(x)
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors that costs nothing to build on the meta device.
+    """An embedding table that skips its random initialisation on the meta device.
 
-    There is nothing to fill there, yet torch would import its compiler, a second of work, only to draw no numbers.
+    Meta tensors have no values to initialise, yet torch would import its compiler for it, which takes a second.
     """
 
     def reset_parameters(self) -> None:
@@ -47,7 +47,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, inner: int, activation: str) -> None:
         super().__init__()
         if activation not in ("quick_gelu", "gelu"):
-            raise ModelError(f"activation {activation!r} is not known; a CLIP tower has 'quick_gelu' or 'gelu'")
+            raise ModelError(f"unknown CLIP activation {activation!r}; expected 'quick_gelu' or 'gelu'")
         self.activation = activation
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
@@ -70,7 +70,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers that hands out what each of them made."""
+    """A stack of layers that returns the output of every layer."""
 
     def __init__(self, layers: int, width: int, heads: int, inner: int, activation: str, causal: bool) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""CLIP's text tower, for every family: CLIP-L, and OpenCLIP's ViT-H and bigG under the same names.
+"""CLIP's text tower for all families: CLIP-L, and OpenCLIP's ViT-H and bigG with the same names.
 
-OpenCLIP files store other names and fused tensors; `layouts/text.py` turns them into these as views.
+OpenCLIP files have other names and fused tensors; `layouts/text.py` maps them to these names as views.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gouache.nn.spec import TextSpec
 
 @dataclass(frozen=True)
 class TextOutput:
-    """What the tower says of B prompts of N tokens.
+    """The outputs for B prompts of N tokens.
 
     `layers[0]` is the embedded prompt and `layers[-1]` the last block's output, all (B, N, width) and before the
-    final norm. `last` is `layers[-1]` normed. `pooled` (B, projection or width) is `last` at the end token, projected
-    where the tower has a projection.
+    final norm. `last` is `layers[-1]` after the final norm. `pooled` (B, projection or width) is `last` at the end
+    token, projected if the tower has a projection.
     """
 
     layers: tuple[Tensor, ...]
@@ -52,23 +52,23 @@ class ClipText(nn.Module):
             self.text_projection = nn.Linear(spec.width, spec.projection, bias=False)
 
     def norm(self, x: Tensor) -> Tensor:
-        """The final layer norm, for a hidden state of a block before the last (clip skip)."""
+        """The final layer norm, for the hidden state of an earlier block (clip skip)."""
         return self.text_model.final_layer_norm(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """tokens (B, N) -> their vectors (B, N, width), positions not yet added."""
+        """tokens (B, N) -> token embeddings (B, N, width), without the position embeddings."""
         return self.text_model.embeddings.token_embedding(tokens)
 
     def forward(self, tokens: Tensor, vectors: Tensor | None = None) -> TextOutput:
         """tokens (B, N) int64, N <= positions, begin and end tokens included.
 
-        `vectors` (B, N, width) stand in for the embedded tokens, which then only tell where the prompt ends.
+        `vectors` (B, N, width) replace the token embeddings; `tokens` then only give the position of the end token.
         """
         vectors = self.embed(tokens) if vectors is None else vectors
         positions = self.text_model.embeddings.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))
         layers = self.text_model.encoder(vectors + positions)
         last = self.norm(layers[-1])
-        # The end token has the highest id; CLIP-L also pads with it, so the first one counts.
+        # The end token has the highest id; CLIP-L also pads with it, so the first one is the end of the prompt.
         end = (tokens == self.spec.vocabulary - 1).int().argmax(dim=1)
         pooled = last[torch.arange(len(tokens), device=tokens.device), end]
         if self.spec.projection is not None:

@@ -1,4 +1,4 @@
-"""CLIP's image tower, in Transformers names; `pre_layrnorm` is spelled as files spell it."""
+"""CLIP's image tower, with the names of Transformers; files spell `pre_layrnorm` like this."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gouache.nn.spec import VisionSpec
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """`layers` as in `TextOutput`, (B, 1 + patches, width); `pooled` (B, projection) is the class token's."""
+    """`layers` as in `TextOutput`, (B, 1 + patches, width); `pooled` (B, projection or width) is the class token."""
 
     layers: tuple[Tensor, ...]
     pooled: Tensor
@@ -51,7 +51,7 @@ class ClipVision(nn.Module):
             self.visual_projection = nn.Linear(spec.width, spec.projection, bias=False)
 
     def forward(self, image: Tensor) -> VisionOutput:
-        """image (B, 3, size, size), normalised as the tower was trained."""
+        """image (B, 3, size, size), normalised as in the tower's training."""
         tower = self.vision_model
         layers = tower.encoder(tower.pre_layrnorm(tower.embeddings(image)))
         pooled = tower.post_layernorm(layers[-1][:, 0])

@@ -1,4 +1,4 @@
-"""The few numbers that a network is built from. Frozen, so that a built network can be described by value."""
+"""The parameters that a network is built from. Frozen, so that specs can be compared and used as keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class UNetSpec:
-    """The U-Net of SD1, SD2 and SDXL, in the words of the original configurations.
+    """The U-Net of SD1, SD2 and SDXL; names follow the original configurations.
 
     `attention_depth[i]` is the number of transformer blocks in each spatial transformer of level i, 0 for none;
     `middle_depth`, at least 1, the same for the middle block. Either `heads` (SD1: 8 everywhere) or `head_channels`
@@ -40,13 +40,15 @@ class VaeSpec:
 
     @property
     def factor(self) -> int:
-        """Pixels to a latent cell along one side."""
+        """Pixels per latent cell along one side."""
         return 2 ** (len(self.channel_mult) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextSpec:
-    """A CLIP text tower, in Transformers names. `projection` is the width of the pooled vector, None for no layer."""
+    """A CLIP text tower, with the names of Transformers. `projection` is the width of the pooled vector, None for no
+    projection layer.
+    """
 
     width: int = 768
     layers: int = 12
@@ -60,7 +62,7 @@ class TextSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionSpec:
-    """A CLIP image tower, in Transformers names."""
+    """A CLIP image tower, with the names of Transformers."""
 
     width: int = 1024
     layers: int = 24
@@ -74,7 +76,7 @@ class VisionSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class TinyVaeSpec:
-    """TAESD, and which of its towers are there."""
+    """TAESD, and which of its two halves are present."""
 
     channels: int = 64
     latent_channels: int = 4

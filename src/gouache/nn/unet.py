@@ -1,106 +1,95 @@
 """The U-Net of Stable Diffusion 1, 2 and XL, under the names of the original single files.
 
-One network serves them all: what differs is in `UNetSpec`. Rombach et al. 2022, Podell et al. 2023.
+One network serves all families; `UNetSpec` holds the differences. Rombach et al. 2022, Podell et al. 2023.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from gouache.nn.attention import SpatialTransformer
-from gouache.nn.blocks import Downsample, ResBlock, Upsample, timestep_embedding
+from gouache.errors import ModelError
+from gouache.nn.blocks import ResBlock, Upsample
 from gouache.nn.spec import UNetSpec
+from gouache.nn.unet_encoder import UNetEncoder, embedding_width, run_block, spatial_transformer
 
 
-class UNet(nn.Module):
-    """Predicts noise (or v) from a noisy latent, its time and what the prompt says.
+class UNet(UNetEncoder):
+    """Predicts noise (or v) from a noisy latent, its timestep and the conditioning.
 
-    `label_emb` exists where the spec has `vector_channels`, as in SDXL.
+    `label_emb` exists if the spec has `vector_channels`, as in SDXL.
     """
 
     def __init__(self, spec: UNetSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        base, time = spec.channels, 4 * spec.channels
-
-        def embed(width: int) -> nn.Sequential:
-            return nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
-
-        def transformer(channels: int, depth: int) -> SpatialTransformer:
-            heads = spec.heads or channels // (spec.head_channels or 64)
-            return SpatialTransformer(channels, spec.context_dim, heads, depth, spec.linear_projection)
-
-        self.time_embed = embed(base)
-        if spec.vector_channels:
-            self.label_emb = nn.Sequential(embed(spec.vector_channels))
-
-        # Going down, the width of every map is noted: going up, each is joined again to the map of its size.
-        self.input_blocks = nn.ModuleList([nn.Sequential(nn.Conv2d(spec.in_channels, base, 3, padding=1))])
-        widths = [base]
-        channels = base
-        last = len(spec.channel_mult) - 1
-        for level, (mult, depth) in enumerate(zip(spec.channel_mult, spec.attention_depth, strict=True)):
-            for _ in range(spec.res_blocks):
-                block: list[nn.Module] = [ResBlock(channels, time, mult * base)]
-                channels = mult * base
-                if depth:
-                    block.append(transformer(channels, depth))
-                self.input_blocks.append(nn.Sequential(*block))
-                widths.append(channels)
-            if level < last:
-                self.input_blocks.append(nn.Sequential(Downsample(channels)))
-                widths.append(channels)
-
-        self.middle_block = nn.Sequential(
-            ResBlock(channels, time, channels),
-            transformer(channels, spec.middle_depth),
-            ResBlock(channels, time, channels),
-        )
-
+        super().__init__(spec)
+        base, embedding = spec.channels, embedding_width(spec)
+        widths = list(self.skip_channels)
+        channels = widths[-1]
         self.output_blocks = nn.ModuleList()
-        for level in range(last, -1, -1):
+        for level in range(len(spec.channel_mult) - 1, -1, -1):
             depth = spec.attention_depth[level]
             for index in range(spec.res_blocks + 1):
-                block: list[nn.Module] = [ResBlock(channels + widths.pop(), time, spec.channel_mult[level] * base)]
+                block: list[nn.Module] = [ResBlock(channels + widths.pop(), embedding, spec.channel_mult[level] * base)]
                 channels = spec.channel_mult[level] * base
                 if depth:
-                    block.append(transformer(channels, depth))
+                    block.append(spatial_transformer(spec, channels, depth))
                 if level and index == spec.res_blocks:
                     block.append(Upsample(channels))
                 self.output_blocks.append(nn.Sequential(*block))
 
         self.out = nn.Sequential(nn.GroupNorm(32, base), nn.SiLU(), nn.Conv2d(base, spec.out_channels, 3, padding=1))
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor, vector: Tensor | None = None) -> Tensor:
-        """x (B, in_channels, H, W); t (B,) the time, fractions allowed; context (B, N, context_dim);
-        vector (B, vector_channels) where the spec has one. Returns (B, out_channels, H, W).
-        """
-        emb = self.time_embed(timestep_embedding(t, self.spec.channels).to(x.dtype))
-        if self.spec.vector_channels:
-            emb = emb + self.label_emb(vector)
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        context: Tensor,
+        vector: Tensor | None = None,
+        *,
+        control: Sequence[Tensor] | None = None,
+        image_tokens: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, in_channels, H, W); t (B,) the timestep, fractions allowed; context (B, N, context_dim);
+        vector (B, vector_channels) if the spec has one. Returns (B, out_channels, H, W).
 
-        skips: list[Tensor] = []
-        for block in self.input_blocks:
-            x = _through(block, x, emb, context)
-            skips.append(x)
-        x = _through(self.middle_block, x, emb, context)
+        `control` holds a ControlNet's residuals, already scaled: one for the output of each input block, in order,
+        then one for the middle block (SD1 and SD2: 12 + 1, SDXL: 9 + 1), each of the shape of that output. They are
+        added to the skip connections and to the middle block's output.
+        `image_tokens` (B, M, D) go to every cross-attention, which uses them only through the projections attached
+        by an image prompt adapter (`CrossAttention.attach_image_projections`). Raises ModelError if either does not fit.
+        """
+        if control is not None and len(control) != len(self.input_blocks) + 1:
+            raise ModelError(
+                f"received {len(control)} control residuals, expected {len(self.input_blocks) + 1}: one per input "
+                f"block and one for the middle block; use a ControlNet made for this model family"
+            )
+        if image_tokens is not None and (image_tokens.ndim != 3 or len(image_tokens) != len(x)):
+            raise ModelError(
+                f"the image tokens have shape {tuple(image_tokens.shape)}, expected ({len(x)}, tokens, width): one row "
+                f"per latent of the batch"
+            )
+        emb = self.embed(t, vector, x.dtype)
+        skips, x = self.encode(x, emb, context, image_tokens=image_tokens)
+        if control is not None:
+            _check_shapes(control, [*skips, x])
+            x = x + control[-1]
         for block in self.output_blocks:
             skip = skips.pop()
+            if control is not None:
+                skip = skip + control[len(skips)]
             size = skips[-1].shape[-2:] if skips else skip.shape[-2:]
-            x = _through(block, torch.cat([x, skip], dim=1), emb, context, size)
+            x = run_block(block, torch.cat([x, skip], dim=1), emb, context, size=size, image_tokens=image_tokens)
         return self.out(x)
 
 
-def _through(block: nn.Module, x: Tensor, emb: Tensor, context: Tensor, size: torch.Size | None = None) -> Tensor:
-    """x through the layers of a block, each handed what it asks for; `size` is where an Upsample leads."""
-    for layer in block.children():
-        if isinstance(layer, ResBlock):
-            x = layer(x, emb)
-        elif isinstance(layer, SpatialTransformer):
-            x = layer(x, context)
-        elif isinstance(layer, Upsample):
-            x = layer(x, size)
-        else:
-            x = layer(x)
-    return x
+def _check_shapes(control: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+    # A residual of one row or one cell would be broadcast without an error.
+    for index, (residual, output) in enumerate(zip(control, outputs, strict=True)):
+        if residual.shape != output.shape:
+            name = f"input block {index}" if index < len(outputs) - 1 else "the middle block"
+            raise ModelError(
+                f"the control residual for {name} has shape {tuple(residual.shape)}, expected {tuple(output.shape)}; "
+                f"the ControlNet must match the model family, the size and the batch"
+            )

@@ -1,4 +1,4 @@
-"""The KL autoencoder that Stable Diffusion 1, 2 and XL paint through, under its original names.
+"""The KL autoencoder of Stable Diffusion 1, 2 and XL, with its original names.
 
 Rombach et al. 2022; names of CompVis' `ldm/modules/diffusionmodules/model.py`. All norms have eps 1e-6 here.
 """
@@ -17,17 +17,17 @@ from gouache.nn.spec import VaeSpec
 
 @dataclass(frozen=True)
 class Moments:
-    """The Gaussian an encoder gives for each latent cell: `mean` and `logvar`, both (B, C, h, w)."""
+    """The Gaussian that an encoder predicts per latent value: `mean` and `logvar`, both (B, C, h, w)."""
 
     mean: Tensor
     logvar: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """A latent from this Gaussian, `noise` being standard normal of the same shape."""
+        """A sample of this Gaussian (B, C, h, w); `noise` is standard normal, of the same shape."""
         return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
-        """Divergence from the standard normal, in nats an image: (B,)."""
+        """KL divergence from the standard normal, in nats per image: (B,)."""
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 
@@ -54,7 +54,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """Attention of every cell to every other, one head over all channels."""
+    """Self-attention over all positions, with one head over all channels."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class Middle(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the height and width. The original pads right and below only, so the grid moves by half a pixel."""
+    """Halves height and width. Like the original, it pads on the right and at the bottom only."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, with the change of resolution that follows them, if any."""
+    """The residual blocks of one resolution, and the downsampling or upsampling after them, if any."""
 
     def __init__(self, channels: int, out_channels: int, blocks: int, *, down: bool = False, up: bool = False) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Decoder(nn.Module):
         widths = [spec.channels * mult for mult in spec.channel_mult]
         self.conv_in = nn.Conv2d(spec.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        # Numbered by resolution like the encoder's levels: up.0 is the finest, and comes last.
+        # Numbered by resolution like the encoder's levels: up.0 has the highest resolution and runs last.
         self.up = nn.ModuleList(
             Level(before, width, spec.res_blocks + 1, up=index > 0)
             for index, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths))
@@ -166,7 +166,7 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Pictures in [-1, 1] to latents and back. Latents here are unscaled: the family's scale is applied outside."""
+    """Pictures in [-1, 1] to latents and back. Latents here are unscaled: the caller applies the latent scale."""
 
     def __init__(self, spec: VaeSpec) -> None:
         super().__init__()
@@ -182,5 +182,5 @@ class Autoencoder(nn.Module):
         return Moments(mean, torch.clamp(logvar, -30.0, 20.0))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """latent (B, C, h, w) -> image (B, 3, f*h, f*w), about [-1, 1] and not clamped."""
+        """latent (B, C, h, w) -> image (B, 3, f*h, f*w), approximately in [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latent))

@@ -1,6 +1,6 @@
-"""TAESD (Bohan 2023): an autoencoder of a hundredth of the work, for previews and weak machines.
+"""TAESD (Bohan 2023): an autoencoder with about 1 % of the computation, for previews and slow machines.
 
-The names are those of diffusers' files. It works on latents as the U-Net sees them, so no scale is applied.
+Names are those of diffusers' files. Its latents are scaled as for the U-Net, so no latent scale is applied.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from gouache.errors import ModelError
 from gouache.nn.spec import TinyVaeSpec
 from gouache.nn.vae import Moments
 
-BLOCKS = (1, 3, 3, 3)  # of each level of the encoder; the decoder's are the same in reverse
+BLOCKS = (1, 3, 3, 3)  # residual blocks per level of the encoder; the decoder has the reverse
 
 
 class Block(nn.Module):
@@ -31,8 +31,8 @@ class Block(nn.Module):
         return F.relu(self.conv(x) + x)
 
 
-class Tower(nn.Module):
-    """Layers under a number each, as files have them."""
+class NumberedLayers(nn.Module):
+    """Layers that run one after the other, with the names of files: `layers.0`, `layers.1`, ..."""
 
     def __init__(self, layers: list[nn.Module]) -> None:
         super().__init__()
@@ -43,27 +43,30 @@ class Tower(nn.Module):
 
 
 class TinyAutoencoder(nn.Module):
-    """Pictures in [-1, 1] to scaled latents and back; either tower may be absent."""
+    """Pictures in [-1, 1] to scaled latents and back; encoder or decoder may be absent."""
 
     def __init__(self, spec: TinyVaeSpec) -> None:
         super().__init__()
         self.spec = spec
         if spec.encoder:
-            self.encoder = Tower(_encoder(spec))
+            self.encoder = NumberedLayers(_encoder(spec))
         if spec.decoder:
-            self.decoder = Tower(_decoder(spec))
+            self.decoder = NumberedLayers(_decoder(spec))
 
     def encode(self, image: Tensor) -> Moments:
-        """image (B, 3, H, W) in [-1, 1] -> Moments (B, C, H/8, W/8), of no deviation."""
+        """image (B, 3, H, W) in [-1, 1] -> Moments (B, C, H/8, W/8) with practically no variance.
+
+        Raises ModelError if there is no encoder.
+        """
         if not self.spec.encoder:
             raise ModelError(
-                "this TAESD is a decoder alone, which cannot read a picture; give the whole of it, or another VAE"
+                "this TAESD has only a decoder and cannot encode pictures; use a complete TAESD or another VAE"
             )
         latent = self.encoder((image + 1) / 2)
         return Moments(latent, torch.full_like(latent, -30.0))
 
     def decode(self, latent: Tensor) -> Tensor:
-        """latent (B, C, h, w), scaled -> image (B, 3, 8h, 8w), about [-1, 1] and not clamped."""
+        """latent (B, C, h, w), scaled -> image (B, 3, 8h, 8w), approximately in [-1, 1], not clamped."""
         return self.decoder(torch.tanh(latent / 3) * 3) * 2 - 1
 
 
@@ -71,8 +74,8 @@ def _encoder(spec: TinyVaeSpec) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for level, count in enumerate(BLOCKS):
         first = nn.Conv2d(3, spec.channels, 3, padding=1)
-        halving = nn.Conv2d(spec.channels, spec.channels, 3, padding=1, stride=2, bias=False)
-        layers += [halving if level else first, *(Block(spec.channels) for _ in range(count))]
+        downsample = nn.Conv2d(spec.channels, spec.channels, 3, padding=1, stride=2, bias=False)
+        layers += [downsample if level else first, *(Block(spec.channels) for _ in range(count))]
     return [*layers, nn.Conv2d(spec.channels, spec.latent_channels, 3, padding=1)]
 
 
