@@ -189,24 +189,16 @@ def test_hostile_prompts_take_no_recursion_and_no_long_time(text: str):
 @pytest.mark.parametrize(
     ("text", "found"),
     [
-        ("a [red] (cat:1.2), [[dog]], 16:9 (a:b:0.5) a|b, BAND <3 x>y", []),
-        (r"\[a:b:0.5\] \[a|b]", []),
+        ("a [red] (cat:1.2), 16:9 [a:b:0.5] [a|b] AND <3 x>y", []),
         ("a <lora:detail:0.8> b <hypernet:anime:1>", ["<lora:detail:0.8>", "<hypernet:anime:1>"]),
-        ("a [cat:dog:0.4] b", ["[cat:dog:0.4]"]),
-        ("[cat:5] [cat::8] [:dog:.5] [cat: 3 ]", ["[cat:5]", "[cat::8]", "[:dog:.5]", "[cat: 3 ]"]),
-        ("[cow|horse] in a [field|]", ["[cow|horse]", "[field|]"]),
-        ("[(a:1.2):(b:1.3):0.5]", ["[(a:1.2):(b:1.3):0.5]"]),
-        ("(very [a:[b|c]:3]:1.2)", ["[a:[b|c]:3]"]),
-        ("[a:<lora:x:1>:0.3] <lora:x:1>", ["[a:<lora:x:1>:0.3]", "<lora:x:1>"]),
-        ("((a][:b:c [d:3]", ["[d:3]"]),
-        ("a cat AND a dog AND a bird :0.5", ["AND"]),
+        ("[a:<lora:x:1>:0.3] <lora:x:1>", ["<lora:x:1>"]),
     ],
 )
-def test_what_is_not_yet_supported_is_named(text: str, found: list[str]):
+def test_remaining_tags_are_reported_once(text: str, found: list[str]):
     assert unsupported(text) == found
 
 
-@given(text=TANGLED)
+@given(text=st.text() | TANGLED)
 @settings(deadline=None)
-def test_naming_the_unsupported_never_fails_and_quotes_the_text(text: str):
+def test_reporting_tags_never_fails_and_quotes_the_text(text: str):
     assert all(part in text for part in unsupported(text))

@@ -60,8 +60,6 @@ _TOKEN = re.compile(
 _BREAK = re.compile(r"\bBREAK\b")
 
 _TAG = re.compile(r"<\w+:[^<>]+>")
-_AND = re.compile(r"\bAND\b")
-_SWITCH = re.compile(r":\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\Z")
 
 
 def parse(text: str) -> Sequence:
@@ -118,32 +116,8 @@ def escape(text: str) -> str:
 
 
 def unsupported(text: str) -> list[str]:
-    """The parts of `text` that A1111 would read as more than weighted text and `parse` does not yet.
-
-    These are tags `<name:...>` that no network belongs to, scheduled `[from:to:0.5]` and alternating `[a|b]` words, and
-    `AND`; each as it stands in the text, the outermost only, no part twice.
-    """
-    spans = [match.span() for pattern in (_TAG, _AND) for match in pattern.finditer(text)]
-    frames: list[tuple[str, int, list[str]]] = []  # an open bracket, where it stands, its own text without nested ones
-    for token in _TOKEN.finditer(text):
-        piece = token[0]
-        if piece in ("(", "["):
-            frames.append((piece, token.start(), []))
-        elif frames and frames[-1][0] + piece[-1] in ("()", "[]") and token["escaped"] is None:
-            opened, start, own = frames.pop()
-            inside = "".join(own)
-            if opened == "[" and ("|" in inside or _SWITCH.search(inside)):
-                spans.append((start, token.end()))
-        elif frames:
-            frames[-1][2].append(piece)
-
-    found: dict[str, None] = {}
-    end = 0
-    for start, stop in sorted(spans, key=lambda span: (span[0], -span[1])):
-        if start >= end:
-            found[text[start:stop]] = None
-            end = stop
-    return list(found)
+    """The tags `<name:...>` in `text` that are still in it and are therefore read as text; each once, in order."""
+    return list(dict.fromkeys(_TAG.findall(text)))
 
 
 def _pair(tokens: list[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
