@@ -19,9 +19,9 @@ _STORE = "hashes.json"
 OnWork = Callable[[str, int, int], None]
 
 
-def sha256(file: ModelFile, settings: Settings) -> str:
-    """The hash of a model: of its file, or, for several, of their hashes."""
-    return _remembered(file_key(file.files), file.sha256, settings)
+def sha256(file: ModelFile, settings: Settings, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The hash of a model: of its file, or, for several, of their hashes. `on_bytes` is called with what was read."""
+    return _remembered(file_key(file.files), lambda: file.sha256(on_bytes), settings)
 
 
 def sha256_of(path: Path, settings: Settings) -> str:

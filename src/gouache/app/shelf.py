@@ -14,7 +14,7 @@ from gouache.app.places import Candidate, candidates
 from gouache.app.settings import Settings
 from gouache.errors import FileError
 from gouache.files.open import open_model
-from gouache.generate.splices import Kind, read_told
+from gouache.generate.adapters import Kind, read_spec
 from gouache.layouts.adapters import read_embedding
 
 
@@ -52,7 +52,7 @@ class LibraryShelf:
                 seen |= {name.casefold()} if fit else set()
                 yield name, path, fit
 
-    def usual_strength(self, path: Path) -> float:
+    def default_strength(self, path: Path) -> float:
         """What the user or the sidecar says, else 1."""
         from gouache.app.library import Library
 
@@ -78,15 +78,15 @@ class RecordedShelf(LibraryShelf):
 
     def find(self, kind: Kind, name: str) -> Path:
         for each in self._splices:
-            if each.get("kind") == kind and each.get("told") and read_told(kind, str(each["told"])).name == name:
+            if each.get("kind") == kind and each.get("setting") and read_spec(kind, str(each["setting"])).name == name:
                 return self._again(each)
         return super().find(kind, name)
 
     def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
-        used = [each for each in self._splices if each.get("kind") == "embedding" and not each.get("told")]
+        used = [each for each in self._splices if each.get("kind") == "embedding" and not each.get("setting")]
         return {str(each.get("name", "")): self._again(each) for each in used}
 
-    def usual_strength(self, path: Path) -> float:
+    def default_strength(self, path: Path) -> float:
         """What it was then."""
         for each in self._splices:
             told = each.get("strength")
@@ -96,12 +96,12 @@ class RecordedShelf(LibraryShelf):
                 and isinstance(told.get("unet"), int | float)
             ):
                 return float(told["unet"])
-        return super().usual_strength(path)
+        return super().default_strength(path)
 
     def by_hand(self) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
         """(file, strength, how) of each LoRA and hypernetwork that was attached before the picture was asked for."""
         for each in self._splices:
-            if each.get("kind") in ("lora", "hypernetwork") and not each.get("told"):
+            if each.get("kind") in ("lora", "hypernetwork") and not each.get("setting"):
                 told = each.get("strength")
                 yield self._again(each), told if isinstance(told, Mapping) else {}, str(each.get("how", ""))
 

@@ -1,4 +1,4 @@
-"""Which autoencoder a checkpoint is painted with: the one that is asked for, else the one that fits it best."""
+"""Which autoencoder a checkpoint uses: the one the user names, else the one that fits it best."""
 
 from __future__ import annotations
 
@@ -16,47 +16,51 @@ from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
-from gouache.generate.splices import AUTOMATIC, OWN
-from gouache.model.vae import damaged
+from gouache.generate.adapters import AUTOMATIC, OWN
 from gouache.nn.spec import VaeSpec
 
-BESIDE = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
-# Where several fit, files called so come first: what the authors of these lines recommend.
+SIBLINGS = (".vae.safetensors", ".vae.pt", ".vae.ckpt")
+# Of several that fit, files with these names come first: their authors recommend them for the family.
 _PREFERRED = {"sd1": ("ft-mse", "ft-ema"), "sd2": ("ft-mse", "ft-ema"), "sdxl": ("sdxl_vae", "sdxl-vae", "sdxl")}
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """`path` None: the checkpoint's own. `note`: what the user should know of it, "" for nothing."""
+    """`path` None: the checkpoint's own. `note`: what the user should know about the choice, "" for nothing.
+
+    `replaceable`: if its weights turn out to be damaged, another may be used.
+    """
 
     path: Path | None
     note: str = ""
+    replaceable: bool = False
 
 
-def choose_vae(file: ModelFile, found: Found, told: str | None, settings: Settings) -> Chosen:
-    """The autoencoder for `file`. `told`: a name or path, "none" for its own, None or "automatic" to choose.
+def choose_vae(file: ModelFile, found: Found, wanted: str | None, settings: Settings) -> Chosen:
+    """The autoencoder for `file`. `wanted`: a name or path, "none" for its own, None or "automatic" to choose.
 
-    Raises ModelError where it has none that can be used and the library has none that fits.
+    Raises ModelError if it has none and the library has none that fits.
     """
-    if told is not None and told.lower() not in (AUTOMATIC, OWN):
-        return Chosen(names.resolve(told, settings, "vae"))
-    if told is not None and told.lower() == OWN:
+    if wanted is not None and wanted.lower() not in (AUTOMATIC, OWN):
+        return Chosen(names.resolve(wanted, settings, "vae"))
+    if wanted is not None and wanted.lower() == OWN:
         return Chosen(None)
     path = file.path
     if (noted := _noted(path, settings)) is not None:
         return Chosen(noted, f"using {noted.name}, which the library notes for {path.name}")
-    for ending in BESIDE:
-        beside = path.with_name(path.stem + ending)
-        if not path.is_dir() and beside.is_file():
-            return Chosen(beside, f"using {beside.name}, which stands beside {path.name}")
-    if "vae" in found.components:
-        trouble = damaged(file, found)
-    elif found.kind.value in ("checkpoint", "diffusers folder") and "unet" in found.components:
-        trouble = f"{printable(str(path))} has no usable VAE ({found.missing.get('vae', 'none is in the file')})"
-    else:
-        return Chosen(None)  # it is no model, which loading will say
-    if not trouble:
-        return Chosen(None)
+    for ending in SIBLINGS:
+        sibling = path.with_name(path.stem + ending)
+        if not path.is_dir() and sibling.is_file():
+            return Chosen(sibling, f"using {sibling.name}, which is next to {path.name}")
+    is_model = found.kind.value in ("checkpoint", "diffusers folder") and "unet" in found.components
+    if "vae" not in found.components and is_model:
+        reason = found.missing.get("vae", "none is in the file")
+        return replacement(found, f"{printable(str(path))} has no usable VAE ({reason})", settings)
+    return Chosen(None, replaceable=True)
+
+
+def replacement(found: Found, trouble: str, settings: Settings) -> Chosen:
+    """The library's autoencoder for a checkpoint whose own cannot be used. Raises ModelError if there is none."""
     other = _fitting(found, settings)
     if other is None:
         family = found.family.value
@@ -64,7 +68,7 @@ def choose_vae(file: ModelFile, found: Found, told: str | None, settings: Settin
             f"{trouble}, and no VAE for {family.title if family else 'it'} is in the "
             f"model folders; give one with --vae FILE"
         )
-    return Chosen(other, f"{trouble}; using {other.name} in its place")
+    return Chosen(other, f"{trouble}; using {other.name} instead")
 
 
 def _noted(path: Path, settings: Settings) -> Path | None:

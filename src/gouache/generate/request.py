@@ -177,6 +177,10 @@ class Request:
         """The same request with a seed: the given one, or a random one."""
         return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
 
+    def changed(self, values: dict[str, Any]) -> Request:
+        """This request with other settings, as `from_json` reads them."""
+        return Request.from_json({**{each.name: getattr(self, each.name) for each in fields(self)}, **values})
+
     def to_json(self) -> dict[str, Any]:
         """Settings by name, as JSON values. A picture is its path, or None if it was not read from a file."""
         values = {each.name: getattr(self, each.name) for each in fields(self)}
