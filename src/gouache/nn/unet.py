@@ -56,9 +56,9 @@ class UNet(UNetEncoder):
 
         `control` holds a ControlNet's residuals, already scaled: one for the output of each input block, in order,
         then one for the middle block (SD1 and SD2: 12 + 1, SDXL: 9 + 1), each of the shape of that output. They are
-        added to the skip connections and to the middle block's output.
-        `image_tokens` (B, M, D) go to every cross-attention, which uses them only through the projections attached
-        by an image prompt adapter (`CrossAttention.attach_image_projections`). Raises ModelError if either does not fit.
+        added to the skip connections and to the middle block's output. `image_tokens` (B, M, D) go to every
+        cross-attention, which uses them only through the projections attached by an image prompt adapter
+        (`CrossAttention.attach_image_projections`). Raises ModelError if either does not fit.
         """
         if control is not None and len(control) != len(self.input_blocks) + 1:
             raise ModelError(
@@ -85,7 +85,7 @@ class UNet(UNetEncoder):
 
 
 def _check_shapes(control: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-    # A residual of one row or one cell would be broadcast without an error.
+    # A residual with a dimension of size 1 would be broadcast without an error.
     for index, (residual, output) in enumerate(zip(control, outputs, strict=True)):
         if residual.shape != output.shape:
             name = f"input block {index}" if index < len(outputs) - 1 else "the middle block"

@@ -67,8 +67,8 @@ class UNetEncoder(nn.Module):
     ) -> tuple[list[Tensor], Tensor]:
         """x (B, in_channels, H, W) -> the output of each input block, in order, and the middle block's output.
 
-        `emb` comes from `embed`. A ControlNet adds its embedded picture, `hint` (B or 1, channels, H, W), to the output of
-        the first input block.
+        `emb` comes from `embed`. A ControlNet adds its embedded picture, `hint` (B or 1, channels, H, W), to the
+        output of the first input block.
         """
         skips: list[Tensor] = []
         for index, block in enumerate(self.input_blocks):
