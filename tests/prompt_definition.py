@@ -15,7 +15,7 @@ from torch import Tensor
 BEGIN, END = 49406, 49407
 
 Chunk = list[tuple[str, float]]
-"""Words with their weights."""
+"""Embeddings with their weights."""
 
 
 def plain(words: str) -> Chunk:

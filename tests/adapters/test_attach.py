@@ -15,7 +15,7 @@ import gouache
 from gouache import Model
 from gouache.adapters.strength import Strength
 from gouache.errors import ModelError
-from gouache.model.splice import attach
+from gouache.model.attach import attach
 from tests.adapters.loras import delta, factors, save_kohya, save_peft
 from tests.pipelines import Narrow
 
@@ -160,7 +160,7 @@ def test_any_order_of_attaching_and_detaching_ends_where_it_began(
 
     assert same(before, weights(model))
     assert {name: t.stride() for name, t in model.unet.state_dict().items()} == strides
-    assert torch.equal(seen(model), seen(model)) and not list(model.layers)
+    assert torch.equal(seen(model), seen(model)) and not list(model.adapters)
 
 
 def test_what_is_left_on_is_what_alone_would_be(models: Callable[..., Model], tmp_path: Path):
@@ -196,7 +196,7 @@ def test_an_error_half_way_leaves_nothing(
         return model.restore(component, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.layers, "_restore", failing)
+        patch.setattr(model.adapters, "_restore", failing)
         with pytest.raises(KeyboardInterrupt):
             model.attach(path, 1.0)
 
@@ -222,7 +222,7 @@ def test_only_what_changes_is_read_again(models: Callable[..., Model], tmp_path:
     model = models("sd1")
     on = model.attach(save_kohya(tmp_path / "a.safetensors", model, factors(model)), Strength(1.0, 1.0))
     read: list[str] = []
-    monkeypatch.setattr(model.layers, "_restore", lambda c, n: (read.append(c), model.restore(c, n))[1])
+    monkeypatch.setattr(model.adapters, "_restore", lambda c, n: (read.append(c), model.restore(c, n))[1])
 
     on.change(Strength(1.0, 0.5))
 
@@ -263,7 +263,7 @@ def test_live_adapters_act_in_their_part_of_the_run(models: Callable[..., Model]
 
     assert on.how == "live"
     for progress, acts in ((0.0, False), (0.2, False), (0.25, True), (0.5, True), (0.75, False), (1.0, False)):
-        model.layers.at(progress)
+        model.adapters.at(progress)
         assert torch.equal(seen(model), full if acts else plain), progress
     on.detach()
 
@@ -278,7 +278,7 @@ def test_a_file_of_which_nothing_fits_is_refused_in_one_line(models: Callable[..
         model.attach(path)
 
     assert "\n" not in str(refused.value) and str(path) in str(refused.value)
-    assert same(before, weights(model)) and not list(model.layers)
+    assert same(before, weights(model)) and not list(model.adapters)
 
 
 @pytest.mark.parametrize(

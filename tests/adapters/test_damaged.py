@@ -83,7 +83,7 @@ def test_damage_that_values_tell_is_named_and_nothing_stays(case: str, model: Mo
         model.attach(tmp_path / "x.safetensors")
 
     assert "\n" not in str(refused.value) and "x.safetensors" in str(refused.value)
-    assert same(before, weights(model)) and not model.attached and not list(model.layers)
+    assert same(before, weights(model)) and not model.attached and not list(model.adapters)
 
 
 @pytest.mark.parametrize("told", ['{"unet.lora_alpha": 1' + "0" * 400 + "}", "[1]", "{", '{"unet.lora_alpha": NaN}'])
@@ -127,7 +127,7 @@ def test_whatever_a_file_holds_it_is_used_or_refused_in_one_line(
         except GouacheError as error:  # what the values tell, where an adapter acts live
             assert "\n" not in str(error)
         on.detach()
-    assert not list(model.layers) and not model.attached
+    assert not list(model.adapters) and not model.attached
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, 1e300])
@@ -152,12 +152,12 @@ def test_an_interrupt_at_any_place_leaves_nothing(model: Model, tmp_path: Path):
             if not Interrupting.left:
                 raise KeyboardInterrupt
 
-    model.layers._changed = Interrupting(model.layers._changed)
+    model.adapters._changed = Interrupting(model.adapters._changed)
     with pytest.raises(KeyboardInterrupt):
         model.attach(path)
 
-    assert same(before, weights(model)) and not list(model.layers)
-    model.layers._changed = set(model.layers._changed)
+    assert same(before, weights(model)) and not list(model.adapters)
+    model.adapters._changed = set(model.adapters._changed)
 
 
 def test_an_interrupt_while_it_is_taken_off_takes_it_off(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -178,7 +178,7 @@ def test_an_interrupt_while_it_is_taken_off_takes_it_off(model: Model, tmp_path:
     with pytest.raises(KeyboardInterrupt):
         on.detach()
 
-    assert torch.equal(seen(model), plain) and not list(model.layers)
+    assert torch.equal(seen(model), plain) and not list(model.adapters)
 
 
 def test_what_is_off_stays_off(model: Model, tmp_path: Path):
@@ -188,7 +188,7 @@ def test_what_is_off_stays_off(model: Model, tmp_path: Path):
         on.detach()
         with pytest.raises(ModelError, match="not attached"):
             on.change(Strength(0.5, end=0.5))
-    assert not list(model.layers)
+    assert not list(model.adapters)
 
 
 def test_embeddings_of_one_name_come_and_go_in_any_order(model: Model, tmp_path: Path):

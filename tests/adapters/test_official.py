@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gouache.adapters.attach import Layers
+from gouache.adapters.attach import Adapters
 from gouache.adapters.embedding import must_fit, vectors_of
 from gouache.adapters.hypernetwork import read_hypernetwork
 from gouache.adapters.read import read_lora
@@ -50,7 +50,7 @@ def test_every_module_of_an_official_lora_fits(name: str, line: str):
     specs: Mapping[str, Any] = {component: network.spec for component, network in parts.items()}
 
     adapter = read_lora(file, module_names(specs))
-    fitting, wrong = Layers(parts, unread).sort(adapter)  # type: ignore[arg-type]
+    fitting, wrong = Adapters(parts, unread).sort(adapter)  # type: ignore[arg-type]
 
     assert not adapter.unmatched and not wrong
     assert len(fitting) == len(infos) // 3  # up, down and alpha each

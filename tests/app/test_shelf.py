@@ -95,24 +95,24 @@ def test_a_bare_name_and_a_tag_are_enough(model: gouache.Model, folder: Path):
     by_path = next(model.paint("a zorblax fox", lora=f"{folder / 'Lora/faces/old.safetensors'}:0.5", **KNOBS))
 
     assert torch.equal(by_name.latent, by_path.latent) and not torch.equal(by_name.latent, plain.latent)
-    assert [(each["kind"], each["name"]) for each in by_name.recipe["splices"]] == [
+    assert [(each["kind"], each["name"]) for each in by_name.recipe["adapters"]] == [
         ("lora", "old"), ("embedding", "zorblax")
     ]  # fmt: skip
-    assert not model.embeddings and not list(model.layers)
+    assert not model.embeddings and not list(model.adapters)
 
 
-def test_the_usual_strength_is_what_the_user_said_of_it(model: gouache.Model, ours: Settings, folder: Path):
+def test_the_default_strength_is_what_the_user_said_of_it(model: gouache.Model, ours: Settings, folder: Path):
     path = folder / "Lora" / "faces" / "old.safetensors"
     with Library.of(ours) as library:
         library.refresh()
         library.describe(path, weight=0.4)
 
-    told = next(model.paint("a fox <lora:old>", **KNOBS)).recipe["splices"][0]
+    told = next(model.paint("a fox <lora:old>", **KNOBS)).recipe["adapters"][0]
 
     assert told["strength"]["unet"] == 0.4
 
 
-def test_what_was_attached_by_hand_and_usual_strengths_are_in_the_recipe(
+def test_what_was_attached_by_hand_and_default_strengths_are_in_the_recipe(
     model: gouache.Model, ours: Settings, folder: Path, tmp_path: Path
 ):
     path = folder / "Lora" / "faces" / "old.safetensors"

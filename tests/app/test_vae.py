@@ -132,7 +132,7 @@ def test_a_checkpoint_without_a_good_one_is_explained_and_gets_one_that_fits(
 
     assert used(model, other(vae))  # the one that is usual for this line
     assert "vae-ft-mse-840000.safetensors" in said and "photo.safetensors" in said
-    assert next(model.paint("a cat", steps=1, size=(64, 64))).recipe["splices"][0]["kind"] == "vae"
+    assert next(model.paint("a cat", steps=1, size=(64, 64))).recipe["adapters"][0]["kind"] == "vae"
 
 
 def test_a_vae_for_other_latents_is_refused_in_one_line(

@@ -52,13 +52,13 @@ def test_what_was_used_is_counted_on_the_error_stream_and_in_the_json(
 
     assert ended.code == 0
     said = ended.err.splitlines()
-    digests = [each["sha256"][:10] for each in json.loads(ended.out)["splices"]]
+    digests = [each["sha256"][:10] for each in json.loads(ended.out)["adapters"]]
     assert said[0] == f"style [{digests[0]}]: lora, {count} modules, folded, strength 0.8 (text encoders 0.5), by block"
     assert said[1].startswith(f"some [{digests[1]}]: hypernetwork, ") and said[1].endswith(" modules, strength 0.5")
     assert said[2] == f"zorblax [{digests[2]}]: embedding, 2 vectors" and len(said) == 3
     told = json.loads(ended.out)
-    assert [each["kind"] for each in told["splices"]] == ["lora", "hypernetwork", "embedding"]
-    assert told["splices"][0]["matched"] == count
+    assert [each["kind"] for each in told["adapters"]] == ["lora", "hypernetwork", "embedding"]
+    assert told["adapters"][0]["matched"] == count
     assert gouache("repaint", told["path"]).code == 0
 
 

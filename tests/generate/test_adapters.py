@@ -15,9 +15,9 @@ from torch import Tensor
 import gouache
 from gouache import Model
 from gouache.errors import GouacheError, RequestError
-from gouache.generate.notes import notes, splice_notes
+from gouache.generate.notes import notes, adapter_notes
 from gouache.generate.request import Request
-from gouache.generate.splices import Told, read_told
+from gouache.generate.adapters import AdapterSpec, read_spec
 from tests.adapters.loras import factors, save_kohya, save_peft
 from tests.adapters.test_attach import same, weights
 from tests.pipelines import Narrow
@@ -111,7 +111,7 @@ def test_the_recipe_counts_and_repeats(models: Callable[[str], Model], tmp_path:
 
     import hashlib
 
-    lora, embedding = picture.recipe["splices"]
+    lora, embedding = picture.recipe["adapters"]
     assert lora["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert (lora["kind"], lora["form"], lora["how"]) == ("lora", "lora", "folded")
     assert (lora["strength"]["unet"], lora["strength"]["text"]) == (0.8, 0.5)
@@ -133,7 +133,7 @@ def test_stopping_in_the_middle_takes_everything_off(models: Callable[[str], Mod
     assert not same(before, weights(model))
     pictures.close()
 
-    assert same(before, weights(model)) and not list(model.layers)
+    assert same(before, weights(model)) and not list(model.adapters)
 
 
 def test_a_bad_second_file_takes_the_first_off_again(models: Callable[[str], Model], tmp_path: Path):
@@ -191,7 +191,7 @@ def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callabl
         wanted = tiny.decode(picture.latent[None]).sample[0]
     levels = torch.from_numpy(__import__("numpy").array(picture.image)).permute(2, 0, 1).float()
     torch.testing.assert_close(levels, ((wanted / 2 + 0.5).clamp(0, 1) * 255).round(), atol=1.01, rtol=0)
-    assert picture.recipe["splices"][0]["kind"] == "vae" and "VAE: taesd.safetensors" in picture.parameters
+    assert picture.recipe["adapters"][0]["kind"] == "vae" and "VAE: taesd.safetensors" in picture.parameters
     assert model.vae is own
     model.vae = tmp_path / "taesd.safetensors"  # type: ignore[assignment]
     assert model.vae is not own and torch.equal(latent(model), picture.latent)
@@ -203,27 +203,27 @@ def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callabl
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("style", Told("style")),
-        ("style:0.8", Told("style", 0.8)),
-        ("style:0.5:1", Told("style", 1.0, 0.5)),
-        ("folder/style.safetensors:-1:te=0", Told("folder/style.safetensors", -1.0, 0.0)),
-        (r"C:\models\style.safetensors:.5", Told(r"C:\models\style.safetensors", 0.5)),
-        ("style:te=0.5:unet=1", Told("style", 1.0, 0.5)),
-        ("style:1:start=0.2:end=0.8:how=live", Told("style", 1.0, None, 0.2, 0.8, "live")),
-        ("style:1:te1=0.5:te2=0", Told("style", 1.0, {"text_encoder": 0.5, "text_encoder_2": 0.0})),
-        ("style:1:te=0.2:te2=0", Told("style", 1.0, {"text_encoder": 0.2, "text_encoder_2": 0.0})),
-        ("style:5e-1:lbw=INALL", Told("style", 0.5, blocks="INALL")),
-        ("a:b", Told("a:b")),
+        ("style", AdapterSpec("style")),
+        ("style:0.8", AdapterSpec("style", 0.8)),
+        ("style:0.5:1", AdapterSpec("style", 1.0, 0.5)),
+        ("folder/style.safetensors:-1:te=0", AdapterSpec("folder/style.safetensors", -1.0, 0.0)),
+        (r"C:\models\style.safetensors:.5", AdapterSpec(r"C:\models\style.safetensors", 0.5)),
+        ("style:te=0.5:unet=1", AdapterSpec("style", 1.0, 0.5)),
+        ("style:1:start=0.2:end=0.8:how=live", AdapterSpec("style", 1.0, None, 0.2, 0.8, "live")),
+        ("style:1:te1=0.5:te2=0", AdapterSpec("style", 1.0, {"text_encoder": 0.5, "text_encoder_2": 0.0})),
+        ("style:1:te=0.2:te2=0", AdapterSpec("style", 1.0, {"text_encoder": 0.2, "text_encoder_2": 0.0})),
+        ("style:5e-1:lbw=INALL", AdapterSpec("style", 0.5, blocks="INALL")),
+        ("a:b", AdapterSpec("a:b")),
     ],
 )
-def test_a_file_and_its_strengths(text: str, told: Told):
-    assert read_told("lora", text) == told
+def test_a_file_and_its_strengths(text: str, told: AdapterSpec):
+    assert read_spec("lora", text) == told
 
 
 @pytest.mark.parametrize("text", ["", ":0.8", "a:1:2:3", "a:te=x", "a:start=0.9:end=0.1", "a:how=sideways"])
 def test_what_is_no_file_with_strengths(text: str):
     with pytest.raises(RequestError, match="lora"):
-        read_told("lora", text)
+        read_spec("lora", text)
 
 
 def test_trigger_words_and_unused_embeddings_are_mentioned(models: Callable[[str], Model], tmp_path: Path):
@@ -235,7 +235,7 @@ def test_trigger_words_and_unused_embeddings_are_mentioned(models: Callable[[str
 
     for prompt in ("a cat", "a Zorb  Fox, zorblax"):
         request = Request(prompt=prompt, lora=(str(path),), embedding=(str(tmp_path / "zorblax.safetensors"),), **KNOBS)  # type: ignore[arg-type]
-        next(model.paint(request, on_spliced=lambda found, r=request: said.extend(splice_notes(r, found))))
+        next(model.paint(request, on_attached=lambda found, r=request: said.extend(adapter_notes(r, found))))
 
     assert len(said) == 2 and "zorb fox, sitting" in said[0] and said[1].startswith("zorblax stands in no prompt")
     assert not [note for note in notes(model, Request(prompt="<lora:x:1> a cat")) if "plain text" in note]

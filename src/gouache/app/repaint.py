@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,16 @@ from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.generate import run
 from gouache.generate.picture import Picture, read_recipe
-from gouache.generate.request import Request
-from gouache.generate.source import sha256
+from gouache.generate.request import IMAGES, Request
 from gouache.model import load, residency
-from gouache.model.splice import attach
+from gouache.model.attach import attach
+from gouache.model.model import Model
 from gouache.version import __version__
 
 
 @dataclass(frozen=True)
 class Repainted:
-    """`share` of the pixels differ, by at most `largest` of 255 levels; `causes` are what was not the same."""
+    """`share` of the pixels differ, by at most `largest` of 255 levels; `causes` are possible reasons."""
 
     picture: Picture
     share: float
@@ -50,80 +50,99 @@ def repaint(
     device: str | None = None,
     on_step: OnStep | None = None,
 ) -> Repainted:
-    """Paint the picture at `path` again, with the recipe's model, device and dtype unless told otherwise.
+    """Make the picture at `path` again, with the recipe's model, device and dtype unless others are given.
 
-    Raises RequestError where the file has no recipe, or a file that it names is gone.
+    Raises RequestError if the file has no recipe, or a file that the recipe names is missing.
     """
     recipe, before = read_recipe(path)
+    for name in IMAGES:
+        if name in recipe.get("inputs", {}) and not recipe["request"].get(name):
+            raise RequestError(name, f"{path} was made from a picture that was not a file, so it cannot be made again")
     request = Request.from_json(recipe["request"])
-    file = open_model(_model(recipe, model, settings))
-    digest = hashes.sha256(file, settings)
-    place = residency.device(device or recipe.get("device"))
-    told = recipe.get("model", {})
-    found = identify(file, prediction=told.get("prediction"), family=told.get("family"))
-    shelf = RecordedShelf(settings, recipe.get("splices", []))
-    other = None
-    if (vae := shelf.vae()) is not None:
-        opened = open_model(vae)
-        other = opened, identify(opened)
-    loaded = load.load(file, found, device=place, dtype=residency.dtype(recipe.get("dtype", "fp32")), vae=other)
+    target = residency.device(device or recipe.get("device"))
+    dtype = residency.dtype(recipe.get("dtype", "fp32"))
+    source = RecordedShelf(settings, recipe.get("adapters", []))
+    loaded = _load(
+        _find(recipe.get("model", {}), model, settings), recipe.get("model", {}), target, dtype, source.vae()
+    )
     for stage in recipe.get("upcast", []):
         if stage in ("text encoder", "U-Net", "VAE"):
             loaded.widen(stage)
-    for adapter, strength, how in shelf.by_hand():
+    for adapter, strength, how in source.by_hand():
         attach(
             loaded, open_model(adapter), from_json(strength, loaded.unet.spec), how="live" if how == "live" else None
         )
-    picture = next(iter(run.paint(loaded, request, model_hash=digest, shelf=shelf, on_step=on_step)))
+
+    def load_refiner(name: str) -> Model:
+        about = recipe.get("refiner", {"name": name})
+        return _load(_find(about, None, settings), about, target, dtype, None)
+
+    def hash_of(used: Model) -> str:
+        return hashes.sha256(used.file, settings)
+
+    pictures = run.paint(loaded, request, hash_of=hash_of, source=source, load=load_refiner, on_step=on_step)
+    picture = next(iter(pictures))
     if picture.image.size != before.size:
         size = f"{before.width}x{before.height}"
-        raise RequestError("picture", f"{path} was cut or scaled to {size} after it was painted")
+        raise RequestError("picture", f"{path} was cut or scaled to {size} after it was made")
     difference = np.abs(np.asarray(picture.image, np.int16) - np.asarray(before, np.int16))
-    causes = tuple(_causes(recipe, request, picture, digest, place, loaded.upcast)) if difference.any() else ()
+    causes = tuple(_causes(recipe, request, picture, target, loaded.upcast)) if difference.any() else ()
     return Repainted(picture, float(difference.any(axis=2).mean()), int(difference.max()), causes)
 
 
-def _model(recipe: dict[str, Any], model: str | None, settings: Settings) -> Path:
-    """The model named now, else the recipe's path, else its name, with its hash for when it was renamed."""
+def _load(path: Path, about: Mapping[str, Any], device: torch.device, dtype: torch.dtype, vae: Path | None) -> Model:
+    file = open_model(path)
+    found = identify(file, prediction=about.get("prediction"), family=about.get("family"))
+    other = None
+    if vae is not None:
+        opened = open_model(vae)
+        other = opened, identify(opened)
+    return load.load(file, found, device=device, dtype=dtype, vae=other)
+
+
+def _find(about: Mapping[str, Any], model: str | None, settings: Settings) -> Path:
+    """The model named now, else the recipe's path, else its name, with its hash in case it was renamed."""
     if model is not None:
         return names.resolve(model, settings)
-    told = recipe.get("model", {})
-    if told.get("path") and Path(told["path"]).exists():
-        return Path(told["path"])
-    if told.get("name"):
+    if about.get("path") and Path(about["path"]).exists():
+        return Path(about["path"])
+    if about.get("name"):
         try:
-            return names.resolve(told["name"], settings)
+            return names.resolve(about["name"], settings)
         except RequestError:
-            if not told.get("sha256"):
+            if not about.get("sha256"):
                 raise
-            return names.resolve(f"{told['name']} [{told['sha256']}]", settings)
+            return names.resolve(f"{about['name']} [{about['sha256']}]", settings)
     raise RequestError("model", "the recipe names none; name it with --model")
 
 
 def _causes(
-    recipe: dict[str, Any], request: Request, picture: Picture, digest: str, device: torch.device, upcast: list[str]
+    recipe: dict[str, Any], request: Request, picture: Picture, device: torch.device, upcast: list[str]
 ) -> Iterator[str]:
-    """What is not as it was, the likeliest cause of a difference first."""
-    told = recipe.get("model", {})
-    if told.get("sha256") not in (None, digest):
-        yield f"the model file is another: {told['sha256'][:10]} then, {digest[:10]} now"
-    for name, then in recipe.get("inputs", {}).items():
-        path = getattr(request, name, None)
-        now = sha256(path) if path is not None and path.is_file() else "gone"
-        if then != now:
-            yield f"the picture given as {name} is another: {then[:10]} then, {now[:10]} now"
-    for then, now in zip(recipe.get("splices", []), picture.recipe["splices"]):
-        if then.get("sha256") != now["sha256"]:
-            was, digest = str(then.get("sha256"))[:10], now["sha256"][:10]
-            yield f"the {now['kind']} {now['name']} is another: {was} then, {digest} now"
+    """What has changed, the most likely cause of a difference first."""
+    for part in ("model", "refiner"):
+        was, now = (each.get(part, {}).get("sha256") for each in (recipe, picture.recipe))
+        if was not in (None, now):
+            yield f"the {part} file is another: {was[:10]} then, {str(now)[:10]} now"
+    for name, was in recipe.get("inputs", {}).items():
+        image = getattr(request, name, None)
+        now = image.sha256 if image is not None else "missing"
+        if was != now:
+            yield f"the picture given as {name} is another: {was[:10]} then, {now[:10]} now"
+    for was, now in zip(recipe.get("adapters", []), picture.recipe["adapters"]):
+        if was.get("sha256") != now["sha256"]:
+            yield (
+                f"the {now['kind']} {now['name']} is another: {str(was.get('sha256'))[:10]} then, "
+                f"{now['sha256'][:10]} now"
+            )
     if recipe.get("device") != device.type:
-        yield f"painted on {recipe.get('device')} then, {device.type} now"
+        yield f"made on {recipe.get('device')} then, {device.type} now"
     if sorted(recipe.get("upcast", [])) != sorted(upcast):
         yield f"computed in float32: {recipe.get('upcast')} then, {upcast} now"
-    now = {"gouache": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"gouache": __version__, "torch": torch.__version__, "python": platform.python_version()}
     for name, version in recipe.get("versions", {}).items():
-        if now.get(name) != version:
-            yield f"{name} {version} then, {now.get(name)} now"
+        if versions.get(name) != version:
+            yield f"{name} {version} then, {versions.get(name)} now"
     if recipe.get("batch", 1) != 1:
-        yield f"painted in a batch of {recipe['batch']}, which may round otherwise"
-    yield "the number of threads or the kind of processor may be another: they round differently"
+        yield f"made in a batch of {recipe['batch']}, which may round differently"
+    yield "the number of threads or the kind of processor may differ, which changes rounding"
