@@ -263,7 +263,7 @@ def test_live_adapters_act_in_their_part_of_the_run(models: Callable[..., Model]
 
     assert on.how == "live"
     for progress, acts in ((0.0, False), (0.2, False), (0.25, True), (0.5, True), (0.75, False), (1.0, False)):
-        model.adapters.at(progress)
+        model.adapters.set_progress(progress)
         assert torch.equal(seen(model), full if acts else plain), progress
     on.detach()
 

@@ -112,7 +112,7 @@ def test_its_vectors_stand_where_its_name_stands(model: Model, narrow: Callable[
 
     on = model.attach(tmp_path / "zorblax.safetensors")
 
-    assert (on.kind, on.matched, on.words) == ("embedding", 3, ("zorblax",))
+    assert (on.kind, on.matched, tuple(on.embeddings)) == ("embedding", 3, ("zorblax",))
     mine = model.encode_prompts(["a photo of zorblax, at night"]).context
     torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
     for text in ("a photo of ZORBLAX, at night", "a photo of embedding:zorblax, at night"):

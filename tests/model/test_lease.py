@@ -1,0 +1,160 @@
+"""One model shared by requests and threads: each sees its own adapters, and the weights come back bit for bit."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import gouache
+from gouache import Model
+from gouache.adapters import attach as attaching
+from gouache.errors import ModelError
+from tests.adapters.loras import factors, save_kohya
+from tests.adapters.test_attach import same, weights
+from tests.pipelines import Narrow
+
+OPTIONS = {"steps": 3, "size": (64, 64), "seed": 3, "cfg": 3.0}
+
+
+@pytest.fixture(params=["fp32", "bf16"])
+def model(request: pytest.FixtureRequest, narrow: Callable[[str], Narrow]) -> Model:
+    return gouache.load(narrow("sd1").file, device="cpu", dtype=request.param)
+
+
+@pytest.fixture
+def loras(model: Model, tmp_path: Path) -> list[str]:
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    return [str(save_kohya(path, model, factors(model, seed=seed))) for seed, path in enumerate(paths)]
+
+
+def latents(model: Model, count: int = 1, **options: object) -> list[Tensor]:
+    return [picture.latent for picture in model.paint("a cat", count=count, **{**OPTIONS, **options})]  # type: ignore[arg-type]
+
+
+def test_threads_with_different_loras_get_the_pictures_they_would_get_alone(model: Model, loras: list[str]):
+    before = weights(model)
+    wanted = [latents(model, 2), *(latents(model, 2, lora=[lora]) for lora in loras)]
+    options: list[dict[str, object]] = [{}, *({"lora": [lora]} for lora in loras)]
+
+    with ThreadPoolExecutor(len(options)) as pool:
+        found = list(pool.map(lambda each: latents(model, 2, **each), options))
+
+    for mine, alone in zip(found, wanted):
+        assert all(torch.equal(one, other) for one, other in zip(mine, alone, strict=True))
+    assert same(before, weights(model)) and not list(model.adapters) and not model.attached
+
+
+def test_two_open_iterations_take_turns(model: Model, loras: list[str]):
+    alone = [latents(model, 3, lora=[lora]) for lora in loras[:2]]
+    plain = latents(model)
+
+    one = model.paint("a cat", count=3, lora=[loras[0]], **OPTIONS)  # type: ignore[arg-type]
+    two = model.paint("a cat", count=3, lora=[loras[1]], **OPTIONS)  # type: ignore[arg-type]
+    pictures = [[next(one).latent], [next(two).latent]]
+    assert torch.equal(latents(model)[0], plain[0])
+    for _ in range(2):
+        pictures[0].append(next(one).latent)
+        pictures[1].append(next(two).latent)
+
+    for mine, wanted in zip(pictures, alone):
+        assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
+
+
+def test_a_suspended_iteration_blocks_no_other_thread(model: Model, loras: list[str]):
+    plain = latents(model)
+    suspended = model.paint("a cat", count=2, lora=[loras[0]], **OPTIONS)  # type: ignore[arg-type]
+    first = next(suspended)
+
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.extend(latents(model)), daemon=True)
+    thread.start()
+    thread.join(120)
+
+    assert not thread.is_alive() and torch.equal(found[0], plain[0])
+    assert not torch.equal(first.latent, plain[0])
+    suspended.close()
+
+
+def test_a_forgotten_iteration_leaves_nothing(model: Model, loras: list[str]):
+    before = weights(model)
+    pictures = model.paint("a cat", count=2, lora=[loras[0]], **OPTIONS)  # type: ignore[arg-type]
+    next(pictures)
+    del pictures
+
+    assert same(before, weights(model)) and not list(model.adapters)
+
+
+def test_an_adapter_of_the_caller_applies_to_every_request(model: Model, loras: list[str]):
+    both = latents(model, lora=[loras[0], loras[1]])
+    attached = model.attach(loras[0])
+
+    suspended = model.paint("a cat", count=2, lora=[loras[1]], **OPTIONS)  # type: ignore[arg-type]
+    assert torch.equal(next(suspended).latent, both[0])
+    assert torch.equal(latents(model)[0], latents(model)[0])
+    attached.detach()
+    second = next(suspended).latent
+
+    assert torch.equal(second, latents(model, lora=[loras[1]], seed=4)[0])
+
+
+def test_a_request_made_in_the_callback_of_another_disturbs_neither(model: Model, loras: list[str]):
+    alone, inner_alone = latents(model, lora=[loras[0]]), latents(model, lora=[loras[1]])
+    inner: list[Tensor] = []
+
+    def on_step(step: object) -> None:
+        if not inner:
+            inner.extend(latents(model, lora=[loras[1]]))
+
+    outer = [p.latent for p in model.paint("a cat", lora=[loras[0]], on_step=on_step, **OPTIONS)]  # type: ignore[arg-type]
+
+    assert torch.equal(outer[0], alone[0]) and torch.equal(inner[0], inner_alone[0])
+
+
+def test_the_same_adapters_twice_in_a_row_are_folded_once(
+    model: Model, loras: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    folds: list[int] = []
+    fold = attaching.fold
+
+    def counted(*arguments: object) -> object:
+        folds.append(1)
+        return fold(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(attaching, "fold", counted)
+    first = latents(model, lora=[loras[0], loras[1]])
+    before = len(folds)
+    again = latents(model, lora=[loras[0], loras[1]])
+    assert before > 0 and len(folds) == before and torch.equal(first[0], again[0])
+
+    other = latents(model, lora=[f"{loras[0]}:0.5", loras[1]])
+    assert len(folds) > before and not torch.equal(other[0], first[0])
+
+
+def test_a_file_that_was_replaced_meanwhile_is_folded_again(model: Model, loras: list[str]):
+    first = latents(model, lora=[loras[0]])
+    save_file({name: tensor * 2 for name, tensor in load_file(loras[0]).items()}, loras[0])
+
+    assert not torch.equal(latents(model, lora=[loras[0]])[0], first[0])
+
+
+def test_a_lora_that_gives_nan_leaves_the_model_as_it_was(model: Model, loras: list[str], tmp_path: Path):
+    plain, before = latents(model), weights(model)
+    tensors = load_file(loras[0])
+    name = next(name for name in tensors if "unet" in name and name.endswith("lora_up.weight"))
+    tensors[name] = torch.full_like(tensors[name], 3e38)
+    save_file(tensors, tmp_path / "bad.safetensors")
+
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        latents(model, lora=[str(tmp_path / "bad.safetensors")])
+
+    assert not model.upcast and same(before, weights(model))
+    assert torch.equal(latents(model)[0], plain[0])
+    assert all(math.isfinite(float(parameter.float().sum())) for parameter in model.unet.parameters())
