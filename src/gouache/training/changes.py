@@ -22,6 +22,11 @@ class Change:
     after: Json
 
     @property
+    def setting(self) -> str:
+        """`section.name`, without the keys of a dictionary within."""
+        return ".".join(self.name.split(".")[:2])
+
+    @property
     def text(self) -> str:
         return f"{self.name} {_text(self.before)} (now {_text(self.after)})"
 
@@ -31,20 +36,22 @@ def compare(
 ) -> list[Change]:
     """All values that differ, by name, as `section.name`.
 
-    A name that `before` does not have is newer than the checkpoint: it had the effect of its default. None is the
-    value of a name that exists on one side only and has no default.
+    The values of a dictionary, or of the dictionaries in a list, are compared one by one: `section.name.key`. A name
+    that `before` does not have is newer than the checkpoint: it had the effect of its default. A name that exists on
+    one side only and has no default is None on the other.
     """
     before = {**{name: value for name, value in defaults.items() if name in after}, **before}
+    there, here = _flat(section, before), _flat(section, after)
     return [
-        Change(step, f"{section}.{name}", before.get(name), after.get(name))
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
+        Change(step, name, there.get(name), here.get(name))
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
     ]
 
 
 def refused(changes: Collection[Change], changeable: Collection[str]) -> list[Change]:
-    """The changes whose names are not among `changeable`."""
-    return [change for change in changes if change.name not in changeable]
+    """The changes whose settings, as `section.name`, are not among `changeable`."""
+    return [change for change in changes if change.setting not in changeable]
 
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Json]:
@@ -61,6 +68,14 @@ def field_defaults(instance: object) -> dict[str, Json]:
         for each in dataclasses.fields(instance)
         if each.default is None or isinstance(each.default, bool | int | float | str)
     }
+
+
+def _flat(name: str, value: Any) -> dict[str, Json]:
+    if isinstance(value, list) and any(isinstance(each, dict) for each in value):
+        value = {str(index): each for index, each in enumerate(value)}
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {path: each for key, inner in value.items() for path, each in _flat(f"{name}.{key}", inner).items()}
 
 
 def _text(value: Json) -> str:

@@ -31,8 +31,8 @@ from gouache.training.state import State
 class Run:
     """Everything that a step changes, and the settings that determine how.
 
-    `parameters` are the trained ones. `options` are the optimizer's options as it was built, `buffers` the persistent
-    buffers of the networks with their version at the first step, `changes` the settings changed since the run began.
+    `parameters` are the trained ones. `options` are the optimizer's options as it was built, `buffers` the hashes of
+    the networks' persistent buffers before the first step, `changes` the settings changed since the run began.
     """
 
     objective: Objective
@@ -42,7 +42,7 @@ class Run:
     settings: Settings
     config: Mapping[str, Json]
     options: Sequence[Mapping[str, Any]]
-    buffers: Mapping[str, tuple[Tensor, int]]
+    buffers: Mapping[str, str]
     changes: list[Change] = field(default_factory=list)
 
 
@@ -57,7 +57,7 @@ def begin(objective: Objective, settings: Settings) -> Run:
     optimizer = optimizers.build(settings, groups)
     ema = Ema(parameters, settings.ema_decay) if settings.ema_decay else None
     config = as_json({**objective.config(), "groups": [_describe(group) for group in groups]})
-    buffers = {name: (buffer, _version(buffer)) for name, buffer in _buffers(objective.networks).items()}
+    buffers = {name: _digest(buffer) for name, buffer in _buffers(objective.networks).items()}
     return Run(objective, parameters, optimizer, ema, settings, config, optimizers.options(optimizer), buffers)
 
 
@@ -98,7 +98,7 @@ def restore(run: Run, state: State, folder: Path) -> tuple[int, float]:
     """
     changes = _changes(run, state)
     wrong = refused(changes, _changeable(run))
-    _refuse([change for change in wrong if change.name != "objective.groups"], folder)
+    _refuse([change for change in wrong if change.setting != "objective.groups"], folder)
     stored, averages, moments = _check_tensors(run, state, folder)
     _refuse(wrong, folder)  # the trained parameters fit; their rates or their weight decay differ
 
@@ -206,14 +206,10 @@ def _all_tensors(run: Run) -> dict[str, Tensor]:
 def _others(run: Run) -> dict[str, Tensor]:
     """Tensors that are not trained and belong in a checkpoint nevertheless."""
     if run.config.get("base") is not None:
-        return {name: now for name, now in _buffers(run.objective.networks).items() if _has_changed(run, name, now)}
+        buffers = _buffers(run.objective.networks)
+        return {name: buffer for name, buffer in buffers.items() if run.buffers.get(name) != _digest(buffer)}
     trained = {id(parameter) for parameter in run.parameters.values()}
     return {name: tensor for name, tensor in _state(run.objective.networks).items() if id(tensor) not in trained}
-
-
-def _has_changed(run: Run, name: str, now: Tensor) -> bool:
-    then = run.buffers.get(name)
-    return then is None or then[0] is not now or then[1] != _version(now)
 
 
 def _state(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -230,9 +226,9 @@ def _buffers(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in _state(networks).items() if not isinstance(tensor, nn.Parameter)}
 
 
-def _version(tensor: Tensor) -> int:
-    """A number that increases with every in-place change."""
-    return 0 if tensor.is_inference() else tensor._version  # inference tensors cannot change while gradients flow
+def _digest(tensor: Tensor) -> str:
+    """A hash of the values; torch's own version numbers miss the changes that fused batch norms make."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
 
 
 def _describe(group: Group) -> dict[str, Json]:
