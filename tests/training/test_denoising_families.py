@@ -29,7 +29,7 @@ POOLED = 10  # channels of SDXL's pooled prompt; six numbers of 256 channels fol
 
 
 @dataclass(frozen=True)
-class Line:
+class Narrow:
     """A narrow U-Net as our spec and as diffusers' configuration, and what it predicts."""
 
     spec: UNetSpec
@@ -53,11 +53,11 @@ SDXL = SD2 | {
     "projection_class_embeddings_input_dim": POOLED + 6 * 256,
 }
 HEADS = {"heads": None, "head_channels": 16, "linear_projection": True}
-LINES = {
-    "sd1": Line(narrow(), SD1, "eps"),
-    "sd1-inpainting": Line(narrow(in_channels=9), SD1 | {"in_channels": 9}, "eps"),
-    "sd2-v": Line(narrow(**HEADS), SD2, "v"),
-    "sdxl": Line(
+FAMILIES = {
+    "sd1": Narrow(narrow(), SD1, "eps"),
+    "sd1-inpainting": Narrow(narrow(in_channels=9), SD1 | {"in_channels": 9}, "eps"),
+    "sd2-v": Narrow(narrow(**HEADS), SD2, "v"),
+    "sdxl": Narrow(
         narrow(**HEADS, attention_depth=(2, 0), middle_depth=1, vector_channels=POOLED + 6 * 256), SDXL, "eps"
     ),
 }
@@ -94,17 +94,17 @@ def vectors(given: Inputs) -> Tensor:
     return torch.cat([given.pooled, torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1)], dim=1)
 
 
-def batch_of(line: Line, given: Inputs) -> tuple[Captioned, Conditioning]:
+def batch_of(family: Narrow, given: Inputs) -> tuple[Captioned, Conditioning]:
     """(batch, unconditional); the latter has no concat channels, as a caller has none to give."""
-    vector = vectors(given) if line.spec.vector_channels else None
-    concat = given.concat if line.spec.in_channels == 9 else None
+    vector = vectors(given) if family.spec.vector_channels else None
+    concat = given.concat if family.spec.in_channels == 9 else None
     text = Conditioning(given.context, vector)
     rows = text.rows(slice(0, 3))
     return Captioned(given.latents, Conditioning(rows.context, rows.vector, concat)), text.rows(slice(3, 4))
 
 
-def objective(line: Line, unet: UNet, unconditional: Conditioning) -> Denoising:
-    return Denoising(denoiser_factory(unet, SCHEDULE, line.prediction), {"unet": unet}, unconditional, seed=0)
+def objective(family: Narrow, unet: UNet, unconditional: Conditioning) -> Denoising:
+    return Denoising(denoiser_factory(unet, SCHEDULE, family.prediction), {"unet": unet}, unconditional, seed=0)
 
 
 @contextmanager
@@ -126,56 +126,56 @@ def randomise(network: nn.Module) -> None:
                 parameter.copy_(0.3 * noise + (1 if name.endswith("weight") else 0))
 
 
-def both(line: Line) -> tuple[UNet, nn.Module, dict[str, Any]]:
+def both(family: Narrow) -> tuple[UNet, nn.Module, dict[str, Any]]:
     """Our U-Net, diffusers' with the same weights, and how the latter's tensors become ours, by our names."""
     from diffusers import UNet2DConditionModel
 
-    kinds = [("CrossAttn" if depth else "") for depth in line.spec.attention_depth]
+    prefixes = [("CrossAttn" if depth else "") for depth in family.spec.attention_depth]
     theirs = UNet2DConditionModel(
         sample_size=8,
-        layers_per_block=line.spec.res_blocks,
-        block_out_channels=[line.spec.channels * mult for mult in line.spec.channel_mult],
-        down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-        up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-        **line.config,
+        layers_per_block=family.spec.res_blocks,
+        block_out_channels=[family.spec.channels * mult for mult in family.spec.channel_mult],
+        down_block_types=[f"{prefix}DownBlock2D" for prefix in prefixes],
+        up_block_types=[f"{prefix}UpBlock2D" for prefix in reversed(prefixes)],
+        **family.config,
     )
     randomise(theirs)
     weights = theirs.state_dict()
-    origins = plan(unet_rules([bool(kind) for kind in kinds], line.spec.res_blocks), weights).origins
-    ours = UNet(line.spec)
+    origins = plan(unet_rules([bool(prefix) for prefix in prefixes], family.spec.res_blocks), weights).origins
+    ours = UNet(family.spec)
     ours.load_state_dict({name: origin.tensor(weights.__getitem__) for name, origin in origins.items()})
     return ours, theirs, dict(origins)
 
 
-def reference_loss(theirs: Any, line: Line, given: Inputs) -> Tensor:
+def reference_loss(theirs: Any, family: Narrow, given: Inputs) -> Tensor:
     """The mean min-SNR loss written down from DDPM's definitions, without any code of ours."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha = (1 - betas).cumprod(0)[given.t].float()[:, None, None, None]
     noisy = alpha.sqrt() * given.latents + (1 - alpha).sqrt() * given.noise
     target = (
-        given.noise if line.prediction == "eps" else alpha.sqrt() * given.noise - (1 - alpha).sqrt() * given.latents
+        given.noise if family.prediction == "eps" else alpha.sqrt() * given.noise - (1 - alpha).sqrt() * given.latents
     )
     rows = [3 if drop else row for row, drop in enumerate(given.drop.tolist())]
-    if line.spec.in_channels == 9:
+    if family.spec.in_channels == 9:
         noisy = torch.cat([noisy, given.concat], dim=1)
-    added = {"text_embeds": given.pooled[rows], "time_ids": given.size[rows]} if line.spec.vector_channels else None
+    added = {"text_embeds": given.pooled[rows], "time_ids": given.size[rows]} if family.spec.vector_channels else None
     output = theirs(noisy, given.t, given.context[rows], added_cond_kwargs=added).sample
     snr = (alpha / (1 - alpha)).flatten()
-    weight = snr.clamp(max=5) / (snr if line.prediction == "eps" else snr + 1)
+    weight = snr.clamp(max=5) / (snr if family.prediction == "eps" else snr + 1)
     return (weight * (output - target).pow(2).mean((1, 2, 3))).mean()
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_loss_and_all_gradients_are_those_of_diffusers(name):
-    line, given = LINES[name], inputs()
-    ours, theirs, origins = both(line)
-    batch, unconditional = batch_of(line, given)
+    family, given = FAMILIES[name], inputs()
+    ours, theirs, origins = both(family)
+    batch, unconditional = batch_of(family, given)
 
     with without_global_random_numbers():
-        loss = objective(line, ours, unconditional).loss(batch, given.t, given.noise, given.drop).mean()
+        loss = objective(family, ours, unconditional).loss(batch, given.t, given.noise, given.drop).mean()
         loss.backward()
 
-    expected = reference_loss(theirs, line, given)
+    expected = reference_loss(theirs, family, given)
     expected.backward()
     assert_close(loss, expected, rtol=1e-5, atol=1e-6)
     gradients = {key: parameter.grad for key, parameter in theirs.named_parameters()}
@@ -185,14 +185,14 @@ def test_loss_and_all_gradients_are_those_of_diffusers(name):
         assert_close(parameter.grad, origins[key].tensor(gradients.__getitem__), rtol=1e-3, atol=1e-5 * scale, msg=key)
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_gradients_are_those_of_finite_differences(name):
-    line, given = LINES[name], inputs()
-    unet = UNet(line.spec).double()
+    family, given = FAMILIES[name], inputs()
+    unet = UNet(family.spec).double()
     randomise(unet)
-    batch, unconditional = batch_of(line, given)
+    batch, unconditional = batch_of(family, given)
     batch = Captioned(batch.latents.double(), batch.conditioning.to(dtype=torch.float64))
-    training = objective(line, unet, unconditional.to(dtype=torch.float64))
+    training = objective(family, unet, unconditional.to(dtype=torch.float64))
 
     def loss() -> Tensor:
         return training.losses(batch, step=3)["loss"]
@@ -216,13 +216,13 @@ def test_gradients_are_those_of_finite_differences(name):
         assert float(gradient.view(-1)[index]) == pytest.approx(float(above - below) / (2 * difference), rel=1e-5), key
 
 
-@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_training_reduces_the_loss_of_a_fixed_batch(tmp_path, name):
-    line, given = LINES[name], inputs()
-    unet = UNet(line.spec)
+    family, given = FAMILIES[name], inputs()
+    unet = UNet(family.spec)
     randomise(unet)
-    batch, unconditional = batch_of(line, given)
-    training = objective(line, unet, unconditional)
+    batch, unconditional = batch_of(family, given)
+    training = objective(family, unet, unconditional)
 
     def loss() -> float:
         with torch.no_grad():

@@ -29,8 +29,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     changeable: ClassVar[frozenset[str]] = frozenset(
-        {"steps", "learning_rate", "schedule", "warmup", "final_rate", "log_steps", "validate_steps", "save_seconds"}
-        | {"keep"}
+        {"learning_rate", "schedule", "warmup", "final_rate", "steps"}  # the learning rates still to come
+        | {"log_steps", "validate_steps", "save_seconds", "keep"}  # not what the steps compute
     )
 
     steps: int = Field(gt=0)
