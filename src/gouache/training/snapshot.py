@@ -228,7 +228,8 @@ def _buffers(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 def _digest(tensor: Tensor) -> str:
     """A hash of the values; torch's own version numbers miss the changes that fused batch norms make."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def _describe(group: Group) -> dict[str, Json]:
