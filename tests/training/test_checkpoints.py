@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whole or not there, whatever is cut off, flipped, lost or full."""
+"""Checkpoints on disk are complete or ignored, with files truncated, corrupted or missing and with a full disk."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from gouache.training import state
 from gouache.training.state import State
 
 
-def made(step: int) -> State:
-    drawn = torch.Generator().manual_seed(step)
-    weights = {"net.weight": torch.randn(8, 8, generator=drawn), "net.bias": torch.randn(8, generator=drawn).half()}
+def example(step: int) -> State:
+    generator = torch.Generator().manual_seed(step)
+    weights = {
+        "net.weight": torch.randn(8, 8, generator=generator),
+        "net.bias": torch.randn(8, generator=generator).half(),
+    }
     return State(
         {"weights": weights, "ema": {"net.weight": torch.full((8, 8), float(step))}}, {"step": step, "seed": 7}
     )
@@ -35,28 +38,28 @@ def same(a: State | None, b: State) -> bool:
 
 
 def saved(folder: Path, *steps: int, keep: int = 9) -> list[Path]:
-    return [state.save(folder, made(step), keep) for step in steps]
+    return [state.save(folder, example(step), keep) for step in steps]
 
 
-def test_what_was_saved_is_read_again_and_the_files_open_in_safetensors_and_json(tmp_path):
+def test_a_saved_checkpoint_is_read_back_and_its_files_are_safetensors_and_json(tmp_path):
     from safetensors.torch import load_file
 
     (path,) = saved(tmp_path, 5)
 
-    assert same(state.newest(tmp_path), made(5))
-    assert torch.equal(load_file(path / "weights.safetensors")["net.bias"], made(5).tensors["weights"]["net.bias"])
+    assert same(state.newest(tmp_path), example(5))
+    assert torch.equal(load_file(path / "weights.safetensors")["net.bias"], example(5).tensors["weights"]["net.bias"])
     assert json.loads((path / "state.json").read_text()) == {"step": 5, "seed": 7}
 
 
-def test_a_folder_without_checkpoints_has_no_newest(tmp_path):
+def test_a_folder_without_checkpoints_has_no_newest_one(tmp_path):
     assert state.newest(tmp_path) is None
 
 
-def test_the_number_in_the_name_counts_not_its_spelling_nor_its_date(tmp_path):
+def test_checkpoints_are_ordered_by_step_number_not_by_spelling_or_date(tmp_path):
     older, newer = saved(tmp_path, 99_999_999, 100_000_000)
     os.utime(older, (2e9, 2e9))
 
-    assert same(state.newest(tmp_path), made(100_000_000))
+    assert same(state.newest(tmp_path), example(100_000_000))
     assert state.checkpoints(tmp_path) == [older, newer]
 
 
@@ -66,7 +69,7 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [path.name for path in state.checkpoints(tmp_path)] == ["step-00000003", "step-00000004"]
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
@@ -84,30 +87,30 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
-def from_the_step_before(path: Path) -> None:
+def replace_by_the_previous_step(path: Path) -> None:
     shutil.copy(path.parent.with_name("step-00000002") / path.name, path)
 
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "ema.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", [cut, flip, zero, empty, from_the_step_before, Path.unlink])
-def test_a_damaged_newest_checkpoint_is_passed_over_for_the_one_before(tmp_path, damage, name):
+@pytest.mark.parametrize("damage", [truncate, flip, zero, empty, replace_by_the_previous_step, Path.unlink])
+def test_if_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_path, damage, name):
     saved(tmp_path, 1, 2, 3)
     damage(tmp_path / "step-00000003" / name)
 
     found = state.newest(tmp_path)
 
-    assert same(found, made(2))
+    assert same(found, example(2))
 
 
-def test_a_checkpoint_under_the_number_of_another_does_not_count(tmp_path):
+def test_a_checkpoint_copied_to_the_name_of_another_step_is_ignored(tmp_path):
     older, newer = saved(tmp_path, 1, 2)
     shutil.rmtree(newer)
     shutil.copytree(older, newer)
 
-    assert same(state.newest(tmp_path), made(1))
+    assert same(state.newest(tmp_path), example(1))
 
 
-def test_damaged_checkpoints_are_set_aside_without_replacing_earlier_ones(tmp_path):
+def test_damaged_checkpoints_are_renamed_without_replacing_earlier_ones(tmp_path):
     saved(tmp_path, 1, 2)
     state.set_aside(tmp_path, after=1)
     saved(tmp_path, 2)
@@ -117,9 +120,9 @@ def test_damaged_checkpoints_are_set_aside_without_replacing_earlier_ones(tmp_pa
     assert sorted(path.name for path in tmp_path.glob("*.bad*")) == ["step-00000002.bad", "step-00000002.bad1"]
 
 
-def test_where_all_are_damaged_every_start_stops_and_nothing_is_moved(tmp_path):
+def test_if_all_checkpoints_are_damaged_every_start_is_refused_and_nothing_is_moved(tmp_path):
     for path in saved(tmp_path, 1, 2):
-        cut(path / "weights.safetensors")
+        truncate(path / "weights.safetensors")
 
     for _ in range(2):
         with pytest.raises(TrainingError, match=r"all checkpoints are damaged .*step-00000001.*backup"):
@@ -128,7 +131,7 @@ def test_where_all_are_damaged_every_start_stops_and_nothing_is_moved(tmp_path):
     assert len(state.checkpoints(tmp_path)) == 2
 
 
-def test_a_checkpoint_of_a_newer_format_is_not_taken_for_damaged(tmp_path):
+def test_a_checkpoint_of_a_newer_format_is_not_reported_as_damaged(tmp_path):
     _, path = saved(tmp_path, 1, 2)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": state.FORMAT + 1}))
@@ -138,11 +141,11 @@ def test_a_checkpoint_of_a_newer_format_is_not_taken_for_damaged(tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for SIGKILL: nothing that the process does after it reaches the disk."""
+    """In place of SIGKILL: nothing that the process does afterwards reaches the disk."""
 
 
 def die_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
-    """Let so many calls that change the disk through, and none after them."""
+    """Allow this number of calls that change the disk, then raise."""
     left = calls
 
     def counted(real):
@@ -160,7 +163,7 @@ def die_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="folders are synced on POSIX only")
-def test_a_kill_between_any_two_changes_of_the_disk_leaves_the_old_checkpoint_or_the_new(tmp_path, monkeypatch):
+def test_a_kill_between_any_two_disk_operations_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
     before = tmp_path / "before"
     saved(before, 1, 2)
     seen = []
@@ -171,27 +174,27 @@ def test_a_kill_between_any_two_changes_of_the_disk_leaves_the_old_checkpoint_or
         with monkeypatch.context() as patch:
             die_after(patch, calls)
             try:
-                state.save(folder, made(3), keep=1)
+                state.save(folder, example(3), keep=1)
                 died = False
             except Killed:
                 died = True
         found = state.newest(folder)
-        assert same(found, made(2)) or same(found, made(3))
+        assert same(found, example(2)) or same(found, example(3))
         assert found is not None
         seen.append(found.step)
         if not died:
             break
-        # The next start clears what lay half written, and saves the next step.
+        # The next start removes unfinished files and saves the next step.
         with state.locked(folder):
             assert same(state.newest(folder), found)
             assert not [path for path in folder.iterdir() if path.suffix in (".part", ".tmp")]
-            state.save(folder, made(found.step + 1), keep=1)
+            state.save(folder, example(found.step + 1), keep=1)
             assert [path.name for path in state.checkpoints(folder)] == [f"step-{found.step + 1:08d}"]
 
     assert seen == sorted(seen) and seen.count(2) > 10 and seen.count(3) > 3
 
 
-def test_a_disk_that_gives_back_other_bytes_costs_no_older_checkpoint(tmp_path, monkeypatch):
+def test_a_disk_that_returns_wrong_bytes_does_not_cost_an_older_checkpoint(tmp_path, monkeypatch):
     import hashlib
 
     saved(tmp_path, 1)
@@ -199,13 +202,13 @@ def test_a_disk_that_gives_back_other_bytes_costs_no_older_checkpoint(tmp_path, 
     with monkeypatch.context() as patch:
         patch.setattr(hashlib, "file_digest", lambda file, name: hashlib.new(name, b"something else"))
         with pytest.raises(GouacheError):
-            state.save(tmp_path, made(2), keep=1)
+            state.save(tmp_path, example(2), keep=1)
 
-    assert same(state.newest(tmp_path), made(1))
+    assert same(state.newest(tmp_path), example(1))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
-def test_a_full_disk_costs_no_older_checkpoint(tmp_path):
+def test_a_full_disk_does_not_cost_an_older_checkpoint(tmp_path):
     import resource
 
     saved(tmp_path, 1)
@@ -214,14 +217,14 @@ def test_a_full_disk_costs_no_older_checkpoint(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (300, limits[1]))
     try:
         with pytest.raises(GouacheError, match="cannot be written"):
-            state.save(tmp_path, made(2), keep=1)
+            state.save(tmp_path, example(2), keep=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    assert same(state.newest(tmp_path), made(1))
+    assert same(state.newest(tmp_path), example(1))
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_the_error_for_a_folder_that_cannot_be_created_names_it(tmp_path):
     (tmp_path / "file").write_text("in the way")
 
     with pytest.raises(TrainingError, match="file/run: cannot be written to"), state.locked(tmp_path / "file" / "run"):
@@ -229,7 +232,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no flock")
-def test_a_locked_folder_is_refused_to_a_second_run(tmp_path):
+def test_a_second_run_in_a_locked_folder_is_refused(tmp_path):
     with (
         state.locked(tmp_path),
         pytest.raises(TrainingError, match="another run is training here"),

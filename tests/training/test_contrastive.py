@@ -1,4 +1,4 @@
-"""The contrastive loss against transformers' own, and in the cases where it is known."""
+"""The contrastive loss compared with transformers' and with known values."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def clip():
             projection_dim=8,
         )
     ).eval()  # fmt: skip
-    drawn = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim:
-                parameter.copy_(torch.randn(parameter.shape, generator=drawn) * 0.4)
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
     ours = Contrast(
         ClipText(TextSpec(**text, vocabulary=12, positions=6, projection=8)),
         ClipVision(VisionSpec(**text, image_size=8, patch_size=4, projection=8)),
@@ -51,10 +51,10 @@ def clip():
 
 
 def pairs() -> Pairs:
-    drawn = torch.Generator().manual_seed(1)
-    words = torch.randint(0, 10, (5, 4), generator=drawn)
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(0, 10, (5, 4), generator=generator)
     tokens = torch.cat([torch.full((5, 1), 10), words, torch.full((5, 1), 11)], dim=1)
-    return Pairs(torch.randn(5, 3, 8, 8, generator=drawn), tokens)
+    return Pairs(torch.randn(5, 3, 8, 8, generator=generator), tokens)
 
 
 @torch.no_grad()
@@ -68,12 +68,12 @@ def test_loss_and_similarities_agree_with_transformers(clip):
     logits = ours.temperature() * ours.similarities(ours.text(batch.tokens).pooled, batch.images)
     assert_close(logits, expected.logits_per_text, atol=1e-4, rtol=1e-4)
     assert_close(found["loss"], expected.loss, atol=1e-4, rtol=1e-4)
-    right = expected.logits_per_text.argmax(1) == torch.arange(5)
-    assert_close(found["found"], right.float().mean())
+    correct = expected.logits_per_text.argmax(1) == torch.arange(5)
+    assert_close(found["accuracy"], correct.float().mean())
 
 
 @torch.no_grad()
-def test_captions_that_say_nothing_cost_the_logarithm_of_the_batch(clip):
+def test_the_loss_of_equal_pairs_is_the_logarithm_of_the_batch_size(clip):
     ours, _ = clip
     batch = pairs()
     same = Pairs(batch.images[:1].expand(5, -1, -1, -1), batch.tokens[:1].expand(5, -1))
@@ -82,7 +82,7 @@ def test_captions_that_say_nothing_cost_the_logarithm_of_the_batch(clip):
 
 
 @torch.no_grad()
-def test_the_temperature_starts_at_that_of_clip_and_is_held_below_a_hundred():
+def test_the_temperature_starts_as_in_clip_and_is_at_most_100():
     temperature = Temperature()
     assert float(temperature()) == pytest.approx(1 / 0.07)
 

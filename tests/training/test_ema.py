@@ -1,4 +1,4 @@
-"""The moving average against its closed form."""
+"""The moving average compared with its closed form."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far():
         history.append(parameter.detach().double())
         ema.update({"w": parameter})
 
-    # Each update keeps d of what was: the k-th weights are left with (1 - d_k) times all later d.
+    # Each update multiplies the average by d: the k-th weights keep the share (1 - d_k) times all later d.
     decays = [min(0.5, (1 + n) / (10 + n)) for n in range(1, 31)]
     expected = torch.zeros(2, dtype=torch.float64)
     for k, weights in enumerate(history):
@@ -30,7 +30,7 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far():
     torch.testing.assert_close(ema.weights["w"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_early_on_the_average_forgets_faster_and_later_by_its_decay():
+def test_the_decay_increases_to_its_limit():
     parameter = nn.Parameter(torch.zeros(()))
     ema = Ema({"w": parameter}, decay=0.9)
     shares = []

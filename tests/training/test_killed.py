@@ -1,4 +1,4 @@
-"""A run that is killed, or asked to stop, at any moment goes on as if nothing had been: processes and real signals."""
+"""A run that is killed or stopped at any moment resumes exactly: tests with processes and real signals."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .toys import train_small_autoencoder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
-STEPS = 24
+STEPS = 14
 KILLS = 6
 EVERY_STEP = 1e-9
 
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts a run in a process of its own, forked from one that has torch loaded already."""
+    """Starts a run in a process of its own, forked from one that has already imported torch."""
     context = multiprocessing.get_context("forkserver")
-    # torch._dynamo is what an optimizer's first step imports; it takes seconds.
-    context.set_forkserver_preload(["torch._dynamo", "gouache.training.loop", "gouache.training.autoencoder"])
+    # The first step of an optimizer imports torch._dynamo, which takes seconds.
+    context.set_forkserver_preload(["torch._dynamo", "tests.training.toys"])
     started = []
 
     def go(folder: Path, steps: int, save_seconds: float, hang_at: int = -1):
@@ -50,25 +50,25 @@ def newest_number(folder: Path) -> int:
     return max((int(path.name[5:]) for path in state.checkpoints(folder)), default=0)
 
 
-def wait_until(happened, child, seconds: float = 60) -> None:
-    """Until `happened()`, or the child has ended."""
-    patience = time.monotonic() + seconds
-    while not happened() and child.exitcode is None:
-        assert time.monotonic() < patience, "the run makes no progress"
+def wait_until(condition, child, seconds: float = 60) -> None:
+    """Until `condition()` is true or the child has ended."""
+    deadline = time.monotonic() + seconds
+    while not condition() and child.exitcode is None:
+        assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.002)
 
 
-def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_unbroken_one(start, tmp_path):
-    unbroken, killed = tmp_path / "unbroken" / "run", tmp_path / "killed" / "run"
-    start(unbroken, STEPS, save_seconds=1e9).join()
-    chance = random.Random(11)
+def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_uninterrupted_one(start, tmp_path):
+    uninterrupted, killed = tmp_path / "uninterrupted" / "run", tmp_path / "killed" / "run"
+    start(uninterrupted, STEPS, save_seconds=1e9).join()
+    rng = random.Random(11)
     reached = killed_midway = 0
 
     for kill in range(KILLS):
         child = start(killed, STEPS, EVERY_STEP)
-        if kill % 4:  # else: some moment of the start itself
+        if kill % 4:  # otherwise it is killed while it starts
             wait_until(lambda before=reached: newest_number(killed) > before, child)
-        child.join(chance.uniform(0, 0.1))
+        child.join(rng.uniform(0, 0.1))
         child.kill()
         child.join()
         killed_midway += child.exitcode == -signal.SIGKILL
@@ -80,7 +80,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_unbroken_one(start,
     last.join()
 
     assert last.exitcode == 0
-    expected, found = state.newest(unbroken), state.newest(killed)
+    expected, found = state.newest(uninterrupted), state.newest(killed)
     assert expected is not None and found is not None
     assert found.tensors.keys() == expected.tensors.keys() == {"weights", "ema", "optimizer"}
     for file, tensors in expected.tensors.items():
@@ -88,15 +88,15 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_unbroken_one(start,
         assert all(torch.equal(found.tensors[file][name], tensor) for name, tensor in tensors.items()), file
     for name in ("step", "best", "ema_updates"):
         assert found.values[name] == expected.values[name]
-    assert (killed / "best.safetensors").read_bytes() == (unbroken / "best.safetensors").read_bytes()
-    assert (killed / "log.jsonl").read_text() == (unbroken / "log.jsonl").read_text()
+    assert (killed / "best.safetensors").read_bytes() == (uninterrupted / "best.safetensors").read_bytes()
+    assert (killed / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
     assert sorted(path.name for path in killed.iterdir()) == [
         "best.safetensors", "lock", "log.jsonl", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_to_stop_finishes_the_step_and_saves(start, tmp_path, number):
+def test_one_stop_signal_finishes_the_step_and_saves(start, tmp_path, number):
     folder = tmp_path / "run"
     child = start(folder, 100_000, save_seconds=1e9)
     wait_until(lambda: (folder / "log.jsonl").exists() and len((folder / "log.jsonl").read_text()) > 200, child)
@@ -105,15 +105,15 @@ def test_one_signal_to_stop_finishes_the_step_and_saves(start, tmp_path, number)
     child.join(30)
 
     assert child.exitcode == 0
-    told = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "result.json").read_text())
     logged = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert told == {"step": max(logged), "finished": False}
+    assert result == {"step": max(logged), "finished": False}
     assert newest_number(folder) == max(logged)
 
 
-def test_a_second_signal_stops_at_once_and_the_last_save_stands(start, tmp_path):
+def test_a_second_signal_stops_at_once_and_the_last_checkpoint_remains(start, tmp_path):
     folder = tmp_path / "run"
-    child = start(folder, 100, EVERY_STEP, hang_at=6)  # two batches a step: the fourth step does not end
+    child = start(folder, 100, EVERY_STEP, hang_at=6)  # two batches per step: the fourth step does not end
     wait_until(lambda: newest_number(folder) == 3, child)
     time.sleep(0.1)
 
@@ -128,7 +128,7 @@ def test_a_second_signal_stops_at_once_and_the_last_save_stands(start, tmp_path)
     assert found is not None and found.step == 3
 
 
-def test_a_folder_in_which_a_run_trains_is_refused_and_free_again_once_that_is_killed(start, tmp_path):
+def test_the_folder_of_a_running_process_is_locked_until_that_is_killed(start, tmp_path):
     folder = tmp_path / "run"
     child = start(folder, 100, EVERY_STEP, hang_at=4)
     wait_until(lambda: newest_number(folder) == 2, child)

@@ -1,4 +1,4 @@
-"""The loop's own manners, on a linear regression: rates, averages, logs, validation, and runs that go wrong."""
+"""The loop on a linear regression: rates, averages, logs, validation, previews, stopping, and runs that fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 from gouache.errors import TrainingError
 from gouache.training import state
 from gouache.training.loop import train
-from gouache.training.objective import Group, by_decay, chance
+from gouache.training.objective import Group, by_decay, step_generator
 
 from .toys import Regression, points, regression, settings
 
@@ -24,12 +24,12 @@ def log_of(folder) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_regression_finds_the_line_it_was_drawn_from(tmp_path):
+def test_a_regression_finds_the_line_that_its_data_comes_from(tmp_path):
     objective = regression()
     truth = torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.3, 3.0]])
 
     def batch(number: int):
-        x = torch.randn(16, 3, generator=chance(0, number))
+        x = torch.randn(16, 3, generator=step_generator(0, number))
         return x, x @ truth.T + 0.25
 
     result = train(objective, batch, settings(steps=500, learning_rate=0.05, weight_decay=0.0), tmp_path)
@@ -39,7 +39,7 @@ def test_a_regression_finds_the_line_it_was_drawn_from(tmp_path):
     torch.testing.assert_close(result.last["net.bias"], torch.tensor([0.25, 0.25]), atol=0.02, rtol=0)
 
 
-def test_steps_are_those_of_a_plain_loop_over_torchs_own_adamw(tmp_path):
+def test_steps_are_those_of_a_plain_loop_with_torchs_adamw(tmp_path):
     given = settings(steps=7, learning_rate=0.02, warmup=3, weight_decay=0.1, clip_norm=0.5, schedule="cosine")
     net = regression().net
     optimizer = torch.optim.AdamW(
@@ -61,8 +61,8 @@ def test_steps_are_those_of_a_plain_loop_over_torchs_own_adamw(tmp_path):
     torch.testing.assert_close(result.last["net.bias"], net.bias.detach())
 
 
-def test_a_group_learns_at_its_own_share_of_the_rate(tmp_path):
-    # Adam's first step is the learning rate itself, whatever the size of the gradient.
+def test_a_group_is_trained_at_its_own_multiple_of_the_rate(tmp_path):
+    # Adam's first step has the size of the learning rate, for any size of the gradient.
     objective = regression()
     start = {name: value.clone() for name, value in objective.net.state_dict().items()}
     groups = (
@@ -77,17 +77,17 @@ def test_a_group_learns_at_its_own_share_of_the_rate(tmp_path):
     torch.testing.assert_close(moved["bias"], torch.full((2,), 0.01), rtol=1e-3, atol=1e-7)
 
 
-def test_matrices_decay_and_vectors_do_not():
+def test_matrices_have_weight_decay_and_vectors_do_not():
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Linear(4, 2))
     network[2].bias.requires_grad_(False)
 
-    decaying, staying = by_decay({"n": network})
+    matrices, vectors = by_decay({"n": network})
 
-    assert decaying.decay and set(decaying.parameters) == {"n.0.weight", "n.2.weight"}
-    assert not staying.decay and set(staying.parameters) == {"n.0.bias", "n.1.weight", "n.1.bias"}
+    assert matrices.decay and set(matrices.parameters) == {"n.0.weight", "n.2.weight"}
+    assert not vectors.decay and set(vectors.parameters) == {"n.0.bias", "n.1.weight", "n.1.bias"}
 
 
-def test_a_step_of_several_batches_is_a_step_of_their_union(tmp_path):
+def test_a_step_with_accumulated_batches_equals_one_with_their_union(tmp_path):
     def halves(number: int):
         x, y = points(number // 2)
         return (x[:2], y[:2]) if number % 2 == 0 else (x[2:], y[2:])
@@ -101,7 +101,7 @@ def test_a_step_of_several_batches_is_a_step_of_their_union(tmp_path):
         assert split_log == pytest.approx(whole_log, rel=1e-4)
 
 
-def test_what_is_validated_are_the_averages_and_the_weights_come_back(tmp_path):
+def test_validation_has_the_averaged_weights_and_the_last_ones_are_restored(tmp_path):
     objective = regression()
     seen = []
 
@@ -124,7 +124,7 @@ def test_what_is_validated_are_the_averages_and_the_weights_come_back(tmp_path):
     assert not torch.allclose(average, objective.net.weight, atol=0.01)
 
 
-def test_weights_come_back_even_if_validation_fails(tmp_path):
+def test_the_last_weights_are_restored_even_if_validation_fails(tmp_path):
     objective = regression()
     before = []
 
@@ -140,7 +140,7 @@ def test_weights_come_back_even_if_validation_fails(tmp_path):
     assert not torch.equal(before[0], objective.net.weight)
 
 
-def test_without_averages_the_weights_themselves_are_the_result(tmp_path):
+def test_without_averages_the_result_has_the_last_weights(tmp_path):
     result = train(regression(), points, settings(ema_decay=0), tmp_path)
 
     stored = state.newest(tmp_path)
@@ -148,7 +148,7 @@ def test_without_averages_the_weights_themselves_are_the_result(tmp_path):
     assert torch.equal(result.weights["net.weight"], result.last["net.weight"])
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
+def test_the_weights_with_the_lowest_validation_loss_are_kept(tmp_path):
     objective = regression()
     scores = iter([5.0, 2.0, math.nan, 3.0])
     seen = []
@@ -163,26 +163,28 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(tmp_path):
     assert [line["validation psnr"] for line in log_of(tmp_path) if "validation psnr" in line] == [1.0] * 4
 
 
-def test_the_log_has_the_rate_the_loss_and_the_norm_of_each_step_however_small(tmp_path):
-    told = []
+def test_the_log_has_rate_loss_and_norm_even_if_they_are_tiny(tmp_path):
+    reports = []
 
-    train(regression(), points, settings(steps=5, learning_rate=3e-9, log_steps=2), tmp_path, on_log=told.append)
+    train(regression(), points, settings(steps=5, learning_rate=3e-9, log_steps=2), tmp_path, on_log=reports.append)
 
     lines = log_of(tmp_path)
     assert [line["step"] for line in lines] == [2, 4, 5]
     assert all(line["rate"] == pytest.approx(3e-9) for line in lines)
     assert all(line["norm"] > 0 for line in lines)
-    assert [progress.step for progress in told] == [2, 4, 5]
-    assert [progress.losses["loss"] for progress in told] == pytest.approx([line["loss"] for line in lines], rel=1e-5)
-    assert told[-1].left == 0
+    assert [progress.step for progress in reports] == [2, 4, 5]
+    assert [progress.losses["loss"] for progress in reports] == pytest.approx(
+        [line["loss"] for line in lines], rel=1e-5
+    )
+    assert reports[-1].left == 0
 
 
-def test_a_run_out_of_time_stops_where_it_is_and_one_that_is_finished_does_nothing(tmp_path):
+def test_a_run_out_of_time_stops_and_a_finished_run_does_nothing(tmp_path):
     stopped = train(regression(), points, settings(), tmp_path, seconds=0)
     assert (stopped.step, stopped.finished, state.newest(tmp_path)) == (0, False, None)
 
     done = train(regression(), points, settings(), tmp_path)
-    again = train(regression(), lambda number: pytest.fail("a batch was asked for"), settings(), tmp_path)
+    again = train(regression(), lambda number: pytest.fail("a batch was requested"), settings(), tmp_path)
 
     assert done.finished and again.finished and again.step == 6
     torch.testing.assert_close(again.last, done.last, rtol=0, atol=0)
@@ -222,14 +224,14 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_with_the_last_good_checkpoi
     assert torch.isfinite(net.weight).all()
 
 
-def test_a_first_step_that_is_not_finite_says_that_nothing_was_saved(tmp_path):
+def test_the_error_for_a_first_step_that_is_not_finite_states_that_nothing_was_saved(tmp_path):
     with pytest.raises(TrainingError, match=r"step 1: .*no checkpoint was saved yet"):
         train(Poisoned(regression().net, step=0), points, settings(), tmp_path)
 
     assert state.newest(tmp_path) is None
 
 
-def test_a_run_outside_the_main_thread_needs_no_signals(tmp_path):
+def test_a_run_outside_the_main_thread_works_without_signals(tmp_path):
     from concurrent.futures import ThreadPoolExecutor
 
     with ThreadPoolExecutor(1) as pool:
@@ -238,14 +240,102 @@ def test_a_run_outside_the_main_thread_needs_no_signals(tmp_path):
     assert result.finished
 
 
-def test_chance_is_the_same_for_a_step_and_another_for_every_other():
+def test_should_stop_ends_a_run_in_another_thread_which_saves_and_can_resume(tmp_path):
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Event
+
+    stop, calls = Event(), []
+
+    def batches(number: int):
+        calls.append(number)
+        if number == 2:
+            stop.set()  # during the third step: it is finished
+        return points(number)
+
+    with ThreadPoolExecutor(1) as pool:
+        run = pool.submit(train, regression(), batches, settings(), tmp_path, should_stop=stop.is_set)
+        stopped = run.result()
+
+    assert (stopped.step, stopped.finished, calls) == (3, False, [0, 1, 2])
+    found = state.newest(tmp_path)
+    assert found is not None and found.step == 3
+    whole = train(regression(), points, settings(), tmp_path / "whole")
+    resumed = train(regression(seed=9), points, settings(), tmp_path)
+    torch.testing.assert_close(dict(resumed.last), dict(whole.last), rtol=0, atol=0)
+
+
+def test_previews_are_made_at_the_chosen_steps_with_the_averaged_weights(tmp_path):
+    objective = regression()
+    seen = {}
+
+    def preview(step: int) -> None:
+        seen[step] = objective.net.weight.detach().clone()
+
+    chosen = {"on_preview": preview, "preview_steps": {0, 2, 3}}
+    first = train(objective, points, settings(steps=2, ema_decay=0.5, learning_rate=0.3), tmp_path, **chosen)
+    second = train(objective, points, settings(steps=4, ema_decay=0.5, learning_rate=0.3), tmp_path, **chosen)
+
+    assert list(seen) == [0, 2, 3]
+    assert torch.equal(seen[0], regression().net.weight)
+    assert torch.equal(seen[2], first.weights["net.weight"])
+    assert not torch.equal(seen[2], first.last["net.weight"])
+    assert torch.equal(objective.net.weight, second.last["net.weight"])
+
+
+def test_a_preview_that_fails_leaves_the_last_weights_in_place_and_an_interval_is_a_range(tmp_path):
+    objective = regression()
+    steps = []
+
+    def preview(step: int) -> None:
+        steps.append(step)
+        if step == 6:
+            raise RuntimeError("no image")
+
+    with pytest.raises(RuntimeError, match="no image"):
+        train(
+            objective, points, settings(ema_decay=0.5, learning_rate=0.3), tmp_path,
+            on_preview=preview, preview_steps=range(2, 1000, 2),
+        )  # fmt: skip
+
+    assert steps == [2, 4, 6]
+    whole = train(regression(), points, settings(ema_decay=0.5, learning_rate=0.3), tmp_path / "whole")
+    assert torch.equal(objective.net.weight, whole.last["net.weight"])
+
+
+def test_parameters_outside_the_networks_are_trained_and_saved_under_their_own_names(tmp_path):
+    objective = regression()
+    objective.net.requires_grad_(False)
+    factors = nn.Parameter(torch.zeros(2, 3))
+    objective.net.register_forward_hook(lambda _, inputs, output: output + nn.functional.linear(inputs[0], factors))
+    adapted = Regression(objective.net, (Group({"lora.net": factors}),))
+
+    result = train(adapted, points, settings(), tmp_path)
+
+    assert torch.equal(result.last["lora.net"], factors) and factors.abs().min() > 0
+    assert torch.equal(objective.net.weight, regression().net.weight)
+    stored = state.newest(tmp_path)
+    assert stored is not None and set(stored.tensors["ema"]) == {"lora.net"}
+
+
+def test_without_trainable_parameters_or_with_one_name_for_two_a_run_is_refused(tmp_path):
+    objective = regression()
+    twice = (Group({"w": objective.net.weight}), Group({"w": objective.net.bias}))
+    with pytest.raises(TrainingError, match="same name"):
+        train(Regression(objective.net, twice), points, settings(), tmp_path)
+
+    objective.net.requires_grad_(False)
+    with pytest.raises(TrainingError, match="nothing to train"):
+        train(objective, points, settings(), tmp_path)
+
+
+def test_the_generator_of_a_step_is_reproducible_and_differs_from_all_others():
     draws = {
-        (seed, step): tuple(torch.randn(3, generator=chance(seed, step)).tolist())
+        (seed, step): tuple(torch.randn(3, generator=step_generator(seed, step)).tolist())
         for seed in range(5)
         for step in range(-1, 200)
     }
 
     assert len(set(draws.values())) == len(draws)
-    assert draws[2, 7] == tuple(torch.randn(3, generator=chance(2, 7)).tolist())
+    assert draws[2, 7] == tuple(torch.randn(3, generator=step_generator(2, 7)).tolist())
     first = torch.tensor([draw[0] for draw in draws.values()])
     assert abs(float(first.mean())) < 0.15 and abs(float(first.std()) - 1) < 0.1

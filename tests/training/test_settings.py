@@ -1,4 +1,4 @@
-"""The knobs of a run: the learning rate against torch's own schedulers, and bad ones refused by name."""
+"""Settings of a run: the learning rate compared with torch's schedulers, and bad values refused by name."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def test_a_table_of_a_toml_file_becomes_settings(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("stepz = 3", "stepz.*is not a setting.*steps, batch"),
-        ("steps = 0", "steps.*greater than 0.*it is 0"),
-        ("steps = 2.5", "steps.*it is 2.5"),
-        ("learning_rate = 'fast'", "learning_rate.*it is 'fast'"),
-        ("learning_rate = inf", "learning_rate.*finite.*it is inf"),
+        ("stepz = 3", "stepz.*is not a training setting.*steps, batch"),
+        ("steps = 0", "steps.*greater than 0.*got 0"),
+        ("steps = 2.5", "steps.*got 2.5"),
+        ("learning_rate = 'fast'", "learning_rate.*got 'fast'"),
+        ("learning_rate = inf", "learning_rate.*finite.*got inf"),
         ("ema_decay = 1.0", "ema_decay.*less than 1"),
         ("betas = [0.9, 1.5]", "betas.1.*less than 1"),
-        ("schedule = 'linear'", "schedule.*'constant' or 'cosine'.*it is 'linear'"),
+        ("schedule = 'linear'", "schedule.*'constant' or 'cosine'.*got 'linear'"),
         ("", "learning_rate.*is missing"),
     ],
 )
-def test_a_bad_setting_is_refused_by_its_name_and_table(tmp_path, line, words):
+def test_a_bad_setting_is_refused_with_its_name_and_table(tmp_path, line, words):
     path = tmp_path / "recipe.toml"
     given = {"steps": "steps = 5", "batch": "batch = 1", "learning_rate": "learning_rate = 1"}
     given.pop(line.split(" ")[0] or "learning_rate", None)
@@ -52,11 +52,11 @@ def test_a_bad_setting_is_refused_by_its_name_and_table(tmp_path, line, words):
     [
         ("[text]\nsteps = 1", r"no table \[vae\]; it has text"),
         ("vae = 3", r"no table \[vae\]"),
-        ("[vae", "is not TOML"),
+        ("[vae", "is not valid TOML"),
         ("", r"no table \[vae\]; it has none"),
     ],
 )
-def test_a_file_without_the_table_says_what_it_has(tmp_path, text, words):
+def test_the_error_for_a_missing_table_lists_the_tables_of_the_file(tmp_path, text, words):
     path = tmp_path / "recipe.toml"
     path.write_text(text)
 
@@ -64,12 +64,12 @@ def test_a_file_without_the_table_says_what_it_has(tmp_path, text, words):
         read(path, "vae")
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_the_error_for_a_missing_file_names_it(tmp_path):
     with pytest.raises(FileError, match=r"recipe.toml: cannot be read"):
         read(tmp_path / "recipe.toml", "vae")
 
 
-def test_settings_are_values():
+def test_settings_are_immutable():
     with pytest.raises(ValidationError):
         settings().steps = 7  # type: ignore[misc]
 
@@ -85,14 +85,14 @@ def rates_of_torch(steps: int, rate: float, make) -> list[float]:
     return found
 
 
-def test_the_cosine_is_that_of_torch():
+def test_the_cosine_schedule_is_that_of_torch():
     given = settings(steps=200, learning_rate=0.3, schedule="cosine", final_rate=0.1)
 
     expected = rates_of_torch(200, 0.3, lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 200, eta_min=0.03))
     assert [given.rate(step) for step in range(200)] == pytest.approx(expected)
 
 
-def test_the_warmup_is_that_of_torch_and_the_cosine_begins_after_it():
+def test_the_warmup_is_that_of_torch_and_the_cosine_starts_after_it():
     given = settings(steps=100, learning_rate=0.3, schedule="cosine", final_rate=0.0, warmup=20)
 
     def both(optimizer):
@@ -110,7 +110,7 @@ def test_a_constant_rate_is_constant_after_the_warmup():
     assert {given.rate(step) for step in range(9, 1000)} == {0.3}
 
 
-def test_a_warmup_longer_than_the_run_only_rises():
+def test_with_a_warmup_longer_than_the_run_the_rate_only_increases():
     given = settings(steps=5, learning_rate=1.0, schedule="cosine", warmup=10)
 
     assert [given.rate(step) for step in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])

@@ -1,5 +1,6 @@
-"""Data to weights: one loop, an objective a file, and checkpoints that survive a crash.
+"""Training: one loop, one file per objective, and checkpoints that survive a crash.
 
-`loop.py` is the straight line. It knows an objective only as losses and parameter groups, and a batch only as a
-number: whatever chance a step needs is drawn from (seed, step), so a resumed run repeats the unbroken one exactly.
+`loop.py` is the main pipeline. It knows an objective only by its losses, parameter groups and configuration, and a
+batch only by its number. All random numbers of a step are derived from (seed, step), so a resumed run is bit-equal to
+an uninterrupted one.
 """

@@ -1,10 +1,11 @@
-"""The text encoder's objective: a caption and its picture find each other in a batch (Radford et al. 2021)."""
+"""The text encoder's objective: match captions and images within a batch, as CLIP does (Radford et al. 2021)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +13,19 @@ from torch import Tensor, nn
 
 from gouache.nn.clip_text import ClipText
 from gouache.nn.clip_vision import ClipVision
-from gouache.training.objective import Group, by_decay
+from gouache.training.objective import Group, Json, by_decay
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """`images` (B, 3, S, S) and the `tokens` (B, N) of their captions, begin and end tokens included."""
+    """`images` (B, 3, S, S) and the `tokens` (B, N) of their captions, including start and end tokens."""
 
     images: Tensor
     tokens: Tensor
 
 
 class Temperature(nn.Module):
-    """The scale of the similarities, learnt as its logarithm and held below 100, as CLIP does."""
+    """The scale of the similarities. As in CLIP, its logarithm is learned and its value is at most 100."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,29 +37,46 @@ class Temperature(nn.Module):
 
 @dataclass(frozen=True)
 class Contrast:
+    """The symmetric cross-entropy of caption-image similarities; it uses no random numbers.
+
+    `groups` are the trained parameters, by default all trainable ones. `data` identifies the data set and `base` the
+    weights of frozen parameters; both are compared on resume.
+    """
+
     text: ClipText
     vision: ClipVision
     temperature: Temperature = field(default_factory=Temperature)
+    groups: tuple[Group, ...] = ()
+    data: str | None = None
+    base: str | None = None
+
+    changeable: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
         return {"text": self.text, "vision": self.vision, "temperature": self.temperature}
 
-    def groups(self) -> list[Group]:
-        return by_decay(self.networks)
+    def parameter_groups(self) -> list[Group]:
+        return list(self.groups) or by_decay(self.networks)
+
+    def config(self) -> Mapping[str, Json]:
+        return {"type": "contrast", "data": self.data, "base": self.base}
 
     def losses(self, batch: Pairs, step: int) -> Mapping[str, Tensor]:
-        return self.matched(self.text(batch.tokens).pooled, batch.images)
+        return self.feature_losses(self.text(batch.tokens).pooled, batch.images)
 
-    def matched(self, said: Tensor, images: Tensor) -> Mapping[str, Tensor]:
-        """Losses of captions, by their pooled states (B, projection), and their images (B, 3, S, S)."""
-        similarity = self.temperature() * self.similarities(said, images)
-        right = torch.arange(len(similarity), device=similarity.device)
-        loss = 0.5 * (F.cross_entropy(similarity, right) + F.cross_entropy(similarity.T, right))
-        found = (similarity.argmax(1) == right).float().mean()
-        return {"loss": loss, "found": found}
+    def feature_losses(self, text_features: Tensor, images: Tensor) -> Mapping[str, Tensor]:
+        """Losses of captions, given as pooled text features (B, projection), and their images (B, 3, S, S).
 
-    def similarities(self, said: Tensor, images: Tensor) -> Tensor:
-        """Cosines (B, B): rows are captions, columns pictures."""
-        seen = F.normalize(self.vision(images).pooled, dim=-1)
-        return F.normalize(said, dim=-1) @ seen.T
+        "accuracy" is the share of captions whose most similar image is their own.
+        """
+        logits = self.temperature() * self.similarities(text_features, images)
+        labels = torch.arange(len(logits), device=logits.device)
+        loss = 0.5 * (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels))
+        accuracy = (logits.argmax(1) == labels).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+    def similarities(self, text_features: Tensor, images: Tensor) -> Tensor:
+        """Cosine similarities (B, B): rows are captions, columns images."""
+        image_features = F.normalize(self.vision(images).pooled, dim=-1)
+        return F.normalize(text_features, dim=-1) @ image_features.T

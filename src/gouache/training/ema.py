@@ -1,4 +1,4 @@
-"""A moving average of the weights, which draws better pictures than the weights themselves."""
+"""An exponential moving average of the weights, which usually generates better images than the last weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Averages of `parameters`, float32, by name. Early on the average forgets faster: min(decay, (1+n)/(10+n))."""
+    """Averages of `parameters` in float32, by name. The decay increases to its limit: min(decay, (1+n)/(10+n))."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay

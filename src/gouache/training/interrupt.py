@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish that the loop reads between steps."""
+"""Ctrl-C and SIGTERM as a request to stop that the loop polls between steps."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether a stop was asked for.
+    """Yields a function that returns whether a stop was requested.
 
-    Once: the loop finishes its step, saves and returns. Again: KeyboardInterrupt at once; the last save stands.
-    Outside the main thread no signal arrives, and the answer is always no.
+    First signal: the loop finishes its step, saves and returns. Second signal: KeyboardInterrupt at once; the last
+    checkpoint remains. Outside the main thread no signal can be handled and the function always returns False.
     """
-    asked = False
+    requested = False
 
-    def note(_signal: int, _frame: object) -> None:
-        nonlocal asked
-        if asked:
+    def handle(_signal: int, _frame: object) -> None:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        asked = True
+        requested = True
 
     try:
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever runs the loop there stops it by `seconds`
-        before = {}
+        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: its caller stops the loop by `should_stop` or `seconds`
+        previous = {}
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

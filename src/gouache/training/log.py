@@ -1,4 +1,4 @@
-"""`log.jsonl`: what a run measured, one JSON object a line, each step once however often the run was killed."""
+"""`log.jsonl`: the measurements of a run, one JSON object per line, each step once however often it was killed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gouache.files.write import write_atomic
 
 
 class Log:
-    """Appends to `path`. Opened at `step`, it first drops the lines of later steps, which are to be done again."""
+    """Appends to `path`. Opened at `step`, it first removes the lines of later steps, since they will be repeated."""
 
     def __init__(self, path: Path, step: int) -> None:
         self.path = path
@@ -19,7 +19,7 @@ class Log:
             write_atomic(path, "".join(f"{line}\n" for line in lines).encode())
 
     def write(self, **values: float) -> None:
-        """One line of named numbers, to six significant digits."""
+        """One line of named numbers, with six significant digits."""
         line = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -28,5 +28,5 @@ class Log:
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # the last line of a killed run may be cut
+    except (ValueError, KeyError, TypeError):  # a killed run may have written half a line
         return math.inf

@@ -1,15 +1,15 @@
-"""The training loop: one for every objective.
+"""The training loop, the same for every objective.
 
     settings, objective, batches -> begin or resume -> per step: losses, gradients, optimizer, average -> checkpoints
 
-The body of `train` is the second straight line of the house. It knows no network and no data.
+The body of `train` is the main pipeline of training. It knows no network and no data.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,15 @@ from gouache.training.interrupt import stop_signals
 from gouache.training.log import Log
 from gouache.training.objective import Objective
 from gouache.training.settings import Settings
-from gouache.training.snapshot import Run, averaged, begin, put_back, take, weights
+from gouache.training.snapshot import Run, averaged, begin, capture, restore, weights
 
 Batches = Callable[[int], Any]
-"""The batch of a number, counted from 0: a function of the number alone, so that a run can resume anywhere."""
+"""Returns the batch of a number, counted from 0. It depends on the number alone, so that a run can resume anywhere."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Told after each logged step. `seconds` is this sitting's time, `left` an estimate of what remains."""
+    """Passed to `on_log`. `seconds` is the time since this call of `train` began, `left` the estimated time left."""
 
     step: int
     steps: int
@@ -43,7 +43,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: at `step`, `finished` or stopped. `weights` are averages where some are kept, `last` are not."""
+    """A run that has ended at `step`, because it was `finished` or stopped.
+
+    `last` are the weights that its checkpoints contain (trained parameters, and frozen ones if the objective names no
+    base); `weights` are the same with averages where they are kept.
+    """
 
     step: int
     finished: bool
@@ -59,23 +63,41 @@ def train(
     *,
     on_log: Callable[[Progress], None] | None = None,
     validate: Callable[[], Mapping[str, float]] | None = None,
+    on_preview: Callable[[int], None] | None = None,
+    preview_steps: Container[int] = (),
+    should_stop: Callable[[], bool] | None = None,
     seconds: float = math.inf,
 ) -> Result:
-    """Train until `settings.steps`, or for `seconds`, or until Ctrl-C; then save. Called again, it goes on.
+    """Train until `settings.steps`, for `seconds`, or until Ctrl-C or `should_stop()`; then save. A later call resumes.
 
-    `folder` holds the checkpoints and `log.jsonl`. `validate` is called with the averaged weights in place; the
-    weights of the lowest "loss" it returned are kept as `best.safetensors`. Raises TrainingError when a loss or
-    gradient is not finite, when another run trains in the folder, or when the folder belongs to a different run.
+    `folder` contains the checkpoints and `log.jsonl`. `validate` and `on_preview` are called with the averaged weights
+    in the networks: `validate` every `settings.validate_steps`, and the weights with the lowest "loss" it returned are
+    kept as `best.safetensors`; `on_preview` with the number of steps done, for the numbers in `preview_steps` (0 is
+    before the first step; an interval is a `range`). `should_stop` is polled between steps; it is for callers outside
+    the main thread, where no signal arrives.
+
+    Raises TrainingError when a loss or gradient is not finite, when another run trains in the folder, or when the
+    folder belongs to a different run; RequestError when the optimizer is not known.
     """
-    with checkpoint.locked(folder), stop_signals() as stopped:
+    with checkpoint.locked(folder), stop_signals() as interrupted:
         run = begin(objective, settings)
         step, best = _resume(run, folder)
         first = saved = step
         began = saved_at = time.monotonic()
         log = Log(folder / "log.jsonl", step)
 
-        while step < settings.steps and not stopped() and time.monotonic() - began < seconds:
-            losses = _descend(objective, batches, step, settings.accumulate)
+        def stopped() -> bool:
+            return interrupted() or time.monotonic() - began >= seconds or (should_stop is not None and should_stop())
+
+        def preview() -> None:
+            if on_preview is not None and step in preview_steps:
+                with averaged(run):
+                    on_preview(step)
+
+        if step == 0:
+            preview()
+        while step < settings.steps and not stopped():
+            losses = accumulate_gradients(objective, batches, step, settings.accumulate)
             norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), settings.clip_norm)
             if not torch.isfinite(norm + losses["loss"]):
                 raise TrainingError(_not_finite(step, losses, saved, folder))
@@ -90,56 +112,57 @@ def train(
             if step % settings.log_steps == 0 or step == settings.steps:
                 passed = time.monotonic() - began
                 left = passed / (step - first) * (settings.steps - step)
-                told = Progress(step, settings.steps, _floats(losses), passed, left)
-                log.write(step=step, rate=settings.rate(step - 1), norm=float(norm), **told.losses)
+                progress = Progress(step, settings.steps, _floats(losses), passed, left)
+                log.write(step=step, rate=settings.rate(step - 1), norm=float(norm), **progress.losses)
                 if on_log is not None:
-                    on_log(told)
+                    on_log(progress)
             if validate is not None and (step % settings.validate_steps == 0 or step == settings.steps):
                 with averaged(run):
                     scores = dict(validate())
                     log.write(step=step, **{f"validation {name}": value for name, value in scores.items()})
                     if scores["loss"] < best:
                         best = scores["loss"]
-                        write_safetensors(folder / "best.safetensors", weights(run.networks))
+                        write_safetensors(folder / "best.safetensors", weights(run))
+            preview()
             if time.monotonic() - saved_at > settings.save_seconds:
-                checkpoint.save(folder, take(run, step, best), settings.keep)
+                checkpoint.save(folder, capture(run, step, best), settings.keep)
                 saved, saved_at = step, time.monotonic()
 
         if step > saved:
-            checkpoint.save(folder, take(run, step, best), settings.keep)
-        last = {name: tensor.clone() for name, tensor in weights(run.networks).items()}
+            checkpoint.save(folder, capture(run, step, best), settings.keep)
+        last = {name: tensor.clone() for name, tensor in weights(run).items()}
         with averaged(run):
-            means = {name: tensor.clone() for name, tensor in weights(run.networks).items()}
+            means = {name: tensor.clone() for name, tensor in weights(run).items()}
         return Result(step, step >= settings.steps, means, last)
 
 
-def _resume(run: Run, folder: Path) -> tuple[int, float]:
-    """Put the newest whole checkpoint in place; (its step, the lowest validation loss), or (0, inf) if none was."""
-    state = checkpoint.newest(folder)
-    if state is None:
-        return 0, math.inf
-    step, best = put_back(run, state, folder)
-    checkpoint.set_aside(folder, after=step)
-    return step, best
-
-
-def _descend(objective: Objective, batches: Batches, step: int, accumulate: int) -> dict[str, Tensor]:
-    """The gradients of one step's batches, added up in the parameters; returns the mean of each loss."""
+def accumulate_gradients(objective: Objective, batches: Batches, step: int, accumulate: int) -> dict[str, Tensor]:
+    """Add the mean gradient of one step's `accumulate` batches to the parameters; returns the mean of each loss."""
     means: dict[str, Tensor] = {}
     for number in range(step * accumulate, (step + 1) * accumulate):
         losses = objective.losses(batches(number), number)
         (losses["loss"] / accumulate).backward()
         for name, value in losses.items():
-            share = value.detach() / accumulate
-            means[name] = means[name] + share if name in means else share
+            part = value.detach() / accumulate
+            means[name] = means[name] + part if name in means else part
     return means
 
 
+def _resume(run: Run, folder: Path) -> tuple[int, float]:
+    """Restore the newest undamaged checkpoint; its step and lowest validation loss, or (0, inf) if there is none."""
+    state = checkpoint.newest(folder)
+    if state is None:
+        return 0, math.inf
+    step, best = restore(run, state, folder)
+    checkpoint.set_aside(folder, after=step)
+    return step, best
+
+
 def _not_finite(step: int, losses: Mapping[str, Tensor], saved: int, folder: Path) -> str:
-    told = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
-    found = f"step {step + 1}: a loss or gradient is not finite ({told})"
-    kept = f"{folder} holds the good checkpoint of step {saved}" if saved else "no checkpoint was saved yet"
-    return f"{found}; {kept}; train in a new folder with a lower learning rate"
+    values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
+    problem = f"step {step + 1}: a loss or gradient is not finite ({values})"
+    kept = f"the checkpoint of step {saved} in {folder} is good" if saved else "no checkpoint was saved yet"
+    return f"{problem}; {kept}; train in a new folder with a lower learning rate"
 
 
 def _floats(losses: Mapping[str, Tensor]) -> dict[str, float]:

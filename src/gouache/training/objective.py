@@ -1,18 +1,24 @@
-"""What the loop asks of a thing to be trained: its networks, its parameter groups, and the losses of a batch."""
+"""The interface between the loop and what it trains: networks, parameter groups, configuration, losses of a batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+Json = None | bool | int | float | str | list[Any] | dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a rate: `rate` times the run's learning rate; `decay` says whether weights decay."""
+    """Parameters that share optimizer settings: `rate` multiplies the learning rate; `decay` enables weight decay.
+
+    The names are those in checkpoints. For a parameter of a network they are `network.name`; other parameters (the
+    factors of a LoRA, the vectors of an embedding) may have any name that is unique in the run.
+    """
 
     parameters: Mapping[str, nn.Parameter]
     rate: float = 1.0
@@ -20,27 +26,44 @@ class Group:
 
 
 class Objective(Protocol):
-    """`networks` are saved and averaged under their names; `groups` are what the optimizer moves."""
+    """What the loop needs to know of a training objective.
+
+    `changeable` are the names in `config` whose values may differ when a run is resumed.
+    """
+
+    changeable: ClassVar[frozenset[str]]
 
     @property
-    def networks(self) -> Mapping[str, nn.Module]: ...
+    def networks(self) -> Mapping[str, nn.Module]:
+        """The trained networks by the name that precedes their weights in checkpoints."""
+        ...
 
-    def groups(self) -> list[Group]: ...
+    def parameter_groups(self) -> list[Group]:
+        """The trained parameters. They need not be all parameters of a network, nor belong to one."""
+        ...
+
+    def config(self) -> Mapping[str, Json]:
+        """Everything that the losses depend on, apart from weights and batches; stored in every checkpoint.
+
+        A resumed run must have the same values, except for those named in `changeable`. "base" identifies the weights
+        that frozen parameters come from: if it is not None, checkpoints do not contain them.
+        """
+        ...
 
     def losses(self, batch: Any, step: int) -> Mapping[str, Tensor]:
-        """Named scalars of one batch. "loss" is what is descended; the others are told to the log."""
+        """Named scalars of one batch. "loss" is minimised; the others are only logged."""
         ...
 
 
-def chance(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator of one step. Nothing is remembered between steps, so nothing random needs saving."""
-    # Far apart for neighbouring steps and seeds: the generator's own mixing of near seeds is weak.
+def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The random generator of one step. It depends on seed and step alone, so no random state has to be saved."""
+    # Neighbouring steps and seeds are spread far apart: the generator itself mixes similar seeds poorly.
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**63
     return torch.Generator(device).manual_seed(mixed)
 
 
 def by_decay(modules: Mapping[str, nn.Module], rate: float = 1.0) -> list[Group]:
-    """All trainable parameters in two groups: matrices and filters decay, norms and biases do not."""
+    """All trainable parameters in two groups: matrices and filters have weight decay, norms and biases do not."""
     named = {
         f"{name}.{key}": parameter
         for name, module in modules.items()

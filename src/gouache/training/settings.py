@@ -1,28 +1,37 @@
-"""The knobs of a training run, as a TOML file says them; an unknown or impossible one is refused by name."""
+"""The settings of a training run, as in a table of a TOML file. Unknown or impossible values are refused by name."""
 
 from __future__ import annotations
 
 import math
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from gouache.errors import FileError, RequestError
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
-    """Everything the loop reads, and the size of a batch. Steps are optimizer steps; times are seconds.
+    """Everything the loop reads, and the batch size. Steps are optimizer steps; times are in seconds.
 
-    The learning rate rises linearly over `warmup` steps, then stays or falls along half a cosine, which ends at
-    `final_rate * learning_rate` after the last step. `ema_decay` 0 keeps no average. `save_seconds` bounds how much
-    work a crash can cost; `keep` is how many checkpoints stay.
+    The learning rate increases linearly over `warmup` steps, then stays constant or decreases along half a cosine to
+    `final_rate * learning_rate` after the last step. `optimizer` is a name in `optimizers.TABLE` or the dotted path of
+    a class; `optimizer_arguments` are passed to it and override `betas`. With `ema_decay` 0 no average is kept.
+    `save_seconds` limits how much work a crash can lose; `keep` is the number of checkpoints kept.
+
+    `changeable` are the settings that may differ when a run is resumed. Changes are recorded in the checkpoint and act
+    from the next step on. With a cosine schedule, a change of `steps` changes the rates still to come.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    changeable: ClassVar[frozenset[str]] = frozenset(
+        {"learning_rate", "schedule", "warmup", "final_rate", "steps"}  # the learning rates still to come
+        | {"log_steps", "validate_steps", "save_seconds", "keep"}  # not what the steps compute
+    )
 
     steps: int = Field(gt=0)
     batch: int = Field(gt=0)
@@ -30,10 +39,12 @@ class Settings(BaseModel):
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: int = Field(default=100, ge=0)
     final_rate: float = Field(default=0.05, ge=0, le=1)
+    optimizer: str = "adamw"
+    optimizer_arguments: dict[str, JsonValue] = {}
     weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     clip_norm: float = Field(default=1.0, gt=0)
-    ema_decay: Share = 0.999
+    ema_decay: Fraction = 0.999
     accumulate: int = Field(default=1, gt=0)
     seed: int = Field(default=0, ge=0)
     log_steps: int = Field(default=50, gt=0)
@@ -42,13 +53,13 @@ class Settings(BaseModel):
     keep: int = Field(default=2, gt=0)
 
     def rate(self, step: int) -> float:
-        """The learning rate of step `step`, from 0."""
+        """The learning rate of step `step`, counted from 0."""
         if step < self.warmup:
             return self.learning_rate * (step + 1) / self.warmup
         if self.schedule == "constant":
             return self.learning_rate
-        done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        height = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        height = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
         return self.learning_rate * (self.final_rate + (1 - self.final_rate) * height)
 
 
@@ -59,7 +70,7 @@ def read(path: Path, section: str) -> Settings:
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(path, f"is not TOML: {error}") from None
+        raise FileError(path, f"is not valid TOML: {error}") from None
     if not isinstance(table.get(section), dict):
         raise FileError(path, f"has no table [{section}]; it has {', '.join(table) or 'none'}")
     return checked(table[section], f"{path.name} [{section}]")
@@ -72,9 +83,9 @@ def checked(values: dict[str, object], where: str) -> Settings:
     except ValidationError as error:
         fault = error.errors()[0]
         if fault["type"] == "extra_forbidden":
-            message = f"is not a setting of a run; there are {', '.join(Settings.model_fields)}"
+            message = f"is not a training setting; known settings: {', '.join(Settings.model_fields)}"
         elif fault["type"] == "missing":
-            message = "is missing, and has no default"
+            message = "is missing and has no default"
         else:
-            message = f"{fault['msg'].lower()}, but it is {fault['input']!r}"
+            message = f"{fault['msg'].lower()}, got {fault['input']!r}"
         raise RequestError(f"{where} {'.'.join(map(str, fault['loc']))}", message) from None

@@ -1,15 +1,16 @@
-"""Between a live run and its checkpoint: what is taken out of networks and optimizer, and how it is put back.
+"""Between a live run and its checkpoint: `capture` reads networks and optimizer, `restore` writes them.
 
-Names, never positions, say where a tensor belongs. A checkpoint that does not fit the run in every name and shape is
-refused before anything is changed.
+Tensors are matched by name, never by position. A checkpoint that does not fit the run in every name, shape and setting
+is refused before anything is changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,67 +18,63 @@ import torch
 from torch import Tensor, nn
 
 from gouache.errors import TrainingError
+from gouache.training import optimizers
+from gouache.training.changes import Change, as_json, compare, field_defaults, refused
 from gouache.training.ema import Ema
-from gouache.training.objective import Objective
+from gouache.training.objective import Group, Json, Objective
+from gouache.training.optimizers import OptimizerState
 from gouache.training.settings import Settings
 from gouache.training.state import State
-
-# How long a run is and how often it tells or saves may change between sittings; what its numbers depend on may not.
-# Under a cosine schedule, other `steps` bend the rates that are still to come.
-FREE = frozenset({"steps", "log_steps", "validate_steps", "save_seconds", "keep"})
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that a step changes, and the settings by which it does. `parameters` are the trained ones."""
+    """Everything that a step changes, and the settings that determine how.
 
-    networks: Mapping[str, nn.Module]
+    `parameters` are the trained ones. `options` are the optimizer's options as it was built, `buffers` the hashes of
+    the networks' persistent buffers before the first step, `changes` the settings changed since the run began.
+    """
+
+    objective: Objective
     parameters: Mapping[str, nn.Parameter]
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
     ema: Ema | None
     settings: Settings
+    config: Mapping[str, Json]
+    options: Sequence[Mapping[str, Any]]
+    buffers: Mapping[str, str]
+    changes: list[Change] = field(default_factory=list)
 
 
 def begin(objective: Objective, settings: Settings) -> Run:
-    """A run at its first step."""
-    groups = objective.groups()
+    """A run at its first step. Raises TrainingError if no parameter is trained."""
+    groups = [group for group in objective.parameter_groups() if group.parameters]
     parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": list(group.parameters.values()),
-                "weight_decay": settings.weight_decay if group.decay else 0.0,
-                "rate": group.rate,
-            }
-            for group in groups
-        ],
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        fused=True,  # all parameters at once: of a small network's step on a CPU, one by one costs a tenth
-    )
+    if not parameters:
+        raise TrainingError("nothing to train: no parameter requires a gradient; unfreeze a network or pass groups")
+    if len(parameters) < sum(len(group.parameters) for group in groups):
+        raise TrainingError("two trained parameters have the same name; give each a unique name in its group")
+    optimizer = optimizers.build(settings, groups)
     ema = Ema(parameters, settings.ema_decay) if settings.ema_decay else None
-    return Run(objective.networks, parameters, optimizer, ema, settings)
+    config = as_json({**objective.config(), "groups": [_describe(group) for group in groups]})
+    buffers = {name: _digest(buffer) for name, buffer in _buffers(objective.networks).items()}
+    return Run(objective, parameters, optimizer, ema, settings, config, optimizers.options(optimizer), buffers)
 
 
-def weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """All weights, trained or not, as `network.name`: the tensors themselves, not copies."""
-    return {
-        f"{name}.{key}": tensor.detach()
-        for name, network in networks.items()
-        for key, tensor in network.state_dict().items()
-    }
+def weights(run: Run) -> dict[str, Tensor]:
+    """The weights that belong in a file of this run: the tensors themselves, not copies.
+
+    These are the trained parameters and the persistent buffers that have changed. Frozen weights are included only
+    when the objective names no base they could be loaded from.
+    """
+    trained = {name: parameter.detach() for name, parameter in run.parameters.items()}
+    return {**trained, **{name: tensor.detach() for name, tensor in _others(run).items()}}
 
 
-def take(run: Run, step: int, best: float) -> State:
-    """The run after `step` steps, its lowest validation loss being `best`; valid until the next step."""
-    tensors: dict[str, Mapping[str, Tensor]] = {
-        "weights": weights(run.networks),
-        "optimizer": {
-            f"{name}.{moment}": value
-            for name, parameter in run.parameters.items()
-            for moment, value in run.optimizer.state.get(parameter, {}).items()
-        },
-    }
+def capture(run: Run, step: int, best: float) -> State:
+    """The run after `step` steps, with `best` as its lowest validation loss; valid until the next step."""
+    optimizer = optimizers.capture(run.optimizer, run.parameters, run.options)
+    tensors = {"weights": weights(run), "optimizer": optimizer.tensors}
     if run.ema is not None:
         tensors["ema"] = run.ema.weights
     values = {
@@ -85,103 +82,160 @@ def take(run: Run, step: int, best: float) -> State:
         "best": best if math.isfinite(best) else None,
         "ema_updates": run.ema.updates if run.ema is not None else 0,
         "settings": run.settings.model_dump(mode="json"),
+        "objective": dict(run.config),
+        "changes": [asdict(change) for change in run.changes],
+        "optimizer": {"values": optimizer.values, "groups": optimizer.groups},
     }
     return State(tensors, values)
 
 
 @torch.no_grad()
-def put_back(run: Run, state: State, folder: Path) -> tuple[int, float]:
-    """Make `run` what it was when `state` was taken; returns its step and lowest validation loss.
+def restore(run: Run, state: State, folder: Path) -> tuple[int, float]:
+    """Make `run` what it was when `state` was captured; returns its step and lowest validation loss.
 
-    Raises TrainingError, naming `folder` and what differs, if the state is that of another run.
+    Settings that may change are taken from `run`, and their changes are added to `run.changes`. Raises TrainingError,
+    naming `folder` and each difference, if the state belongs to another run.
     """
-    _refuse_other_settings(run.settings, state.values["settings"], folder)
-    live = weights(run.networks)
-    averages = run.ema.weights if run.ema is not None else {}
-    stored_averages = state.tensors.get("ema", {})
-    moments = _moments(state.tensors["optimizer"], list(run.parameters))
-    _refuse_other_tensors(live, state.tensors["weights"], "networks", folder)
-    _refuse_other_tensors(averages, stored_averages, "averages", folder)
-    if strange := sorted(set(moments) - set(run.parameters)):
-        raise TrainingError(f"{folder}: holds a run that trained {strange[0]}, which is not trained now; {_WAYS_OUT}")
-    for name, stored in moments.items():
-        shaped = {moment: value for moment, value in stored.items() if moment != "step"}
-        _refuse_other_tensors(dict.fromkeys(shaped, run.parameters[name]), shaped, f"moments of {name}", folder)
+    changes = _changes(run, state)
+    wrong = refused(changes, _changeable(run))
+    _refuse([change for change in wrong if change.setting != "objective.groups"], folder)
+    stored, averages, moments = _check_tensors(run, state, folder)
+    _refuse(wrong, folder)  # the trained parameters fit; their rates or their weight decay differ
 
-    for name, tensor in live.items():
-        tensor.copy_(state.tensors["weights"][name])
-    for name, tensor in averages.items():
-        tensor.copy_(stored_averages[name])
+    live = _all_tensors(run)
+    for name, tensor in stored.items():
+        live[name].copy_(tensor)
     if run.ema is not None:
+        for name, tensor in run.ema.weights.items():
+            tensor.copy_(averages[name])
         run.ema.updates = state.values["ema_updates"]
-    for name, stored in moments.items():
-        parameter = run.parameters[name]
-        run.optimizer.state[parameter] = {
-            moment: value.clone() if moment == "step" else _laid_out_like(parameter, value)
-            for moment, value in stored.items()
-        }
+    rest = state.values.get("optimizer", {})
+    optimizers.restore(
+        run.optimizer, run.parameters, OptimizerState(moments, rest.get("values", {}), rest.get("groups", ()))
+    )
+    run.changes[:] = [*(Change(**change) for change in state.values.get("changes", ())), *changes]
     best = state.values["best"]
     return state.step, math.inf if best is None else best
 
 
 @contextmanager
 def averaged(run: Run) -> Iterator[None]:
-    """The averages in the networks for a while, then the weights again."""
+    """Within the block, the networks have the averaged weights; afterwards the last weights again."""
     if run.ema is None:
         yield
         return
-    kept = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
+    last = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
     _copy(run.ema.weights, run.parameters)
     try:
         yield
     finally:
-        _copy(kept, run.parameters)
+        _copy(last, run.parameters)
 
 
-_WAYS_OUT = "go on with what it was, or give another folder"
+_ADVICE = "resume with the original values, or use another folder"
 
 
-def _refuse_other_settings(now: Settings, stored: Mapping[str, Any], folder: Path) -> None:
-    # A setting that is younger than the checkpoint had its default's effect then.
-    defaults = {name: field.default for name, field in Settings.model_fields.items() if not field.is_required()}
-    then = {**defaults, **stored}
-    values = now.model_dump(mode="json")
-    changed = [name for name in sorted({*values, *then} - FREE) if _plain(values.get(name)) != _plain(then.get(name))]
-    if changed:
-        told = ", ".join(f"{name} {then.get(name)} (now {values.get(name)})" for name in changed)
-        raise TrainingError(f"{folder}: holds a run with {told}; {_WAYS_OUT}")
+def _changes(run: Run, state: State) -> list[Change]:
+    defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
+    settings = run.settings.model_dump(mode="json")
+    changes = compare("settings", state.step, state.values["settings"], settings, as_json(defaults))
+    if "objective" in state.values:  # not in formats 1 and 2
+        before = state.values["objective"]
+        changes += compare("objective", state.step, before, run.config, field_defaults(run.objective))
+    return changes
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _changeable(run: Run) -> frozenset[str]:
+    settings = {f"settings.{name}" for name in run.settings.changeable}
+    return frozenset(settings | {f"objective.{name}" for name in run.objective.changeable})
 
 
-def _refuse_other_tensors(now: Mapping[str, Tensor], then: Mapping[str, Tensor], what: str, folder: Path) -> None:
-    shapes = {name: list(tensor.shape) for name, tensor in now.items()}
-    stored = {name: list(tensor.shape) for name, tensor in then.items()}
-    for name in sorted({*shapes, *stored}):
-        if shapes.get(name) != stored.get(name):
-            found, wanted = (each.get(name, "absent") for each in (stored, shapes))
-            raise TrainingError(f"{folder}: holds a run of other {what}: {name} is {found}, now {wanted}; {_WAYS_OUT}")
+def _refuse(changes: Sequence[Change], folder: Path) -> None:
+    if changes:
+        raise TrainingError(f"{folder}: was trained with {', '.join(each.text for each in changes)}; {_ADVICE}")
 
 
-def _moments(stored: Mapping[str, Tensor], names: list[str]) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's tensors by parameter. Format 1 numbered the parameters; since then their names are written."""
-    moments: dict[str, dict[str, Tensor]] = {}
-    for key, value in stored.items():
-        name, _, moment = key.rpartition(".")
+def _check_tensors(
+    run: Run, state: State, folder: Path
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """(weights, averages, optimizer tensors) of `state`. Raises TrainingError unless all names and shapes fit."""
+    stored, averages = state.tensors["weights"], state.tensors.get("ema", {})
+    moments = _named(state.tensors["optimizer"], list(run.parameters))
+    live = _all_tensors(run)
+    old = "objective" not in state.values  # formats 1 and 2: all weights, an optimizer that was AdamW
+    optional = set(live if old else run.buffers) & set(stored)
+    expected = {*run.parameters, *_others(run), *optional}
+    _check_shapes({name: live[name] for name in expected}, stored, "weights", folder)
+    _check_shapes(run.ema.weights if run.ema is not None else {}, averages, "averages", folder)
+    owners = {name.rpartition(".")[0] for name in moments} | set(state.values.get("optimizer", {}).get("values", {}))
+    if unknown := sorted(owners - set(run.parameters)):
+        raise TrainingError(f"{folder}: {unknown[0]} was trained there and is not trained now; {_ADVICE}")
+    if old:  # in format 1 the order of the parameters might be another one
+        moments_now = {path: live[path.rpartition(".")[0]] for path in moments if not path.endswith(".step")}
+        _check_shapes(moments_now, {path: moments[path] for path in moments_now}, "moments", folder)
+    return stored, averages, moments
+
+
+def _check_shapes(now: Mapping[str, Tensor], stored: Mapping[str, Tensor], what: str, folder: Path) -> None:
+    here = {name: list(tensor.shape) for name, tensor in now.items()}
+    there = {name: list(tensor.shape) for name, tensor in stored.items()}
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            found, expected = (str(shapes.get(name, "absent")) for shapes in (there, here))
+            raise TrainingError(
+                f"{folder}: the {what} do not fit: {name} is {found} in the checkpoint, {expected} now; {_ADVICE}"
+            )
+
+
+def _named(stored: Mapping[str, Tensor], names: list[str]) -> dict[str, Tensor]:
+    """The optimizer's tensors as `parameter.key`. Format 1 numbered the parameters; newer formats name them."""
+    named: dict[str, Tensor] = {}
+    for path, value in stored.items():
+        name, _, key = path.rpartition(".")
         if name.isdecimal() and int(name) < len(names):
             name = names[int(name)]
-        moments.setdefault(name, {})[moment] = value
-    return moments
+        named[f"{name}.{key}"] = value
+    return named
 
 
-def _laid_out_like(parameter: nn.Parameter, value: Tensor) -> Tensor:
-    """A copy of `value` in the memory order of `parameter`, as the optimizer itself made it.
+def _all_tensors(run: Run) -> dict[str, Tensor]:
+    """The trained parameters and all persistent tensors of the networks."""
+    return {**_state(run.objective.networks), **run.parameters}
 
-    Over mixed orders kernels are slower, and free to round differently: a resumed run is to be equal to the last bit.
-    """
-    return torch.empty_like(parameter).copy_(value)
+
+def _others(run: Run) -> dict[str, Tensor]:
+    """Tensors that are not trained and belong in a checkpoint nevertheless."""
+    if run.config.get("base") is not None:
+        buffers = _buffers(run.objective.networks)
+        return {name: buffer for name, buffer in buffers.items() if run.buffers.get(name) != _digest(buffer)}
+    trained = {id(parameter) for parameter in run.parameters.values()}
+    return {name: tensor for name, tensor in _state(run.objective.networks).items() if id(tensor) not in trained}
+
+
+def _state(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """All persistent tensors as `network.name`: the parameters and buffers themselves."""
+    return {
+        f"{name}.{key}": tensor
+        for name, network in networks.items()
+        for key, tensor in network.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _buffers(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in _state(networks).items() if not isinstance(tensor, nn.Parameter)}
+
+
+def _digest(tensor: Tensor) -> str:
+    """A hash of the values; torch's own version numbers miss the changes that fused batch norms make."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _describe(group: Group) -> dict[str, Json]:
+    names = "\n".join(sorted(group.parameters))
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+    return {"parameters": len(group.parameters), "names": digest, "rate": group.rate, "decay": group.decay}
 
 
 @torch.no_grad()

@@ -1,9 +1,9 @@
-"""Checkpoints: a run can be killed at any instant and goes on from the newest one that is whole.
+"""Checkpoints on disk: a run can be killed at any moment and resumes from the newest undamaged one.
 
-A checkpoint is a folder `step-00001000`. Its weights, averages and optimizer are safetensors, the rest is JSON;
-`manifest.json`, with the size and SHA-256 of every file, is written last. The folder is filled under another name,
-every file synced and read back, and renamed: a folder without a manifest that holds true does not count. Nothing is
-pickled.
+A checkpoint is a folder `step-00001000`. Its weights, averages and optimizer state are safetensors files, the rest is
+JSON; `manifest.json`, with the size and SHA-256 of every file, is written last. The folder is written under a temporary
+name, every file is synced and read back, then the folder is renamed. A folder whose manifest is missing or does not
+match is ignored. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from torch import Tensor
 from gouache.errors import TrainingError
 from gouache.files.write import write_atomic, write_safetensors
 
-FORMAT = 2  # 1 had the optimizer's tensors under numbers instead of names; it is still read
+# 1 numbered the optimizer's tensors instead of naming them; 1 and 2 contain all weights, trained or not, and no
+# configuration of the objective. Both are still read.
+FORMAT = 3
 
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint holds: `tensors[file][name]`, and `values` that JSON can say (step, settings, ...)."""
+    """The contents of a checkpoint: `tensors[file][name]`, and `values` for JSON (step, settings, ...)."""
 
     tensors: Mapping[str, Mapping[str, Tensor]]
     values: Mapping[str, Any]
@@ -41,9 +43,9 @@ class State:
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
-    """Write `state` into `folder`, verified, then remove all but the newest `keep`. Returns its path.
+    """Write and verify `state` in `folder`, then remove all but the newest `keep` checkpoints. Returns its path.
 
-    Raises FileError or TrainingError where the disk is full or fails; older checkpoints then stand.
+    Raises FileError or TrainingError if the disk is full or fails; older checkpoints are then kept.
     """
     final = folder / f"step-{state.step:08d}"
     part = folder / f"{final.name}.part"
@@ -55,21 +57,21 @@ def save(folder: Path, state: State, keep: int) -> Path:
             for name, tensors in state.tensors.items()
         }
         digests["state.json"] = _write_json(part / "state.json", dict(state.values))
-        seals = {name: {"bytes": (part / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
-        _write_json(part / "manifest.json", {"format": FORMAT, "step": state.step, "files": seals})
-        os.replace(part, final)  # fails if the step is there already: each is saved once
+        entries = {name: {"bytes": (part / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
+        _write_json(part / "manifest.json", {"format": FORMAT, "step": state.step, "files": entries})
+        os.replace(part, final)  # fails if it exists already: each step is saved once
         _sync(folder)
     except OSError as error:
-        raise TrainingError(f"{final}: cannot be written: {error.strerror}; older checkpoints stand") from None
+        raise TrainingError(f"{final}: cannot be written: {error.strerror}; older checkpoints are kept") from None
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def newest(folder: Path) -> State | None:
-    """The newest checkpoint in `folder` that is whole, None if there never was one. Changes nothing on the disk.
+    """The newest undamaged checkpoint in `folder`, None if there is no checkpoint at all. Changes nothing on disk.
 
-    Raises TrainingError where checkpoints exist but all are damaged: a run never starts again silently.
+    Raises TrainingError if checkpoints exist but all are damaged: a run never silently starts over.
     """
     found = checkpoints(folder)
     for path in reversed(found):
@@ -78,47 +80,45 @@ def newest(folder: Path) -> State | None:
     if found:
         raise TrainingError(
             f"{folder}: all checkpoints are damaged ({', '.join(path.name for path in found)}); "
-            "restore one from a backup, or give another folder to start anew"
+            "restore one from a backup, or use another folder to start over"
         )
     return None
 
 
 def set_aside(folder: Path, after: int) -> None:
-    """Name checkpoints of steps beyond `after`, which were found damaged, `.bad`, for whoever wants to look."""
+    """Append `.bad` to the names of checkpoints after step `after`, which are damaged, so that they can be examined."""
     for path in checkpoints(folder):
         if _number(path) > after:
             os.replace(path, _free_name(path))
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Folders named as checkpoints, oldest step first; the number in the name counts, not its date."""
+    """Folders named as checkpoints, in the order of the step in their names; dates do not matter."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
     return sorted(found, key=_number)
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one run; a second one is refused. A killed run's lock is gone with its process."""
+    """Lock `folder` for one run; a second run is refused. The lock of a killed run ends with its process."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a")
     except OSError as error:
-        raise TrainingError(f"{folder}: cannot be written to ({error.strerror}); give another folder") from None
+        raise TrainingError(f"{folder}: cannot be written to ({error.strerror}); use another folder") from None
     with file:
         try:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock; there the rename of checkpoints still keeps them whole
+        except ImportError:  # Windows has no flock; checkpoints are still complete there, because they are renamed
             pass
         except OSError:
-            raise TrainingError(
-                f"{folder}: another run is training here; wait for it, or give another folder"
-            ) from None
-        for litter in folder.glob("step-*.part"):
-            shutil.rmtree(litter, ignore_errors=True)
-        for litter in folder.glob(".gouache-*.tmp"):  # what files.write was about when a run was killed
-            litter.unlink(missing_ok=True)
+            raise TrainingError(f"{folder}: another run is training here; wait for it, or use another folder") from None
+        for leftover in folder.glob("step-*.part"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in folder.glob(".gouache-*.tmp"):  # of files.write, when a run was killed
+            leftover.unlink(missing_ok=True)
         yield
 
 
@@ -127,7 +127,7 @@ def _number(path: Path) -> int:
 
 
 def _free_name(path: Path) -> Path:
-    """`path` with `.bad` at its end, and a number where that is taken."""
+    """`path` with `.bad` appended, and a number if that name is taken."""
     names = (path.with_name(f"{path.name}.bad{number or ''}") for number in range(10_000))
     return next(name for name in names if not name.exists())
 
@@ -136,8 +136,8 @@ def _load(path: Path) -> State | None:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if manifest["format"] > FORMAT:
-            raise TrainingError(f"{path}: has format {manifest['format']}, of a newer Gouache; update this one")
-        if any(_seal(path / name) != seal for name, seal in manifest["files"].items()):
+            raise TrainingError(f"{path}: has format {manifest['format']}, written by a newer Gouache; update Gouache")
+        if any(_entry(path / name) != entry for name, entry in manifest["files"].items()):
             return None
         values = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if values["step"] != _number(path):
@@ -149,19 +149,20 @@ def _load(path: Path) -> State | None:
 
 
 def _write_json(path: Path, value: object) -> str:
-    """`value` as the file `path`; returns its SHA-256."""
+    """Write `value` to `path`; returns the SHA-256 of the file."""
     text = json.dumps(value, indent=1).encode()
     write_atomic(path, text)
     return hashlib.sha256(text).hexdigest()
 
 
-def _seal(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> dict[str, Any]:
+    """The size and digest of a file, as in the manifest."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _sync(folder: Path) -> None:
-    """Push a folder's list of names to the disk."""
+    """Flush a folder's directory entries to the disk."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,0 +1,154 @@
+"""Optimizers by name, and their state as named tensors and numbers.
+
+`TABLE` has those of torch. Any other class derived from torch.optim.Optimizer can be given by its dotted path; it is
+imported, which runs its module's code, so paths belong only in settings that the user wrote.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gouache.errors import RequestError, TrainingError
+from gouache.training.objective import Group
+from gouache.training.settings import Settings
+
+# Fused: all parameters in one kernel. For a small network on a CPU, one by one takes a tenth of the step's time.
+TABLE: Mapping[str, tuple[type[torch.optim.Optimizer], Callable[[Settings], dict[str, Any]]]] = {
+    "adamw": (torch.optim.AdamW, lambda settings: {"betas": settings.betas, "fused": True}),
+    "adam": (torch.optim.Adam, lambda settings: {"betas": settings.betas, "fused": True}),
+    "sgd": (torch.optim.SGD, lambda settings: {"fused": True}),
+    "adafactor": (torch.optim.Adafactor, lambda settings: {}),
+}
+
+
+def build(settings: Settings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """The optimizer `settings.optimizer` for `groups`, in their order; each has its factor under "rate".
+
+    Raises RequestError if the name, the path or an argument is not known.
+    """
+    name = settings.optimizer
+    if name in TABLE:
+        make, arguments = TABLE[name][0], TABLE[name][1](settings)
+    else:
+        make, arguments = _imported(name), {}
+    options = [
+        {
+            "params": list(group.parameters.values()),
+            "weight_decay": settings.weight_decay if group.decay else 0.0,
+            "rate": group.rate,
+        }
+        for group in groups
+    ]
+    try:
+        return make(options, **{"lr": settings.learning_rate, **arguments, **settings.optimizer_arguments})
+    except (TypeError, ValueError, RuntimeError) as error:
+        problem = " ".join(str(error).split())
+        raise RequestError("optimizer_arguments", f"{name} does not accept these settings: {problem}") from None
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """What an optimizer remembers: per parameter tensors `tensors["name.key"]` and other values `values[name][key]`.
+
+    `groups` are the options of each parameter group that the optimizer itself has changed (Prodigy's estimate of the
+    rate, for instance), without the learning rate.
+    """
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    groups: Sequence[Mapping[str, Any]] = ()
+
+
+def options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The options of each parameter group, without the parameters and the learning rate that the loop sets."""
+    return [
+        {key: value for key, value in group.items() if key not in ("params", "lr")} for group in optimizer.param_groups
+    ]
+
+
+def capture(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], initial: Sequence[Mapping[str, Any]]
+) -> OptimizerState:
+    """The state of `optimizer`, whose groups had the options `initial` when it was built; the tensors are not copies.
+
+    Raises TrainingError for state that is neither a tensor nor a plain value.
+    """
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}.{key}"] = value.detach()
+            else:
+                values.setdefault(name, {})[key] = _plain(optimizer, key, value)
+    groups = [
+        {
+            key: _plain(optimizer, key, value)
+            for key, value in now.items()
+            if key not in then or not _equal(value, then[key])
+        }
+        for now, then in zip(options(optimizer), initial, strict=True)
+    ]
+    return OptimizerState(tensors, values, groups)
+
+
+@torch.no_grad()
+def restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: OptimizerState) -> None:
+    """Give `optimizer` copies of a captured state. The learning rate and all other options are not changed."""
+    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    restored: dict[str, dict[str, Any]] = {name: dict(values) for name, values in state.values.items()}
+    for path, tensor in state.tensors.items():
+        name, _, key = path.rpartition(".")
+        parameter = parameters[name]
+        restored.setdefault(name, {})[key] = _placed(key, tensor, parameter, group_of[id(parameter)])
+    for name, values in restored.items():
+        optimizer.state[parameters[name]] = values
+    for group, changed in zip(optimizer.param_groups, state.groups):
+        group.update(changed)
+
+
+def _imported(path: str) -> type[torch.optim.Optimizer]:
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise RequestError("optimizer", f"{path!r} is not known; use {', '.join(TABLE)}, or the dotted path of a class")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RequestError("optimizer", f"{path} cannot be imported: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise RequestError("optimizer", f"{path} is not a class derived from torch.optim.Optimizer")
+    return found
+
+
+def _placed(key: str, tensor: Tensor, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
+    """A copy of stored state, on the device and in the memory format that the optimizer itself would have used.
+
+    With mixed memory formats kernels are slower and may round differently: a resumed run must be bit-equal.
+    """
+    if key == "step" and tensor.ndim == 0:  # torch keeps step counts on the CPU unless a kernel reads them
+        on_device = group.get("fused") or group.get("capturable")
+        return tensor.to(parameter.device if on_device else "cpu", copy=True)
+    if tensor.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+    return tensor.to(parameter.device, copy=True)
+
+
+def _plain(optimizer: torch.optim.Optimizer, key: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(optimizer, key, each) for each in value]
+    raise TrainingError(
+        f"{type(optimizer).__name__} keeps {key} as {type(value).__name__}, which cannot be saved; "
+        "use another optimizer"
+    )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is other or (type(one) is type(other) and not isinstance(one, Tensor) and bool(one == other))
