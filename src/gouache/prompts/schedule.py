@@ -265,10 +265,11 @@ def _group(opened: _Open, close: int, tokens: list[str]) -> _Group | None:
         return None
     separators = tuple(opened.separators)
     kinds = {tokens[position] for position in separators}
-    if not separators or (tokens[close] == ")" and kinds == {":"} and len(separators) == 1):
+    if len(separators) == 0:
         return _Group("emphasis", opened.position, close, separators)
     if tokens[close] == ")":
-        return None
+        colon_only = kinds == {":"} and len(separators) == 1
+        return _Group("emphasis", opened.position, close, separators) if colon_only else None
     if kinds == {"|"}:
         return _Group("alternate", opened.position, close, separators)
     if kinds == {":"} and len(separators) <= 2 and separators[-1] + 2 == close:
