@@ -147,6 +147,20 @@ def tree(text: str) -> Nodes:
     return _joined(top)
 
 
+def switch_step(when: str, steps: int, *, base_steps: int | None = None) -> int:
+    """The last step before a switch at the number `when`, at most `steps`; 0 if the new text holds from the start.
+
+    `base_steps` as for `scheduled`.
+    """
+    value = float(when)
+    if "." in when:
+        value = (value - (0.0 if base_steps is None else 1.0)) * steps
+    else:
+        value -= base_steps or 0
+    # `int` has no result for the infinity that a long number is.
+    return steps if value >= steps else max(int(max(value, -1.0)), 0)
+
+
 class _Group(NamedTuple):
     """A well-formed pair of brackets; all numbers are token numbers. `separators` are those directly inside it."""
 
@@ -156,14 +170,14 @@ class _Group(NamedTuple):
     separators: tuple[int, ...]
     when: str | None = None
 
-    def branch(self, step: int, switch_step: int) -> tuple[int, int]:
-        """The tokens, from and up to but excluding, that hold at `step`. `switch_step` is used by a switch only."""
+    def branch(self, step: int, last: int) -> tuple[int, int]:
+        """The tokens, as (start, stop), that hold at `step`; in a switch the old text holds up to step `last`."""
         edges = (self.open, *self.separators, self.close)
         if self.kind == "alternate":
             option = (step - 1) % (len(edges) - 1)
         elif len(self.separators) == 2:
-            option = 0 if step <= switch_step else 1
-        elif step <= switch_step:
+            option = 0 if step <= last else 1
+        elif step <= last:
             return self.open, self.open
         else:
             option = 0
@@ -279,17 +293,6 @@ def _group(opened: _Open, close: int, tokens: list[str]) -> _Group | None:
     return None
 
 
-def _switch_step(when: str, steps: int, base_steps: int | None) -> int:
-    """The last step of the old text, at most `steps`; less than 1 if there is none."""
-    value = float(when)
-    if "." in when:
-        value = (value - (0.0 if base_steps is None else 1.0)) * steps
-    else:
-        value -= base_steps or 0
-    # `int` has no result for the infinity that a long number is.
-    return steps if value >= steps else max(int(max(value, -1.0)), 0)
-
-
 def _lasts(parsed: _Parsed, steps: int, base_steps: int | None) -> list[int]:
     """The steps after which the text may change, and the last step."""
     lasts = {steps}
@@ -297,8 +300,8 @@ def _lasts(parsed: _Parsed, steps: int, base_steps: int | None) -> list[int]:
         if group.kind == "alternate":
             return list(range(1, steps + 1))
         if group.when is not None:
-            lasts.add(_switch_step(group.when, steps, base_steps))
-    return sorted(last for last in lasts if last >= 1)
+            lasts.add(switch_step(group.when, steps, base_steps=base_steps))
+    return sorted(lasts - {0})
 
 
 def _render(parsed: _Parsed, step: int, steps: int, base_steps: int | None) -> str:
@@ -317,9 +320,9 @@ def _render(parsed: _Parsed, step: int, steps: int, base_steps: int | None) -> s
             pieces.append(tokens[position])
             position += 1
         else:
-            switch_step = _switch_step(group.when, steps, base_steps) if group.when is not None else 0
+            last = switch_step(group.when, steps, base_steps=base_steps) if group.when is not None else 0
             around.append((group.close + 1, end))
-            position, end = group.branch(step, switch_step)
+            position, end = group.branch(step, last)
 
 
 def _part(text: str) -> Part:
