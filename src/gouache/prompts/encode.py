@@ -113,7 +113,7 @@ def encode(
             hidden = _emphasize(hidden, weights, restore_mean=emphasis == "original")
         contexts.append(hidden.reshape(len(texts), -1, hidden.shape[-1]))
         if part.name == recipe.pooled:
-            vector = output.pooled[: len(rows) : count]  # of each prompt's first chunk, whatever its weights
+            vector = output.pooled[: len(rows) : count]  # of each prompt's first chunk; weights do not apply
     context = torch.cat(contexts, dim=-1)
 
     if negative and recipe.zero_empty_negative:

@@ -66,7 +66,7 @@ class Emphasis:
 
 @dataclass(frozen=True)
 class Switch:
-    """`before` up to and including the step that `when`, a number as written, stands for; then `after`."""
+    """`before` up to and including the step given by `when`, a number as written; then `after`."""
 
     before: Nodes
     after: Nodes
