@@ -1,4 +1,4 @@
-r"""Prompts that change during sampling, and prompts composed with `AND`, read as AUTOMATIC1111's web UI 1.6 reads them.
+r"""Prompts that change during sampling, and prompts composed with `AND`, read as AUTOMATIC1111's web UI (1.6 and later) does.
 
     [from:to:10]   "from" up to and including step 10, then "to"      [a|b|]    one option per step, in turn
     [to:10]        nothing, then "to"                                 a AND b :0.5   two prompts, the second weighs 0.5
@@ -11,7 +11,7 @@ backslashes are still in them.
 A bracket belongs to the prompt language only if everything up to its partner is well-formed: brackets inside it are
 paired, `(...)` has at most one colon and `[...]` has either none, or bars alone, or one or two colons followed by a
 number. All others are stray and stay text, as do colons outside a group. A bar outside an alternation, or a
-backslash with nothing after it, makes the whole prompt plain text.
+backslash at the end or before a line break, makes the whole prompt plain text.
 
 A1111 parses with an ambiguous grammar: with stray brackets in a prompt, its release of lark picks one of several
 readings at random, differently in every process. Here each group that can be read is read. This is what A1111 always
@@ -137,7 +137,7 @@ def tree(text: str) -> Nodes:
         elif frame and position in frame.separators:
             frame.parts.append([])
             if frame.group.when is not None and position == frame.group.separators[-1]:
-                position = frame.group.close - 1  # the number is no part of the tree
+                position = frame.group.close - 1  # the number is not part of the tree
         elif frame and position == frame.group.close:
             frames.pop()
             (frames[-1].parts[-1] if frames else top).append(frame.node(tokens))
