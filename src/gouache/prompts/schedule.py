@@ -1,4 +1,4 @@
-r"""Prompts that change during sampling, and prompts composed with `AND`, read as AUTOMATIC1111's web UI (1.6 and later) does.
+r"""Prompts that change during sampling, and prompts composed with `AND`, as in AUTOMATIC1111's web UI 1.6 and later.
 
     [from:to:10]   "from" up to and including step 10, then "to"      [a|b|]    one option per step, in turn
     [to:10]        nothing, then "to"                                 a AND b :0.5   two prompts, the second weighs 0.5
