@@ -1,7 +1,7 @@
-"""What a weighted prompt of several chunks means, in float64 on the text encoders of Transformers.
+"""The encoding of a weighted prompt of several chunks, in float64 with the text encoders of Transformers.
 
 Written from the definition alone: a chunk is begin, its words, end, padding; its hidden states are multiplied by the
-weights of their words and then scaled back to the mean they had; chunks stand one after the other.
+weights of their words and then scaled back to their original mean; chunks are concatenated.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def plain(words: str) -> Chunk:
 
 
 def context(encoder: Any, tokenizer: Any, chunks: list[Chunk], *, layer: int, norm: bool) -> Tensor:
-    """(1, 77 * chunks, D) float64: the `layer`-th hidden state from the end, through the last norm if `norm`."""
+    """(1, 77 * chunks, D) float64: the `layer`-th hidden state from the end, normed by the final norm if `norm`."""
     encoder = copy.deepcopy(encoder).double()
     final_norm = dict(encoder.named_modules())[_final_norm(encoder)]
-    said = []
+    contexts = []
     for chunk in chunks:
         ids, weights = _ids(tokenizer, chunk)
         with torch.inference_mode():
             hidden = encoder(ids, output_hidden_states=True).hidden_states[-layer]
             hidden = final_norm(hidden) if norm else hidden
         weighted = hidden * weights[None, :, None]
-        said.append(weighted * (hidden.mean() / weighted.mean()))
-    return torch.cat(said, dim=1)
+        contexts.append(weighted * (hidden.mean() / weighted.mean()))
+    return torch.cat(contexts, dim=1)
 
 
 def pooled(encoder: Any, tokenizer: Any, chunk: Chunk) -> Tensor:
@@ -57,5 +57,5 @@ def _ids(tokenizer: Any, chunk: Chunk) -> tuple[Tensor, Tensor]:
 
 
 def _final_norm(encoder: Any) -> str:
-    """Newer releases of Transformers have no `text_model.` before it."""
+    """The name of the final norm, which newer releases of Transformers do not prefix with `text_model.`."""
     return next(name for name, _ in encoder.named_modules() if name.split(".")[-1] == "final_layer_norm")

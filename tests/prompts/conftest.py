@@ -1,4 +1,4 @@
-"""CLIP's vocabulary read without our code, in the form that Transformers loads."""
+"""CLIP's vocabulary, read without the package's code, in the form that Transformers loads."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def merges() -> list[str]:
 
 @pytest.fixture(scope="session")
 def byte_names() -> dict[int, str]:
-    """Byte -> its character. In vocabulary order: bytes whose Latin-1 character shows, then the rest from U+0100."""
-    shown = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(0x100 + n) for n, byte in enumerate(hidden)}
+    """{byte: its character}, in vocabulary order: bytes with a visible Latin-1 character, then the rest from U+0100."""
+    visible = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + n) for n, byte in enumerate(hidden)}
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +41,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory, merges: list[str], voc
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
     special = {"__type": "AddedToken", "lstrip": False, "rstrip": False, "single_word": False, "normalized": True}
-    config = {  # as in openai/clip-vit-large-patch14, but that the padding is spelled out like the rest
+    config = {  # as in openai/clip-vit-large-patch14, with the padding token written in full like the others
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": 77,
         "bos_token": special | {"content": "<|startoftext|>"},

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gouache.prompts.grammar import Break, Sequence, Text, Weighted, escape, flatten, parse, unsupported
 
-# Prompts made of what matters to the grammar, so that brackets meet often.
+# Prompts made of what the grammar treats specially, so that brackets interact often.
 TANGLED = st.lists(
     st.sampled_from(
         ["(", ")", "[", "]", "\\", "\\(", "\\)", "\\[", "\\]", "\\\\", ":", "|", " ", "a", "b c", ",", "1.5", "-", "."]
@@ -30,7 +30,7 @@ def approximately(expected: list[tuple[str, float]]) -> list[tuple[str, object]]
 
 
 def by_character(text: str) -> list[tuple[str, float]]:
-    """A1111's rules, a character at a time: a closing bracket multiplies all that was written since it was opened."""
+    """A1111's rules applied by character: a closing bracket multiplies everything since its opening bracket."""
     written: list[list] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}
 
@@ -130,13 +130,13 @@ def test_any_text_parses_to_runs_that_differ_from_their_neighbours(text: str):
 
 @given(text=st.one_of(st.text(), TANGLED))
 @settings(deadline=None)
-def test_escaped_text_means_itself(text: str):
+def test_escaped_text_is_read_as_itself(text: str):
     assert runs(escape(text)) == ([(text, 1.0)] if text else [])
 
 
 @given(text=TANGLED.filter(lambda text: text), weight=st.decimals(0, 3, places=2))
 @settings(deadline=None)
-def test_a_weight_around_escaped_text_is_its_weight(text: str, weight):
+def test_escaped_text_has_the_weight_around_it(text: str, weight):
     assert runs(f"({escape(text)}:{weight})") == [(text, pytest.approx(float(weight)))]
 
 
@@ -162,13 +162,13 @@ def test_crossing_brackets_overlap():
     assert runs("[a (b] c:2)") == approximately([("a ", 1 / 1.1), ("b", 2 / 1.1), (" c", 2.0)])
 
 
-def test_break_stands_between_runs_and_takes_its_spaces_with_it():
+def test_break_separates_runs_and_includes_the_spaces_around_it():
     assert runs("a  BREAK\n b") == [("a", 1.0), Break(), ("b", 1.0)]
     assert runs("(a BREAK b:1.5) BREAK") == [("a", 1.5), Break(), ("b", 1.5), Break()]
     assert runs("BREAKFAST breaking xBREAK") == [("BREAKFAST breaking xBREAK", 1.0)]
 
 
-def test_the_tree_keeps_the_nesting():
+def test_the_tree_has_the_nesting_of_the_brackets():
     tree = parse("a (b [c]:1.5) BREAK d")
 
     inner = Weighted(Sequence((Text("c"),)), pytest.approx(1 / 1.1))  # type: ignore
@@ -177,7 +177,7 @@ def test_the_tree_keeps_the_nesting():
 
 
 @pytest.mark.parametrize("text", ["(" * 20_000 + "a", "(a" * 20_000, " " * 50_000, ":" * 50_000, "1" * 50_000])
-def test_hostile_prompts_take_no_recursion_and_no_long_time(text: str):
+def test_hostile_prompts_are_parsed_without_recursion_and_quickly(text: str):
     start = time.process_time()
 
     flatten(parse(text))

@@ -1,4 +1,4 @@
-"""Tags out of prompts."""
+"""Removing tags from prompts."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ from gouache.prompts.tags import Tag, take_tags
         ("<lora:a", "<lora:a", []),
     ],
 )
-def test_known_tags_are_taken_out(text: str, bare: str, tags: list[Tag]):
+def test_known_tags_are_removed(text: str, bare: str, tags: list[Tag]):
     assert take_tags(text) == (bare, tags)

@@ -41,7 +41,7 @@ PROMPTS = [
     "\x00\x01\x7f\x85 control",
 ]
 
-# Assigned in every Unicode version around, no separators that engines disagree on, no case rules beyond a character.
+# Assigned in every Unicode version in use, without separators that engines treat differently, lower case by character.
 ORDINARY = st.text(
     st.characters(exclude_categories=("Cs", "Cn", "Cc", "Co"), max_codepoint=0x1FFFF, exclude_characters="\u0130")
 ).filter(lambda text: "oftext|>" not in text.lower())
@@ -57,7 +57,7 @@ def reference(clip_folder: Path) -> Callable[[str], list[int]]:
 
 @pytest.fixture(scope="module")
 def plain(merges: list[str], byte_names: dict[int, str], vocabulary: dict[str, int]) -> Callable[[str], list[int]]:
-    """Byte-pair encoding by its definition: join the pair that was learnt first, until no known pair is left."""
+    """Byte-pair encoding by its definition: merge the pair that was learnt first, until no known pair is left."""
     rank = {tuple(merge.split(" ")): number for number, merge in enumerate(merges)}
     word = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
@@ -89,13 +89,13 @@ def test_the_merges_are_openais_file_unchanged():
     assert hashlib.sha256(data).hexdigest() == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 
 
-def test_the_ids_everyone_knows(tokenizer: Tokenizer):
+def test_well_known_ids(tokenizer: Tokenizer):
     assert tokenizer.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
     assert (tokenizer.begin, tokenizer.end, len(tokenizer)) == (49406, 49407, 49408)
 
 
 @pytest.mark.parametrize("text", PROMPTS)
-def test_real_and_odd_prompts_agree_with_transformers(text: str, tokenizer: Tokenizer, reference):
+def test_real_and_unusual_prompts_agree_with_transformers(text: str, tokenizer: Tokenizer, reference):
     assert tokenizer.encode(text) == reference(text)
 
 
@@ -112,20 +112,22 @@ def test_any_ordinary_unicode_agrees_with_the_definition(text: str, tokenizer: T
 
 
 @pytest.mark.parametrize("text", PROMPTS[:9])
-def test_everyday_prompts_agree_with_openais_own_cleaning(text: str, tokenizer: Tokenizer, plain):
+def test_ordinary_prompts_agree_with_openais_own_cleaning(text: str, tokenizer: Tokenizer, plain):
     cleaned = html.unescape(html.unescape(ftfy.fix_text(text)))
     cleaned = " ".join(cleaned.split()).lower()
 
     assert tokenizer.encode(text) == plain(cleaned)
 
 
-def test_written_special_tokens_are_special_in_any_case_as_openai_lower_cases_first(tokenizer: Tokenizer):
+def test_special_tokens_in_the_text_are_recognised_in_upper_and_lower_case_as_openai_lower_cases_first(
+    tokenizer: Tokenizer,
+):
     assert tokenizer.encode("a <|endoftext|><|STARTOFTEXT|> b") == [320, 49407, 49406, 321]
 
 
 @given(text=st.text(st.one_of(st.characters(codec="utf-8"), st.characters(categories=["Cs"]))))
 @settings(deadline=None)
-def test_words_hold_every_token_once(text: str, tokenizer: Tokenizer):
+def test_words_contain_every_token_once(text: str, tokenizer: Tokenizer):
     words = tokenizer.words(text)
 
     assert [token for _, tokens in words for token in tokens] == tokenizer.encode(text)
@@ -134,7 +136,7 @@ def test_words_hold_every_token_once(text: str, tokenizer: Tokenizer):
 
 @given(text=ORDINARY)
 @settings(deadline=None)
-def test_words_hold_every_letter_as_written(text: str, tokenizer: Tokenizer):
+def test_words_contain_every_letter_as_written(text: str, tokenizer: Tokenizer):
     text = unicodedata.normalize("NFC", text)
 
     assert "".join(word for word, _ in tokenizer.words(text)) == "".join(text.split())
@@ -143,8 +145,8 @@ def test_words_hold_every_letter_as_written(text: str, tokenizer: Tokenizer):
 def test_words_are_given_as_written(tokenizer: Tokenizer):
     words = tokenizer.words("A red-haired  NAÏVE girl's cat, 42")
 
-    spelled = [word for word, _ in words]
-    assert spelled == ["A", "red", "-", "haired", "NAÏVE", "girl", "'s", "cat", ",", "4", "2"]
+    written = [word for word, _ in words]
+    assert written == ["A", "red", "-", "haired", "NAÏVE", "girl", "'s", "cat", ",", "4", "2"]
     assert dict(words)["cat"] == (2368,)
     assert len(dict(words)["NAÏVE"]) > 1
 
@@ -155,11 +157,11 @@ def test_lone_surrogates_read_as_question_marks(tokenizer: Tokenizer):
 
 @given(words=st.lists(st.from_regex(r"[a-z]{1,12}|[0-9]|[.,!?]|[äéñöж猫]{1,4}", fullmatch=True)))
 @settings(deadline=None)
-def test_decoding_gives_the_words_back_with_single_spaces(words: list[str], tokenizer: Tokenizer):
+def test_decoding_returns_the_words_with_single_spaces(words: list[str], tokenizer: Tokenizer):
     assert tokenizer.decode(tokenizer.encode("  ".join(words).upper())) == " ".join(words).strip()
 
 
-def test_decoding_leaves_begin_and_end_out(tokenizer: Tokenizer):
+def test_decoding_omits_begin_and_end(tokenizer: Tokenizer):
     ids = [tokenizer.begin, *tokenizer.encode("a cat, sitting"), tokenizer.end, tokenizer.end]
 
     assert tokenizer.decode(ids) == "a cat , sitting"
@@ -172,7 +174,7 @@ def test_the_vocabulary_can_be_looked_up_both_ways(tokenizer: Tokenizer, vocabul
     assert tokenizer.token(49408) is None
 
 
-def test_importing_loads_no_library_and_building_is_quick():
+def test_importing_loads_no_library_and_construction_is_quick():
     code = "import sys, gouache.prompts.tokenizer; print([m for m in ('tokenizers', 'torch') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
 
@@ -181,4 +183,4 @@ def test_importing_loads_no_library_and_building_is_quick():
     seconds = time.process_time() - start
 
     assert loaded.strip() == "[]"
-    assert seconds < 1  # 0.1 s on an idle machine; the bound leaves room for a busy one
+    assert seconds < 1  # 0.1 s on an idle machine, more on a busy one

@@ -1,4 +1,4 @@
-"""What the user wrote, from text to what the denoiser is told: tokens, weights, chunks, conditioning.
+"""Prompts: from the text that a user writes, over schedules, weights, tokens and chunks, to conditioning.
 
-This room knows no network: text encoders are handed to it, and a `TextRecipe` says how their family reads them.
+This package contains no network: it receives text encoders, and a `TextRecipe` states how a model family uses them.
 """

@@ -1,7 +1,8 @@
-"""Prompts to `Conditioning`: chunks of tokens through the family's text encoders, weighted, side by side.
+"""Prompts to `Conditioning`: chunks of tokens through the family's text encoders, then weighted and concatenated.
 
-A chunk is begin, up to 75 tokens, end, padding: 77 positions. All chunks go through an encoder as one batch; those of
-a prompt are then joined along the tokens. Weights multiply the hidden states, as in A1111's web UI.
+A chunk is begin, up to 75 tokens, end, padding: 77 positions. All chunks go through an encoder as one batch; the
+chunks of a prompt are then concatenated along the tokens, the encoders along the width. Weights act on the hidden
+states, not on the tokens. Everything is differentiable, down to the vectors of embeddings.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from gouache.prompts.chunks import CHUNK_TOKENS, Chunk, chunk
 from gouache.prompts.recipe import EncoderRecipe, SizeIds, TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
 
-Emphasis = Literal["original", "no norm", "ignore"]
-"""What weights do. "original": multiply, then restore the mean; "no norm": multiply; "ignore": nothing."""
+Emphasis = Literal["original", "no norm", "ignore", "none", "comfy"]
+"""How weights act on the hidden states. The first four are the settings of A1111's web UI, the last is ComfyUI's rule.
+
+"original": multiply, then restore the mean. "no norm": multiply. "ignore": weights are read but have no effect.
+"none": the whole prompt is plain text, brackets, backslashes and BREAK included. "comfy": w * hidden +
+(1 - w) * the hidden state of the empty prompt at the same position; prompts are still read as A1111 reads them, in
+ComfyUI square brackets are text and nested explicit weights do not multiply.
+"""
 
 
 class TextHidden(Protocol):
-    """What a text encoder says of (B, 77) tokens; `nn.clip_text.TextOutput` is the one implementation."""
+    """A text encoder's output for (B, 77) tokens; `nn.clip_text.TextOutput` is the implementation."""
 
     @property
     def layers(self) -> tuple[Tensor, ...]:
@@ -41,7 +48,7 @@ class TextEncoder(Protocol):
     def __call__(self, tokens: Tensor, vectors: Tensor | None = None) -> TextHidden: ...
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """The tokens' own vectors, (B, 77, D)."""
+        """The tokens' embedding vectors, (B, 77, D), without positions."""
         ...
 
     def norm(self, x: Tensor) -> Tensor:
@@ -65,52 +72,57 @@ def encode(
     embeddings: Mapping[str, Mapping[str, Tensor]] | None = None,
     device: torch.device | str = "cpu",
 ) -> Conditioning:
-    """What B prompts tell the denoiser: context (B, 77 * chunks, D), and vector (B, V) if the family has one.
+    """The conditioning of B prompts: context (B, 77 * chunks, D), and vector (B, V) if the family has one.
 
     All prompts get as many chunks as the longest needs; the others are filled up with chunks of the empty prompt.
     Apart from that, each is encoded as if it were alone.
 
-    `clip_skip` n takes every encoder's n-th hidden state from the end in place of the family's. `size` (width, height)
-    is what will be painted, `original` (width, height) what the picture pretends to have been scaled from (None: the
-    same), `crop` (left, top) how much was cut off; pixels. `aesthetic`, 0 to 10, is the refiner's score; 2.5 is usual
-    in a negative. `negative` says that these are negative prompts. `embeddings` {name: {encoder: (vectors, D)}} stand
-    in for their names. `device` is where the encoders are.
+    `clip_skip` n selects every encoder's n-th hidden state from the end instead of the family's default. `size`
+    (width, height) is the size of the picture, `original` (width, height) the size it claims to have been scaled from
+    (None: `size`), `crop` (left, top) what was cut off; all in pixels. `aesthetic`, 0 to 10, is the refiner's score;
+    2.5 is usual for a negative prompt. `negative`: these are negative prompts. `embeddings`
+    {name: {encoder: (vectors, D)}} replace their names in the prompts. `device` is the encoders' device.
 
-    Raises RequestError for a clip skip, emphasis or size that cannot be followed.
+    Raises RequestError for an unknown emphasis, a layer that an encoder does not have, or a missing size.
     """
     if emphasis not in get_args(Emphasis):
         names = ", ".join(repr(name) for name in get_args(Emphasis))
-        raise RequestError("emphasis", f"{emphasis!r} is none of {names}")
+        raise RequestError("emphasis", f"{emphasis!r} is not one of {names}")
 
     embeddings = embeddings or {}
     counts = {name: len(next(iter(vectors.values()))) for name, vectors in embeddings.items()}
-    split = [chunk(text, tokenizer, counts) for text in texts]
+    split = [chunk(text, tokenizer, counts, plain=emphasis == "none") for text in texts]
     count = max(len(each) for each in split)
     rows = [part for each in split for part in [*each, *[[]] * (count - len(each))]]  # B * chunks
     weights = _weights(rows)
+    # ComfyUI's rule needs the empty prompt too; without weights it changes nothing and need not be encoded.
+    interpolate = emphasis == "comfy" and bool((weights != 1).any())
+    empty_rows: list[Chunk] = [[]] if interpolate else []
 
     contexts: list[Tensor] = []
     vector: Tensor | None = None
     for part in recipe.encoders:
         encoder = encoders[part.name]
-        tokens = _tokens(rows, tokenizer, part).to(device)
+        tokens = _tokens([*rows, *empty_rows], tokenizer, part).to(device)
         vectors = _vectors(rows, tokens, encoder, part.name, embeddings)
         output = encoder(tokens) if vectors is None else encoder(tokens, vectors)
         hidden = _hidden(output, encoder, part, clip_skip)
-        if emphasis != "ignore":
+        if interpolate:
+            hidden = _interpolate(hidden[: len(rows)], weights, hidden[len(rows) :])
+        elif emphasis in ("original", "no norm"):
             hidden = _emphasize(hidden, weights, restore_mean=emphasis == "original")
         contexts.append(hidden.reshape(len(texts), -1, hidden.shape[-1]))
         if part.name == recipe.pooled:
-            vector = output.pooled[::count]  # of each prompt's first chunk
+            vector = output.pooled[: len(rows) : count]  # of each prompt's first chunk; weights do not apply
     context = torch.cat(contexts, dim=-1)
 
     if negative and recipe.zero_empty_negative:
-        wordless = torch.tensor([not text.strip() for text in texts], device=context.device)
-        context = context.masked_fill(wordless[:, None, None], 0)
-        vector = None if vector is None else vector.masked_fill(wordless[:, None], 0)
+        empty = torch.tensor([not text.strip() for text in texts], device=context.device)
+        context = context.masked_fill(empty[:, None, None], 0)
+        vector = None if vector is None else vector.masked_fill(empty[:, None], 0)
     if vector is not None and recipe.size_ids is not None:
         if size is None:
-            raise RequestError("size", "is missing; this family is told the picture's width and height")
+            raise RequestError("size", "is missing; this model family needs the picture's width and height")
         numbers = _size_numbers(recipe.size_ids, size, original or size, crop, aesthetic)
         sinusoids = timestep_embedding(torch.tensor(numbers, device=vector.device), recipe.size_width)
         vector = torch.cat([vector, sinusoids.to(vector.dtype).flatten().expand(len(texts), -1)], dim=-1)
@@ -131,14 +143,15 @@ def _tokens(rows: list[Chunk], tokenizer: Tokenizer, part: EncoderRecipe) -> Ten
 def _vectors(
     rows: list[Chunk], tokens: Tensor, encoder: TextEncoder, name: str, embeddings: Mapping[str, Mapping[str, Tensor]]
 ) -> Tensor | None:
-    """(rows, 77, D) with the embeddings' vectors in their places; None where there are none."""
-    places = [(r, c, token.vector) for r, row in enumerate(rows) for c, token in enumerate(row, 1) if token.vector]
-    if not places:
+    """(len(tokens), 77, D): the tokens' vectors, the embeddings' at their positions; None if there are none."""
+    found = [(r, c, token.vector) for r, row in enumerate(rows) for c, token in enumerate(row, 1) if token.vector]
+    if not found:
         return None
-    vectors = encoder.embed(tokens).clone()
-    for row, column, (embedding, number) in places:
-        vectors[row, column] = embeddings[embedding][name][number].to(vectors)
-    return vectors
+    vectors = encoder.embed(tokens)
+    row_numbers = torch.tensor([row for row, _, _ in found], device=vectors.device)
+    columns = torch.tensor([column for _, column, _ in found], device=vectors.device)
+    values = torch.stack([embeddings[embedding][name][number].to(vectors) for _, _, (embedding, number) in found])
+    return vectors.index_put((row_numbers, columns), values)
 
 
 def _weights(rows: list[Chunk]) -> Tensor:
@@ -161,20 +174,34 @@ def _hidden(output: TextHidden, encoder: TextEncoder, part: EncoderRecipe, clip_
 def _emphasize(hidden: Tensor, weights: Tensor, *, restore_mean: bool) -> Tensor:
     """hidden (rows, 77, D), each token times its weight (rows, 77).
 
-    A1111 restores the mean over the rows that it encodes at once: usually the one prompt's. Here it is always each
-    row's own, so that a prompt means the same in any batch.
+    A1111 restores the mean over all rows that it encodes at once, usually those of one prompt. Here it is always each
+    row's own mean, so that a prompt means the same in any batch.
     """
     wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     weighted = wide * weights.to(wide.dtype).to(wide.device)[:, :, None]
     if restore_mean:
         before, after = wide.mean(dim=(1, 2), keepdim=True), weighted.mean(dim=(1, 2), keepdim=True)
-        weighted = weighted * torch.where(before == after, 1, before / after)  # 1 also where both are 0
+        equal = before == after
+        # Factor 1 where both are equal, also where both are 0. The inner `where` keeps 0 / 0 out of the gradient.
+        weighted = weighted * torch.where(equal, 1, before / torch.where(equal, 1, after))
     return weighted.to(hidden.dtype)
+
+
+def _interpolate(hidden: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
+    """hidden (rows, 77, D) moved away from `empty` (1, 77, D) by weights (rows, 77): empty + w * (hidden - empty).
+
+    ComfyUI does this with the hidden states of each encoder, after clip skip and the final norm, and compares every
+    chunk with the same empty prompt. Tokens of weight 1 keep their exact values.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    wide, start = hidden.to(dtype), empty.to(dtype)
+    factors = weights.to(dtype).to(wide.device)[:, :, None]
+    return torch.where(factors == 1, wide, start + factors * (wide - start)).to(hidden.dtype)
 
 
 def _size_numbers(
     ids: SizeIds, size: tuple[int, int], original: tuple[int, int], crop: tuple[int, int], aesthetic: float
 ) -> list[float]:
-    """SDXL's micro-conditioning (Podell et al. 2023, section 2.2), in the order its weights were trained with."""
+    """SDXL's micro-conditioning (Podell et al. 2023, section 2.2), in the order that the weights were trained with."""
     last = (aesthetic,) if ids == "refiner" else reversed(size)
     return [float(number) for number in (*reversed(original), *reversed(crop), *last)]

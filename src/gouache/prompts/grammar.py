@@ -1,12 +1,12 @@
-r"""The prompt language of A1111's web UI: text to a tree, and a tree to weighted text.
+r"""Emphasis in prompts, as A1111's web UI reads it: text to a tree, and a tree to weighted text.
 
-    (a)       a counts 1.1 times as much        [a]      1.1 times less
-    (a:1.3)   1.3 times as much                 BREAK    the rest starts a new chunk of 75 tokens
+    (a)       weight 1.1             [a]      weight 1 / 1.1
+    (a:1.3)   weight 1.3             BREAK    what follows starts a new chunk of 75 tokens
     \( \) \[ \] \\   the character itself
 
-Nested weights multiply. Every text is a prompt: a bracket that is never closed reaches to the end, one that was never
-opened is text, and so is a malformed weight. Round and square brackets may cross, `(a [b) c]`; the tree then holds
-the overlap as a node of its own.
+Nested weights multiply. Every text is a prompt: a bracket that is never closed extends to the end, a closing bracket
+without an opening one is text, and so is a malformed weight. Round and square brackets may overlap, `(a [b) c]`; the
+tree then has a node for the overlap. Schedules, alternation and `AND` are read before this, by `schedule`.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ EMPHASIS = 1.1
 
 @dataclass(frozen=True)
 class Text:
-    """Words to be tokenized as they stand."""
+    """Text to be tokenized, without escapes."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Break:
-    """The end of a chunk of tokens, wherever it stands; weights around it do not concern it."""
+    """The end of a chunk of tokens, also within brackets; weights around it have no effect on it."""
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Parts that follow each other."""
+    """Parts in the order of the text."""
 
     parts: tuple[Node, ...]
 
 
 @dataclass(frozen=True)
 class Weighted:
-    """A part that counts `weight` times as much as it would without."""
+    """A part with its weight, a factor on the weights of everything in it."""
 
     body: Node
     weight: float
@@ -47,7 +47,7 @@ class Weighted:
 
 Node = Text | Break | Sequence | Weighted
 
-# A backslash before anything else than these characters disappears, and so does one at the end.
+# A backslash before any other character is dropped, and so is one at the end.
 _TOKEN = re.compile(
     r"""
       \\ (?P<escaped> [\\()\[\]]? )
@@ -91,15 +91,18 @@ def parse(text: str) -> Sequence:
 
 
 def flatten(tree: Node) -> list[tuple[str, float] | Break]:
-    """The tree's text from left to right, each run of equal weight as one (text, weight), between breaks."""
+    """The tree's text from left to right as runs (text, weight), with the breaks between them.
+
+    Neighbouring runs of equal weight are joined.
+    """
     runs: list[tuple[list[str], float] | Break] = []
-    waiting: list[tuple[Node, float]] = [(tree, 1.0)]  # no recursion: brackets may be thousands deep
-    while waiting:
-        node, weight = waiting.pop()
+    pending: list[tuple[Node, float]] = [(tree, 1.0)]  # no recursion: brackets may be thousands deep
+    while pending:
+        node, weight = pending.pop()
         if isinstance(node, Sequence):
-            waiting.extend((part, weight) for part in reversed(node.parts))
+            pending.extend((part, weight) for part in reversed(node.parts))
         elif isinstance(node, Weighted):
-            waiting.append((node.body, weight * node.weight))
+            pending.append((node.body, weight * node.weight))
         elif isinstance(node, Break):
             runs.append(node)
         # Joined before they are tokenized: `(un)(common)` is one word.
@@ -111,7 +114,7 @@ def flatten(tree: Node) -> list[tuple[str, float] | Break]:
 
 
 def escape(text: str) -> str:
-    """A prompt that means `text` literally, whatever brackets, backslashes or BREAKs it holds."""
+    """A prompt that is read as exactly `text`: brackets, backslashes and BREAK are escaped."""
     return re.sub(r"[\\()\[\]]|(?<=B)(?=REAK)", r"\\\g<0>", text)
 
 
@@ -121,7 +124,7 @@ def unsupported(text: str) -> list[str]:
 
 
 def _pair(tokens: list[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]]:
-    """(opening bracket -> its weight, closing bracket -> the opening one), as token numbers."""
+    """({opening bracket: weight}, {closing bracket: its opening one}), brackets as token numbers."""
     weights: dict[int, float] = {}
     openers: dict[int, int] = {}
     open_round: list[int] = []

@@ -1,6 +1,6 @@
-"""How a family reads a prompt, as facts: which text encoders, which of their layers, what else is told.
+"""How a model family encodes a prompt: which text encoders, which of their layers, which further inputs.
 
-`families` fills these in; `encode` follows them.
+`families` provides the values, `encode` uses them.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ SizeIds = Literal["sdxl", "refiner"]
 class EncoderRecipe:
     """One text encoder's part in the context.
 
-    `layer` counts hidden states from the end: 1 the last block, 2 the one before (the "clip skip" the family was
-    trained with). `final_norm` says whether the encoder's last layer norm follows. `pad_token` fills a chunk after its
-    end token; None: more end tokens.
+    `layer` counts hidden states from the end: 1 the last block's output, 2 that of the block before (the "clip skip"
+    that the family was trained with). `final_norm`: the encoder's final layer norm is applied to it. `pad_token`
+    fills a chunk after its end token; None: more end tokens.
     """
 
     name: str
@@ -30,11 +30,11 @@ class EncoderRecipe:
 class TextRecipe:
     """A family's text conditioning.
 
-    The encoders' hidden states stand side by side in the context, in this order. `pooled` names the encoder whose
-    pooled vector opens the extra vector; None: there is no such vector. `size_ids` says which numbers follow it, each
-    as a sinusoid `size_width` wide: "sdxl" original size, crop, target size (height before width, top before left);
-    "refiner" the aesthetic score in place of the target size. `zero_empty_negative`: the family was trained to drop
-    its text by zeroing it, so an empty negative prompt is zeros rather than the encoding of no words.
+    The encoders' hidden states are concatenated along the width, in this order. `pooled` names the encoder whose
+    pooled output is the first part of `Conditioning.vector`; None: there is no vector. `size_ids` selects the numbers
+    that follow it, each as a sinusoid of width `size_width`: "sdxl" original size, crop, target size (height before
+    width, top before left); "refiner" the aesthetic score instead of the target size. `zero_empty_negative`: the
+    family was trained with text dropout to zeros, so an empty negative prompt is zeros, not the encoding of "".
     """
 
     encoders: tuple[EncoderRecipe, ...]

@@ -1,4 +1,4 @@
-r"""Prompts that change during sampling, and prompts composed with `AND`, read as AUTOMATIC1111's web UI 1.6 reads them.
+r"""Prompts that change during sampling, and prompts composed with `AND`, as in AUTOMATIC1111's web UI 1.6 and later.
 
     [from:to:10]   "from" up to and including step 10, then "to"      [a|b|]    one option per step, in turn
     [to:10]        nothing, then "to"                                 a AND b :0.5   two prompts, the second weighs 0.5
@@ -11,7 +11,7 @@ backslashes are still in them.
 A bracket belongs to the prompt language only if everything up to its partner is well-formed: brackets inside it are
 paired, `(...)` has at most one colon and `[...]` has either none, or bars alone, or one or two colons followed by a
 number. All others are stray and stay text, as do colons outside a group. A bar outside an alternation, or a
-backslash with nothing after it, makes the whole prompt plain text.
+backslash at the end or before a line break, makes the whole prompt plain text.
 
 A1111 parses with an ambiguous grammar: with stray brackets in a prompt, its release of lark picks one of several
 readings at random, differently in every process. Here each group that can be read is read. This is what A1111 always
@@ -66,7 +66,7 @@ class Emphasis:
 
 @dataclass(frozen=True)
 class Switch:
-    """`before` up to and including the step that `when`, a number as written, stands for; then `after`."""
+    """`before` up to and including the step given by `when`, a number as written; then `after`."""
 
     before: Nodes
     after: Nodes
@@ -137,7 +137,7 @@ def tree(text: str) -> Nodes:
         elif frame and position in frame.separators:
             frame.parts.append([])
             if frame.group.when is not None and position == frame.group.separators[-1]:
-                position = frame.group.close - 1  # the number is no part of the tree
+                position = frame.group.close - 1  # the number is not part of the tree
         elif frame and position == frame.group.close:
             frames.pop()
             (frames[-1].parts[-1] if frames else top).append(frame.node(tokens))
@@ -145,6 +145,20 @@ def tree(text: str) -> Nodes:
             (frame.parts[-1] if frame else top).append(tokens[position])
         position += 1
     return _joined(top)
+
+
+def switch_step(when: str, steps: int, *, base_steps: int | None = None) -> int:
+    """The last step before a switch at the number `when`, at most `steps`; 0 if the new text holds from the start.
+
+    `base_steps` as for `scheduled`.
+    """
+    value = float(when)
+    if "." in when:
+        value = (value - (0.0 if base_steps is None else 1.0)) * steps
+    else:
+        value -= base_steps or 0
+    # `int` has no result for the infinity that a long number is.
+    return steps if value >= steps else max(int(max(value, -1.0)), 0)
 
 
 class _Group(NamedTuple):
@@ -156,14 +170,14 @@ class _Group(NamedTuple):
     separators: tuple[int, ...]
     when: str | None = None
 
-    def branch(self, step: int, switch_step: int) -> tuple[int, int]:
-        """The tokens, from and up to but excluding, that hold at `step`. `switch_step` is used by a switch only."""
+    def branch(self, step: int, last: int) -> tuple[int, int]:
+        """The tokens, as (start, stop), that hold at `step`; in a switch the old text holds up to step `last`."""
         edges = (self.open, *self.separators, self.close)
         if self.kind == "alternate":
             option = (step - 1) % (len(edges) - 1)
         elif len(self.separators) == 2:
-            option = 0 if step <= switch_step else 1
-        elif step <= switch_step:
+            option = 0 if step <= last else 1
+        elif step <= last:
             return self.open, self.open
         else:
             option = 0
@@ -265,10 +279,11 @@ def _group(opened: _Open, close: int, tokens: list[str]) -> _Group | None:
         return None
     separators = tuple(opened.separators)
     kinds = {tokens[position] for position in separators}
-    if not separators or (tokens[close] == ")" and kinds == {":"} and len(separators) == 1):
+    if len(separators) == 0:
         return _Group("emphasis", opened.position, close, separators)
     if tokens[close] == ")":
-        return None
+        colon_only = kinds == {":"} and len(separators) == 1
+        return _Group("emphasis", opened.position, close, separators) if colon_only else None
     if kinds == {"|"}:
         return _Group("alternate", opened.position, close, separators)
     if kinds == {":"} and len(separators) <= 2 and separators[-1] + 2 == close:
@@ -278,17 +293,6 @@ def _group(opened: _Open, close: int, tokens: list[str]) -> _Group | None:
     return None
 
 
-def _switch_step(when: str, steps: int, base_steps: int | None) -> int:
-    """The last step of the old text, at most `steps`; less than 1 if there is none."""
-    value = float(when)
-    if "." in when:
-        value = (value - (0.0 if base_steps is None else 1.0)) * steps
-    else:
-        value -= base_steps or 0
-    # `int` has no result for the infinity that a long number is.
-    return steps if value >= steps else max(int(max(value, -1.0)), 0)
-
-
 def _lasts(parsed: _Parsed, steps: int, base_steps: int | None) -> list[int]:
     """The steps after which the text may change, and the last step."""
     lasts = {steps}
@@ -296,8 +300,8 @@ def _lasts(parsed: _Parsed, steps: int, base_steps: int | None) -> list[int]:
         if group.kind == "alternate":
             return list(range(1, steps + 1))
         if group.when is not None:
-            lasts.add(_switch_step(group.when, steps, base_steps))
-    return sorted(last for last in lasts if last >= 1)
+            lasts.add(switch_step(group.when, steps, base_steps=base_steps))
+    return sorted(lasts - {0})
 
 
 def _render(parsed: _Parsed, step: int, steps: int, base_steps: int | None) -> str:
@@ -316,9 +320,9 @@ def _render(parsed: _Parsed, step: int, steps: int, base_steps: int | None) -> s
             pieces.append(tokens[position])
             position += 1
         else:
-            switch_step = _switch_step(group.when, steps, base_steps) if group.when is not None else 0
+            last = switch_step(group.when, steps, base_steps=base_steps) if group.when is not None else 0
             around.append((group.close + 1, end))
-            position, end = group.branch(step, switch_step)
+            position, end = group.branch(step, last)
 
 
 def _part(text: str) -> Part:

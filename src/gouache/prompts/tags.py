@@ -1,6 +1,6 @@
-"""Tags of A1111's prompts: `<lora:name:0.8>`, `<lyco:name:te=0.5:unet=1>`, `<hypernet:name:1>`.
+"""Tags in A1111's prompts: `<lora:name:0.8>`, `<lyco:name:te=0.5:unet=1>`, `<hypernet:name:1>`.
 
-They name files rather than say anything to a text encoder, so they are taken out before a prompt is read.
+They name files and are no input of a text encoder, so they are removed before a prompt is parsed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _TAG = re.compile(r"<(\w+):([^<>]+)>")
 
 @dataclass(frozen=True)
 class Tag:
-    """`kind` is one of KINDS; `told` what follows it, as it stands: "name:0.8"."""
+    """`kind` is one of KINDS; `told` is the text after its colon, as written: "name:0.8"."""
 
     kind: str
     told: str
@@ -24,7 +24,7 @@ class Tag:
 
 
 def take_tags(text: str) -> tuple[str, list[Tag]]:
-    """(the prompt without its tags, the tags). What looks like a tag and is of no known kind stays text."""
+    """(the prompt without its tags, the tags in order). A tag of an unknown kind stays in the text."""
     tags: list[Tag] = []
 
     def take(match: re.Match[str]) -> str:

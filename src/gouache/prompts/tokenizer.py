@@ -1,9 +1,9 @@
-"""CLIP's tokenizer: text to the ids of its byte-pair pieces (Radford et al. 2021), the same for every family.
+"""CLIP's tokenizer: text to byte-pair token ids (Radford et al. 2021), the same for every model family.
 
-The merges are OpenAI's file, shipped beside this module under its own licence (LICENSE.OpenAI-CLIP). Text is read as
-the Transformers library reads it: NFC, runs of whitespace as one space, lower case. OpenAI's own code also runs ftfy
-and decodes HTML entities, so that it takes a curly apostrophe for a straight one; Transformers, and hence the
-systems people paint with, do not.
+The merges are OpenAI's file, shipped next to this module under its own licence (LICENSE.OpenAI-CLIP). Text is
+normalised as in the Transformers library: NFC, runs of whitespace as one space, lower case. OpenAI's own code also
+runs ftfy and decodes HTML entities, so that a curly apostrophe becomes a straight one; Transformers, and therefore
+the programs that people use, do not.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 BEGIN_ID, END_ID = 49406, 49407
 
 _MERGES = Path(__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
-_MERGE_COUNT = 49152 - 256 - 2  # the file holds 262,144 merges, CLIP was trained with the first ones
+_MERGE_COUNT = 49152 - 256 - 2  # the file has 262,144 merges, CLIP was trained with the first ones
 
-# What a word is: a contraction's tail, letters, one digit, or a run of anything else that is not space.
+# A word is the ending of a contraction, letters, one digit, or a run of other characters except whitespace.
 _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 class Tokenizer:
-    """Text to token ids and back, without begin and end tokens around it.
+    """Text to token ids and back, without begin and end tokens.
 
-    Building one takes about 0.2 s, so keep it. `<|startoftext|>` and `<|endoftext|>` written in a text become the
+    Construction takes about 0.2 s, so keep the instance. `<|startoftext|>` and `<|endoftext|>` in a text become the
     ids 49406 and 49407, as in CLIP's own code.
     """
 
@@ -41,15 +41,15 @@ class Tokenizer:
         self._backend = _build()
 
     def __len__(self) -> int:
-        """Entries of the vocabulary: 49408."""
+        """The number of entries in the vocabulary: 49408."""
         return self._backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, as many as it takes. Lone surrogates count as question marks."""
+        """The ids of `text`, of any number. Lone surrogates are read as question marks."""
         return self._backend.encode(_valid(text), add_special_tokens=False).ids
 
     def words(self, text: str) -> list[tuple[str, tuple[int, ...]]]:
-        """The words of `text` as it was written, in order, each with its token ids."""
+        """The words of `text` as written, in order, each with its token ids."""
         text = _valid(text)
         encoding = self._backend.encode(text, add_special_tokens=False)
         spans: dict[int, tuple[int, int]] = {}
@@ -63,11 +63,11 @@ class Tokenizer:
         return [(text[slice(*spans[word])], tuple(ids[word])) for word in ids]
 
     def decode(self, ids: list[int]) -> str:
-        """The text of `ids`, lower case, a space after every word; begin and end tokens leave nothing."""
+        """The text of `ids`, lower case, words separated by spaces; begin and end tokens are left out."""
         return self._backend.decode(ids, skip_special_tokens=True).replace("</w>", " ").strip()
 
     def token(self, id: int) -> str | None:
-        """The vocabulary's entry, such as `cat</w>` (`</w>` ends a word); None past its end."""
+        """The vocabulary entry of an id, such as `cat</w>` (`</w>` ends a word); None for an id beyond the last."""
         return self._backend.id_to_token(id)
 
     def id(self, token: str) -> int | None:
@@ -76,7 +76,7 @@ class Tokenizer:
 
 
 def vocabulary_files() -> dict[str, bytes]:
-    """The vocabulary as Transformers keeps it: `vocab.json` and `merges.txt`, by name."""
+    """The vocabulary in the files that Transformers reads: {"vocab.json": content, "merges.txt": content}."""
     merges, entries = _merges_and_entries()
     vocabulary = json.dumps({entry: id for id, entry in enumerate(entries)}, ensure_ascii=False)
     lines = "".join(f"{a} {b}\n" for a, b in merges)
@@ -91,7 +91,7 @@ def _merges_and_entries() -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _build() -> tokenizers.Tokenizer:
-    # Imported here: the rest of this room, and all of --help, must not wait for it.
+    # Imported here so that the rest of the package, and --help, do not wait for it.
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     merges, entries = _merges_and_entries()
@@ -119,11 +119,11 @@ def _build() -> tokenizers.Tokenizer:
 
 
 def _byte_characters() -> list[str]:
-    """A printable character for each byte, in vocabulary order: printable Latin-1 as itself, then the other 68."""
+    """A printable character for each byte, in vocabulary order: printable Latin-1 unchanged, then the other 68."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(byte) for byte in plain] + [chr(256 + n) for n in range(256 - len(plain))]
 
 
 def _valid(text: str) -> str:
-    # Command lines in a foreign encoding and JSON escapes can carry half a surrogate pair, which UTF-8 has not.
+    # Command lines in another encoding and JSON escapes can contain half a surrogate pair, which UTF-8 cannot encode.
     return text.encode("utf-8", "replace").decode("utf-8")
