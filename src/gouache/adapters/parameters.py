@@ -48,7 +48,10 @@ class ParameterAdapter(nn.Module):
         """Why the patch does not fit a module of these shapes; "" where it does."""
         if "weight" not in shapes:
             return "the module has no weight"
-        parts = {part: torch.empty_like(tensor, device="meta") for part, tensor in self.patch(module).parts.items()}
+        parts = {
+            part: torch.empty_like(tensor, device="meta") if tensor.numel() > 1 else tensor.detach()
+            for part, tensor in self.patch(module).parts.items()
+        }
         try:
             Patch(parts).weight(torch.empty(shapes["weight"], device="meta"), 1.0)
         except (ModelError, *SHAPE_ERRORS) as error:

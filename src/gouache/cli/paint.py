@@ -175,7 +175,9 @@ def _explain(request: Request) -> None:
             print(f"  adapter {tag}")
         first = None if title.startswith("hires") else hires_steps
         steps = hires_steps if title.startswith("hires") and hires_steps is not None else request.steps
-        print(explain(text, steps, tokenizer, hires_steps=first))
+        plain = request.emphasis == "none"
+        negative = "negative" in title
+        print(explain(text, steps, tokenizer, hires_steps=first, negative=negative, plain=plain))
 
 
 def _paint(

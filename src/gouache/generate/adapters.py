@@ -187,7 +187,7 @@ def find_adapters(
     def add(kind: Kind, path: Path, setting: str, use: Use) -> None:
         found.append(RequestedFile(kind, path, source.sha256(path), setting, use))
 
-    for text in [*request.lora, *(tag.told for tag in tags if tag.kind in ("lora", "lyco"))]:
+    for text in [*request.lora, *(tag.argument for tag in tags if tag.kind in ("lora", "lyco"))]:
         spec = read_spec("lora", text)
         path = source.find("lora", spec.name)
         unet = source.default_strength(path) if spec.unet is None else spec.unet
@@ -196,7 +196,7 @@ def find_adapters(
         add("lora", path, text, Use(open_model(path), chosen, spec.how))
     for path in blocks.keys() - {each.path.resolve() for each in found}:
         raise RequestError("lora_blocks", f"{path} is not a LoRA of this request; name it with lora too")
-    for text in [*request.hypernet, *(tag.told for tag in tags if tag.kind == "hypernet")]:
+    for text in [*request.hypernet, *(tag.argument for tag in tags if tag.kind == "hypernet")]:
         spec = read_spec("hypernet", text)
         path = source.find("hypernetwork", spec.name)
         add("hypernetwork", path, text, Use(open_model(path), Strength(1.0 if spec.unet is None else spec.unet)))

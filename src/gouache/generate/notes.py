@@ -6,10 +6,12 @@ from collections.abc import Container, Iterable, Iterator
 
 import torch
 
+from gouache.generate.prompting import read_prompts
 from gouache.generate.request import Request
 from gouache.generate.adapters import UsedFile
 from gouache.model.model import Model
 from gouache.prompts.grammar import Break, flatten, parse, unsupported
+from gouache.prompts.schedule import composed
 from gouache.prompts.tags import take_tags
 from gouache.workshop.details import trigger_words
 
@@ -23,10 +25,20 @@ def notes(model: Model, request: Request, embeddings: Container[str] = ()) -> It
     for name, text in (("prompt", prompt), ("negative", request.negative)):
         if parts := unsupported(text):
             yield f"{', '.join(parts)} in the {name} is read as plain text"
-    words = unknown_words(model, [prompt, request.negative])
+    for part in composed(prompt):
+        if part.weight != 1 and " AND " not in f" {prompt} ":
+            yield f"the prompt ends in a weight, so all of it weighs {part.weight:g}; write \\: for a colon"
+    words = unknown_words(model, _texts(request, prompt))
     if words := [word for word in words if word not in embeddings]:
         quoted = ", ".join(repr(word) for word in words)
         yield f"the model does not know the word{'s' * (len(words) > 1)} {quoted}"
+
+
+def _texts(request: Request, prompt: str) -> list[str]:
+    """Every text that is encoded at some step."""
+    prompts = read_prompts(prompt, request.negative, request.steps)
+    texts = [text for _, timeline in prompts.positive for text in timeline.values]
+    return list(dict.fromkeys([*texts, *prompts.negative.values]))
 
 
 def adapter_notes(request: Request, used: Iterable[UsedFile]) -> Iterator[str]:
