@@ -50,9 +50,7 @@ def test_names_as_a1111_has_them(model: gouache.Model, ours: Settings, folder: P
 
     for name in ("old", "faces/old", "old.safetensors", "OLD", str(path)):
         assert shelf.find("lora", name) == path
-    with pytest.raises(
-        RequestError, match="lora: there is no file 'odl' and no lora of that name; the nearest are old"
-    ):
+    with pytest.raises(RequestError, match="lora: there is no file 'odl' and no lora of that name; similar names: old"):
         shelf.find("lora", "odl")
 
 

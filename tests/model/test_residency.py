@@ -65,7 +65,7 @@ def test_a_16_bit_dtype_is_chosen_if_it_saves_a_fifth_of_the_time(seconds: dict[
     ("bf16", "native", "busy", "chosen"),
     [
         (0.9, True, False, torch.bfloat16),  # in doubt, what the processor is built for
-        (1.1, True, False, torch.float32),  # a quiet measurement is no doubt
+        (1.1, True, False, torch.float32),  # a quiet measurement decides
         (1528 / 1708, True, True, torch.bfloat16),  # measured at a load of 6 on 2 cores
         (1.2, True, True, torch.bfloat16),
         (1.7, True, True, torch.float32),  # AVX512-BF16 without AMX

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from gouache.app import machine, names, places
+from gouache.app import machine, names, search_paths
 from gouache.app.settings import Settings
 from gouache.app.wording import plural
 from gouache.errors import GouacheError
@@ -80,10 +80,11 @@ def _memory() -> Iterator[str]:
 
 def _models(settings: Settings) -> Iterator[str]:
     for root in settings.models:
-        count = len({path for place in places.places_of(root) for path in places.models(place.folder, place.kind)})
+        folders = search_paths.search_folders(root)
+        count = len({path for each in folders for path in search_paths.model_files(each.path, each.category)})
         yield f"{root}: {plural(count, 'model') if root.exists() else 'does not exist yet'}"
     if settings.hub is not None and settings.hub.is_dir():
-        yield f"{settings.hub}: {plural(len(list(places.hub(settings))), 'model')}"
+        yield f"{settings.hub}: {plural(len(list(search_paths.hub_candidates(settings))), 'model')}"
     yield "mini: the model inside the package" if names.embedded("mini") else "mini: not in this build"
 
 

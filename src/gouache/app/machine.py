@@ -88,7 +88,7 @@ def _worth_repeating(stored: Measurement, load: float | None) -> bool:
 
 
 def _disturbance(measured: Measurement) -> tuple[bool, bool, float, float]:
-    """Lower is better. The spread of few rounds says nothing."""
+    """Lower is better. The spread of few rounds means nothing."""
     timings = measured.timings
     return measured.busy, timings.rounds < residency.MIN_ROUNDS, measured.load or 0.0, timings.spread
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gouache.adapters.embedding import fits
 from gouache.app import hashes, names
-from gouache.app.places import Candidate, candidates
+from gouache.app.search_paths import Candidate, candidates
 from gouache.app.settings import Settings
 from gouache.errors import FileError
 from gouache.files.open import open_model
@@ -58,7 +58,7 @@ class LibraryShelf:
 
         with Library.of(self._settings) as library:
             entry = library.entry(path)
-        weight = entry.said.weight if entry is not None else None
+        weight = entry.details.weight if entry is not None else None
         return 1.0 if weight is None else weight
 
     def sha256(self, path: Path) -> str:
@@ -119,7 +119,7 @@ class RecordedShelf(LibraryShelf):
 def _of_kind(every: Iterable[Candidate], kind: str) -> Iterable[Candidate]:
     """Those in folders for that kind; elsewhere a file's header decides, if it is small."""
     for each in every:
-        if each.kind == kind or (not each.kind and _is_small_embedding(each.path)):
+        if each.category == kind or (not each.category and _is_small_embedding(each.path)):
             yield each
 
 

@@ -110,7 +110,7 @@ def measure(on: torch.device, limit: float = TIME_LIMIT) -> Timings:
 
     One residual block and one transformer at 32x32, on one image; on a GPU on two, since starting its kernels would
     take most of the time otherwise. All weights are alike, because only the time matters. A CPU computes it in one
-    thread: on a busy machine several wait for each other at every operation, and their times say little.
+    thread: on a busy machine several wait for each other at every operation, and their times are unreliable.
     """
     runs: dict[str, Callable[[], None]] = {}
     for name, value in DTYPES.items():
