@@ -92,6 +92,25 @@ def test_a_file_is_deleted_only_with_delete(gouache: Command, folder: Path):
     assert list((folder / "Lora").iterdir()) == []
 
 
+def test_what_is_not_in_the_library_is_never_deleted(gouache: Command, folder: Path, tmp_path: Path):
+    other = lora(tmp_path / "other/style.safetensors", 2.0)
+
+    for path in (other, other.parent):
+        refused = gouache("models", "remove", path, "--delete")
+        assert refused.code == 2 and "is not in the library" in refused.err and other.exists()
+
+
+def test_the_way_to_remove_a_model_from_the_library_is_shown(gouache: Command, folder: Path, tmp_path: Path):
+    path = lora(tmp_path / "single.safetensors", 5.0)
+    gouache("models", "add", path)
+
+    refused = gouache("models", "remove", "single")
+    removed = gouache("models", "remove", path)
+
+    assert refused.code == 2 and f"to remove it from the library, give {path}, which was added" in refused.err
+    assert removed.code == 0 and path.exists() and "single" not in gouache("models", "list").out
+
+
 def test_verify_prints_a_line_per_model(gouache: Command, folder: Path, tmp_path: Path):
     good = gouache("models", "verify")
     (folder / "embeddings/bad.safetensors").write_bytes(b"cut")

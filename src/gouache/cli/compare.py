@@ -13,13 +13,13 @@ from typer import Argument, Option
 
 def compare(
     models: Annotated[
-        list[str], Argument(metavar="MODEL MODEL...", help="Two or more files, folders or names.", show_default=False)
+        list[str], Argument(metavar="MODEL", help="Two or more files, folders or names.", show_default=False)
     ],
     prompts: Annotated[Path, Option(help="A text file with one prompt per line.", show_default=False)],
     output: Annotated[
         Path | None, Option("--output", "-o", help="The folder to create.", show_default="outputs/compare-DATE")
     ] = None,
-    negative: Annotated[str, Option("--negative", "-n", help="What to keep out of the pictures.")] = "",
+    negative: Annotated[str, Option("--negative", "-n", help="The negative prompt.")] = "",
     sampler: Annotated[str, Option(help="See `gouache samplers`.")] = "DPM++ 2M",
     schedule: Annotated[str, Option(help="The noise schedule; see `gouache samplers`.")] = "Automatic",
     steps: Annotated[int, Option(help="Number of sampling steps.")] = 25,

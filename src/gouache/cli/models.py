@@ -36,7 +36,7 @@ def list_(
     missing: Annotated[bool, Option("--missing", help="Models whose files no longer exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the models in all folders, with what their headers contain and your notes."""
+    """List the models in all folders. Each with data from its header and your notes."""
     with _library() as (library, settings):
         _refresh(library, quiet=as_json)
         table(library.entries(kind, family, tag, missing), as_json)
@@ -78,10 +78,12 @@ def add(
 @app.command()
 def remove(
     name: Annotated[str, Argument(help="A path that was added, or a model.", show_default=False)],
-    delete: Annotated[bool, Option("--delete", help="Delete the model's file and its metadata files.")] = False,
+    delete: Annotated[
+        bool, Option("--delete", help="Delete the model's file and the metadata files next to it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Remove a path from the library, or delete a model's file with --delete. Your notes are kept."""
+    """Remove a path from the library, or delete a model. Your notes are kept in both cases."""
     from gouache.app import folders
     from gouache.app.settings import read
 
@@ -95,6 +97,10 @@ def remove(
     with _library() as (library, _):
         _refresh(library, quiet=True)
         entry = _entry(library, name, settings)
+        if library.entry(entry.path) is None:  # never delete another file or folder
+            raise RequestError(
+                "name", f"{printable(name)} is not in the library; `gouache models list` lists its models"
+            )
         if not delete:
             raise RequestError("name", _how_to_remove(entry.path, folders.added(settings.data)))
         deleted = _delete(entry)
@@ -104,7 +110,7 @@ def remove(
 
 @app.command()
 def show(name: Name, as_json: AsJson = False) -> None:
-    """Show all that is known about a model in the library, or about a well-known published one."""
+    """Show all details of a model. It is one in the library, or a well-known published one."""
     from gouache.app.known_models import find_by_name, similar_names
 
     with _library() as (library, settings):
@@ -177,7 +183,10 @@ def find(
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Find models by words in names, titles, tags, notes, descriptions, trigger words. Exit code 1 if none is found."""
+    """Find models by words.
+
+    They are searched in names, titles, tags, notes, descriptions and trigger words. Exit code 1 if none is found.
+    """
     with _library() as (library, _):
         _refresh(library, quiet=as_json)
         found = library.find(" ".join(words))
@@ -192,7 +201,7 @@ def verify(
     names: Annotated[list[str] | None, Argument(help="Models; all if none is given.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Hash model files and compare with the recorded hashes. Exit code 1 if one differs or cannot be opened."""
+    """Compare model files with their recorded hashes. Exit code 1 if one differs or cannot be opened."""
     from gouache.app.verify import verify as service
     from gouache.cli.progress import bytes_bar
 
