@@ -170,3 +170,13 @@ def test_doctor_reports_the_dtype_that_is_set(fake: Machine, fresh: Settings):
 
     assert lines[0] == "fp32 on cpu, as set by GOUACHE_DTYPE or config.toml"
     assert lines[1] == "without that setting: bf16, the fastest measured"
+
+
+def test_a_processor_with_other_units_is_measured_separately(
+    fake: Machine, fresh: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    for number, units in enumerate([(), ("avx512_bf16",), ("amx_bf16", "avx512_bf16")], 1):
+        monkeypatch.setattr(residency, "bf16_units", lambda units=units: units)
+        best(fresh)
+        best(fresh)
+        assert len(fake.measured) == number

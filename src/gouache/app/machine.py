@@ -57,9 +57,7 @@ def measurement(device: torch.device, settings: Settings, again: bool = False) -
     One that was made on a busy machine is repeated when the machine is quieter; of the two the better is kept. At most
     MAX_MEASUREMENTS are made unless `again`. Entries of an earlier version of Gouache are replaced.
     """
-    what = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    key = f"{device.type} {what} torch {torch.__version__}"
-    store = settings.cache / "timings.json"
+    store, key = settings.cache / "timings.json", _key(device)
     stored = None if again else _from_json(read_cache(store).get(key))
     load = load_per_core() if device.type == "cpu" else None  # of a GPU only the spread of the rounds shows it
     if stored is not None and not _worth_repeating(stored, load):
@@ -69,6 +67,18 @@ def measurement(device: torch.device, settings: Settings, again: bool = False) -
         new = replace(min(new, stored, key=_disturbance), count=stored.count + 1)
     write_cache(store, {**read_cache(store), key: _to_json(new)})
     return new
+
+
+def _key(device: torch.device) -> str:
+    """The hardware and the version of torch.
+
+    The bf16 units are part of it: on Linux `platform.processor` is often empty, and a home folder may be shared.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = " ".join((platform.processor() or platform.machine(), *residency.bf16_units()))
+    return f"{device.type} {name} torch {torch.__version__}"
 
 
 def load_per_core() -> float | None:

@@ -74,22 +74,25 @@ def native_dtypes(on: torch.device) -> tuple[str, ...]:
     """
     if on.type == "cuda":
         return ("bf16", "fp16") if torch.cuda.get_device_capability(on) >= (8, 0) else ()
-    return ("bf16",) if on.type == "cpu" and _cpu_has_bf16_units() else ()
+    return ("bf16",) if on.type == "cpu" and bf16_units() else ()
 
 
-def _cpu_has_bf16_units() -> bool:
-    """torch has no public function for it, and its private ones differ by version: 2.6 to 2.13 are covered."""
+def bf16_units() -> tuple[str, ...]:
+    """The bf16 units of the CPU, as torch names them: amx_bf16 or amx_tile, avx512_bf16; on ARM bf16, sve_bf16.
+
+    torch has no public function for them, and its private ones differ by version: 2.6 to 2.13 are covered.
+    """
     try:
         if (capabilities := getattr(torch.cpu, "get_capabilities", None)) is not None:  # newer versions of torch
             found = capabilities()
-            return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16"))
+            return tuple(name for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16") if found.get(name, False))
         if platform.machine().lower() in ("arm64", "aarch64"):
             # On x86 this operator also returns True for AVX512 without bf16 units, which emulates bf16.
-            return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        checks = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16"))
-        return any(check() for check in checks if check is not None)
+            return ("bf16",) if torch.ops.mkldnn._is_mkldnn_bf16_supported() else ()
+        checks = {name: getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("amx_tile", "avx512_bf16")}
+        return tuple(name for name, check in checks.items() if check is not None and check())
     except (AttributeError, RuntimeError):
-        return False
+        return ()
 
 
 @dataclass(frozen=True)
