@@ -101,8 +101,10 @@ def _step(settings: Settings) -> Iterator[str]:
         return
     width, height = model.size
     x = torch.zeros(2, model.vae.spec.latent_channels, height // 8, width // 8, device=model.device)
-    denoise = model.denoiser(model.encode_prompts(["", ""]))
-    denoise(x, torch.tensor(1.0))
-    began = time.perf_counter()
-    denoise(x, torch.tensor(1.0))
-    yield f"{(time.perf_counter() - began) * 1e3:.0f} ms for one step of mini, {width}x{height}, on {model.device}"
+    with torch.inference_mode():
+        denoise = model.denoiser(model.encode_prompts(["", ""]))
+        denoise(x, torch.tensor(1.0))  # warm-up
+        began = time.perf_counter()
+        denoise(x, torch.tensor(1.0))
+        seconds = time.perf_counter() - began
+    yield f"{seconds * 1e3:.0f} ms for one step of mini, {width}x{height}, on {model.device}"
