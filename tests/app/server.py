@@ -1,4 +1,4 @@
-"""A web server on loopback that misbehaves as told: for downloads that break, change, lie or ask for a login."""
+"""A web server on loopback with configurable faults: it cuts, changes or redirects files, or requires a login."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from urllib.parse import unquote
 
 @dataclass
 class Site:
-    """`files` by path. `cut`: how many bytes to send before hanging up, a number a request. `asked`: what was asked."""
+    """What the server sends, and what it received.
+
+    `files`, their content `types` and `names` (Content-Disposition) by path; `redirects`: path -> URL. `cut`: per
+    request, the number of bytes after which the connection is closed. `ranges`: whether Range is supported. `token`:
+    required if not "". `requests`: (path, Range header) of each, and `tokens` their Authorization headers.
+    """
 
     files: dict[str, bytes] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    moved: dict[str, str] = field(default_factory=dict)
+    redirects: dict[str, str] = field(default_factory=dict)
     cut: list[int] = field(default_factory=list)
     ranges: bool = True
     token: str = ""
-    asked: list[tuple[str, str]] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     address: str = ""
 
@@ -38,20 +43,20 @@ def serving(site: Site) -> Iterator[Site]:
             pass
 
         def do_HEAD(self) -> None:
-            self._answer(body=False)
+            self._respond(body=False)
 
         def do_GET(self) -> None:
-            self._answer(body=True)
+            self._respond(body=True)
 
-        def _answer(self, body: bool) -> None:
+        def _respond(self, body: bool) -> None:
             path = unquote(self.path.split("?")[0])
-            site.asked.append((path, self.headers.get("Range", "")))
+            site.requests.append((path, self.headers.get("Range", "")))
             site.tokens.append(self.headers.get("Authorization", ""))
             if site.token and site.tokens[-1] != f"Bearer {site.token}":
                 self.send_error(401)
-            elif path in site.moved:
+            elif path in site.redirects:
                 self.send_response(302)
-                self.send_header("Location", site.moved[path])
+                self.send_header("Location", site.redirects[path])
                 self.send_header("Content-Length", "0")
                 self.end_headers()
             elif path not in site.files:
@@ -90,7 +95,7 @@ def serving(site: Site) -> Iterator[Site]:
 
 
 def repository(site: Site, name: str, files: dict[str, bytes]) -> None:
-    """Have `site` serve a repository as the Hugging Face hub does."""
+    """Add a repository to `site`, in the form of the Hugging Face hub."""
     listing = {"id": name, "sha": "0" * 40, "siblings": [{"rfilename": path} for path in files]}
     for revision in ("main", "0" * 40):
         site.files[f"/api/models/{name}/revision/{revision}"] = json.dumps(listing).encode()

@@ -1,4 +1,4 @@
-"""Models side by side: the pictures are those that each paints alone, and the measures what they say."""
+"""`compare`: its pictures equal those that each model paints alone, and its measures are right."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gouache.app.compare import compare, prompts_of
+from gouache.app.compare import compare, read_prompts
 from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError
 from gouache.face import load
@@ -25,7 +25,7 @@ KNOBS = {"steps": 2, "size": "64x64"}
 
 @pytest.fixture(scope="module")
 def models(narrow: Callable[[str], Narrow], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """A narrow SD1, and the same with another last bias."""
+    """A narrow SD1, and the same with another bias in the last layer of the VAE."""
     one = narrow("sd1").file
     other = tmp_path_factory.mktemp("other") / "brighter.safetensors"
     altered(one, other, lambda tensors: tensors["first_stage_model.decoder.conv_out.bias"].add_(0.1))
@@ -33,33 +33,33 @@ def models(narrow: Callable[[str], Narrow], tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.fixture(scope="module")
-def mine(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    place = tmp_path_factory.mktemp("compare")
-    return replace(settings, cache=place / "cache", data=place / "data")
+def own(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("compare")
+    return replace(settings, cache=folder / "cache", data=folder / "data")
 
 
-def test_the_pictures_are_those_of_each_model_alone(models: list[str], mine: Settings, tmp_path: Path):
-    measured = compare(
-        models, ["a cat", "a dog"], tmp_path / "out", partial(load, settings=mine), count=2, seed=5, **KNOBS
+def test_pictures_equal_those_of_each_model_alone(models: list[str], own: Settings, tmp_path: Path):
+    measures = compare(
+        models, ["a cat", "a dog"], tmp_path / "out", partial(load, settings=own), count=2, seed=5, **KNOBS
     )
 
-    alone = list(load(models[1], settings=mine).paint("a dog", seed=5, count=2, **KNOBS))
-    beside = [np.asarray(Image.open(tmp_path / f"out/2-brighter/{name}.png")) for name in ("00002-5", "00003-6")]
-    assert all(np.array_equal(np.asarray(a.image), b) for a, b in zip(alone, beside))
+    alone = list(load(models[1], settings=own).paint("a dog", seed=5, count=2, **KNOBS))
+    compared = [np.asarray(Image.open(tmp_path / f"out/2-brighter/{name}.png")) for name in ("00002-5", "00003-6")]
+    assert all(np.array_equal(np.asarray(a.image), b) for a, b in zip(alone, compared))
 
     first = [np.asarray(Image.open(path), float) for path in sorted((tmp_path / "out").glob("1-*/*.png"))]
     second = [np.asarray(Image.open(path), float) for path in sorted((tmp_path / "out").glob("2-*/*.png"))]
     expected = np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in zip(first, second)])
-    assert measured[0].distance is None and measured[1].distance == pytest.approx(expected) and expected > 1
-    assert all(each.load_seconds > 0 and each.picture_seconds > 0 and each.fit is None for each in measured)
+    assert measures[0].distance is None and measures[1].distance == pytest.approx(expected) and expected > 1
+    assert all(each.load_seconds > 0 and each.picture_seconds > 0 and each.fit is None for each in measures)
 
-    told = json.loads((tmp_path / "out/measures.json").read_text())
-    assert told["prompts"] == ["a cat", "a dog"] and [each["model"] for each in told["models"]] == models
+    report = json.loads((tmp_path / "out/measures.json").read_text())
+    assert report["prompts"] == ["a cat", "a dog"] and [each["model"] for each in report["models"]] == models
     sheet = Image.open(tmp_path / "out/sheet.png")
     assert sheet.width >= 3 * 192 and sheet.height >= 4 * 64
 
 
-def test_a_clip_scores_fit_and_likeness(models: list[str], mine: Settings, tmp_path: Path):
+def test_clip_scores_are_computed(models: list[str], own: Settings, tmp_path: Path):
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = transformers.CLIPConfig(
@@ -67,39 +67,39 @@ def test_a_clip_scores_fit_and_likeness(models: list[str], mine: Settings, tmp_p
     )
     transformers.CLIPModel(config).eval().save_pretrained(tmp_path / "clip")
 
-    measured = compare(
-        models, ["a cat"], tmp_path / "out", partial(load, settings=mine), encoder=tmp_path / "clip", **KNOBS
+    measures = compare(
+        models, ["a cat"], tmp_path / "out", partial(load, settings=own), encoder=tmp_path / "clip", **KNOBS
     )
 
-    assert all(each.fit is not None and -100 <= each.fit <= 100 for each in measured)
-    assert measured[0].likeness is None and measured[1].likeness is not None and measured[1].likeness < 100
+    assert all(each.fit is not None and -100 <= each.fit <= 100 for each in measures)
+    assert measures[0].likeness is None and measures[1].likeness is not None and measures[1].likeness < 100
 
 
-def test_one_model_a_folder_that_exists_and_no_prompts_are_refused(models: list[str], mine: Settings, tmp_path: Path):
+def test_invalid_input_is_refused(models: list[str], own: Settings, tmp_path: Path):
     for names, out, setting in ((models[:1], tmp_path / "new", "models"), (models, tmp_path, "output")):
         with pytest.raises(RequestError) as caught:
-            compare(names, ["a cat"], out, partial(load, settings=mine), **KNOBS)
+            compare(names, ["a cat"], out, partial(load, settings=own), **KNOBS)
         assert caught.value.setting == setting
     (tmp_path / "empty.txt").write_text("# nothing\n\n")
     for name in ("empty.txt", "absent.txt"):
         with pytest.raises(FileError):
-            prompts_of(tmp_path / name)
+            read_prompts(tmp_path / name)
 
 
-def test_prompts_are_lines(tmp_path: Path):
-    (tmp_path / "p.txt").write_text("\ufeffa cat\n\n# a remark\n  a dog  \n", encoding="utf-8")
+def test_prompts_are_read_one_per_line(tmp_path: Path):
+    (tmp_path / "p.txt").write_text("\ufeffa cat\n\n# a comment\n  a dog  \n", encoding="utf-8")
 
-    assert prompts_of(tmp_path / "p.txt") == ["a cat", "a dog"]
+    assert read_prompts(tmp_path / "p.txt") == ["a cat", "a dog"]
 
 
-def test_the_command(gouache: Command, models: list[str], tmp_path: Path):
+def test_the_command_prints_json_and_refuses_bad_arguments(gouache: Command, models: list[str], tmp_path: Path):
     (tmp_path / "p.txt").write_text("a cat\n")
 
-    said = gouache("compare", *models, "--prompts", "p.txt", "-o", "out", "--steps", "1", "--size", "64x64", "--json")
+    done = gouache("compare", *models, "--prompts", "p.txt", "-o", "out", "--steps", "1", "--size", "64x64", "--json")
     again = gouache("compare", *models, "--prompts", "p.txt", "-o", "out")
-    misspelt = gouache("compare", *models, "nothere", "--prompts", "p.txt", "-o", "other")
+    missing = gouache("compare", *models, "nothere", "--prompts", "p.txt", "-o", "other")
 
-    told = json.loads(said.out)
-    assert told["folder"] == "out" and len(told["models"]) == 2 and (tmp_path / "out/sheet.png").is_file()
+    report = json.loads(done.out)
+    assert report["folder"] == "out" and len(report["models"]) == 2 and (tmp_path / "out/sheet.png").is_file()
     assert again.code == 2 and again.err == "error: output: out exists already; give another folder\n"
-    assert misspelt.code == 2 and "nothere" in misspelt.err and not (tmp_path / "other").exists()
+    assert missing.code == 2 and "nothere" in missing.err and not (tmp_path / "other").exists()

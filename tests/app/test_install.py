@@ -1,4 +1,4 @@
-"""Installing: from a path, from a server on loopback that breaks and lies, from a repository served likewise."""
+"""`install` from a path, from a faulty web server on loopback, and from a repository on that server."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from gouache.app.download import download
 from gouache.app.install import install
 from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError, UnsafeFile
+from tests.app.model_files import embedding, lora
 from tests.app.server import Site, repository, serving
-from tests.app.shelf import embedding, lora
 
 HOSTILE = b"cposix\nsystem\n(S'touch proof'\ntR."
 
 
 @pytest.fixture
-def mine(settings: Settings, tmp_path: Path) -> Settings:
+def own(settings: Settings, tmp_path: Path) -> Settings:
     return replace(settings, models=(), cache=tmp_path / "cache", data=tmp_path / "data")
 
 
@@ -39,85 +39,85 @@ def style(tmp_path: Path) -> bytes:
     return lora(tmp_path / "made/style.safetensors", 1.0).read_bytes()
 
 
-def placed(settings: Settings) -> list[str]:
-    """Every file in the data folder, wherever."""
+def data_files(settings: Settings) -> list[str]:
+    """All files in the data folder."""
     return sorted(path.relative_to(settings.data).as_posix() for path in settings.data.rglob("*") if path.is_file())
 
 
-def test_a_file_goes_to_the_folder_of_its_kind(mine: Settings, tmp_path: Path):
-    one = install(str(lora(tmp_path / "style.safetensors")), mine)
-    two = install(str(embedding(tmp_path / "bad.safetensors")), mine, name="worse")
-    three = install(str(tmp_path / "bad.safetensors"), mine, kind="vae")
+def test_a_file_is_installed_in_the_folder_of_its_category(own: Settings, tmp_path: Path):
+    one = install(str(lora(tmp_path / "style.safetensors")), own)
+    two = install(str(embedding(tmp_path / "bad.safetensors")), own, name="worse")
+    three = install(str(tmp_path / "bad.safetensors"), own, kind="vae")
 
-    assert (one.path, one.kind) == (mine.data / "models/Lora/style.safetensors", "lora")
-    assert two.path == mine.data / "models/embeddings/worse.safetensors"
-    assert three.path == mine.data / "models/VAE/bad.safetensors"
+    assert (one.path, one.kind) == (own.data / "models/Lora/style.safetensors", "lora")
+    assert two.path == own.data / "models/embeddings/worse.safetensors"
+    assert three.path == own.data / "models/VAE/bad.safetensors"
     assert one.sha256 == hashlib.sha256((tmp_path / "style.safetensors").read_bytes()).hexdigest()
-    assert (tmp_path / "style.safetensors").exists()  # the user's own file stays
+    assert (tmp_path / "style.safetensors").exists()  # the user's own file is kept
 
 
-def test_a_folder_of_components_is_installed_whole(mine: Settings, tmp_path: Path):
+def test_a_diffusers_folder_is_installed(own: Settings, tmp_path: Path):
     folder = tmp_path / "pipeline"
     lora(folder / "unet/diffusion_pytorch_model.safetensors")
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}')
     (folder / "unet/config.json").write_text("{}")
 
-    done = install(str(folder), mine)
+    done = install(str(folder), own)
 
-    assert done.path == mine.data / "models/Stable-diffusion/pipeline"
+    assert done.path == own.data / "models/Stable-diffusion/pipeline"
     assert (done.path / "unet/config.json").read_text() == "{}" and folder.exists()
 
 
-def test_the_same_file_again_is_already_there(mine: Settings, tmp_path: Path):
+def test_the_same_file_is_installed_once(own: Settings, tmp_path: Path):
     path = lora(tmp_path / "style.safetensors")
 
-    assert not install(str(path), mine).already
-    assert install(str(path), mine).already
+    assert not install(str(path), own).already
+    assert install(str(path), own).already
 
 
-def test_another_file_of_that_name_is_not_replaced(mine: Settings, tmp_path: Path):
-    install(str(lora(tmp_path / "style.safetensors", 1.0)), mine)
+def test_another_file_with_that_name_is_not_replaced(own: Settings, tmp_path: Path):
+    install(str(lora(tmp_path / "style.safetensors", 1.0)), own)
     other = lora(tmp_path / "other/style.safetensors", 2.0)
 
-    with pytest.raises(RequestError, match="choose another with --name"):
-        install(str(other), mine)
-    assert (mine.data / "models/Lora/style.safetensors").read_bytes() != other.read_bytes()
+    with pytest.raises(RequestError, match="choose another name with --name"):
+        install(str(other), own)
+    assert (own.data / "models/Lora/style.safetensors").read_bytes() != other.read_bytes()
 
 
-def test_a_url_is_fetched_under_the_name_that_the_server_gives(mine: Settings, site: Site, style: bytes):
+def test_a_download_has_the_name_that_the_server_sends(own: Settings, site: Site, style: bytes):
     site.files["/download/7"] = style
     site.names["/download/7"] = "../../sty le.safetensors"
 
-    done = install(site.url("/download/7?token=secret"), mine)
+    done = install(site.url("/download/7?token=secret"), own)
 
-    assert done.path == mine.data / "models/Lora/sty le.safetensors" and done.path.read_bytes() == style
+    assert done.path == own.data / "models/Lora/sty le.safetensors" and done.path.read_bytes() == style
     assert "secret" not in done.source
-    assert placed(mine) == ["models/Lora/sty le.safetensors"]
+    assert data_files(own) == ["models/Lora/sty le.safetensors"]
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(mine: Settings, site: Site, style: bytes, tmp_path: Path):
+def test_a_broken_connection_is_resumed(own: Settings, site: Site, style: bytes, tmp_path: Path):
     site.files["/style.safetensors"] = style
     site.cut = [1000, 0, 2000]
 
     path, name = download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
 
     assert path.read_bytes() == style and name == "style.safetensors"
-    assert [asked for _, asked in site.asked] == ["", "bytes=1000-", "bytes=1000-", "bytes=3000-"]
+    assert [sent_range for _, sent_range in site.requests] == ["", "bytes=1000-", "bytes=1000-", "bytes=3000-"]
 
 
-def test_the_next_call_goes_on_where_the_last_one_stopped(mine: Settings, site: Site, style: bytes, tmp_path: Path):
+def test_the_next_call_resumes_a_download(own: Settings, site: Site, style: bytes, tmp_path: Path):
     site.files["/style.safetensors"] = style
     site.cut = [1000, 0, 0, 0, 0]
 
-    with pytest.raises(FileError, match="the same command goes on from there"):
+    with pytest.raises(FileError, match="run the same command again to resume"):
         download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
     site.cut = []
     path, _ = download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
 
-    assert path.read_bytes() == style and site.asked[-1] == ("/style.safetensors", "bytes=1000-")
+    assert path.read_bytes() == style and site.requests[-1] == ("/style.safetensors", "bytes=1000-")
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(site: Site, style: bytes, tmp_path: Path):
+def test_a_file_that_changed_on_the_server_is_downloaded_again(site: Site, style: bytes, tmp_path: Path):
     site.files["/style.safetensors"] = style
     site.cut = [1000, 0, 0, 0, 0]
     with pytest.raises(FileError):
@@ -129,7 +129,7 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(site: Site, style: bytes,
     assert path.read_bytes() == style[::-1]
 
 
-def test_a_server_that_cannot_send_parts_is_asked_for_the_whole(site: Site, style: bytes, tmp_path: Path):
+def test_without_range_support_the_whole_file_is_downloaded(site: Site, style: bytes, tmp_path: Path):
     site.files["/style.safetensors"], site.ranges, site.cut = style, False, [1000]
 
     path, _ = download(site.url("/style.safetensors"), tmp_path / "place", pause=0)
@@ -137,7 +137,7 @@ def test_a_server_that_cannot_send_parts_is_asked_for_the_whole(site: Site, styl
     assert path.read_bytes() == style
 
 
-def test_a_killed_download_goes_on(site: Site, style: bytes, tmp_path: Path):
+def test_a_killed_download_is_resumed(site: Site, style: bytes, tmp_path: Path):
     site.files["/style.safetensors"], site.cut = style, [5000]
     program = (
         "import os, sys, time; from pathlib import Path; from gouache.app import download as d\n"
@@ -149,86 +149,86 @@ def test_a_killed_download_goes_on(site: Site, style: bytes, tmp_path: Path):
 
     path, _ = download(site.url("/style.safetensors"), tmp_path / "place")
 
-    assert path.read_bytes() == style and site.asked[-1][1] == "bytes=5000-"
+    assert path.read_bytes() == style and site.requests[-1][1] == "bytes=5000-"
 
 
-def test_the_token_goes_to_the_host_that_was_named_and_no_further(site: Site, style: bytes, tmp_path: Path):
+def test_the_token_is_sent_to_the_given_host_only(site: Site, style: bytes, tmp_path: Path):
     with serving(Site(files={"/x.safetensors": style})) as other:
-        site.token, site.moved["/x.safetensors"] = "mine", other.url("/x.safetensors")
+        site.token, site.redirects["/x.safetensors"] = "mine", other.url("/x.safetensors")
 
         path, _ = download(site.url("/x.safetensors"), tmp_path / "place", token="mine", pause=0)
 
     assert path.read_bytes() == style and site.tokens == ["Bearer mine"] and other.tokens == [""]
 
 
-def test_refusals_are_one_line_that_says_what_to_do(mine: Settings, site: Site):
+def test_errors_are_one_line_with_what_to_do(own: Settings, site: Site):
     site.files["/page"], site.types["/page"] = b"<html>", "text/html; charset=utf-8"
-    site.moved["/away"] = "file:///etc/passwd"
+    site.redirects["/away"] = "file:///etc/passwd"
 
     for source, reason in (
         (site.url("/absent"), "answers 404"),
         (site.url("/page"), "is a web page"),
-        (site.url("/away"), "not allowed|no address on the web"),
-        ("ftp://127.0.0.1/x", "no address on the web"),
-        ("nothing-here", "no Hugging Face repository"),
+        (site.url("/away"), "not allowed|not a web address"),
+        ("ftp://127.0.0.1/x", "not a web address"),
+        ("nothing-here", "not a Hugging Face repository"),
     ):
         with pytest.raises(RequestError, match=reason) as caught:
-            install(source, mine)
+            install(source, own)
         assert "\n" not in str(caught.value)
     site.token = "needed"
-    with pytest.raises(RequestError, match=r"wants a login.*--token"):
-        install(site.url("/page"), mine)
+    with pytest.raises(RequestError, match=r"requires a login.*--token"):
+        install(site.url("/page"), own)
 
 
-def test_a_wrong_hash_is_refused_and_not_kept(mine: Settings, site: Site, style: bytes):
+def test_a_file_with_a_wrong_hash_is_deleted(own: Settings, site: Site, style: bytes):
     site.files["/style.safetensors"] = style
 
     with pytest.raises(FileError, match=r"has the hash .* was expected"):
-        install(site.url("/style.safetensors"), mine, sha256="0" * 64)
+        install(site.url("/style.safetensors"), own, sha256="0" * 64)
 
-    assert placed(mine) == []
-    assert install(site.url("/style.safetensors"), mine, sha256=hashlib.sha256(style).hexdigest().upper()).size
+    assert data_files(own) == []
+    assert install(site.url("/style.safetensors"), own, sha256=hashlib.sha256(style).hexdigest().upper()).size
 
 
-def test_what_was_fetched_is_kept_until_it_is_placed(mine: Settings, site: Site, style: bytes, tmp_path: Path):
-    """A name that is taken, or Ctrl-C while it is hashed, costs no second download."""
+def test_a_download_is_kept_until_it_is_installed(own: Settings, site: Site, style: bytes, tmp_path: Path):
+    """After an error about its name, or Ctrl-C while hashing, it is not downloaded again."""
     site.files["/style.safetensors"] = style
-    install(str(lora(tmp_path / "style.safetensors", 2.0)), mine)
+    install(str(lora(tmp_path / "style.safetensors", 2.0)), own)
 
     with pytest.raises(RequestError, match="--name"):
-        install(site.url("/style.safetensors"), mine)
+        install(site.url("/style.safetensors"), own)
     with pytest.raises(KeyboardInterrupt):
-        install(site.url("/style.safetensors"), mine, name="mine", on_work=interrupt)
-    done = install(site.url("/style.safetensors"), mine, name="mine")
+        install(site.url("/style.safetensors"), own, name="mine", on_work=interrupt)
+    done = install(site.url("/style.safetensors"), own, name="mine")
 
-    assert done.path.read_bytes() == style and len(site.asked) == 1
-    assert placed(mine) == ["models/Lora/mine.safetensors", "models/Lora/style.safetensors"]
+    assert done.path.read_bytes() == style and len(site.requests) == 1
+    assert data_files(own) == ["models/Lora/mine.safetensors", "models/Lora/style.safetensors"]
 
 
 def interrupt(what: str, done: int, total: int) -> None:
     raise KeyboardInterrupt
 
 
-def test_what_the_scan_refuses_is_never_placed(mine: Settings, site: Site, tmp_path: Path):
+def test_a_hostile_file_is_not_installed(own: Settings, site: Site, tmp_path: Path):
     site.files["/model.ckpt"] = HOSTILE
 
     with pytest.raises(UnsafeFile, match=r"hostile.*posix\.system"):
-        install(site.url("/model.ckpt"), mine)
+        install(site.url("/model.ckpt"), own)
 
-    assert placed(mine) == [] and not Path("proof").exists()
+    assert data_files(own) == [] and not Path("proof").exists()
 
 
-def test_a_page_that_is_sent_as_a_model_is_refused(mine: Settings, site: Site):
+def test_a_web_page_with_the_name_of_a_model_is_refused(own: Settings, site: Site):
     site.files["/model.safetensors"] = b"<!DOCTYPE html><html>please log in</html>"
 
     with pytest.raises(FileError, match="no model"):
-        install(site.url("/model.safetensors"), mine)
+        install(site.url("/model.safetensors"), own)
 
-    assert placed(mine) == []
+    assert data_files(own) == []
 
 
 def from_hub(site: Site, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """`gouache models install` with the hub's address set to `site`: its library reads that once, as it is imported."""
+    """Run `gouache models install` with `site` as hub; in a new process, because HF_ENDPOINT is read on import."""
     environment = {
         **os.environ, "HF_ENDPOINT": site.address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "GOUACHE_DATA": str(data), "GOUACHE_INDEX": "0",
@@ -237,18 +237,18 @@ def from_hub(site: Site, data: Path, *arguments: str) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_a_repository_with_one_file(site: Site, style: bytes, tmp_path: Path):
+def test_the_safetensors_file_of_a_repository_is_installed(site: Site, style: bytes, tmp_path: Path):
     repository(site, "org/hats", {"README.md": b"hi", "style.safetensors": style, "style.ckpt": HOSTILE})
 
     ended = from_hub(site, tmp_path / "data", "org/hats", "--json")
 
     assert ended.returncode == 0, ended.stderr
-    told = json.loads(ended.stdout)
-    assert told["source"] == "https://huggingface.co/org/hats/resolve/main/style.safetensors"
-    assert Path(told["path"]).read_bytes() == style and Path(told["path"]).parent.name == "Lora"
+    report = json.loads(ended.stdout)
+    assert report["source"] == "https://huggingface.co/org/hats/resolve/main/style.safetensors"
+    assert Path(report["path"]).read_bytes() == style and Path(report["path"]).parent.name == "Lora"
 
 
-def test_a_repository_that_is_a_diffusers_folder(site: Site, style: bytes, tmp_path: Path):
+def test_of_a_diffusers_repository_the_needed_files_are_installed(site: Site, style: bytes, tmp_path: Path):
     index = b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'
     weights = {
         "unet/diffusion_pytorch_model.safetensors": style, "unet/diffusion_pytorch_model.fp16.safetensors": style,
@@ -265,7 +265,7 @@ def test_a_repository_that_is_a_diffusers_folder(site: Site, style: bytes, tmp_p
     ]  # fmt: skip
 
 
-def test_of_several_files_one_has_to_be_named(site: Site, style: bytes, tmp_path: Path):
+def test_of_several_files_one_must_be_named(site: Site, style: bytes, tmp_path: Path):
     repository(site, "org/two", {"a.safetensors": style, "b.safetensors": style})
 
     both = from_hub(site, tmp_path / "data", "org/two")

@@ -1,4 +1,4 @@
-"""The library: what there is, what was said of it, and that both survive moving, renaming and restarting."""
+"""The library: its models and the user's notes, both kept when files are moved or renamed and the program restarted."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from gouache.app.library import Library
 from gouache.app.settings import Settings
 from gouache.app.verify import verify
 from gouache.errors import FileError, RequestError
-from tests.app.shelf import embedding, lora
+from tests.app.model_files import embedding, lora
 
 
 @pytest.fixture
-def mine(settings: Settings, tmp_path: Path) -> Settings:
+def own(settings: Settings, tmp_path: Path) -> Settings:
     return replace(settings, models=(tmp_path / "models",), cache=tmp_path / "cache", data=tmp_path / "data")
 
 
-def hashed(library: Library) -> None:
+def hash_all(library: Library) -> None:
     while library.hash_next() is not None:
         pass
 
 
-def test_a_look_tells_what_each_file_is(mine: Settings, tmp_path: Path):
+def test_refresh_identifies_each_file(own: Settings, tmp_path: Path):
     lora(tmp_path / "models/Lora/style.safetensors", ss_tag_frequency=json.dumps({"a": {"hat": 9, "cat": 2}}))
     embedding(tmp_path / "models/embeddings/bad.safetensors")
     (tmp_path / "models/page.ckpt").write_text("<!DOCTYPE html>")
 
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         changes = library.refresh()
         by_name = {each.name: each for each in library.entries()}
 
     assert len(changes.new) == 3
-    assert (by_name["style"].kind, by_name["style"].family, by_name["style"].shelf) == ("lora", "sd1", "lora")
-    assert by_name["style"].said.trigger_words == ("hat", "cat") and by_name["style"].said.title == "style"
+    assert (by_name["style"].kind, by_name["style"].family, by_name["style"].category) == ("lora", "sd1", "lora")
+    assert by_name["style"].details.trigger_words == ("hat", "cat") and by_name["style"].details.title == "style"
     assert (by_name["bad"].kind, by_name["bad"].family) == ("embedding", "sd1")
-    assert "web page" in by_name["page"].trouble and by_name["page"].shelf == "unknown"
+    assert "web page" in by_name["page"].error and by_name["page"].category == "unknown"
 
 
-def test_a_second_look_finds_only_what_changed(mine: Settings, tmp_path: Path):
+def test_a_second_refresh_reports_only_changes(own: Settings, tmp_path: Path):
     paths = [lora(tmp_path / f"models/{name}.safetensors", number) for number, name in enumerate("abc")]
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
         assert library.refresh() == type(library.refresh())()
 
@@ -64,17 +64,17 @@ def test_a_second_look_finds_only_what_changed(mine: Settings, tmp_path: Path):
         assert [each.name for each in library.entries(missing=True)] == ["b"]
 
 
-def test_notes_follow_a_file_that_is_moved_and_renamed(mine: Settings, tmp_path: Path):
+def test_notes_follow_a_file_that_is_moved_and_renamed(own: Settings, tmp_path: Path):
     path = lora(tmp_path / "models/a.safetensors", 1.0)
     lora(tmp_path / "models/other.safetensors", 2.0)
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
         added = library.describe(path, tags=("hat",), weight=0.7, use="anime").added
 
     moved = tmp_path / "models/sub/b.safetensors"
     moved.parent.mkdir()
     path.rename(moved)
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         changes = library.refresh()
         entry = library.entry(moved)
         found = [each.path for each in library.entries()]
@@ -84,35 +84,35 @@ def test_notes_follow_a_file_that_is_moved_and_renamed(mine: Settings, tmp_path:
     assert len(found) == 2 and path not in found
 
 
-def test_a_copy_is_known_too(mine: Settings, tmp_path: Path):
+def test_a_copy_has_the_same_notes(own: Settings, tmp_path: Path):
     path = lora(tmp_path / "models/a.safetensors", 1.0)
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
         library.describe(path, notes="of both")
         copy = path.with_name("copy.safetensors")
         copy.write_bytes(path.read_bytes())
         library.refresh()
-        hashed(library)
+        hash_all(library)
 
         entry = library.entry(copy)
 
     assert entry is not None and entry.about.notes == "of both"
 
 
-def test_hashes_are_those_of_the_files(mine: Settings, tmp_path: Path):
+def test_files_are_hashed(own: Settings, tmp_path: Path):
     path = lora(tmp_path / "models/a.safetensors", 1.0)
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
-        assert library.waiting == (1, path.stat().st_size)
-        hashed(library)
+        assert library.unhashed == (1, path.stat().st_size)
+        hash_all(library)
         entry = library.entry(path)
 
-        assert library.waiting == (0, 0)
+        assert library.unhashed == (0, 0)
         assert entry is not None and entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
         assert library.paths_of_hash(entry.sha256[:10]) == [path] and library.paths_of_hash("") == []
 
 
-def test_a_hub_file_need_not_be_read_to_know_its_hash(mine: Settings, tmp_path: Path):
+def test_the_hash_of_a_file_in_the_hub_cache_is_its_name(own: Settings, tmp_path: Path):
     real = lora(tmp_path / "hub/models--org--one/blobs/tmp.safetensors", 1.0)
     digest = hashlib.sha256(real.read_bytes()).hexdigest()
     blob = real.rename(real.with_name(digest))
@@ -120,18 +120,18 @@ def test_a_hub_file_need_not_be_read_to_know_its_hash(mine: Settings, tmp_path: 
     link.parent.mkdir(parents=True)
     link.symlink_to(blob)
 
-    with Library.of(replace(mine, hub=tmp_path / "hub")) as library:
+    with Library.of(replace(own, hub=tmp_path / "hub")) as library:
         library.refresh()
         (entry,) = library.entries()
 
     assert (entry.name, entry.sha256, entry.kind) == ("org/one/style", digest, "lora")
 
 
-def test_models_are_found_by_words_anywhere(mine: Settings, tmp_path: Path):
+def test_models_are_found_by_words(own: Settings, tmp_path: Path):
     one = lora(tmp_path / "models/one.safetensors", 1.0)
     two = lora(tmp_path / "models/two.safetensors", 2.0)
     two.with_suffix(".json").write_text(json.dumps({"description": "Paints big HATS", "activation text": "blue hat"}))
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
         library.describe(one, tags=("Hats",), notes="for winter")
 
@@ -148,47 +148,47 @@ def test_models_are_found_by_words_anywhere(mine: Settings, tmp_path: Path):
         assert library.entries(family="sdxl") == []
 
 
-def test_what_the_user_says_wins_over_what_lies_beside(mine: Settings, tmp_path: Path):
+def test_values_of_the_user_take_precedence_over_sidecar_files(own: Settings, tmp_path: Path):
     path = lora(tmp_path / "models/a.safetensors", 1.0)
-    path.with_suffix(".json").write_text(json.dumps({"notes": "beside", "preferred weight": 0.5}))
-    with Library.of(mine) as library:
+    path.with_suffix(".json").write_text(json.dumps({"notes": "sidecar", "preferred weight": 0.5}))
+    with Library.of(own) as library:
         library.refresh()
         entry = library.describe(path, weight=1.5)
 
-    assert (entry.said.weight, entry.said.notes) == (1.5, "beside")
-    assert json.loads(path.with_suffix(".json").read_text()) == {"notes": "beside", "preferred weight": 0.5}
+    assert (entry.details.weight, entry.details.notes) == (1.5, "sidecar")
+    assert json.loads(path.with_suffix(".json").read_text()) == {"notes": "sidecar", "preferred weight": 0.5}
 
 
-@pytest.mark.parametrize("said", [{"use": "cubist"}, {"weight": 99.0}])
-def test_what_cannot_be_said_is_refused(mine: Settings, tmp_path: Path, said: dict[str, object]):
+@pytest.mark.parametrize("values", [{"use": "cubist"}, {"weight": 99.0}])
+def test_invalid_values_are_refused(own: Settings, tmp_path: Path, values: dict[str, object]):
     path = lora(tmp_path / "models/a.safetensors")
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
         with pytest.raises(RequestError):
-            library.describe(path, **said)
+            library.describe(path, **values)
 
 
-def test_a_file_whose_name_is_no_text_has_its_place(mine: Settings, tmp_path: Path):
+def test_a_file_name_that_is_not_unicode(own: Settings, tmp_path: Path):
     folder = os.fsencode(tmp_path / "models")
     path = Path(os.fsdecode(folder + b"/\xff\xfe.safetensors"))
     path.parent.mkdir()
     try:
         lora(tmp_path / "a.safetensors").rename(path)
     except OSError:
-        pytest.skip("this file system wants names that are text")
+        pytest.skip("this file system requires names in Unicode")
 
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
         (entry,) = library.entries()
 
     assert os.fsencode(entry.path).endswith(b"/\xff\xfe.safetensors") and entry.kind == "lora"
 
 
-def test_verify_tells_a_file_whose_bytes_changed_behind_its_back(mine: Settings, tmp_path: Path):
+def test_verify_detects_changed_bytes_with_the_same_size_and_time(own: Settings, tmp_path: Path):
     path = lora(tmp_path / "models/a.safetensors", 1.0)
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
-        hashed(library)
+        hash_all(library)
 
         def verdict() -> tuple[bool, str]:
             entry = library.entry(path)
@@ -196,43 +196,43 @@ def test_verify_tells_a_file_whose_bytes_changed_behind_its_back(mine: Settings,
             found = verify(entry, library)
             return found.good, found.reason
 
-        assert verdict() == (True, "as noted")
+        assert verdict() == (True, "same hash as recorded")
         before = path.stat()
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a failing disk leaves them
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as on a failing disk
         library.refresh()
         good, reason = verdict()
 
     assert not good and "damaged" in reason
 
 
-def test_verify_compares_with_what_lies_beside(mine: Settings, tmp_path: Path):
+def test_verify_compares_with_the_hash_in_a_sidecar_file(own: Settings, tmp_path: Path):
     path = lora(tmp_path / "models/a.safetensors", 1.0)
     path.with_suffix(".metadata.json").write_text(json.dumps({"sha256": "0" * 64}))
-    with Library.of(mine) as library:
+    with Library.of(own) as library:
         library.refresh()
         (entry,) = library.entries()
         found = verify(entry, library)
 
-    assert not found.good and "beside it says 000" in found.reason
+    assert not found.good and "its metadata gives 000" in found.reason
 
 
-def test_the_index_runs_by_itself_and_only_once_at_a_time(mine: Settings, tmp_path: Path):
+def test_only_one_process_indexes_at_a_time(own: Settings, tmp_path: Path):
     lora(tmp_path / "models/a.safetensors", 1.0)
     lora(tmp_path / "models/b.safetensors", 2.0)
 
-    with indexing._alone(mine.cache / "indexing.lock") as alone:
-        assert alone and indexing.index(mine) == 0
-    assert indexing.index(mine, stopped=lambda: True) == 0
-    assert indexing.index(mine) == 2 and indexing.index(mine) == 0
+    with indexing._lock(own.cache / "indexing.lock") as locked:
+        assert locked and indexing.index(own) == 0
+    assert indexing.index(own, should_stop=lambda: True) == 0
+    assert indexing.index(own) == 2 and indexing.index(own) == 0
 
 
-def test_the_background_process_does_the_work(tmp_path: Path):
+def test_the_background_process_hashes_files(tmp_path: Path):
     lora(tmp_path / "models/a.safetensors", 1.0)
-    places = {"GOUACHE_DATA": tmp_path / "data", "GOUACHE_MODELS": tmp_path / "models", "XDG_CACHE_HOME": tmp_path}
-    environment = {**os.environ, **{name: str(path) for name, path in places.items()}}
+    folders = {"GOUACHE_DATA": tmp_path / "data", "GOUACHE_MODELS": tmp_path / "models", "XDG_CACHE_HOME": tmp_path}
+    environment = {**os.environ, **{name: str(path) for name, path in folders.items()}}
 
     subprocess.run([sys.executable, "-m", "gouache.app.indexing"], env=environment, check=True, timeout=120)
 
@@ -241,7 +241,7 @@ def test_the_background_process_does_the_work(tmp_path: Path):
     assert digest == hashlib.sha256((tmp_path / "models/a.safetensors").read_bytes()).hexdigest()
 
 
-def test_the_migrations_make_the_tables_that_the_code_expects(tmp_path: Path):
+def test_the_migrations_create_the_tables_of_the_code(tmp_path: Path):
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
@@ -254,7 +254,7 @@ def test_the_migrations_make_the_tables_that_the_code_expects(tmp_path: Path):
     assert newest == f"v{tables.HEAD}"
 
 
-def test_a_database_of_a_newer_gouache_is_left_alone(tmp_path: Path):
+def test_a_database_of_a_newer_gouache_is_refused(tmp_path: Path):
     tables.connect(tmp_path / "library.sqlite").dispose()
     with sqlite3.connect(tmp_path / "library.sqlite") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")
@@ -263,7 +263,7 @@ def test_a_database_of_a_newer_gouache_is_left_alone(tmp_path: Path):
         tables.connect(tmp_path / "library.sqlite")
 
 
-def test_a_database_that_is_none_is_named(tmp_path: Path):
+def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path):
     (tmp_path / "library.sqlite").write_bytes(b"no database at all" * 100)
 
     with pytest.raises(FileError, match=r"library\.sqlite.*move it away"):

@@ -1,4 +1,4 @@
-"""Settings come from the environment, then from the file, then from the platform's folders."""
+"""Settings come from the environment, else from the file, else from the platform's defaults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-def test_without_a_file_everything_has_a_default(home: Path):
+def test_defaults_without_a_file(home: Path):
     settings = read({})
 
     assert settings.models == (home / "gouache" / "models",)
@@ -27,14 +27,14 @@ def test_without_a_file_everything_has_a_default(home: Path):
     assert settings.cache == home / "gouache"
 
 
-def test_the_file_is_read_and_its_folders_come_before_our_own(config: Path):
+def test_the_folders_of_the_file_come_before_the_default_one(config: Path):
     settings = read({"GOUACHE_CONFIG": str(config)})
 
     assert settings.models[:2] == (Path("/one"), Path("/two")) and len(settings.models) == 3
     assert (settings.output, settings.device, settings.dtype) == (Path("/pictures"), "cpu", "bf16")
 
 
-def test_the_environment_wins_over_the_file(config: Path):
+def test_the_environment_takes_precedence_over_the_file(config: Path):
     settings = read(
         {
             "GOUACHE_CONFIG": str(config),
@@ -52,16 +52,16 @@ def test_the_environment_wins_over_the_file(config: Path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("models = ", "is not TOML"),
-        ("\xff", "is not TOML"),
-        ('moddels = ["/one"]', "has an unknown key 'moddels'; there are models, output, device, dtype"),
-        ('models = "/one"', "models is '/one'; a list of folders is expected"),
-        ("models = [1]", "a list of folders is expected"),
-        ("output = 5", "output is 5; a text is expected"),
-        ("device = ['cpu']", "a text is expected"),
+        ("models = ", "cannot be read as TOML"),
+        ("\xff", "cannot be read as TOML"),
+        ('moddels = ["/one"]', "unknown key 'moddels'; the keys are models, output, device, dtype"),
+        ('models = "/one"', "models is '/one'; expected a list of folders"),
+        ("models = [1]", "expected a list of folders"),
+        ("output = 5", "output is 5; expected a string"),
+        ("device = ['cpu']", "expected a string"),
     ],
 )
-def test_a_file_that_says_something_else_is_refused_in_one_line(text: str, reason: str, tmp_path: Path):
+def test_an_invalid_file_is_refused_in_one_line(text: str, reason: str, tmp_path: Path):
     path = tmp_path / "config.toml"
     path.write_text(text, encoding="latin-1")
 

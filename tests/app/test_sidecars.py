@@ -1,4 +1,4 @@
-"""What other programs keep beside a model is read as they write it, and harmless whatever it holds."""
+"""Sidecar files of other programs are read in their own formats, and any content is harmless."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ CIVITAI = {
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    path = tmp_path / "hats.v1.safetensors"  # a dot in the name, as versions have
+    path = tmp_path / "hats.v1.safetensors"  # a dot in the name, as in version numbers
     path.write_bytes(b"x")
     return path
 
 
-def beside(model: Path, suffix: str, value: object) -> None:
+def write(model: Path, suffix: str, value: object) -> None:
     text = value if isinstance(value, str) else json.dumps(value)
     model.with_name("hats.v1" + suffix).write_text(text, encoding="utf-8")
 
 
-def test_civitai_helper(model: Path):
-    beside(model, ".civitai.info", CIVITAI)
+def test_the_file_of_civitai_helper(model: Path):
+    write(model, ".civitai.info", CIVITAI)
 
     assert read(model) == Sidecar(
         title="Hats v2", description="Paints hats.\nUse 0.8", base="SD 1.5", trigger_words=("blue hat", "smile"),
@@ -38,9 +38,9 @@ def test_civitai_helper(model: Path):
     )  # fmt: skip
 
 
-def test_a1111s_own_notes_win(model: Path):
-    beside(model, ".civitai.info", CIVITAI)
-    beside(
+def test_values_of_a1111_take_precedence(model: Path):
+    write(model, ".civitai.info", CIVITAI)
+    write(
         model, ".json",
         {"description": "mine", "sd version": "SDXL", "activation text": "hat, big hat", "preferred weight": 0.7,
          "negative text": "bare", "notes": "good"},
@@ -50,11 +50,11 @@ def test_a1111s_own_notes_win(model: Path):
 
     assert (found.description, found.base, found.trigger_words) == ("mine", "SDXL", ("hat", "big hat"))
     assert (found.weight, found.negative, found.notes) == (0.7, "bare", "good")
-    assert found.title == "Hats v2"  # of which A1111 says nothing
+    assert found.title == "Hats v2"  # A1111 has no such field
 
 
-def test_what_a1111_writes_before_anything_is_set_says_nothing(model: Path):
-    beside(
+def test_default_values_of_a1111_are_ignored(model: Path):
+    write(
         model, ".json",
         {"description": "", "sd version": "Unknown", "activation text": "", "preferred weight": 0, "notes": ""},
     )  # fmt: skip
@@ -62,8 +62,8 @@ def test_what_a1111_writes_before_anything_is_set_says_nothing(model: Path):
     assert read(model) == Sidecar()
 
 
-def test_the_lora_manager(model: Path):
-    beside(
+def test_the_file_of_the_lora_manager(model: Path):
+    write(
         model, ".metadata.json",
         {"model_name": "Hats!", "base_model": "Pony", "tags": ["a"], "sha256": "CD" * 32, "civitai": CIVITAI},
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_the_lora_manager(model: Path):
     assert found.trigger_words == ("blue hat", "smile")
 
 
-def test_pictures_and_configurations(model: Path):
+def test_previews_and_configurations_are_found(model: Path):
     for name in ("hats.v1.png", "hats.v1.preview.jpg", "hats.v1.yaml", "hats.png"):
         model.with_name(name).write_bytes(b"x")
 
@@ -83,7 +83,7 @@ def test_pictures_and_configurations(model: Path):
     assert Path(found.preview).name == "hats.v1.preview.jpg" and Path(found.config).name == "hats.v1.yaml"
 
 
-def test_an_embedding_in_a_picture_is_no_preview_of_itself(tmp_path: Path):
+def test_an_embedding_in_a_picture_is_not_its_own_preview(tmp_path: Path):
     path = tmp_path / "style.png"
     path.write_bytes(b"x")
 
@@ -95,13 +95,13 @@ def test_an_embedding_in_a_picture_is_no_preview_of_itself(tmp_path: Path):
     ["", "[]", "{", "null", '{"trainedWords": 3, "model": [], "files": {"a": 1}, "name": null}', "[" * 100_000, "\x00"],
 )
 @pytest.mark.parametrize("suffix", [".json", ".civitai.info", ".metadata.json"])
-def test_what_is_not_as_expected_is_passed_over(model: Path, suffix: str, text: str):
-    beside(model, suffix, text)
+def test_unexpected_content_is_ignored(model: Path, suffix: str, text: str):
+    write(model, suffix, text)
 
     assert read(model) == Sidecar()
 
 
-def test_nothing_that_controls_a_terminal_comes_through(model: Path):
-    beside(model, ".json", {"notes": "a\x1b[2Jb\nc"})
+def test_control_characters_are_escaped(model: Path):
+    write(model, ".json", {"notes": "a\x1b[2Jb\nc"})
 
     assert read(model).notes == "a\\x1b[2Jb\nc"

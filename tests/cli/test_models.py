@@ -1,4 +1,4 @@
-"""`gouache models`: what each of its commands prints, as JSON too, and how it ends."""
+"""`gouache models`: output, JSON and exit code of each command."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 
 from gouache.app import indexing
-from tests.app.shelf import embedding, lora
+from tests.app.model_files import embedding, lora
 from tests.cli.conftest import Command
 
 
 @pytest.fixture
-def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of two models that the library looks in."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the library with two models."""
     monkeypatch.setenv("GOUACHE_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("GOUACHE_MODELS", str(tmp_path / "shelf"))
+    monkeypatch.setenv("GOUACHE_MODELS", str(tmp_path / "folder"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    lora(tmp_path / "shelf/Lora/style.safetensors", 1.0)
-    embedding(tmp_path / "shelf/embeddings/bad.safetensors")
-    return tmp_path / "shelf"
+    lora(tmp_path / "folder/Lora/style.safetensors", 1.0)
+    embedding(tmp_path / "folder/embeddings/bad.safetensors")
+    return tmp_path / "folder"
 
 
-def test_list(gouache: Command, shelf: Path):
+def test_list_prints_lines_and_json(gouache: Command, folder: Path):
     every = gouache("models", "list")
     some = json.loads(gouache("models", "list", "--kind", "lora", "--json").out)
 
@@ -32,34 +32,34 @@ def test_list(gouache: Command, shelf: Path):
     ]  # fmt: skip
     assert "hashing 2 files" in every.err
     assert [(each["names"][0], each["kind"], each["path"]) for each in some] == [
-        ("style", "lora", str(shelf / "Lora/style.safetensors"))
+        ("style", "lora", str(folder / "Lora/style.safetensors"))
     ]
 
 
-def test_what_is_set_is_shown_found_and_follows_a_renamed_file(gouache: Command, shelf: Path):
-    said = gouache(
+def test_values_that_are_set_are_shown_found_and_kept_when_the_file_is_renamed(gouache: Command, folder: Path):
+    changed = gouache(
         "models", "set", "style", "--tag", "hat", "--weight", "0.7", "--use", "anime", "--trigger", "blue hat"
     )
-    (shelf / "Lora/style.safetensors").rename(shelf / "Lora/new.safetensors")
+    (folder / "Lora/style.safetensors").rename(folder / "Lora/new.safetensors")
     found = gouache("models", "find", "blue", "HAT")
     shown = json.loads(gouache("models", "show", "new", "--json").out)
     gouache("models", "set", "new", "--untag", "hat")
     none = gouache("models", "find", "hat", "anime", "scarf")
 
-    assert said.code == 0 and "weight         0.7" in said.out
-    assert found.out.split()[0] == "new" and "is " in found.err
+    assert changed.code == 0 and "weight         0.7" in changed.out
+    assert found.out.split()[0] == "new" and "was moved to" in found.err
     assert (shown["tags"], shown["use"], shown["weight"]) == (["hat"], "anime", 0.7)
     assert (none.code, none.out) == (1, "")
 
 
-def test_a_well_known_model_is_told_of_though_it_is_not_here(gouache: Command, shelf: Path):
-    said, data = gouache("models", "show", "SDXL"), gouache("models", "show", "sd-1.5", "--json")
+def test_a_well_known_model_is_shown_although_it_is_not_installed(gouache: Command, folder: Path):
+    page, data = gouache("models", "show", "SDXL"), gouache("models", "show", "sd-1.5", "--json")
 
-    assert said.code == 0 and "1024x1024" in said.out and "https://huggingface.co/stabilityai" in said.out
+    assert page.code == 0 and "1024x1024" in page.out and "https://huggingface.co/stabilityai" in page.out
     assert json.loads(data.out)["known"]["licence"] == "CreativeML OpenRAIL-M"
 
 
-def test_a_name_that_nothing_has_is_one_line(gouache: Command, shelf: Path):
+def test_an_unknown_name_is_an_error_of_one_line(gouache: Command, folder: Path):
     near, far, nothing = (gouache("models", *each) for each in (("show", "sdxxl"), ("show", "%%%"), ("set", "style")))
 
     assert near.code == far.code == nothing.code == 2
@@ -67,7 +67,7 @@ def test_a_name_that_nothing_has_is_one_line(gouache: Command, shelf: Path):
     assert all(each.err.startswith("error: ") and each.err.count("\n") == 1 for each in (near, far, nothing))
 
 
-def test_add_and_remove_a_folder(gouache: Command, shelf: Path, tmp_path: Path):
+def test_add_and_remove_a_folder(gouache: Command, folder: Path, tmp_path: Path):
     lora(tmp_path / "more/third.safetensors", 3.0)
 
     gouache("models", "list")
@@ -76,25 +76,44 @@ def test_add_and_remove_a_folder(gouache: Command, shelf: Path, tmp_path: Path):
     there = gouache("models", "list").out
     removed = gouache("models", "remove", tmp_path / "more")
 
-    assert "1 models are new" in added.out and json.loads(again.out) == {"added": 0, "new": []}
+    assert "1 new model in the library" in added.out and json.loads(again.out) == {"added": 0, "new": []}
     assert "third" in there and "third" not in gouache("models", "list").out
-    assert "off the list" in removed.out and (tmp_path / "more/third.safetensors").exists()
+    assert "removed from the library" in removed.out and (tmp_path / "more/third.safetensors").exists()
 
 
-def test_a_file_is_deleted_only_when_told_so(gouache: Command, shelf: Path):
-    (shelf / "Lora/style.json").write_text('{"notes": "mine"}')
+def test_a_file_is_deleted_only_with_delete(gouache: Command, folder: Path):
+    (folder / "Lora/style.json").write_text('{"notes": "mine"}')
 
     refused = gouache("models", "remove", "style")
     done = json.loads(gouache("models", "remove", "style", "--delete", "--json").out)
 
     assert refused.code == 2 and "--delete" in refused.err
     assert [Path(each).name for each in done["deleted"]] == ["style.safetensors", "style.json"]
-    assert list((shelf / "Lora").iterdir()) == []
+    assert list((folder / "Lora").iterdir()) == []
 
 
-def test_verify(gouache: Command, shelf: Path, tmp_path: Path):
+def test_what_is_not_in_the_library_is_never_deleted(gouache: Command, folder: Path, tmp_path: Path):
+    other = lora(tmp_path / "other/style.safetensors", 2.0)
+
+    for path in (other, other.parent):
+        refused = gouache("models", "remove", path, "--delete")
+        assert refused.code == 2 and "is not in the library" in refused.err and other.exists()
+
+
+def test_the_way_to_remove_a_model_from_the_library_is_shown(gouache: Command, folder: Path, tmp_path: Path):
+    path = lora(tmp_path / "single.safetensors", 5.0)
+    gouache("models", "add", path)
+
+    refused = gouache("models", "remove", "single")
+    removed = gouache("models", "remove", path)
+
+    assert refused.code == 2 and f"to remove it from the library, give {path}, which was added" in refused.err
+    assert removed.code == 0 and path.exists() and "single" not in gouache("models", "list").out
+
+
+def test_verify_prints_a_line_per_model(gouache: Command, folder: Path, tmp_path: Path):
     good = gouache("models", "verify")
-    (shelf / "embeddings/bad.safetensors").write_bytes(b"cut")
+    (folder / "embeddings/bad.safetensors").write_bytes(b"cut")
     bad = gouache("models", "verify")
 
     assert good.code == 0 and good.out.splitlines()[-1] == "2 models, 0 bad"
@@ -105,18 +124,18 @@ def test_verify(gouache: Command, shelf: Path, tmp_path: Path):
     ]
 
 
-def test_install_says_where_and_under_what_name(gouache: Command, shelf: Path, tmp_path: Path):
-    said = gouache("models", "install", lora(tmp_path / "new.safetensors", 4.0))
+def test_install_prints_path_and_name(gouache: Command, folder: Path, tmp_path: Path):
+    done = gouache("models", "install", lora(tmp_path / "new.safetensors", 4.0))
     again = json.loads(gouache("models", "install", tmp_path / "new.safetensors", "--json").out)
 
-    assert "call it 'new'" in said.out and again["already"]
+    assert "its name is 'new'" in done.out and again["already"]
     assert Path(again["path"]) == tmp_path / "data/models/Lora/new.safetensors"
     assert "new" in gouache("models", "list").out
     assert json.loads(gouache("models", "show", "new", "--json").out)["source"] == str(tmp_path / "new.safetensors")
 
 
-def test_the_background_is_asked_only_when_there_is_work(
-    gouache: Command, shelf: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_background_process_is_started_only_for_unhashed_files(
+    gouache: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     started = list[bool]()
     monkeypatch.setattr(indexing, "start", lambda: started.append(True))

@@ -1,1 +1,1 @@
-"""What belongs to this machine and its user: settings, model folders, measurements that are worth keeping."""
+"""Services for one user on one machine: settings, the library of model files, stored hashes and measurements."""

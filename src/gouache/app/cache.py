@@ -1,4 +1,4 @@
-"""Small JSON files in the cache folder, and the key that tells a file from what it was before."""
+"""Small JSON files in the cache folder, and a key that changes when a file changes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gouache.files.write import write_atomic
 
 
 def file_key(paths: Iterable[Path]) -> str:
-    """What tells files from others and from what they were before: paths, sizes, times."""
+    """Paths, sizes and modification times: differs for other files and for another state of the same files."""
     return "|".join(f"{path.resolve()}:{path.stat().st_size}:{path.stat().st_mtime_ns}" for path in sorted(paths))
 
 
 def read_cache(path: Path) -> dict[str, object]:
-    """A JSON object kept in the cache folder; empty where there is none, or a damaged one."""
+    """The JSON object in a cache file; empty if the file is missing or damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         return value if isinstance(value, dict) else {}
@@ -25,7 +25,7 @@ def read_cache(path: Path) -> dict[str, object]:
 
 
 def write_cache(path: Path, values: dict[str, object]) -> None:
-    """Keep `values`; a cache folder that cannot be written costs time next time and nothing else."""
+    """Write `values`. A cache folder that cannot be written is no error: it only costs time at the next start."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(values, indent=1).encode())

@@ -1,7 +1,7 @@
-"""The same prompts and seeds with several models, side by side, with what each cost: to choose by looking.
+"""Paints the same prompts and seeds with several models, on one sheet, and measures what each costs.
 
-OUT/sheet.png         a column a model, a row a prompt and seed
-OUT/measures.json     per model: seconds, memory, fit to the prompts, distance to the first model's pictures
+OUT/sheet.png         one column per model, one row per prompt and seed
+OUT/measures.json     per model: seconds, memory, CLIP score, difference from the first model's pictures
 OUT/1-MODEL/...png    every picture, with its recipe
 """
 
@@ -28,11 +28,11 @@ from gouache.generate.request import Request
 from gouache.images.sheet import sheet
 from gouache.model import clip
 
-MOST_PROMPTS = 1000
+MAX_PROMPTS = 1000
 
 
 class Painter(Protocol):
-    """What is asked of a loaded model: `gouache.Model` is one."""
+    """What `compare` needs of a loaded model: `gouache.Model` has it."""
 
     file: ModelFile
 
@@ -46,18 +46,18 @@ class Painter(Protocol):
 
 
 OnPicture = Callable[[str, int, int], None]
-"""Told before each picture: of which model, how many are done, how many there will be."""
+"""Called after each picture with: the model's name, the number of pictures done, the number in all."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A model's column.
+class Measures:
+    """The measures of one model.
 
-    `load_seconds` and `picture_seconds` (the mean) are wall time; `memory` the most bytes held while painting: the
-    device's, or on a CPU the process's own beyond what it held before. `fit` is the mean CLIP score of pictures and
-    prompts, 100 times the cosine. `distance` is the mean over the pictures of how far grey levels differ from the
-    first model's (root mean square, of 255), `likeness` 100 times the cosine of CLIP's view of both. None where there
-    is no CLIP, or for the first model.
+    `load_seconds` and `picture_seconds` (mean) are wall time. `memory` is the peak in bytes while painting: on a GPU
+    its allocated memory, on a CPU the anonymous memory of this process beyond that before loading. `fit` is the mean
+    CLIP score of pictures and prompts, 100 times the cosine. `distance` is the mean over the pictures of the root mean
+    square difference from the first model's, in levels of 0 to 255; `likeness` is 100 times the cosine of the CLIP
+    embeddings of both. None without a CLIP, or for the first model.
     """
 
     model: str
@@ -70,27 +70,34 @@ class Measured:
     distance: float | None
     likeness: float | None
 
-    def words(self) -> list[str]:
-        """The measures one by one."""
-        said = [f"{self.picture_seconds:.2f} s a picture", f"{self.memory / 1e9:.2f} GB"]
+    def texts(self) -> list[str]:
+        """One text per measure."""
+        texts = [f"{self.picture_seconds:.2f} s per picture", f"{self.memory / 1e9:.2f} GB"]
         for value, text in (
             (self.fit, "CLIP score {:.1f}"), (self.distance, "{:.1f} levels from the first"),
             (self.likeness, "CLIP likeness {:.1f}"),
         ):  # fmt: skip
             if value is not None:
-                said.append(text.format(value))
-        return said
+                texts.append(text.format(value))
+        return texts
 
 
-def prompts_of(path: Path) -> list[str]:
-    """A prompt a line; empty lines and those that begin with # are passed over. Raises FileError."""
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a text file, one per line. Empty lines and lines that begin with # are skipped.
+
+    Raises FileError.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(path, f"cannot be read as text: {error}") from None
+    except FileNotFoundError:
+        raise FileError(path, "does not exist; expected a text file with one prompt per line") from None
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"is not text in UTF-8: {error}") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-    if not 0 < len(prompts) <= MOST_PROMPTS:
-        raise FileError(path, f"holds {len(prompts)} prompts; expected 1 to {MOST_PROMPTS}, one a line")
+    if not 0 < len(prompts) <= MAX_PROMPTS:
+        raise FileError(path, f"contains {len(prompts)} prompts; expected 1 to {MAX_PROMPTS}, one per line")
     return prompts
 
 
@@ -103,33 +110,33 @@ def compare(
     encoder: Path | None = None,
     on_picture: OnPicture | None = None,
     **knobs: Any,
-) -> list[Measured]:
-    """Paint, measure, and write `out`, which must not exist. `load` opens a model; one is in memory at a time.
+) -> list[Measures]:
+    """Paint, measure, and write the folder `out`, which must not exist. `load` loads a model; one is loaded at a time.
 
-    `knobs` are fields of Request for all; `count` pictures a prompt have seeds from `seed` (0 if none) on. `encoder` is
-    a whole CLIP. Raises GouacheError; what was painted until then stays in `out`.
+    `knobs` are fields of Request for all pictures; `count` pictures per prompt have seeds from `seed` (default 0) on.
+    `encoder` is a complete CLIP. Raises GouacheError; the pictures painted until then stay in `out`.
     """
     if len(set(models)) < 2:
-        raise RequestError("models", "there is nothing to compare; name two models or more, each once")
+        raise RequestError("models", "nothing to compare; give two or more different models")
     if out.exists():
         raise RequestError("output", f"{out} exists already; give another folder")
     request = Request.from_json({**knobs, "prompt": prompts[0], "seed": knobs.get("seed") or 0}).settled()
-    judge = clip.load(encoder) if encoder is not None else None
+    scorer = clip.load(encoder) if encoder is not None else None
     total, done = len(models) * len(prompts) * request.count, 0
-    columns, measured, size = list[list[Image.Image]](), list[Measured](), None
+    columns, measures, size = list[list[Image.Image]](), list[Measures](), None
     for number, name in enumerate(models, 1):
-        before = _held(None)
+        before = _memory_in_use(None)
         began = time.perf_counter()
         model = load(name)
-        loaded = time.perf_counter() - began
-        size = size or request.size or model.size  # the first model's, so that the pictures can be laid side by side
-        folder = out / f"{number}-{_folder(name)}"
+        load_seconds = time.perf_counter() - began
+        size = size or request.size or model.size  # the first model's for all, so that the rows of the sheet fit
+        folder = out / f"{number}-{_folder_name(name)}"
         pictures, seconds, memory = list[Picture](), list[float](), 0
         for prompt in prompts:
             began = time.perf_counter()
             for picture in model.paint(replace(request, prompt=prompt, size=size)):
                 seconds.append(time.perf_counter() - began)
-                memory = max(memory, _held(model.device) - (before if model.device.type == "cpu" else 0))
+                memory = max(memory, _memory_in_use(model.device) - (before if model.device.type == "cpu" else 0))
                 picture.save(folder / f"{len(pictures):05d}-{picture.seed}.png")
                 pictures.append(picture)
                 done += 1
@@ -137,28 +144,29 @@ def compare(
                     on_picture(name, done, total)
                 began = time.perf_counter()
         columns.append([picture.image for picture in pictures])
-        measured.append(
-            Measured(
-                printable(name), printable(str(model.file.path)), model.sha256, loaded, float(np.mean(seconds)), memory,
-                *_judged(judge, [each for each in prompts for _ in range(request.count)], columns[-1], columns[0]),
+        scores = _scores(scorer, [each for each in prompts for _ in range(request.count)], columns[-1], columns[0])
+        measures.append(
+            Measures(
+                printable(name), printable(str(model.file.path)), model.sha256, load_seconds, float(np.mean(seconds)),
+                memory, *scores,
             )
         )  # fmt: skip
         del model, pictures
         gc.collect()
-        _write(out, measured, prompts, request, columns)
-    return measured
+        _write(out, measures, prompts, request, columns)
+    return measures
 
 
-def _judged(
-    judge: clip.Clip | None, prompts: list[str], mine: list[Image.Image], first: list[Image.Image]
+def _scores(
+    scorer: clip.Clip | None, prompts: list[str], images: list[Image.Image], first: list[Image.Image]
 ) -> tuple[float | None, float | None, float | None]:
     """(fit, distance, likeness)"""
-    distance = None if mine is first else float(np.mean([_distance(a, b) for a, b in zip(mine, first)]))
-    if judge is None:
+    distance = None if images is first else float(np.mean([_distance(a, b) for a, b in zip(images, first)]))
+    if scorer is None:
         return None, distance, None
-    seen = judge.pictures(mine)
-    fit = 100 * float((seen * judge.prompts(prompts)).sum(1).mean())
-    likeness = None if mine is first else 100 * float((seen * judge.pictures(first)).sum(1).mean())
+    embeddings = scorer.pictures(images)
+    fit = 100 * float((embeddings * scorer.prompts(prompts)).sum(1).mean())
+    likeness = None if images is first else 100 * float((embeddings * scorer.pictures(first)).sum(1).mean())
     return fit, distance, likeness
 
 
@@ -167,8 +175,8 @@ def _distance(a: Image.Image, b: Image.Image) -> float:
     return float(np.sqrt(np.mean(np.square(next(pixels) - next(pixels)))))
 
 
-def _held(device: torch.device | None) -> int:
-    """Bytes held: the most so far on a CUDA device; else this process's own, where the system tells."""
+def _memory_in_use(device: torch.device | None) -> int:
+    """Bytes: the peak on a CUDA device; else the anonymous memory of this process, 0 on systems without /proc."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -180,18 +188,18 @@ def _held(device: torch.device | None) -> int:
     return 0
 
 
-def _folder(name: str) -> str:
+def _folder_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", Path(name).stem or name)[:80]
 
 
 def _write(
-    out: Path, measured: list[Measured], prompts: Sequence[str], request: Request, columns: list[list[Image.Image]]
+    out: Path, measures: list[Measures], prompts: Sequence[str], request: Request, columns: list[list[Image.Image]]
 ) -> None:
-    """The sheet and the measures of what there is so far."""
+    """Write the sheet and the measures of the models painted so far."""
     rows = [f"{prompt}\nseed {(request.seed or 0) + number}" for prompt in prompts for number in range(request.count)]
     pictures = [[column[row] for column in columns] for row in range(len(rows))]
     draft = out / ".sheet.png"
-    sheet(["\n".join([Path(each.model).stem, *each.words()]) for each in measured], rows, pictures).save(draft, "PNG")
+    sheet(["\n".join([Path(each.model).stem, *each.texts()]) for each in measures], rows, pictures).save(draft, "PNG")
     draft.replace(out / "sheet.png")
-    told = {"prompts": list(prompts), "request": request.to_json(), "models": [asdict(each) for each in measured]}
-    write_atomic(out / "measures.json", json.dumps(told, indent=1, ensure_ascii=False, default=str).encode())
+    report = {"prompts": list(prompts), "request": request.to_json(), "models": [asdict(each) for each in measures]}
+    write_atomic(out / "measures.json", json.dumps(report, indent=1, ensure_ascii=False, default=str).encode())

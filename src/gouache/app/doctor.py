@@ -1,4 +1,4 @@
-"""What this machine has and can, as lines a topic: for the user, and for a report of trouble."""
+"""A report on this machine: versions, devices, dtypes, memory, model folders, the time of one step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from gouache.app import machine, names, places
+from gouache.app import machine, names, search_paths
 from gouache.app.settings import Settings
+from gouache.app.wording import plural
 from gouache.errors import GouacheError
 from gouache.families.identify import identify
 from gouache.files.open import open_model
@@ -19,22 +20,22 @@ from gouache.model import load, residency
 from gouache.version import __version__
 
 
-def examine(settings: Settings) -> dict[str, list[str]]:
-    """Topic -> lines."""
+def examine(settings: Settings, measure: bool = False) -> dict[str, list[str]]:
+    """The report: topic -> lines. `measure` times the dtypes again, even if a measurement is stored."""
     return {
         "gouache": [f"{__version__} on Python {platform.python_version()}, {platform.platform()}"],
-        "torch": [f"{torch.__version__}, {torch.get_num_threads()} threads"],
+        "torch": [f"{torch.__version__}, {plural(torch.get_num_threads(), 'thread')}"],
         "devices": list(_devices(settings)),
-        "dtypes": list(_dtypes(settings)),
+        "dtypes": list(_dtypes(settings, measure)),
         "memory": list(_memory()),
-        "disk": [f"{shutil.disk_usage('.').free / 1e9:.0f} GB free here"],
+        "disk": [f"{shutil.disk_usage('.').free / 1e9:.0f} GB free in the current folder"],
         "models": list(_models(settings)),
         "step": list(_step(settings)),
     }
 
 
 def _devices(settings: Settings) -> Iterator[str]:
-    yield f"cpu ({platform.processor() or platform.machine()}, {os.cpu_count()} cores)"
+    yield f"cpu ({platform.processor() or platform.machine()}, {plural(os.cpu_count() or 1, 'core')})"
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield f"cuda:{index} ({properties.name}, {properties.total_memory / 1e9:.0f} GB)"
@@ -43,13 +44,30 @@ def _devices(settings: Settings) -> Iterator[str]:
     yield f"{residency.device(settings.device)} is used by default"
 
 
-def _dtypes(settings: Settings) -> Iterator[str]:
+def _dtypes(settings: Settings, again: bool) -> Iterator[str]:
+    """Which dtype is used and why, the times behind the choice, and how far they can be trusted."""
     device = residency.device(settings.device)
-    times = machine.timings(device, settings)
-    told = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in times.items())
-    yield f"{residency.dtype_name(residency.choose(times))} on {device}, the fastest measured ({told})"
-    if device.type == "cpu":
-        yield "fp32 for models narrower than the released ones, such as mini"
+    measured = machine.measurement(device, settings, again)
+    choice = machine.choose(device, measured)
+    if settings.dtype is not None:
+        chosen = residency.dtype_name(residency.dtype(settings.dtype))
+        yield f"{chosen} on {device}, as set by GOUACHE_DTYPE or config.toml"
+        yield f"without that setting: {residency.dtype_name(choice.dtype)}, {choice.reason}"
+    else:
+        yield f"{residency.dtype_name(choice.dtype)} on {device}: {choice.reason}"
+        if device.type == "cpu":
+            yield "fp32 for models narrower than the released ones, such as mini"
+    timings = measured.timings
+    times = ", ".join(f"{name} {_milliseconds(seconds)}" for name, seconds in timings.seconds.items())
+    load = "" if measured.load is None else f" (load {measured.load:.1f} per core)"
+    state = "busy" if measured.busy else "quiet"
+    yield f"measured: {times}; best of {plural(timings.rounds, 'round')}, on a {state} machine{load}"
+    if measured.busy:
+        yield "times from a busy machine are uncertain; to measure again: gouache doctor --measure"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.01 else f"{seconds * 1e3:.2g} ms"
 
 
 def _memory() -> Iterator[str]:
@@ -62,17 +80,18 @@ def _memory() -> Iterator[str]:
 
 def _models(settings: Settings) -> Iterator[str]:
     for root in settings.models:
-        count = len({path for place in places.places_of(root) for path in places.models(place.folder, place.kind)})
-        yield f"{root}: {f'{count} models' if root.exists() else 'does not exist yet'}"
+        folders = search_paths.search_folders(root)
+        count = len({path for each in folders for path in search_paths.model_files(each.path, each.category)})
+        yield f"{root}: {plural(count, 'model') if root.exists() else 'does not exist yet'}"
     if settings.hub is not None and settings.hub.is_dir():
-        yield f"{settings.hub}: {len(list(places.hub(settings)))} models"
+        yield f"{settings.hub}: {plural(len(list(search_paths.hub_candidates(settings))), 'model')}"
     yield "mini: the model inside the package" if names.embedded("mini") else "mini: not in this build"
 
 
 def _step(settings: Settings) -> Iterator[str]:
     path = names.embedded("mini")
     if path is None:
-        yield "not timed: there is no embedded model"
+        yield "not timed: this build has no embedded model"
         return
     try:
         file = open_model(path)
@@ -82,8 +101,10 @@ def _step(settings: Settings) -> Iterator[str]:
         return
     width, height = model.size
     x = torch.zeros(2, model.vae.spec.latent_channels, height // 8, width // 8, device=model.device)
-    denoise = model.denoiser(model.encode_prompts(["", ""]))
-    denoise(x, torch.tensor(1.0))
-    began = time.perf_counter()
-    denoise(x, torch.tensor(1.0))
-    yield f"{(time.perf_counter() - began) * 1e3:.0f} ms for one step of mini, {width}x{height}, on {model.device}"
+    with torch.inference_mode():
+        denoise = model.denoiser(model.encode_prompts(["", ""]))
+        denoise(x, torch.tensor(1.0))  # warm-up
+        began = time.perf_counter()
+        denoise(x, torch.tensor(1.0))
+        seconds = time.perf_counter() - began
+    yield f"{seconds * 1e3:.0f} ms for one step of mini, {width}x{height}, on {model.device}"

@@ -1,10 +1,10 @@
-"""One file from a URL into a folder, in any number of sittings.
+"""Downloads one file from a URL into a folder; an interrupted download is resumed.
 
-    PLACE/data.part      what is there so far
-    PLACE/source.json    where it is from, how large it is to be, and the validator (ETag or date) of that version
+    FOLDER/data.part      the bytes received so far
+    FOLDER/source.json    the URL, the size, and the validator (ETag or date) of the version that they belong to
 
-A connection that breaks is taken up again where it broke; so is the next call after Ctrl-C or a kill. A server whose
-file has changed meanwhile, or that cannot send parts, is asked for the whole.
+A broken connection is resumed where it broke, and so is a download that was stopped with Ctrl-C or killed. The whole
+file is requested again if it has changed on the server, or if the server does not support ranges.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from gouache.files.source import size_text
 from gouache.files.write import write_atomic
 from gouache.version import __version__
 
-_PIECE = 1 << 20
-_TRIES = 4  # in a row without a byte
-_SPARE = 100_000_000  # bytes to leave free on the disk
+_CHUNK = 1 << 20
+_MAX_FAILURES = 4  # in a row, without a byte received
+_RESERVE = 100_000_000  # bytes to leave free on the disk
 
 OnWork = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class _Version:
-    """What the server said of the file: `size` in bytes, 0 where it does not tell; `validator` "" likewise."""
+    """The file as the server describes it: `size` in bytes, 0 if unknown; `validator` "" if there is none."""
 
     url: str
     name: str
@@ -47,134 +47,134 @@ class _Version:
 
 
 def download(
-    url: str, place: Path, *, token: str = "", on_work: OnWork | None = None, pause: float = 1.0
+    url: str, folder: Path, *, token: str = "", on_work: OnWork | None = None, pause: float = 1.0
 ) -> tuple[Path, str]:
-    """Fetch `url` into the folder `place`; (the file, the name that the server or the URL gives it).
+    """Download `url` into `folder`. Returns (the file, the name that the server or the URL gives it).
 
-    `token` is sent to the host of `url` alone, as a bearer. `pause` seconds pass after a failure, twice as many after
-    the next. Raises RequestError where the server refuses or sends something else than a file; FileError for a full
-    disk, or a connection that stays broken: what has come so far is kept.
+    `token` is sent as a bearer token, to the host of `url` only. After a failure it waits `pause` seconds, after each
+    further one twice as long. Raises RequestError if the server refuses or sends something other than a file;
+    FileError for a full disk or a connection that keeps failing: the bytes received so far are kept.
     """
-    _check(url)
+    _check_url(url)
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(place, f"cannot be made: {error.strerror}") from None
-    part, failures = place / "data.part", 0
+        raise FileError(folder, f"the folder cannot be created: {error.strerror}") from None
+    part, failures = folder / "data.part", 0
     while True:
         before = part.stat().st_size if part.exists() else 0
         try:
-            version = _go_on(url, place, part, token, on_work)
+            version = _resume(url, folder, part, token, on_work)
             return part, version.name
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
             if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
                 raise RequestError("source", _refusal(url, error)) from None
-            came = part.stat().st_size if part.exists() else 0
-            failures = 1 if came > before else failures + 1
-            if failures >= _TRIES:
-                kept = f"; {size_text(came)} are kept, the same command goes on from there" if came else ""
-                raise FileError(without_query(url), f"cannot be fetched: {_reason(error)}{kept}") from None
+            received = part.stat().st_size if part.exists() else 0
+            failures = 1 if received > before else failures + 1
+            if failures >= _MAX_FAILURES:
+                kept = f"; {size_text(received)} are kept, run the same command again to resume" if received else ""
+                raise FileError(without_query(url), f"cannot be downloaded: {_reason(error)}{kept}") from None
             time.sleep(pause * 2 ** (failures - 1))
 
 
-def _go_on(url: str, place: Path, part: Path, token: str, on_work: OnWork | None) -> _Version:
-    """Fetch what is missing, all of it; raises whatever breaks the connection."""
-    known = _known(place, url)
-    have = part.stat().st_size if known and part.exists() else 0
-    if known is not None and known.size and have == known.size:
-        return known
+def _resume(url: str, folder: Path, part: Path, token: str, on_work: OnWork | None) -> _Version:
+    """Download all missing bytes. Errors of the connection are raised as they are."""
+    stored = _stored_version(folder, url)
+    have = part.stat().st_size if stored and part.exists() else 0
+    if stored is not None and stored.size and have == stored.size:
+        return stored
     request = urllib.request.Request(
         url, headers={"User-Agent": f"gouache/{__version__}", "Accept-Encoding": "identity"}
     )
     if token:
         request.add_unredirected_header("Authorization", f"Bearer {token}")
-    if have and known is not None and known.validator:
+    if have and stored is not None and stored.validator:
         request.add_header("Range", f"bytes={have}-")
-        request.add_header("If-Range", known.validator)
-    with _OPENER.open(request, timeout=30) as answer:
-        begin = _begin(answer.headers) if answer.status == 206 else 0
+        request.add_header("If-Range", stored.validator)
+    with _OPENER.open(request, timeout=30) as response:
+        begin = _range_start(response.headers) if response.status == 206 else 0
         if begin not in (0, have):
-            raise http.client.HTTPException(f"the server sent bytes from {begin} on, asked for those from {have} on")
-        version = _version(url, answer.url, answer.headers, begin)
-        _check_kind(url, answer.headers)
-        _check_room(place, version.size - begin)
-        write_atomic(place / "source.json", json.dumps(asdict(version)).encode())
+            raise http.client.HTTPException(f"the server sent bytes from {begin}, but those from {have} were requested")
+        version = _version(url, response.url, response.headers, begin)
+        _check_content_type(url, response.headers)
+        _check_disk_space(folder, version.size - begin)
+        write_atomic(folder / "source.json", json.dumps(asdict(version)).encode())
         with part.open("r+b" if begin else "wb") as file:
             file.seek(begin)
             done = begin
-            while piece := answer.read(_PIECE):
-                file.write(piece)
-                done += len(piece)
+            while chunk := response.read(_CHUNK):
+                file.write(chunk)
+                done += len(chunk)
                 if on_work is not None:
-                    on_work("fetching", done, version.size or done)
+                    on_work("downloading", done, version.size or done)
     if version.size and done != version.size:
         raise http.client.IncompleteRead(b"", version.size - done)
     return version
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """A server may send us to another address, never to another protocol than the web's."""
+    """Follows a redirect to another URL only if that is http or https too."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
-        _check(newurl)
+        _check_url(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 _OPENER = urllib.request.build_opener(_Redirects)
 
 
-def _check(url: str) -> None:
+def _check_url(url: str) -> None:
     parts = urllib.parse.urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise RequestError("source", f"{without_query(url)!r} is no address on the web; expected https://...")
+        raise RequestError("source", f"{without_query(url)!r} is not a web address; expected https://...")
 
 
 def without_query(url: str) -> str:
-    """Without what stands behind ?, where some sites want a password."""
+    """`url` up to the "?": the part after it can hold a token."""
     return printable(url.split("?")[0])
 
 
 def _refusal(url: str, error: urllib.error.HTTPError) -> str:
-    said = f"{without_query(url)}: the server answers {error.code} {printable(str(error.reason), 80)}"
+    answer = f"{without_query(url)}: the server answers {error.code} {printable(str(error.reason), 80)}"
     if error.code in (401, 403):
-        return f"{said}; it wants a login: make a token on its site and give it by --token or GOUACHE_TOKEN"
-    return f"{said}; look whether the address is that of the file itself"
+        return f"{answer}; it requires a login: create a token on its site and give it with --token or GOUACHE_TOKEN"
+    return f"{answer}; check that this is the address of the file itself"
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"the server answers {error.code} {printable(str(error.reason), 80)}"
     if isinstance(error, http.client.IncompleteRead):
-        return "the connection ends before the file does"
+        return "the connection ended before the end of the file"
     return printable(str(getattr(error, "reason", error)) or type(error).__name__)
 
 
-def _known(place: Path, url: str) -> _Version | None:
-    """What an earlier sitting was told of the same address."""
+def _stored_version(folder: Path, url: str) -> _Version | None:
+    """The version that an interrupted download of the same URL belongs to."""
     with suppress(OSError, ValueError, TypeError):
-        version = _Version(**json.loads((place / "source.json").read_text(encoding="utf-8")))
+        version = _Version(**json.loads((folder / "source.json").read_text(encoding="utf-8")))
         if version.url == url:
             return version
     return None
 
 
-def _version(url: str, final: str, headers: Message, begin: int) -> _Version:
+def _version(url: str, final_url: str, headers: Message, begin: int) -> _Version:
     length = headers.get("Content-Length", "")
     size = begin + int(length) if length.isdecimal() else 0
-    strong = headers.get("ETag", "")
-    validator = strong if strong and not strong.startswith("W/") else headers.get("Last-Modified", "")
-    return _Version(url, _name(url, final, headers), size, validator)
+    etag = headers.get("ETag", "")
+    validator = etag if etag and not etag.startswith("W/") else headers.get("Last-Modified", "")  # W/: a weak ETag
+    return _Version(url, _file_name(url, final_url, headers), size, validator)
 
 
-def _begin(headers: Message) -> int:
+def _range_start(headers: Message) -> int:
     match = re.match(r"bytes (\d+)-", headers.get("Content-Range", ""))
     return int(match[1]) if match else -1
 
 
-def _name(url: str, final: str, headers: Message) -> str:
-    """What the server calls the file, else the last word of the address; harmless as a file's name."""
-    told = headers.get_filename() or ""
-    for name in (told, *(urllib.parse.unquote(urllib.parse.urlsplit(each).path) for each in (url, final))):
+def _file_name(url: str, final_url: str, headers: Message) -> str:
+    """The name from the server, else the last part of the URL; without characters that a file name must not have."""
+    sent = headers.get_filename() or ""
+    for name in (sent, *(urllib.parse.unquote(urllib.parse.urlsplit(each).path) for each in (url, final_url))):
         last = re.split(r"[/\\]", name)[-1]
         clean = re.sub(r'[<>:"|?*\x00-\x1f\x7f]', "_", last).strip(". ")
         if clean:
@@ -182,14 +182,12 @@ def _name(url: str, final: str, headers: Message) -> str:
     return "model"
 
 
-def _check_kind(url: str, headers: Message) -> None:
+def _check_content_type(url: str, headers: Message) -> None:
     if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-        raise RequestError(
-            "source", f"{without_query(url)} is a web page; give the address of the file that it links to"
-        )
+        raise RequestError("source", f"{without_query(url)} is a web page; give the address of the file it links to")
 
 
-def _check_room(place: Path, more: int) -> None:
-    free = shutil.disk_usage(place).free
-    if more + _SPARE > free:
-        raise FileError(place, f"has no room: {size_text(more)} are to come, and {size_text(free)} are free there")
+def _check_disk_space(folder: Path, missing: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if missing + _RESERVE > free:
+        raise FileError(folder, f"not enough disk space: {size_text(missing)} to download, {size_text(free)} free")

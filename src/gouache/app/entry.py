@@ -1,4 +1,4 @@
-"""A model of the library: what its header tells, what lies beside it, what the user said, what is publicly known."""
+"""A model of the library: data from its header, from sidecar files, from the user, and from published facts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from gouache.app.kinds import shelf
-from gouache.app.known import Known, of_file
+from gouache.app.categories import category
+from gouache.app.known_models import KnownModel, find_by_file
 from gouache.app.sidecars import Sidecar
 from gouache.errors import FileError, RequestError, printable
 from gouache.families.found import Found
@@ -20,14 +20,14 @@ from gouache.layouts.adapters import read_adapter
 from gouache.workshop.details import trigger_words
 
 USES = ("official", "anime", "realistic", "2.5D", "illustration", "inpainting", "video", "general")
-MOST_WEIGHT = 10.0
+MAX_WEIGHT = 10.0
 
 
 @dataclass(frozen=True)
 class About:
-    """What the user said of a model; "" or () or None where nothing. `use` is one of USES.
+    """What the user noted about a model; "", () or None where nothing. `use` is one of USES.
 
-    `source` is where it was installed from, `vae` the path of the autoencoder to paint it with.
+    `source`: where it was installed from. `vae`: the path of the VAE to paint it with.
     """
 
     title: str = ""
@@ -43,30 +43,30 @@ class About:
 
     def __post_init__(self) -> None:
         if self.use not in ("", *USES):
-            raise RequestError("use", f"{printable(self.use, 60)!r} is none of {', '.join(USES)}")
-        if self.weight is not None and not -MOST_WEIGHT <= self.weight <= MOST_WEIGHT:
-            raise RequestError("weight", f"{self.weight:g} is outside {-MOST_WEIGHT:g} to {MOST_WEIGHT:g}")
+            raise RequestError("use", f"{printable(self.use, 60)!r} is not known; use one of {', '.join(USES)}")
+        if self.weight is not None and not -MAX_WEIGHT <= self.weight <= MAX_WEIGHT:
+            raise RequestError("weight", f"{self.weight:g} is outside {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
 
 
 @dataclass(frozen=True)
 class Entry:
     """A model of the library.
 
-    `kind` and `family` as `identify` says; `trouble` is why it could not be opened, "" if it could. `said` is what the
-    user said over what lies beside the file over what its header says over what is publicly known. `sha256` is ""
-    until it was computed.
+    `kind` and `family` are from `identify`. `error` is why the file cannot be opened, or "". `sha256` is "" until it
+    is computed. `folder_category` is what its folder is meant for, or "". `about` is the user's own notes; `details`
+    combines them with all other sources.
     """
 
     path: Path
     names: tuple[str, ...]
     size: int
-    place: str
+    folder_category: str
     kind: str
     family: str
     facts: dict[str, Any]
     sidecar: Sidecar
     about: About
-    trouble: str
+    error: str
     sha256: str
     missing: bool
     added: datetime
@@ -76,40 +76,40 @@ class Entry:
         return self.names[0]
 
     @property
-    def shelf(self) -> str:
-        """The kind it is sorted under."""
-        return shelf(self.kind) if self.kind not in ("", "unknown") else self.place or "unknown"
+    def category(self) -> str:
+        return category(self.kind) if self.kind not in ("", "unknown") else self.folder_category or "unknown"
 
     @property
-    def known(self) -> Known | None:
-        """What is publicly known of it, by its hash or its file's name."""
-        return of_file(self.path.name, self.sha256)
+    def known(self) -> KnownModel | None:
+        """The published model that this is, by its hash or file name."""
+        return find_by_file(self.path.name, self.sha256)
 
     @property
-    def said(self) -> About:
-        own, beside, inside, published = self.about, self.sidecar, self.facts, self.known
+    def details(self) -> About:
+        """Each value from the first source that has it: the user, the sidecar files, the header, published facts."""
+        own, sidecar, header, published = self.about, self.sidecar, self.facts, self.known
         return About(
-            title=own.title or beside.title or inside.get("title", ""),
-            tags=tuple(dict.fromkeys((*own.tags, *beside.tags))),
-            notes=own.notes or beside.notes,
-            trigger_words=own.trigger_words or beside.trigger_words or tuple(inside.get("trigger_words", ())),
-            negative=own.negative or beside.negative,
-            weight=own.weight if own.weight is not None else beside.weight,
-            base=own.base or beside.base or inside.get("base", ""),
+            title=own.title or sidecar.title or header.get("title", ""),
+            tags=tuple(dict.fromkeys((*own.tags, *sidecar.tags))),
+            notes=own.notes or sidecar.notes,
+            trigger_words=own.trigger_words or sidecar.trigger_words or tuple(header.get("trigger_words", ())),
+            negative=own.negative or sidecar.negative,
+            weight=own.weight if own.weight is not None else sidecar.weight,
+            base=own.base or sidecar.base or header.get("base", ""),
             use=own.use or (published.use if published and published.use in USES else ""),
-            source=own.source or beside.source or (published.source if published else ""),
+            source=own.source or sidecar.source or (published.source if published else ""),
             vae=own.vae,
         )
 
     def to_json(self) -> dict[str, Any]:
-        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"shelf": self.shelf}
-        said = {**asdict(self.said), "description": self.sidecar.description or self.facts.get("description", "")}
-        return {**values, **said, "path": str(self.path), "added": self.added.isoformat(),
+        values = {each.name: getattr(self, each.name) for each in fields(self)} | {"category": self.category}
+        details = {**asdict(self.details), "description": self.sidecar.description or self.facts.get("description", "")}
+        return {**values, **details, "path": str(self.path), "added": self.added.isoformat(),
                 "sidecar": asdict(self.sidecar), "about": asdict(self.about)}  # fmt: skip
 
 
-def header(path: Path) -> tuple[str, str, dict[str, Any], str]:
-    """(kind, family, facts, trouble) from a file's header."""
+def read_header(path: Path) -> tuple[str, str, dict[str, Any], str]:
+    """(kind, family, facts, error) from a file's header."""
     try:
         file = open_model(path)
         found = identify(file)
@@ -128,14 +128,14 @@ def _facts(file: ModelFile, found: Found) -> Iterator[tuple[str, Any]]:
     yield "components", list(found.components)
     yield "missing", list(found.missing)
     yield "dtypes", sorted({info.dtype for info in file.tensors.values()})
-    said = {key: printable(value, 400) for key, value in file.metadata.items()}
-    yield "title", said.get("modelspec.title") or said.get("ss_output_name")
-    yield "description", said.get("modelspec.description")
-    yield "licence", said.get("modelspec.license")
-    yield "author", said.get("modelspec.author")
-    yield "base", said.get("ss_base_model_version") or said.get("ss_sd_model_name")
+    metadata = {key: printable(value, 400) for key, value in file.metadata.items()}
+    yield "title", metadata.get("modelspec.title") or metadata.get("ss_output_name")
+    yield "description", metadata.get("modelspec.description")
+    yield "licence", metadata.get("modelspec.license")
+    yield "author", metadata.get("modelspec.author")
+    yield "base", metadata.get("ss_base_model_version") or metadata.get("ss_sd_model_name")
     if (
         read_adapter({name: info.shape for name, info in file.tensors.items()}) is not None
-        or "modelspec.trigger_phrase" in said
+        or "modelspec.trigger_phrase" in metadata
     ):
         yield "trigger_words", trigger_words(file.metadata)

@@ -12,21 +12,21 @@ _NAME = "folders.json"
 
 
 def added(data: Path) -> list[Path]:
-    """In the order in which they were added. Raises FileError where the list cannot be read."""
+    """The paths, in the order in which they were added. Raises FileError if the list cannot be read."""
     store = data / _NAME
     try:
-        listed = json.loads(store.read_text(encoding="utf-8"))
+        paths = json.loads(store.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise FileError(store, f"cannot be read ({error}); delete it to begin with no folders added") from None
-    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
-        raise FileError(store, "is not a list of paths; delete it to begin with no folders added")
-    return [Path(each) for each in listed]
+        raise FileError(store, f"cannot be read ({error}); delete it to start with no added folders") from None
+    if not isinstance(paths, list) or not all(isinstance(each, str) for each in paths):
+        raise FileError(store, "is not a list of paths; delete it to start with no added folders")
+    return [Path(each) for each in paths]
 
 
 def add(data: Path, path: Path) -> bool:
-    """Add `path`; False if it was there. Raises FileError where it does not exist or the list cannot be written."""
+    """Add `path`; False if it was added before. Raises FileError if it does not exist or the list cannot be written."""
     path = path.expanduser().absolute()
     if not path.exists():
         raise FileError(path, "does not exist; give a folder of models, a model file or an extra_model_paths.yaml")
@@ -38,7 +38,7 @@ def add(data: Path, path: Path) -> bool:
 
 
 def remove(data: Path, path: Path) -> bool:
-    """Take `path` off the list; False if it was not on it. Nothing is deleted."""
+    """Remove `path` from the list; False if it was not in it. No file is deleted."""
     before = added(data)
     path = path.expanduser().absolute()
     if path not in before:
@@ -47,9 +47,9 @@ def remove(data: Path, path: Path) -> bool:
     return True
 
 
-def _write(data: Path, listed: list[Path]) -> None:
+def _write(data: Path, paths: list[Path]) -> None:
     try:
         data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(data, f"cannot be made: {error.strerror}") from None
-    write_atomic(data / _NAME, json.dumps([str(each) for each in listed], indent=1, ensure_ascii=False).encode())
+        raise FileError(data, f"the folder cannot be created: {error.strerror}") from None
+    write_atomic(data / _NAME, json.dumps([str(each) for each in paths], indent=1, ensure_ascii=False).encode())

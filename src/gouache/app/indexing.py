@@ -1,8 +1,9 @@
-"""Looking through the library's places and hashing what is new, at the lowest priority, in a process of its own.
+"""Updates the library and hashes its new files, at the lowest priority, in a separate process.
 
     python -m gouache.app.indexing
 
-It ends when all is hashed. Killed, it loses at most the file it was reading. Two do not run at once.
+It ends when all files are hashed. If it is killed, only the hash of the current file is lost. A second one started
+meanwhile ends at once.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from gouache.app.settings import Settings, read
 from gouache.errors import GouacheError
 
 
-def index(settings: Settings, stopped: Callable[[], bool] = lambda: False) -> int:
-    """Bring the library up to date and hash all that is not hashed; the number of files read whole.
+def index(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -> int:
+    """Update the library and hash all files without a hash; returns the number of files hashed.
 
-    `stopped` is asked between files. Returns 0 at once where another is at it.
+    `should_stop` is called between files. Returns 0 at once if another process is indexing.
     """
-    with _alone(settings.cache / "indexing.lock") as mine:
-        if not mine:
+    with _lock(settings.cache / "indexing.lock") as locked:
+        if not locked:
             return 0
         count = 0
         with Library.of(settings) as library:
             library.refresh()
-            while not stopped() and library.hash_next() is not None:
+            while not should_stop() and library.hash_next() is not None:
                 count += 1
         return count
 
 
 def start() -> None:
-    """Begin `index` in the background; it outlives this process."""
+    """Start `index` in a background process that outlives this one."""
     if os.environ.get("GOUACHE_INDEX") == "0":
         return
     nothing = subprocess.DEVNULL
@@ -49,8 +50,8 @@ def start() -> None:
 
 
 @contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Whether this process is the one that holds the lock at `path`; a killed holder's is free again."""
+def _lock(path: Path) -> Iterator[bool]:
+    """Whether this process got the lock on the file `path`. The lock of a killed process is released."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         try:
@@ -58,7 +59,7 @@ def _alone(path: Path) -> Iterator[bool]:
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except ImportError:
-            pass  # Windows has no flock; two at once only do the same work twice
+            pass  # Windows has no flock; two processes at once only do the same work twice
         except OSError:
             yield False
             return

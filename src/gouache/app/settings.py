@@ -1,8 +1,8 @@
-"""The user's settings, read once at the edge and passed along as a value.
+"""The user's settings, read once by the entry points and passed along as a value.
 
-From `config.toml` in the user's configuration folder, then from environment variables, which win:
-GOUACHE_MODELS (folders, separated as in PATH), GOUACHE_OUTPUT, GOUACHE_DEVICE, GOUACHE_DTYPE, GOUACHE_DATA;
-and HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME say where other programs keep what they fetched from Hugging Face.
+They come from environment variables, else from `config.toml` in the user's configuration folder: GOUACHE_MODELS
+(folders, separated as in PATH), GOUACHE_OUTPUT, GOUACHE_DEVICE, GOUACHE_DTYPE, GOUACHE_DATA. The Hugging Face cache is
+found by HF_HUB_CACHE, HF_HOME or XDG_CACHE_HOME, as by huggingface_hub.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ KEYS = ("models", "output", "device", "dtype")
 
 @dataclass(frozen=True)
 class Settings:
-    """`models`: folders that names are looked up in, first match wins; the last is our own.
+    """`models`: folders in which names are looked up, the first match wins; the last one is Gouache's own.
 
-    `cache`: what may be deleted at any time. `data`: the library's database and our own models. `hub`: the cache of
-    Hugging Face's programs, looked through last; None to leave it alone.
+    `cache`: files that may be deleted at any time. `data`: the library's database and the installed models. `hub`: the
+    Hugging Face cache, searched last; None not to search it.
     """
 
     models: tuple[Path, ...]
@@ -41,13 +41,13 @@ class Settings:
 
 
 def read(environment: Mapping[str, str] = os.environ) -> Settings:
-    """Read settings now. Raises FileError for a config file with an unknown key or a wrong type."""
+    """Read the settings. Raises FileError for a config file with an unknown key or a value of the wrong type."""
     path = Path(environment.get("GOUACHE_CONFIG") or platformdirs.user_config_path("gouache") / "config.toml")
     table = _table(path)
     data = Path(environment.get("GOUACHE_DATA") or platformdirs.user_data_path("gouache"))
-    listed = environment.get("GOUACHE_MODELS")
-    named = [Path(each) for each in listed.split(os.pathsep) if each] if listed else table.get("models", [])
-    every = (*(Path(each).expanduser() for each in named), *folders.added(data), data / "models")
+    variable = environment.get("GOUACHE_MODELS")
+    configured = variable.split(os.pathsep) if variable else table.get("models", [])
+    every = (*(Path(each).expanduser() for each in configured if each), *folders.added(data), data / "models")
     return Settings(
         models=tuple(dict.fromkeys(every)),
         output=Path(environment.get("GOUACHE_OUTPUT") or table.get("output", "outputs")).expanduser(),
@@ -73,12 +73,12 @@ def _table(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise FileError(path, f"is not TOML that can be read: {error}") from None
+        raise FileError(path, f"cannot be read as TOML: {error}") from None
     for key, value in table.items():
         if key not in KEYS:
-            raise FileError(path, f"has an unknown key {key!r}; there are {', '.join(KEYS)}")
-        expected = "a list of folders" if key == "models" else "a text"
+            raise FileError(path, f"unknown key {key!r}; the keys are {', '.join(KEYS)}")
+        expected = "a list of folders" if key == "models" else "a string"
         texts = value if key == "models" else [value]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise FileError(path, f"{key} is {value!r}; {expected} is expected")
+            raise FileError(path, f"{key} is {value!r}; expected {expected}")
     return table

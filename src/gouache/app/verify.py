@@ -1,4 +1,4 @@
-"""Whether a model's bytes are still those that were noted for it."""
+"""Checks whether a model file still has the hash that is recorded for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gouache.files.open import open_model
 
 @dataclass(frozen=True)
 class Verified:
-    """`good` if it opens and its hash is what it was, and what is noted beside it; `reason` in words."""
+    """`good`: it can be opened and has the hash recorded in the library and in its sidecar files. `reason`: a text."""
 
     path: str
     good: bool
@@ -23,7 +23,7 @@ class Verified:
 
 
 def verify(entry: Entry, library: Library, on_work: Callable[[str, int, int], None] | None = None) -> Verified:
-    """Read the model whole, whatever is remembered of it; note its hash where none was."""
+    """Read the whole model, even if a hash is cached, and compare. If no hash was recorded, this one is."""
     path = printable(str(entry.path))
     try:
         digest = read_now(entry.path, on_work)
@@ -32,17 +32,17 @@ def verify(entry: Entry, library: Library, on_work: Callable[[str, int, int], No
         return Verified(path, False, printable(str(error), 400), "")
     published = (entry.known.sha256 or {}).values() if entry.known else ()
     if entry.sha256 and digest != entry.sha256:
-        reason = f"its hash is {digest}; {entry.sha256} was noted when it had the same size and time: it is damaged"
+        reason = f"its hash is {digest}; {entry.sha256} was recorded for the same size and time: it is damaged"
         return Verified(path, False, reason, digest)
     if entry.sidecar.sha256 and digest != entry.sidecar.sha256:
-        reason = f"its hash is {digest}; what lies beside it says {entry.sidecar.sha256}"
+        reason = f"its hash is {digest}; the file next to it with its metadata gives {entry.sidecar.sha256}"
         return Verified(path, False, reason, digest)
     if not entry.sha256:
-        library.note_hash(entry.path, digest)
+        library.store_hash(entry.path, digest)
     if digest in published:
-        reason = "as published"
+        reason = "same hash as published"
     elif entry.sha256 or entry.sidecar.sha256:
-        reason = "as noted"
+        reason = "same hash as recorded"
     else:
-        reason = "opens; no hash was noted before, this one is now"
+        reason = "opens; no hash was recorded before, this one is now"
     return Verified(path, True, reason, digest)

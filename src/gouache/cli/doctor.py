@@ -8,15 +8,20 @@ from typing import Annotated
 from typer import Option
 
 
-def doctor(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
-    """Look at this machine: torch, devices, dtypes, memory, model folders, and one timed step."""
+def doctor(
+    measure: Annotated[
+        bool, Option("--measure", help="Measure again which dtype is the fastest, and store the result.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Report on this machine: torch, devices, dtypes, memory, model folders, and the time of one step."""
     from gouache.app.doctor import examine
     from gouache.app.settings import read
 
-    findings = examine(read())
+    report = examine(read(), measure)
     if as_json:
-        print(json.dumps(findings, indent=1))
+        print(json.dumps(report, indent=1))
         return
-    for topic, lines in findings.items():
+    for topic, lines in report.items():
         for index, line in enumerate(lines):
             print(f"{topic if index == 0 else '':10}{line}")

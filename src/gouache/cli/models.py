@@ -1,4 +1,4 @@
-"""`gouache models list|add|remove|show|set|find|verify|install`: the library."""
+"""`gouache models list|add|remove|show|set|find|verify|install`: the library of models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
+from gouache.app.wording import plural
 from gouache.cli.models_page import known_page, page, table
 from gouache.errors import GouacheError, RequestError, printable
 from gouache.files.source import size_text
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from gouache.app.library import Changes, Library
     from gouache.app.settings import Settings
 
-app = Typer(help="The models on this machine, and where to get others.", no_args_is_help=True, rich_markup_mode=None)
+app = Typer(help="List, describe, check and install models.", no_args_is_help=True, rich_markup_mode=None)
 
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Name = Annotated[str, Argument(help="A name, folder/name, name [hash], or path.", show_default=False)]
@@ -29,37 +30,39 @@ Name = Annotated[str, Argument(help="A name, folder/name, name [hash], or path."
 
 @app.command("list")
 def list_(
-    kind: Annotated[str, Option(help="checkpoint, vae, lora, embedding, hypernetwork, controlnet, ...")] = "",
-    family: Annotated[str, Option(help="sd1, sd2, sdxl, ...")] = "",
-    tag: Annotated[str, Option(help="One of your tags.")] = "",
-    missing: Annotated[bool, Option("--missing", help="Those whose files are gone.")] = False,
+    kind: Annotated[str, Option(help="Only checkpoint, vae, lora, embedding, hypernetwork, controlnet, ...")] = "",
+    family: Annotated[str, Option(help="Only sd1, sd2, sdxl, ...")] = "",
+    tag: Annotated[str, Option(help="Only models with this tag.")] = "",
+    missing: Annotated[bool, Option("--missing", help="Models whose files no longer exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List the models in all folders: what each is, from its header, and what is noted of it."""
+    """List the models in all folders. Each with data from its header and your notes."""
     with _library() as (library, settings):
-        changes = _refresh(library, quiet=as_json)
+        _refresh(library, quiet=as_json)
         table(library.entries(kind, family, tag, missing), as_json)
         if not as_json:
-            print(f"in {', '.join(map(str, settings.models))}", file=sys.stderr)
-        _go_on(library, changes, quiet=as_json)
+            print(f"searched {', '.join(map(str, settings.models))}", file=sys.stderr)
+        _hash_in_background(library, quiet=as_json)
 
 
 @app.command()
 def add(
     paths: Annotated[
         list[Path],
-        Argument(metavar="PATH...", help="Folders, files, installations of other programs, extra_model_paths.yaml."),
+        Argument(
+            metavar="PATH...", help="Folders, model files, A1111 or ComfyUI installations, or extra_model_paths.yaml."
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Have the library look in more places. Nothing is copied."""
-    from gouache.app import folders, places
+    """Add folders or files to the library. Nothing is copied."""
+    from gouache.app import folders, search_paths
     from gouache.app.settings import read
 
     settings = read()
     for path in paths:
         if path.suffix.lower() in (".yaml", ".yml"):
-            places.places_of(path)  # one that cannot be read is refused before it is on the list
+            search_paths.search_folders(path)  # one that cannot be read is refused before it is added
     new = [folders.add(settings.data, path) for path in paths]
     with _library() as (library, _):
         changes = _refresh(library, quiet=True)
@@ -67,18 +70,20 @@ def add(
             print(json.dumps({"added": sum(new), "new": [str(path) for path in changes.new]}))
         else:
             for path, fresh in zip(paths, new):
-                print(f"{path} {'added' if fresh else 'was added before'}")
-            print(f"{len(changes.new)} models are new in the library")
-        _go_on(library, changes, quiet=as_json)
+                print(f"{path}: {'added' if fresh else 'was added before'}")
+            print(f"{plural(len(changes.new), 'new model')} in the library")
+        _hash_in_background(library, quiet=as_json)
 
 
 @app.command()
 def remove(
-    name: Annotated[str, Argument(help="A folder that was added, or a model.", show_default=False)],
-    delete: Annotated[bool, Option("--delete", help="Delete a model's file, and what lies beside it.")] = False,
+    name: Annotated[str, Argument(help="A path that was added, or a model.", show_default=False)],
+    delete: Annotated[
+        bool, Option("--delete", help="Delete the model's file and the metadata files next to it.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Take a folder off the list, or delete a model with --delete. Notes on models are kept."""
+    """Remove a path from the library, or delete a model. Your notes are kept in both cases."""
     from gouache.app import folders
     from gouache.app.settings import read
 
@@ -87,107 +92,116 @@ def remove(
         with _library() as (library, _):
             changes = _refresh(library, quiet=True)
             library.forget(changes.gone)
-        _say(as_json, f"{name} is off the list; its files are where they were", removed=name, deleted=[])
+        _print(as_json, f"{name} was removed from the library; no file was deleted", removed=name, deleted=[])
         return
     with _library() as (library, _):
         _refresh(library, quiet=True)
         entry = _entry(library, name, settings)
-        if not delete:
+        if library.entry(entry.path) is None:  # never delete another file or folder
             raise RequestError(
-                "name", f"{entry.path} is a model's file in one of your folders; to delete the file, add --delete"
+                "name", f"{printable(name)} is not in the library; `gouache models list` lists its models"
             )
-        gone = _delete(entry)
+        if not delete:
+            raise RequestError("name", _how_to_remove(entry.path, folders.added(settings.data)))
+        deleted = _delete(entry)
         library.forget([entry.path])
-    _say(as_json, f"deleted {', '.join(gone)}", removed=str(entry.path), deleted=gone)
+    _print(as_json, f"deleted {', '.join(deleted)}", removed=str(entry.path), deleted=deleted)
 
 
 @app.command()
 def show(name: Name, as_json: AsJson = False) -> None:
-    """Tell all that is known of a model: of one that is here, or of a well-known one."""
-    from gouache.app.known import named, nearest
+    """Show all details of a model. It is one in the library, or a well-known published one."""
+    from gouache.app.known_models import find_by_name, similar_names
 
     with _library() as (library, settings):
-        changes = _refresh(library, quiet=True)
-        published = named(name)
+        _refresh(library, quiet=True)
+        published = find_by_name(name)
         try:
             entry = _entry(library, name, settings)
         except RequestError:
             if published is None:
-                if near := nearest(name):
-                    shown = f"there is no model {printable(name)!r}; well known are {', '.join(near)}"
-                    raise RequestError("model", shown) from None
+                if near := similar_names(name):
+                    message = f"there is no model {printable(name)!r}; similar well-known models: {', '.join(near)}"
+                    raise RequestError("model", message) from None
                 raise
             entry = None
         if entry is not None:
             published = entry.known or published
         if as_json:
-            told = entry.to_json() if entry is not None else {}
-            print(json.dumps(told | {"known": asdict(published) if published else None}, ensure_ascii=False))
+            values = entry.to_json() if entry is not None else {}
+            print(json.dumps(values | {"known": asdict(published) if published else None}, ensure_ascii=False))
         else:
             if entry is not None:
                 print("\n".join(page(entry)))
             if published is not None:
                 print("\n".join(known_page(published)))
-        _go_on(library, changes, quiet=as_json)
+        _hash_in_background(library, quiet=as_json)
 
 
 @app.command("set")
 def set_(
     name: Name,
-    tag: Annotated[list[str] | None, Option(help="A tag to add; may be given several times.")] = None,
-    untag: Annotated[list[str] | None, Option(help="A tag to take off.")] = None,
-    notes: Annotated[str | None, Option(help="Notes, in place of those there.")] = None,
-    weight: Annotated[float | None, Option(help="The strength to use it at when none is given.")] = None,
-    trigger: Annotated[list[str] | None, Option(help="Words that call it up, in place of those there.")] = None,
-    negative: Annotated[str | None, Option(help="A negative prompt that suits it.")] = None,
-    base: Annotated[str | None, Option(help="The model that it is made for.")] = None,
+    tag: Annotated[list[str] | None, Option(help="A tag to add; may be repeated.")] = None,
+    untag: Annotated[list[str] | None, Option(help="A tag to remove; may be repeated.")] = None,
+    notes: Annotated[str | None, Option(help="Notes; they replace the former ones.")] = None,
+    weight: Annotated[float | None, Option(help="The strength to use when none is given.")] = None,
+    trigger: Annotated[list[str] | None, Option(help="Trigger words; they replace the former ones.")] = None,
+    negative: Annotated[str | None, Option(help="A recommended negative prompt.")] = None,
+    base: Annotated[str | None, Option(help="The base model that it is made for.")] = None,
     use: Annotated[str | None, Option(help="official, anime, realistic, 2.5D, illustration, ...")] = None,
-    title: Annotated[str | None, Option(help="What to call it in lists.")] = None,
-    vae: Annotated[str | None, Option(help="The VAE to paint it with, a file or name; '' for its own.")] = None,
+    title: Annotated[str | None, Option(help="A title.")] = None,
+    vae: Annotated[
+        str | None, Option(help="The VAE to paint it with: a file or name; '' for the model's own VAE.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Note something of a model. Kept by its hash, so it follows the file when that is moved or renamed."""
+    """Set notes about a model. They are stored by its hash and so kept when the file is moved or renamed."""
     with _library() as (library, settings):
         _refresh(library, quiet=True)
         entry = _entry(library, name, settings)
         given = dict(notes=notes, weight=weight, negative=negative, base=base, use=use, title=title)  # noqa: C408
-        said: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        values: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         if vae is not None:
             from gouache.app.names import resolve
 
-            said["vae"] = str(resolve(vae, settings, "vae").resolve()) if vae else ""
+            values["vae"] = str(resolve(vae, settings, "vae").resolve()) if vae else ""
         if trigger is not None:
-            said["trigger_words"] = tuple(filter(None, trigger))
+            values["trigger_words"] = tuple(filter(None, trigger))
         if tag or untag:
             tags = [each for each in (*entry.about.tags, *(tag or [])) if each not in (untag or [])]
-            said["tags"] = tuple(dict.fromkeys(tags))
-        if not said:
-            raise RequestError("set", "there is nothing to note; give --tag, --notes, --weight, --trigger, --use, ...")
-        entry = library.describe(entry.path, **said)
+            values["tags"] = tuple(dict.fromkeys(tags))
+        if not values:
+            raise RequestError("set", "nothing to set; give --tag, --notes, --weight, --trigger, --use, ...")
+        entry = library.describe(entry.path, **values)
     print(json.dumps(entry.to_json(), ensure_ascii=False) if as_json else "\n".join(page(entry)))
 
 
 @app.command()
 def find(
-    words: Annotated[list[str], Argument(help="All of them have to be told somewhere.", show_default=False)],
+    words: Annotated[
+        list[str], Argument(help="Every word must occur in a name, tag, note or trigger word.", show_default=False)
+    ],
     as_json: AsJson = False,
 ) -> None:
-    """Find models by words in their names, titles, tags, notes, descriptions, trigger words. Exit code 1 if none."""
+    """Find models by words.
+
+    They are searched in names, titles, tags, notes, descriptions and trigger words. Exit code 1 if none is found.
+    """
     with _library() as (library, _):
-        changes = _refresh(library, quiet=as_json)
+        _refresh(library, quiet=as_json)
         found = library.find(" ".join(words))
         table(found, as_json)
-        _go_on(library, changes, quiet=as_json)
+        _hash_in_background(library, quiet=as_json)
     if not found:
         sys.exit(1)
 
 
 @app.command()
 def verify(
-    names: Annotated[list[str] | None, Argument(help="Models; all, if none is named.", show_default=False)] = None,
+    names: Annotated[list[str] | None, Argument(help="Models; all if none is given.", show_default=False)] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Read files whole and compare with the hashes noted for them. Exit code 1 if any differs or cannot be opened."""
+    """Compare model files with their recorded hashes. Exit code 1 if one differs or cannot be opened."""
     from gouache.app.verify import verify as service
     from gouache.cli.progress import bytes_bar
 
@@ -202,9 +216,10 @@ def verify(
             if as_json:
                 print(json.dumps(asdict(found), ensure_ascii=False), flush=True)
             else:
-                print(f"{'good' if found.good else 'BAD':4}  {found.path}: {found.reason}", flush=True)
+                reason = found.reason.removeprefix(f"{found.path}: ")  # an error of the file begins with its path
+                print(f"{'good' if found.good else 'BAD':4}  {found.path}: {reason}", flush=True)
         if not as_json:
-            print(f"{len(entries)} models, {bad} bad")
+            print(f"{plural(len(entries), 'model')}, {bad} bad")
     if bad:
         sys.exit(1)
 
@@ -215,13 +230,13 @@ def install(
         str,
         Argument(help="A file, a URL, or a Hugging Face repository: ORG/NAME[@REVISION][/FILE].", show_default=False),
     ],
-    kind: Annotated[str, Option(help="What it is, where its content does not tell.")] = "",
-    name: Annotated[str, Option(help="What to call the file.")] = "",
-    sha256: Annotated[str, Option(help="The hash that it has to have.")] = "",
-    token: Annotated[str, Option(envvar="GOUACHE_TOKEN", help="A login token of the site.", show_default=False)] = "",
+    kind: Annotated[str, Option(help="Its category, if the content does not show it.")] = "",
+    name: Annotated[str, Option(help="The name of the installed file.")] = "",
+    sha256: Annotated[str, Option(help="The expected hash.")] = "",
+    token: Annotated[str, Option(envvar="GOUACHE_TOKEN", help="A login token for the site.", show_default=False)] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Fetch a model, check and scan it, and place it in the right folder. Stopped, the same command goes on."""
+    """Download, check, scan and install a model. After an interruption the same command resumes the download."""
     from gouache.app.install import install as service
     from gouache.cli.progress import bytes_bar
 
@@ -234,9 +249,9 @@ def install(
         print(json.dumps({**asdict(done), "path": str(done.path)}))
     else:
         print(
-            f"{done.path}: {'was there already' if done.already else 'installed'}; {done.kind}, {size_text(done.size)}"
+            f"{done.path}: {'already installed' if done.already else 'installed'}; {done.kind}, {size_text(done.size)}"
         )
-        print(f"sha256 {done.sha256}; call it {entry.name!r}")
+        print(f"sha256 {done.sha256}; its name is {entry.name!r}")
 
 
 @contextmanager
@@ -250,49 +265,58 @@ def _library() -> Iterator[tuple[Library, Settings]]:
 
 
 def _refresh(library: Library, quiet: bool) -> Changes:
+    """Update the library with a progress bar; unless `quiet`, report moved files."""
     from gouache.cli.progress import Bar
 
     with Bar() as bar:
         changes = library.refresh(bar.show)
     if not quiet:
         for before, now in changes.moved:
-            print(f"note: {before} is {now} now, by its hash", file=sys.stderr)
+            print(f"note: {before} was moved to {now} (same hash)", file=sys.stderr)
     return changes
 
 
-def _go_on(library: Library, changes: Changes, quiet: bool) -> None:
-    """Have the files hashed that are not, after this command."""
+def _hash_in_background(library: Library, quiet: bool) -> None:
+    """Start a process that hashes the files that have no hash yet."""
     from gouache.app import indexing
 
-    files, size = library.waiting
+    files, size = library.unhashed
     if files:
         indexing.start()
         if not quiet:
-            print(f"note: hashing {files} files ({size_text(size)}) in the background", file=sys.stderr)
+            print(f"note: hashing {plural(files, 'file')} ({size_text(size)}) in the background", file=sys.stderr)
 
 
 def _entry(library: Library, name: str, settings: Settings) -> Entry:
-    """The library's model of that name or path; of a path that is in none of its folders, what its header tells."""
+    """The model with that name or path; of a path outside the library's folders, an entry from its header."""
     from gouache.app.names import resolve
 
     path = resolve(name, settings)
-    return library.entry(path) or library.entry(path.absolute()) or library.look(path.absolute())
+    return library.entry(path) or library.entry(path.absolute()) or library.read_entry(path.absolute())
+
+
+def _how_to_remove(path: Path, added: list[Path]) -> str:
+    """What to do about `models remove` with a model instead of a path that was added."""
+    source = next((each for each in added if each in (path, *path.parents)), None)
+    keep = f"to remove it from the library, give {source}, which was added; " if source is not None else ""
+    return f"{path} is a model; {keep}to delete the file, use --delete"
 
 
 def _delete(entry: Entry) -> list[str]:
+    """Delete a model and its sidecar files; their paths."""
     import shutil
 
     try:
         shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
-        gone = [str(entry.path)]
+        deleted = [str(entry.path)]
         for file in entry.sidecar.files:
-            beside = entry.path.with_name(file)
-            beside.unlink(missing_ok=True)
-            gone.append(str(beside))
+            sidecar = entry.path.with_name(file)
+            sidecar.unlink(missing_ok=True)
+            deleted.append(str(sidecar))
     except OSError as error:
         raise GouacheError(f"{entry.path}: cannot be deleted: {error.strerror}") from None
-    return gone
+    return deleted
 
 
-def _say(as_json: bool, line: str, **told: object) -> None:
-    print(json.dumps(told) if as_json else line)
+def _print(as_json: bool, line: str, **values: object) -> None:
+    print(json.dumps(values) if as_json else line)

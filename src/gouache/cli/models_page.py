@@ -1,4 +1,4 @@
-"""Models of the library in words: a line each, or a page."""
+"""Prints models of the library: one line each, or all details of one."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gouache.app.wording import plural
 from gouache.errors import printable
 from gouache.files.source import size_text
 
 if TYPE_CHECKING:
     from gouache.app.entry import Entry
-    from gouache.app.known import Known
+    from gouache.app.known_models import KnownModel
 
 
 def table(entries: list[Entry], as_json: bool) -> None:
     if as_json:
         print(json.dumps([each.to_json() for each in entries], ensure_ascii=False))
         return
-    wide = min(48, max((len(each.name) for each in entries), default=0))
+    width = min(48, max((len(each.name) for each in entries), default=0))
     for each in entries:
-        said = each.said
-        notes = [said.use, *said.tags, f"cannot be opened: {each.trouble}" if each.trouble else ""]
+        details = each.details
+        notes = [details.use, *details.tags, f"cannot be opened: {each.error}" if each.error else ""]
         family = each.family or "-"
-        told = ", ".join(filter(None, notes))
         columns = (
-            each.shelf.ljust(12),
+            each.category.ljust(12),
             family.ljust(8),
             size_text(each.size).rjust(8),
             each.sha256[:10].ljust(10),
-            told,
+            ", ".join(filter(None, notes)),
         )
-        print("  ".join((printable(each.name).ljust(wide), *columns)).rstrip())
-    print(f"{len(entries)} models", file=sys.stderr)
+        print("  ".join((printable(each.name).ljust(width), *columns)).rstrip())
+    print(plural(len(entries), "model"), file=sys.stderr)
 
 
 def page(entry: Entry) -> Iterator[str]:
-    said, facts = entry.said, entry.facts
-    astray = entry.place and entry.place != entry.shelf
+    details, facts = entry.details, entry.facts
+    misplaced = entry.folder_category and entry.folder_category != entry.category
     yield f"{entry.path}  ({size_text(entry.size)}{', missing' if entry.missing else ''})"
     lines = {
         "names": ", ".join(entry.names),
-        "title": said.title,
-        "kind": f"{entry.kind or 'unknown'}{f', in a folder for {entry.place}' if astray else ''}",
+        "title": details.title,
+        "kind": f"{entry.kind or 'unknown'}{f', in a folder for {entry.folder_category}' if misplaced else ''}",
         "family": entry.family,
         "variant": facts.get("variant"),
         "prediction": facts.get("prediction"),
@@ -51,41 +51,42 @@ def page(entry: Entry) -> Iterator[str]:
         "parts": ", ".join(facts.get("components", ())),
         "missing": ", ".join(facts.get("missing", ())),
         "dtypes": ", ".join(facts.get("dtypes", ())),
-        "use": said.use,
-        "base": said.base,
-        "tags": ", ".join(said.tags),
-        "trigger words": ", ".join(said.trigger_words),
-        "negative": said.negative,
-        "own VAE": said.vae,
-        "weight": "" if said.weight is None else f"{said.weight:g}",
-        "notes": said.notes,
+        "use": details.use,
+        "base": details.base,
+        "tags": ", ".join(details.tags),
+        "trigger words": ", ".join(details.trigger_words),
+        "negative": details.negative,
+        "VAE": details.vae,
+        "weight": "" if details.weight is None else f"{details.weight:g}",
+        "notes": details.notes,
         "description": entry.sidecar.description or facts.get("description"),
         "author": facts.get("author"),
         "licence": facts.get("licence"),
-        "source": said.source,
+        "source": details.source,
         "preview": entry.sidecar.preview,
         "config": entry.sidecar.config,
-        "beside it": ", ".join(entry.sidecar.files),
+        "sidecar files": ", ".join(entry.sidecar.files),
         "sha256": entry.sha256 or "not computed yet",
-        "note": _doubt(entry),
-        "trouble": entry.trouble,
+        "note": _hash_note(entry),
+        "error": entry.error,
     }
     yield from _aligned(lines)
 
 
-def _doubt(entry: Entry) -> str:
-    """Where a file is called like a published one, and is another."""
-    from gouache.app.known import called, differs
+def _hash_note(entry: Entry) -> str:
+    """A note for a file that has the name of a published one but another hash; else ""."""
+    from gouache.app.known_models import find_by_file_name, hash_differs
 
     name = entry.path.name
-    like = called(name)
-    if like is None or not differs(like, name, entry.sha256):
+    published = find_by_file_name(name)
+    if published is None or not hash_differs(published, name, entry.sha256):
         return ""
-    return f"called like the published file of {like.name}, and has another hash: this is something else"
+    return f"has the name of the published file of {published.name}, but another hash: it is a different model"
 
 
-def known_page(known: Known) -> Iterator[str]:
-    yield f"{known.name}, as publicly known"
+def known_page(known: KnownModel) -> Iterator[str]:
+
+    yield f"{known.name}, published facts"
     yield from _aligned(
         {
             "family": known.family,
@@ -99,7 +100,7 @@ def known_page(known: Known) -> Iterator[str]:
             "source": known.source,
             "files": ", ".join(known.files),
             "note": known.note,
-            "evidence": f"{len(known.evidence)} sources, listed with --json",
+            "evidence": f"{plural(len(known.evidence), 'source')}, listed with --json",
         }
     )
 

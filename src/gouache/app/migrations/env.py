@@ -1,4 +1,4 @@
-"""Run by alembic: upgrades the database of the connection it is handed."""
+"""Run by alembic: upgrades the database of the connection that it receives."""
 
 from alembic import context
 

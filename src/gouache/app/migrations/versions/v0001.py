@@ -1,4 +1,4 @@
-"""The library's first tables."""
+"""The first tables of the library."""
 
 import sqlalchemy as sa
 from alembic import op

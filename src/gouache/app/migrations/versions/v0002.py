@@ -1,4 +1,4 @@
-"""The autoencoder that a checkpoint is painted with."""
+"""Adds the VAE that a checkpoint is painted with."""
 
 import sqlalchemy as sa
 from alembic import op

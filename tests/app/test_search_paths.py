@@ -1,4 +1,4 @@
-"""Where models lie: installations of A1111 and ComfyUI, extra_model_paths.yaml, the Hugging Face cache."""
+"""The folders that are searched: installations of A1111 and ComfyUI, extra_model_paths.yaml, the Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gouache.app import folders
-from gouache.app.places import candidates, extra_paths, places_of
+from gouache.app.search_paths import candidates, extra_paths, search_folders
 from gouache.app.settings import Settings, read
 from gouache.errors import FileError
 
@@ -20,12 +20,12 @@ def touch(*paths: Path) -> None:
 
 
 def found(root: Path, settings: Settings) -> dict[str, str]:
-    """Path below `root` -> kind of its place."""
+    """Path below `root` -> category of its folder."""
     every = candidates(replace(settings, models=(root,)))
-    return {each.path.relative_to(root).as_posix(): each.kind for each in every}
+    return {each.path.relative_to(root).as_posix(): each.category for each in every}
 
 
-def test_of_a_web_ui_only_its_folders_of_models_count(settings: Settings, tmp_path: Path):
+def test_of_a_web_ui_only_the_folders_of_models_are_searched(settings: Settings, tmp_path: Path):
     touch(
         tmp_path / "models/Stable-diffusion/anime/dream.safetensors",
         tmp_path / "models/VAE/mse.ckpt",
@@ -51,7 +51,7 @@ def test_of_a_web_ui_only_its_folders_of_models_count(settings: Settings, tmp_pa
     }
 
 
-def test_comfyui_and_what_its_yaml_names(settings: Settings, tmp_path: Path):
+def test_comfyui_with_its_yaml(settings: Settings, tmp_path: Path):
     comfy, other = tmp_path / "comfy", tmp_path / "other"
     touch(
         comfy / "models/checkpoints/a.safetensors",
@@ -65,7 +65,7 @@ def test_comfyui_and_what_its_yaml_names(settings: Settings, tmp_path: Path):
         f"a111:\n  base_path: {other}\n  loras: |\n    lora one\n    lycoris\n  custom_nodes: nodes\n"
     )
 
-    every = {each.path.name: each.kind for each in candidates(replace(settings, models=(comfy,)))}
+    every = {each.path.name: each.category for each in candidates(replace(settings, models=(comfy,)))}
 
     assert every == {
         "a.safetensors": "checkpoint",
@@ -76,39 +76,40 @@ def test_comfyui_and_what_its_yaml_names(settings: Settings, tmp_path: Path):
     }
 
 
-def test_extra_model_paths_as_comfyui_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("SHELF", str(tmp_path / "shelf"))
+def test_extra_model_paths_are_read_as_in_comfyui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MODELS", str(tmp_path / "models"))
     path = tmp_path / "extra_model_paths.yaml"
     path.write_text(
-        "one:\n  base_path: models\n  checkpoints: sd\n  vae: |\n    a\n    b\n"
-        "two:\n  base_path: $SHELF\n  is_default: true\n  checkpoints: sd\n  unet: /absolute\n"
+        "one:\n  base_path: here\n  checkpoints: sd\n  vae: |\n    a\n    b\n"
+        "two:\n  base_path: $MODELS\n  is_default: true\n  checkpoints: sd\n  unet: /absolute\n"
     )
 
-    places = [(each.folder, each.kind) for each in extra_paths(path)]
+    found = [(each.path, each.category) for each in extra_paths(path)]
 
-    assert places == [
-        (tmp_path / "shelf/sd", "checkpoint"),  # the section that is the default comes first
+    assert found == [
+        (tmp_path / "models/sd", "checkpoint"),  # the default section comes first
         (Path("/absolute"), "unet"),
-        (tmp_path / "models/sd", "checkpoint"),  # relative to the file itself
-        (tmp_path / "models/a", "vae"),
-        (tmp_path / "models/b", "vae"),
+        (tmp_path / "here/sd", "checkpoint"),  # relative to the YAML file
+        (tmp_path / "here/a", "vae"),
+        (tmp_path / "here/b", "vae"),
     ]
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"), [("a: [", "not YAML"), ("- a\n- b", "a list"), ("!!python/object/apply:os.system [x]", "YAML")]
+    ("text", "reason"),
+    [("a: [", "cannot be read as YAML"), ("- a\n- b", "a list"), ("!!python/object/apply:os.system [x]", "YAML")],
 )
-def test_a_yaml_that_is_none_is_refused_in_one_line(text: str, reason: str, tmp_path: Path):
+def test_an_invalid_yaml_is_refused_in_one_line(text: str, reason: str, tmp_path: Path):
     path = tmp_path / "extra_model_paths.yaml"
     path.write_text(text)
 
     with pytest.raises(FileError) as caught:
-        places_of(path)
+        search_folders(path)
 
     assert reason in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_any_other_folder_is_searched_whole(settings: Settings, tmp_path: Path):
+def test_any_other_folder_is_searched_recursively(settings: Settings, tmp_path: Path):
     touch(tmp_path / "one.safetensors", tmp_path / "Lora/two.safetensors", tmp_path / "new/deep/three.ckpt")
     touch(tmp_path / ".trash/four.safetensors")
 
@@ -117,7 +118,7 @@ def test_any_other_folder_is_searched_whole(settings: Settings, tmp_path: Path):
     }  # fmt: skip
 
 
-def test_the_hugging_face_cache_is_read_by_repository(settings: Settings, tmp_path: Path):
+def test_models_in_the_hugging_face_cache_are_named_by_repository(settings: Settings, tmp_path: Path):
     repository = tmp_path / "hub/models--org--one"
     old, new = repository / "snapshots/aaaa", repository / "snapshots/bbbb"
     touch(old / "old.safetensors", new / "model_index.json", new / "unet/diffusion_pytorch_model.safetensors")
@@ -134,14 +135,14 @@ def test_the_hugging_face_cache_is_read_by_repository(settings: Settings, tmp_pa
     assert len(every) == 2
 
 
-def test_the_environment_says_where_the_hub_cache_is(home: Path):
+def test_the_hub_cache_is_found_by_environment_variables(home: Path):
     assert read({}).hub == Path("~/.cache").expanduser() / "huggingface/hub"
     assert read({"XDG_CACHE_HOME": "/c"}).hub == Path("/c/huggingface/hub")
     assert read({"HF_HOME": "/h", "XDG_CACHE_HOME": "/c"}).hub == Path("/h/hub")
     assert read({"HF_HUB_CACHE": "/x", "HF_HOME": "/h"}).hub == Path("/x")
 
 
-def test_folders_that_are_added_are_kept_and_come_before_our_own(tmp_path: Path):
+def test_added_folders_are_stored_and_come_before_the_default_one(tmp_path: Path):
     one, data = tmp_path / "one", tmp_path / "data"
     one.mkdir()
 
@@ -151,13 +152,13 @@ def test_folders_that_are_added_are_kept_and_come_before_our_own(tmp_path: Path)
     assert read({"GOUACHE_DATA": str(data)}).models == (data / "models",)
 
 
-def test_a_folder_that_does_not_exist_is_not_added(tmp_path: Path):
+def test_a_missing_folder_is_not_added(tmp_path: Path):
     with pytest.raises(FileError, match="does not exist"):
         folders.add(tmp_path, tmp_path / "absent")
 
 
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]"])
-def test_a_damaged_list_of_folders_is_named(content: str, tmp_path: Path):
+def test_a_damaged_list_of_folders_is_refused(content: str, tmp_path: Path):
     (tmp_path / "folders.json").write_text(content)
 
     with pytest.raises(FileError, match=r"folders\.json.*delete it"):

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 
 def lora(path: Path, value: float = 0.0, **metadata: str) -> Path:
-    """A LoRA of one module for SD1, in kohya's names; `value` tells one from another."""
+    """A LoRA of one module for SD1, in kohya's names; files with another `value` have another hash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     module = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     down, up = torch.full((4, 768), value), torch.zeros(320, 4)

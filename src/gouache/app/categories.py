@@ -1,10 +1,10 @@
-"""The kinds by which a library is sorted, and the folders for each: coarser than what `identify` tells."""
+"""The categories by which the library sorts models, and the folder for each. Coarser than the kinds of `identify`."""
 
 from __future__ import annotations
 
 from gouache.layouts.adapters import FORMATS
 
-# Folder -> kind, below a web UI's models/; Gouache places what it installs in the same manner.
+# Folder below a web UI's models/ -> category. Gouache installs models into folders of the same names.
 A1111 = {
     "Stable-diffusion": "checkpoint",
     "VAE": "vae",
@@ -22,8 +22,8 @@ A1111 = {
     "BLIP": "captioner",
     "torch_deepdanbooru": "captioner",
 }
-FOLDERS = {kind: folder for folder, kind in reversed(A1111.items())}
-_FINER = {
+FOLDERS = {category: folder for folder, category in reversed(A1111.items())}
+_KINDS = {
     "diffusers folder": "checkpoint",
     "t2i-adapter": "controlnet",
     "text_encoder": "text encoder",
@@ -31,6 +31,6 @@ _FINER = {
 } | dict.fromkeys(FORMATS, "lora")
 
 
-def shelf(kind: str) -> str:
-    """The kind under which the library keeps what `identify` calls `kind`."""
-    return _FINER.get(kind, kind)
+def category(kind: str) -> str:
+    """The category of a kind that `identify` returns; the kind itself where it has the same name."""
+    return _KINDS.get(kind, kind)
