@@ -149,7 +149,7 @@ def test_repaint_refuses_a_picture_without_a_recipe(gouache: Command, tmp_path: 
 
 
 def test_doctor_in_words_and_as_json(gouache: Command, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(residency, "measure", lambda on: {"fp32": 0.01})
+    monkeypatch.setattr(residency, "measure", lambda on: residency.Timings({"fp32": 0.01}, 5, 1.0))
 
     page, told = gouache("doctor"), json.loads(gouache("doctor", "--json").out)
 

@@ -61,11 +61,12 @@ def loss(model: Model) -> Tensor:
     return (predicted - target).pow(2).mean()
 
 
-def assert_gradients(model: Model, parameters: Mapping[str, Tensor], step: float = 1e-4) -> None:
-    """Each parameter's gradient equals the central difference of the loss at its largest entry, and is not zero."""
+def assert_gradients(model: Model, parameters: Mapping[str, Tensor], step: float = 1e-6) -> None:
+    """Each parameter's gradient equals the central difference of the loss at its largest entry; most are not zero."""
     for parameter in parameters.values():
         parameter.grad = None
     loss(model).backward()
+    reached = 0
     for name, parameter in parameters.items():
         assert parameter.grad is not None, name
         place = int(parameter.grad.abs().argmax())
@@ -79,7 +80,9 @@ def assert_gradients(model: Model, parameters: Mapping[str, Tensor], step: float
             below = float(loss(model))
             flat[place] = before
         difference = (above - below) / (2 * step)
-        assert gradient != 0 and gradient == pytest.approx(difference, rel=2e-3), name
+        assert gradient == pytest.approx(difference, rel=1e-3, abs=1e-8), name
+        reached += abs(gradient) > 1e-6
+    assert reached > len(parameters) / 2  # a bias of keys alone has none: softmax does not see it
 
 
 def lora(model: Model) -> ParameterAdapter:
@@ -96,8 +99,12 @@ def lora(model: Model) -> ParameterAdapter:
         ones = (1, 1) if isinstance(network, nn.Conv2d) else ()
         random = generator(10 + number)
         parts[module] = {
-            "lora_up.weight": (0.1 * torch.randn(rows, 2, *ones, generator=random)).requires_grad_(),
-            "lora_down.weight": (0.1 * torch.randn(2, columns, *size, generator=random)).requires_grad_(),
+            "lora_up.weight": (
+                0.1 * torch.randn(rows, 2, *ones, generator=random, dtype=torch.float64)
+            ).requires_grad_(),
+            "lora_down.weight": (
+                0.1 * torch.randn(2, columns, *size, generator=random, dtype=torch.float64)
+            ).requires_grad_(),
             "alpha": torch.tensor(1.0),
         }
     return ParameterAdapter("trained", parts)
@@ -110,7 +117,7 @@ def test_gradients_reach_lora_factors(family: str, models: Callable[[str], Model
     attached = model.adapters.attach(adapter, Strength(0.8), how="live")
 
     try:
-        assert_gradients(model, dict(adapter.named_parameters()), step=1e-2)  # the factors are float32
+        assert_gradients(model, dict(adapter.named_parameters()))
         assert all(parameter.grad is None for parameter in model.unet.parameters())
     finally:
         model.adapters.detach(attached)

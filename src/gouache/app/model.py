@@ -12,7 +12,7 @@ from gouache.adapters.strength import Strength
 from gouache.app import names
 from gouache.app.hashing import BackgroundHash, OnWork
 from gouache.app.settings import Settings
-from gouache.app.shelf import LibraryShelf
+from gouache.app.sources import LibrarySource
 from gouache.diffusion.samplers.sampler import OnStep
 from gouache.families.identify import identify
 from gouache.files.open import open_model
@@ -72,7 +72,7 @@ class Model(model.Model):
             self,
             request,
             hash_of=hash_of,
-            source=LibraryShelf(self.settings),
+            source=LibrarySource(self.settings),
             load=self._load_refiner,
             on_step=on_step,
             on_attached=on_attached,

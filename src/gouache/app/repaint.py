@@ -14,7 +14,7 @@ import torch
 from gouache.adapters.strength import from_json
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
-from gouache.app.shelf import RecordedShelf
+from gouache.app.sources import RecordedSource
 from gouache.diffusion.samplers.sampler import OnStep
 from gouache.errors import RequestError
 from gouache.families.identify import identify
@@ -61,14 +61,14 @@ def repaint(
     request = Request.from_json(recipe["request"])
     target = residency.device(device or recipe.get("device"))
     dtype = residency.dtype(recipe.get("dtype", "fp32"))
-    source = RecordedShelf(settings, recipe.get("adapters", []))
+    source = RecordedSource(settings, recipe.get("adapters", []))
     loaded = _load(
         _find(recipe.get("model", {}), model, settings), recipe.get("model", {}), target, dtype, source.vae()
     )
     for stage in recipe.get("upcast", []):
         if stage in ("text encoder", "U-Net", "VAE"):
             loaded.widen(stage)
-    for adapter, strength, how in source.by_hand():
+    for adapter, strength, how in source.attached_before():
         attach(
             loaded, open_model(adapter), from_json(strength, loaded.unet.spec), how="live" if how == "live" else None
         )

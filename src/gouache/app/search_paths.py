@@ -67,11 +67,6 @@ class Candidate:
     names: tuple[str, ...]
     category: str = ""
 
-    @property
-    def kind(self) -> str:
-        """The former name of `category`."""
-        return self.category
-
 
 def candidates(settings: Settings) -> Iterator[Candidate]:
     """Everything that may be a model, in the order of `settings.models`; each path once."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gouache.app import names
-from gouache.app.places import candidates
+from gouache.app.search_paths import candidates
 from gouache.app.settings import DATABASE, Settings
 from gouache.errors import GouacheError, ModelError, printable
 from gouache.families.found import Found
@@ -97,7 +97,7 @@ def _fitting(found: Found, settings: Settings) -> Path | None:
     preferred = _PREFERRED.get(family.name, ())
     fitting = list[Path]()
     for candidate in candidates(settings):
-        if candidate.kind not in ("vae", "") or candidate.path.is_dir():
+        if candidate.category not in ("vae", "") or candidate.path.is_dir():
             continue
         try:
             other = identify(open_model(candidate.path))

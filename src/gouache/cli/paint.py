@@ -233,12 +233,12 @@ def _path(target: Path, seed: int, index: int, count: int, as_file: bool) -> Pat
 
 def _notes(model: Model, request: Request) -> None:
     """Print what the user should know about this prompt before the wait."""
-    from gouache.app.shelf import LibraryShelf
+    from gouache.app.sources import LibrarySource
     from gouache.generate.notes import notes
 
-    source, prompts = LibraryShelf(model.settings), [request.prompt, request.negative]
+    source, prompts = LibrarySource(model.settings), [request.prompt, request.negative]
     names = source.mentioned(prompts, model.text_widths)
-    for path in source.passed_over(prompts, model.text_widths):
+    for path in source.mentioned_for_other_models(prompts, model.text_widths):
         _note(
             f"embedding '{path.stem}' ({path.name}) does not fit this model; '{path.stem}' in the prompt is read as an "
             f"ordinary word"
