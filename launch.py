@@ -27,8 +27,8 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DOWNLOADS = {"cpu": "about 200 MB (1.1 GB on disk)", "cuda": "about 3 GB (6 GB on disk)"}
-# A limit of this installer, not of the package: pip does not select a CPU build of later releases by itself, and fetches
-# the CUDA libraries for a machine without a GPU. Who installs torch in another way may use a later one.
+# A limit of this installer, not of the package: pip does not select a CPU build of later releases by itself, and
+# downloads the CUDA libraries for a machine without a GPU. Installed in another way, torch may be newer.
 TORCH_LIMIT = "<2.14"
 
 
