@@ -83,7 +83,7 @@ def install(extra: str) -> None:
 
 
 def create_environment() -> None:
-    """A new, empty `.venv`, in place of whatever is there."""
+    """Replace `.venv` by a new environment."""
     if importlib.util.find_spec("ensurepip") is None:  # Debian and Ubuntu package it separately
         say("error: this Python has no ensurepip module, so it cannot create virtual environments with pip")
         say("install it (on Debian and Ubuntu: apt install python3-venv) and run the same command again")

@@ -40,7 +40,7 @@ imported too, but may change between versions.
 
 def page() -> str:
     """The whole page as Markdown."""
-    sys.path.insert(0, str(ROOT / "src"))  # this tree, whatever is installed
+    sys.path.insert(0, str(ROOT / "src"))  # this tree, not an installed copy
     package = importlib.import_module(PACKAGE)
     names = sorted(package.__all__, key=lambda name: (name.startswith("_"), name.lower()))
     objects = {name: getattr(package, name) for name in names}
