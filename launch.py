@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Set Gouache up and run it: python3 launch.py paint "a red apple on a blue background"
+"""Set up Gouache and run it: python3 launch.py paint "a red apple on a blue background"
 
-Needs nothing but Python 3.11 or newer. The first run makes `.venv` beside this file and installs the package into it;
-later runs go straight to `gouache`, until pyproject.toml changes. `python3 launch.py test ...` runs pytest instead.
+Needs nothing but Python 3.11 or newer. The first run creates `.venv` next to this file and installs the package into
+it; later runs start `gouache` directly, until pyproject.toml changes. `python3 launch.py test ...` runs pytest.
 """
 
 import sys
@@ -12,6 +12,7 @@ if sys.version_info < (3, 11):
     sys.exit(2)
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -26,6 +27,9 @@ BIN = VENV / ("Scripts" if os.name == "nt" else "bin")
 PYTHON = BIN / ("python.exe" if os.name == "nt" else "python")
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 DOWNLOADS = {"cpu": "about 200 MB (1.1 GB on disk)", "cuda": "about 3 GB (6 GB on disk)"}
+# A limit of this installer, not of the package: pip does not select a CPU build of later releases by itself, and
+# downloads the CUDA libraries for a machine without a GPU. Installed in another way, torch may be newer.
+TORCH_LIMIT = "<2.14"
 
 
 def main() -> int:
@@ -34,91 +38,97 @@ def main() -> int:
     try:
         install("test" if testing else "")
     except subprocess.CalledProcessError as error:
-        print(f"error: the installation stopped: {error}; run the same command again to go on", file=sys.stderr)
+        say(f"error: the installation failed: {error}; run the same command again to continue")
+        return 2
+    except OSError as error:  # no space left, a folder that cannot be written to
+        say(f"error: the installation failed: {error}; check the free space and the permissions of {HERE}")
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to go on", file=sys.stderr)
+        say("\nstopped; run the same command again to continue")
         return 130
-    command = (
-        [str(PYTHON), "-m", "pytest", *arguments[1:]]
-        if testing
-        else [str(PYTHON), "-m", "gouache.cli.main", *arguments]
-    )
-    folder = HERE if testing else None  # pytest looks for its settings here; pictures belong where the user is
+    command = [str(PYTHON), "-m", "pytest", *arguments[1:]] if testing else [str(PYTHON), "-m", "gouache", *arguments]
+    folder = HERE if testing else None  # pytest reads its settings from here; pictures belong in the user's folder
     if os.name == "nt" or folder is not None:
         try:
             return subprocess.call(command, cwd=folder)
         except KeyboardInterrupt:
             return 130
-    os.execv(command[0], command)  # the command is this process from here on: signals and exit code are its own
+    os.execv(command[0], command)  # replaces this process, so that signals and the exit code need no forwarding
 
 
 def install(extra: str) -> None:
-    """Bring `.venv` up to date, unless a stamp says that it is."""
-    wanted = stamp(extra)
-    if any((VENV / name).is_file() and (VENV / name).read_text() == wanted for name in stamps(extra)):
+    """Bring `.venv` up to date, unless a stamp file shows that it is. `extra` is "" or an optional dependency group."""
+    current = stamp()
+    if any((VENV / name).is_file() and (VENV / name).read_text() == current for name in stamp_files(extra)):
         return
     if not PYTHON.is_file() or not (VENV / "pyvenv.cfg").is_file():
-        shutil.rmtree(VENV, ignore_errors=True)
-        say(f"making a virtual environment in {VENV}")
-        venv.create(VENV, with_pip=True)
+        say(f"creating a virtual environment in {VENV}")
+        create_environment()
     elif subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode:
-        say("the virtual environment is incomplete; making it again")
-        shutil.rmtree(VENV)
-        venv.create(VENV, with_pip=True)
+        say("the virtual environment is incomplete; creating it again")
+        create_environment()
     build = torch_build()
     say(f"installing: torch for {build.upper()} and the libraries it needs, {DOWNLOADS[build]}; this is done once")
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    torch = torch_requirement()
     if build == "cpu" and not sources_are_configured():
-        # PyTorch keeps its CPU builds on an index of its own. Where that cannot be reached, the attempt costs
-        # seconds, and the ordinary index serves instead.
-        run([*pip, "--retries", "0", "--timeout", "5", "--extra-index-url", CPU_INDEX, torch_requirement()], "torch")
+        # PyTorch publishes its CPU builds on a separate index. If that cannot be reached, the attempt costs seconds,
+        # and the default index is used instead.
+        run([*pip, "--retries", "0", "--timeout", "5", "--extra-index-url", CPU_INDEX, torch], "torch")
     run(
-        [*pip, "--editable", f"{HERE}[{extra}]" if extra else str(HERE)],
-        "gouache" + (" and its tests" if extra else ""),
+        [*pip, torch, "--editable", f"{HERE}[{extra}]" if extra else str(HERE)],
+        "gouache and the libraries for its tests" if extra else "gouache",
     )
-    (VENV / stamps(extra)[0]).write_text(wanted)
+    (VENV / stamp_files(extra)[0]).write_text(current)
 
 
-def stamps(extra: str) -> list[str]:
-    """Files that say what is installed; an environment with the test extra serves the plain one too."""
+def create_environment() -> None:
+    """Replace `.venv` by a new environment."""
+    if importlib.util.find_spec("ensurepip") is None:  # Debian and Ubuntu package it separately
+        say("error: this Python has no ensurepip module, so it cannot create virtual environments with pip")
+        say("install it (on Debian and Ubuntu: apt install python3-venv) and run the same command again")
+        sys.exit(2)
+    shutil.rmtree(VENV, ignore_errors=True)
+    venv.create(VENV, with_pip=True)
+
+
+def stamp_files(extra: str) -> list[str]:
+    """Stamp files of environments that satisfy `extra`, the one to write first: the test extra includes the rest."""
     return [f"installed-{extra}"] if extra else ["installed", "installed-test"]
 
 
-def stamp(extra: str) -> str:
-    """What an installation depends on: the project's needs, the Python, and where it lies."""
-    text = (HERE / "pyproject.toml").read_bytes() + str(HERE).encode() + sys.version.encode()
+def stamp() -> str:
+    """Digest of what an installation depends on: the requirements, the version of Python, and the folder."""
+    text = (HERE / "pyproject.toml").read_bytes() + (TORCH_LIMIT + str(HERE) + sys.version).encode()
     return hashlib.sha256(text).hexdigest()
 
 
 def torch_build() -> str:
-    """ "cuda" where an NVIDIA driver answers, else "cpu" (on a Mac that build brings Metal along)."""
-    return (
-        "cuda"
-        if shutil.which("nvidia-smi") and not subprocess.run(["nvidia-smi"], capture_output=True).returncode
-        else "cpu"
-    )
+    """ "cuda" if an NVIDIA driver responds, else "cpu" (on a Mac, that build includes Metal)."""
+    if shutil.which("nvidia-smi") and not subprocess.run(["nvidia-smi"], capture_output=True).returncode:
+        return "cuda"
+    return "cpu"
 
 
 def torch_requirement() -> str:
-    """The line of pyproject.toml that says which torch."""
+    """The torch requirement of pyproject.toml, with the upper limit of this installer."""
     import tomllib
 
-    needs = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    return next(need for need in needs if need.startswith("torch"))
+    requirements = tomllib.loads((HERE / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    return next(text for text in requirements if text.startswith("torch")) + "," + TORCH_LIMIT
 
 
 def sources_are_configured() -> bool:
-    """Whether pip was told where to find packages: then those places count, and nothing is added to them."""
+    """Whether pip has package sources configured: then only those are used, and no index is added to them."""
     names = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX")
     if any(os.environ.get(name) for name in names):
         return True
-    told = subprocess.run([PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
-    return any(key in told for key in ("index-url", "find-links", "no-index"))
+    settings = subprocess.run([PYTHON, "-m", "pip", "config", "list"], capture_output=True, text=True).stdout
+    return any(key in settings for key in ("index-url", "find-links", "no-index"))
 
 
 def run(command: list[str], what: str) -> None:
-    """Run a step that takes minutes, and show that it is alive."""
+    """Run a command that takes minutes, with the elapsed time on a terminal. Raises CalledProcessError."""
     began = time.monotonic()
     done = threading.Event()
 

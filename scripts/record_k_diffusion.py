@@ -1,15 +1,14 @@
-"""Record what k-diffusion answers on a small analytic model: tests/diffusion/data/k_diffusion.safetensors.
+"""Record what k-diffusion computes on a small analytic model: tests/diffusion/data/k_diffusion.safetensors.
 
     python scripts/record_k_diffusion.py
 
-The tests compare every sampler that k-diffusion has, step by step and given the same noise, and the maps between
-levels and times. The package itself cannot be a test dependency, as it needs torchvision: here its wheel is
-downloaded alone into a temporary folder, and what two of its modules import beside torch is replaced by stubs that
-sampling never calls. Only `scipy.integrate.quad` is called, on polynomials of degree 3 at most, and gets a rule that
-is exact for them.
+The tests compare every sampler of k-diffusion, step by step with the same noise, and the conversions between sigmas
+and timesteps. The package cannot be a test dependency, because it needs torchvision: this script downloads its wheel
+alone into a temporary folder, and replaces the other imports of two of its modules by stubs that sampling never calls.
+Only `scipy.integrate.quad` is called, on polynomials of degree 3 at most; its replacement is exact for them.
 
-The file holds, for each case: `<case>/denoised`, the pictures reported at each step, `<case>/x`, the end, and
-`<case>/noise` with `<case>/levels`, the noise it asked for in that order and between which levels.
+The file contains for each case: `<case>/denoised`, the x0 predictions reported at each step; `<case>/x`, the result;
+`<case>/noise`, the noise in the order requested; and `<case>/levels`, the pair of sigmas of each request.
 """
 
 from __future__ import annotations
@@ -60,22 +59,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 class RecordedNoise:
-    """Stands for every source of noise of k-diffusion, and keeps what it gave out."""
+    """Replaces every noise source of k-diffusion, and keeps the noise it returned."""
 
     def __init__(self, like: Tensor) -> None:
         self.generator = torch.Generator().manual_seed(20240)
         self.like = like
-        self.given: list[Tensor] = []
+        self.returned: list[Tensor] = []
         self.levels: list[tuple[float, float]] = []
 
     def __call__(self, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
-        self.given.append(torch.randn(self.like.shape, generator=self.generator, dtype=self.like.dtype))
+        self.returned.append(torch.randn(self.like.shape, generator=self.generator, dtype=self.like.dtype))
         self.levels.append((float(sigma), float(sigma_next)))
-        return self.given[-1]
+        return self.returned[-1]
 
 
 class TorchWithNoise(types.ModuleType):
-    """torch as k-diffusion's samplers see it: `randn_like` asks the recorded noise."""
+    """torch for k-diffusion's samplers, with a `randn_like` that returns recorded noise."""
 
     def __init__(self, noise: RecordedNoise) -> None:
         super().__init__("torch")
@@ -108,8 +107,8 @@ def k_diffusion(folder: Path) -> tuple[types.ModuleType, types.ModuleType]:
 
 def quad(function: Any, start: float, end: float, **_: Any) -> tuple[float, float]:
     points, weights = np.polynomial.legendre.leggauss(8)
-    places = start + (points + 1) / 2 * (end - start)
-    return (end - start) / 2 * sum(weight * function(place) for weight, place in zip(weights, places)), 0.0
+    nodes = start + (points + 1) / 2 * (end - start)
+    return (end - start) / 2 * sum(weight * function(node) for weight, node in zip(weights, nodes)), 0.0
 
 
 def record(folder: Path) -> dict[str, Tensor]:
@@ -120,27 +119,27 @@ def record(folder: Path) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
     sigmas = sampling.get_sigmas_karras(8, 0.03, 14.6).double()
     x = torch.randn((2, 1, 2, 3), generator=generator, dtype=torch.float64) * sigmas[0]
-    found = {"sigmas": sigmas, "x": x}
+    arrays = {"sigmas": sigmas, "x": x}
     for case, (name, settings) in CASES.items():
         noise = RecordedNoise(x)
         vars(sampling)["torch"] = TorchWithNoise(noise)
         if "noise_sampler" in inspect.signature(getattr(sampling, name)).parameters:
             settings = {**settings, "noise_sampler": noise}
         steps: list[dict[str, Any]] = []
-        end = getattr(sampling, name)(mixture, x, sigmas, callback=steps.append, disable=True, **settings)
-        found |= {f"{case}/denoised": torch.stack([step["denoised"] for step in steps]), f"{case}/x": end}
-        if noise.given:
-            found |= {f"{case}/noise": torch.stack(noise.given), f"{case}/levels": torch.tensor(noise.levels)}
+        result = getattr(sampling, name)(mixture, x, sigmas, callback=steps.append, disable=True, **settings)
+        arrays |= {f"{case}/denoised": torch.stack([step["denoised"] for step in steps]), f"{case}/x": result}
+        if noise.returned:
+            arrays |= {f"{case}/noise": torch.stack(noise.returned), f"{case}/levels": torch.tensor(noise.levels)}
     vars(sampling)["torch"] = torch
 
     for name in ("karras", "exponential", "polyexponential"):
-        found[f"spacing/{name}"] = getattr(sampling, f"get_sigmas_{name}")(12, 0.0292, 14.6146)
+        arrays[f"spacing/{name}"] = getattr(sampling, f"get_sigmas_{name}")(12, 0.0292, 14.6146)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alphas = (1 - betas).cumprod(0)
     schedule = external.DiscreteSchedule(((1 - alphas) / alphas).sqrt().float(), quantize=False)
     times = torch.tensor([0.0, 0.25, 1.0, 17.5, 500.0, 951.0, 998.75, 999.0])
     levels = torch.tensor([0.01, 0.0292, 0.1, 0.77, 1.0, 3.3, 14.6, 20.0])
-    found |= {
+    arrays |= {
         "schedule/times": times,
         "schedule/sigma of times": schedule.t_to_sigma(times),
         "schedule/levels": levels,
@@ -148,7 +147,7 @@ def record(folder: Path) -> dict[str, Tensor]:
         "schedule/nearest t of levels": schedule.sigma_to_t(levels, quantize=True),
         "spacing/uniform": schedule.get_sigmas(12),
     }
-    return {name: tensor.contiguous() for name, tensor in found.items()}
+    return {name: tensor.contiguous() for name, tensor in arrays.items()}
 
 
 if __name__ == "__main__":

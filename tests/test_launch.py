@@ -1,4 +1,4 @@
-"""launch.py: refuses old Pythons, installs once, recovers, and hands arguments and exit codes on."""
+"""launch.py refuses old Pythons, installs once, recovers, and forwards arguments and exit codes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import runpy
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-posix_only = pytest.mark.skipif(os.name != "posix", reason="the stand-in for Python is a shell script")
+posix_only = pytest.mark.skipif(os.name != "posix", reason="Python is replaced by a shell script")
 
 
 @pytest.fixture
@@ -26,17 +27,17 @@ def home(tmp_path: Path) -> Path:
     return home
 
 
-def functions(home: Path) -> dict[str, Any]:
+def launcher(home: Path) -> dict[str, Any]:
     return runpy.run_path(str(home / "launch.py"), run_name="launch")
 
 
-def installed(home: Path, stamp: str, script: str) -> None:
-    """Pretend that `home` is set up, with `script` in the place of its Python."""
+def fake_installation(home: Path, stamp: str, script: str) -> None:
+    """A `.venv` in `home` whose Python is the shell script `script`, with the stamp file `stamp`."""
     python = home / ".venv/bin/python"
     python.parent.mkdir(parents=True)
     python.write_text(f"#!/bin/sh\n{script}\n")
     python.chmod(0o755)
-    (home / ".venv" / stamp).write_text(functions(home)["stamp"](""))
+    (home / ".venv" / stamp).write_text(launcher(home)["stamp"]())
 
 
 def test_an_older_python_is_refused_in_one_line(home: Path) -> None:
@@ -52,20 +53,20 @@ def test_an_older_python_is_refused_in_one_line(home: Path) -> None:
 
 
 @posix_only
-def test_arguments_and_the_exit_code_are_handed_on(home: Path, tmp_path: Path) -> None:
-    installed(home, "installed", 'echo "$PWD" "$@"; exit 3')
+def test_arguments_and_the_exit_code_are_forwarded(home: Path, tmp_path: Path) -> None:
+    fake_installation(home, "installed", 'echo "$PWD" "$@"; exit 3')
 
     done = subprocess.run(
         [sys.executable, home / "launch.py", "paint", "a red apple"], capture_output=True, text=True, cwd=tmp_path
     )
 
-    assert done.stdout.strip() == f"{tmp_path} -m gouache.cli.main paint a red apple"
+    assert done.stdout.strip() == f"{tmp_path} -m gouache paint a red apple"
     assert done.returncode == 3
 
 
 @posix_only
-def test_tests_run_in_the_project(home: Path, tmp_path: Path) -> None:
-    installed(home, "installed-test", 'echo "$PWD" "$@"')
+def test_the_test_command_runs_pytest_in_the_project_folder(home: Path, tmp_path: Path) -> None:
+    fake_installation(home, "installed-test", 'echo "$PWD" "$@"')
 
     done = subprocess.run(
         [sys.executable, home / "launch.py", "test", "-k", "x"], capture_output=True, text=True, cwd=tmp_path
@@ -75,8 +76,8 @@ def test_tests_run_in_the_project(home: Path, tmp_path: Path) -> None:
 
 
 @posix_only
-def test_an_environment_with_the_test_extra_serves_painting_too(home: Path) -> None:
-    installed(home, "installed-test", "echo painted")
+def test_an_environment_with_the_test_extra_is_used_for_painting_too(home: Path) -> None:
+    fake_installation(home, "installed-test", "echo painted")
 
     done = subprocess.run([sys.executable, home / "launch.py", "paint"], capture_output=True, text=True)
 
@@ -84,32 +85,33 @@ def test_an_environment_with_the_test_extra_serves_painting_too(home: Path) -> N
 
 
 @posix_only
-def test_a_changed_project_is_installed_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(home, "installed", "echo pip")
+def test_a_changed_pyproject_is_installed_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_installation(home, "installed", "echo pip")
     with (home / "pyproject.toml").open("a") as file:
         file.write("\n# changed\n")
-    launch = functions(home)
-    ran: list[list[str]] = []
-    monkeypatch.setitem(launch["install"].__globals__, "run", lambda command, what: ran.append(command))
+    launch = launcher(home)
+    commands: list[list[str]] = []
+    monkeypatch.setitem(launch["install"].__globals__, "run", lambda command, what: commands.append(command))
     (home / ".venv/pyvenv.cfg").touch()
 
     launch["install"]("")
 
-    assert [command[-2:] for command in ran if "--editable" in command] == [["--editable", str(home)]]
-    assert (home / ".venv/installed").read_text() == launch["stamp"]("")
+    installs = [command for command in commands if "--editable" in command]
+    assert [command[-3:] for command in installs] == [[launch["torch_requirement"](), "--editable", str(home)]]
+    assert (home / ".venv/installed").read_text() == launch["stamp"]()
 
 
 @posix_only
-def test_a_half_made_environment_is_made_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    installed(home, "other", "exit 1")  # a Python whose pip does not answer
+def test_an_incomplete_environment_is_created_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_installation(home, "other", "exit 1")  # a Python whose pip does not answer
     (home / ".venv/pyvenv.cfg").touch()
-    launch = functions(home)
-    made: list[Path] = []
+    launch = launcher(home)
+    created: list[Path] = []
 
     class Venv:
         @staticmethod
         def create(path: Path, with_pip: bool) -> None:
-            made.append(path)
+            created.append(path)
             (path / "bin").mkdir(parents=True)
             (path / "bin/python").symlink_to(sys.executable)
 
@@ -118,11 +120,11 @@ def test_a_half_made_environment_is_made_again(home: Path, monkeypatch: pytest.M
 
     launch["install"]("")
 
-    assert made == [home / ".venv"]
+    assert created == [home / ".venv"]
 
 
 def test_a_failed_installation_leaves_no_stamp(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launch = functions(home)
+    launch = launcher(home)
 
     def fail(command: list[str], what: str) -> None:
         raise subprocess.CalledProcessError(1, command)
@@ -141,11 +143,52 @@ def test_a_failed_installation_leaves_no_stamp(home: Path, monkeypatch: pytest.M
     assert not list((home / ".venv").glob("installed*"))
 
 
-def test_configured_sources_are_left_alone(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_configured_package_sources_are_detected(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_FIND_LINKS", "somewhere")
 
-    assert functions(home)["sources_are_configured"]()
+    assert launcher(home)["sources_are_configured"]()
 
 
-def test_the_torch_step_asks_for_the_project_s_own_range(home: Path) -> None:
-    assert functions(home)["torch_requirement"]() == "torch>=2.6,<2.14"
+def test_torch_is_the_project_s_requirement_with_the_installer_s_upper_limit(home: Path) -> None:
+    dependencies = tomllib.loads((home / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+
+    assert "torch>=2.6" in dependencies
+    assert launcher(home)["torch_requirement"]() == "torch>=2.6,<2.14"
+
+
+def test_another_torch_limit_is_installed_again(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = launcher(home)
+    before = launch["stamp"]()
+
+    monkeypatch.setitem(launch["stamp"].__globals__, "TORCH_LIMIT", "<2.15")
+
+    assert launch["stamp"]() != before
+
+
+def test_a_python_without_ensurepip_is_reported(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = launcher(home)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+
+    with pytest.raises(SystemExit) as ended:
+        launch["create_environment"]()
+
+    assert ended.value.code == 2
+    assert "no ensurepip module" in capsys.readouterr().err
+    assert not (home / ".venv").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = launcher(home)
+
+    def fail(extra: str) -> None:
+        raise PermissionError(13, "Permission denied", str(home))
+
+    monkeypatch.setitem(launch["main"].__globals__, "install", fail)
+    monkeypatch.setattr(sys, "argv", ["launch.py", "paint"])
+
+    assert launch["main"]() == 2
+    assert capsys.readouterr().err.startswith("error: the installation failed: [Errno 13] Permission denied")

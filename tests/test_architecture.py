@@ -1,4 +1,4 @@
-"""The walls of the house, read from the code's own imports: who may import whom, and what nobody may."""
+"""The architecture, checked from the imports in the code: which folder may import which, and what none may import."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from gouache import errors
 PACKAGE = Path(errors.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A file imports from its own room and from lower floors, never from another room of its floor. `face` joins the rooms
-# for callers in Python, the command line among them; `__init__` opens it, lazily.
-HOUSE = (
+# Folders and modules directly in the package, in layers from the lowest to the highest. A file imports from its own
+# folder and from lower layers, never from another folder of its layer. `face` is the public API, which the command line
+# uses too; `__init__` exports it lazily.
+LAYERS = (
     ("errors", "version"),
     ("nn", "diffusion"),
     ("files", "layouts", "images", "prompts"),
@@ -31,12 +32,12 @@ HOUSE = (
     ("cli",),
     ("__init__", "__main__"),
 )
-FLOORS = {room: floor for floor, rooms in enumerate(HOUSE) for room in rooms}
+LAYER_OF = {folder: layer for layer, folders in enumerate(LAYERS) for folder in folders}
 
-# Oracles of the tests, or what needs them; and torchvision, for which there is no CPU build that pip finds by itself.
-FOREIGN = {"torchvision", "transformers", "diffusers", "accelerate", "hypothesis", "pytest", "emoji"}
+# Libraries that only the tests and recipes use, and torchvision, for which pip finds no CPU build by itself.
+FORBIDDEN = {"torchvision", "transformers", "diffusers", "accelerate", "hypothesis", "pytest", "emoji"}
 
-CHANGES = {
+MUTATING_METHODS = {
     "append", "extend", "insert", "remove", "pop", "clear", "update", "setdefault", "popitem", "add", "discard",
     "sort", "reverse", "appendleft", "popleft",
 }  # fmt: skip
@@ -44,14 +45,14 @@ CHANGES = {
 pytestmark = pytest.mark.filterwarnings("ignore::SyntaxWarning")
 
 
-def room(path: Path) -> str:
-    """The folder of the package that a file stands in; for files at its door, their own name."""
+def folder_of(path: Path) -> str:
+    """The folder of the package that contains `path`; for a module directly in the package, the module's name."""
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 
 
 def imported(path: Path, tree: ast.AST) -> Iterator[str]:
-    """The full name of every module that the code imports, wherever it does so, `TYPE_CHECKING` included."""
+    """The full name of every module that the code imports, in functions and under `TYPE_CHECKING` too."""
     package = ["gouache", *path.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -59,42 +60,44 @@ def imported(path: Path, tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) + 1 - node.level] if node.level else []
             origin = ".".join([*base, *([node.module] if node.module else [])])
-            if origin == "gouache":  # `from gouache import nn` names a room in its list
+            if origin == "gouache":  # `from gouache import nn` imports a folder
                 yield from (f"gouache.{alias.name}" for alias in node.names)
             else:
                 yield origin
 
 
-def rooms_imported(path: Path, source: str) -> set[str]:
+def folders_imported(path: Path, source: str) -> set[str]:
     names = [name.split(".") for name in imported(path, ast.parse(source)) if name.split(".")[0] == "gouache"]
-    rooms = {(name[1:] or ["__init__"])[0] for name in names}
-    return {room if room in FLOORS else "__init__" for room in rooms}  # `from gouache import load` opens the face
+    folders = {(name[1:] or ["__init__"])[0] for name in names}
+    # `from gouache import load` imports a name of the public API
+    return {folder if folder in LAYER_OF else "__init__" for folder in folders}
 
 
-def trespasses(path: Path, source: str) -> list[str]:
-    """The rooms that `source`, standing at `path`, imports and may not."""
-    own = room(path)
-    return sorted(other for other in rooms_imported(path, source) if other != own and FLOORS[other] >= FLOORS[own])
+def violations(path: Path, source: str) -> list[str]:
+    """The folders that a file at `path` with the code `source` imports and may not."""
+    own = folder_of(path)
+    imports = folders_imported(path, source) - {own}
+    return sorted(folder for folder in imports if LAYER_OF[folder] >= LAYER_OF[own])
 
 
-def names_of(path: Path) -> str:
+def path_id(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-def test_every_room_has_its_floor():
-    assert {room(path) for path in FILES} <= FLOORS.keys()
+def test_every_folder_has_a_layer():
+    assert {folder_of(path) for path in FILES} <= LAYER_OF.keys()
 
 
-@pytest.mark.parametrize("path", FILES, ids=names_of)
-def test_a_file_imports_only_lower_floors_and_its_own_room(path):
-    assert trespasses(path, path.read_text(encoding="utf-8")) == []
+@pytest.mark.parametrize("path", FILES, ids=path_id)
+def test_a_file_imports_only_lower_layers_and_its_own_folder(path):
+    assert violations(path, path.read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=names_of)
-def test_no_file_imports_what_belongs_to_the_tests(path):
+@pytest.mark.parametrize("path", FILES, ids=path_id)
+def test_no_file_imports_a_library_of_the_tests(path):
     names = imported(path, ast.parse(path.read_text(encoding="utf-8")))
 
-    assert not {name.split(".")[0] for name in names} & FOREIGN
+    assert not {name.split(".")[0] for name in names} & FORBIDDEN
 
 
 @pytest.mark.parametrize(
@@ -116,12 +119,12 @@ def test_no_file_imports_what_belongs_to_the_tests(path):
         ("app/library.py", "from gouache.face import load", ["face"]),
     ],
 )
-def test_the_check_of_floors_sees_every_way_to_import(own, line, expected):
-    assert trespasses(PACKAGE / own, line) == expected
+def test_the_layer_check_finds_every_form_of_import(own, line, expected):
+    assert violations(PACKAGE / own, line) == expected
 
 
 def shared_state(source: str) -> list[str]:
-    """Module-level containers that some function changes, and `global` statements: state that everybody shares."""
+    """Module-level containers that a function changes, and `global` statements: mutable state shared by all callers."""
     tree = ast.parse(source)
     containers: set[str] = set()
     for node in tree.body:
@@ -137,28 +140,28 @@ def shared_state(source: str) -> list[str]:
         for node in nodes:
             if isinstance(node, ast.Global):
                 found.append(f"{node.lineno}: global {', '.join(node.names)}")
-            owner = _changed(node)
+            owner = _mutated(node)
             if isinstance(owner, ast.Name) and owner.id in containers - own:
                 found.append(f"{owner.lineno}: {owner.id}")
     return found
 
 
-def _changed(node: ast.AST) -> ast.AST | None:
-    """What `node` changes in place: the owner of a changing method, of an item that is set or deleted."""
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+def _mutated(node: ast.AST) -> ast.AST | None:
+    """The object that `node` changes in place: by a mutating method, or by setting or deleting an item or attribute."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MUTATING_METHODS:
         return node.func.value
     if isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
         return node.value
     return None
 
 
-@pytest.mark.parametrize("path", FILES, ids=names_of)
-def test_no_function_changes_what_its_module_shares(path):
+@pytest.mark.parametrize("path", FILES, ids=path_id)
+def test_no_function_changes_a_global_of_its_module(path):
     assert shared_state(path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
-    ("source", "guilty"),
+    ("source", "expected"),
     [
         ("CACHE = {}\ndef f(x):\n    CACHE[x] = 1", True),
         ("SEEN: list[int] = []\ndef f(x):\n    SEEN.append(x)", True),
@@ -170,12 +173,12 @@ def test_no_function_changes_what_its_module_shares(path):
         ("TABLE = {}\nTABLE[1] = 2", False),
     ],
 )
-def test_the_check_of_shared_state_sees_changes_and_leaves_reading_alone(source, guilty):
-    assert bool(shared_state(source)) == guilty
+def test_the_shared_state_check_finds_changes_and_ignores_reading(source, expected):
+    assert bool(shared_state(source)) == expected
 
 
 @pytest.mark.parametrize("module", ["gouache", "gouache.cli.main", "gouache.files.open", "gouache.families.identify"])
-def test_the_command_line_and_what_lists_a_file_start_without_torch(module):
+def test_importing_the_command_line_or_the_file_readers_does_not_import_torch(module):
     code = f"import {module}, sys; print(sorted({{'torch', 'numpy', 'PIL'}} & set(sys.modules)))"
 
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
