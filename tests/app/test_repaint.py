@@ -146,9 +146,9 @@ def test_a_recipe_of_another_dtype_device_and_torch_is_told_apart(model: Path, s
     assert not again.identical
     assert again.picture.recipe["upcast"] == ["VAE"]  # what was computed in float32 then is so now
     assert again.causes[:3] == (
-        "painted on cuda then, cpu now",
+        "made on cuda then, cpu now",
         f"torch 1.0 then, {torch.__version__} now",
-        "painted in a batch of 4, which may round otherwise",
+        "made in a batch of 4, which may round differently",
     )
 
 
@@ -156,7 +156,7 @@ def test_one_changed_pixel_is_found_and_measured(model: Path, settings: Settings
     again = repaint(spoil(painted(model, tmp_path / "cat.png", settings)), settings)
 
     assert (again.share, again.largest) == (1 / 64**2, 3)
-    assert len(again.causes) == 1 and "round differently" in again.causes[0]
+    assert len(again.causes) == 1 and "changes rounding" in again.causes[0]
 
 
 def test_a_scaled_picture_is_called_so(model: Path, settings: Settings, tmp_path: Path):

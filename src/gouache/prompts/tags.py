@@ -14,13 +14,13 @@ _TAG = re.compile(r"<(\w+):([^<>]+)>")
 
 @dataclass(frozen=True)
 class Tag:
-    """`kind` is one of KINDS; `told` is the text after its colon, as written: "name:0.8"."""
+    """`kind` is one of KINDS; `argument` is the text after its colon, as written: "name:0.8"."""
 
     kind: str
-    told: str
+    argument: str
 
     def __str__(self) -> str:
-        return f"<{self.kind}:{self.told}>"
+        return f"<{self.kind}:{self.argument}>"
 
 
 def take_tags(text: str) -> tuple[str, list[Tag]]:
