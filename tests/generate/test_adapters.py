@@ -15,9 +15,9 @@ from torch import Tensor
 import gouache
 from gouache import Model
 from gouache.errors import GouacheError, RequestError
-from gouache.generate.notes import notes, adapter_notes
-from gouache.generate.request import Request
 from gouache.generate.adapters import AdapterSpec, read_spec
+from gouache.generate.notes import adapter_notes, notes
+from gouache.generate.request import Request
 from tests.adapters.loras import factors, save_kohya, save_peft
 from tests.adapters.test_attach import same, weights
 from tests.pipelines import Narrow

@@ -94,7 +94,8 @@ def read_hypernetwork(file: ModelFile) -> Hypernetwork:
     for width, sides in sorted(found.items()):
         if set(sides) != {0, 1}:
             raise ModelError(
-                f"{printable(str(file.path))} has one network for inputs of width {width}, expected two (for keys and values)"
+                f"{printable(str(file.path))} has one network for inputs of width {width}, expected two: for keys and "
+                f"for values"
             )
         pairs[width] = _mlp(file, width, sides[0]), _mlp(file, width, sides[1])
     if not pairs:

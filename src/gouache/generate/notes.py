@@ -6,9 +6,9 @@ from collections.abc import Container, Iterable, Iterator
 
 import torch
 
+from gouache.generate.adapters import UsedFile
 from gouache.generate.prompting import read_prompts
 from gouache.generate.request import Request
-from gouache.generate.adapters import UsedFile
 from gouache.model.model import Model
 from gouache.prompts.grammar import Break, flatten, parse, unsupported
 from gouache.prompts.schedule import composed
@@ -54,7 +54,8 @@ def adapter_notes(request: Request, used: Iterable[UsedFile]) -> Iterator[str]:
                 yield f"{each.path.stem} was trained with the words {', '.join(words)}; the prompt has none of them"
         unused = [name for name in each.attached.embeddings if name.casefold() not in every]
         if unused:
-            yield f"no prompt contains {', '.join(unused)}, so the embedding changes nothing; write its name in the prompt"
+            names = ", ".join(unused)
+            yield f"no prompt contains {names}, so the embedding changes nothing; write its name in the prompt"
 
 
 def unknown_words(model: Model, prompts: Iterable[str]) -> list[str]:

@@ -22,7 +22,7 @@ Size = tuple[int, int]
 
 
 class Options(TypedDict, total=False):
-    """The fields of `Request` but for its prompt, as keyword arguments; texts stand for sizes and paths for pictures."""
+    """The fields of `Request` except its prompt, as keyword arguments; sizes may be texts and pictures paths."""
 
     negative: str
     sampler: str

@@ -82,7 +82,10 @@ class Core:
     def finite(
         self, stage: str, modules: Iterable[nn.Module], compute: Callable[[], T], valid: Callable[[T], bool]
     ) -> T:
-        """The result of `compute`; computed again in float32 if it is not `valid`. Raises NotFinite if it still is not."""
+        """The result of `compute`, computed again in float32 if it is not `valid`.
+
+        Raises NotFinite if it still is not.
+        """
         result = compute()
         if valid(result):
             return result

@@ -145,7 +145,7 @@ def _network(
         network = build(spec)
     assign(network, _Tensors(component, file), device=device, dtype=dtype)
     if dtype != torch.float32:
-        # Convolutions are up to a fifth faster so. In float32 the gain is a thirtieth, and mapped weights would be copied.
+        # Convolutions are up to a fifth faster so. In float32 it is a thirtieth, and mapped weights would be copied.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval()
 
