@@ -112,7 +112,7 @@ def paint(
         rescale=rescale, lora=lora or (), lora_blocks=lora_blocks or (), embedding=embedding or (),
         hypernet=hypernet or (),
     )  # fmt: skip
-    request = Request.from_json(options).settled()
+    request = Request.from_json(options)
     if output is not None and output.suffix.lower() in OTHER_PICTURES:
         raise RequestError("output", f"{output} does not end in .png, the one format that holds the whole recipe")
     if examples and output is not None and output.suffix:
