@@ -1,1 +1,1 @@
-"""Small files that change a model: what each does to which module, counted. Handed named modules; imports no model."""
+"""Adapters (LoRA, embedding, hypernetwork): reading them and attaching them to named modules. Imports no model."""

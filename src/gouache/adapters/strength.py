@@ -1,4 +1,4 @@
-"""How strongly an adapter acts: on the U-Net and the text encoders, block by block, and when in a run."""
+"""The strength of an adapter: for the U-Net and the text encoders, per block, and for a range of a run's steps."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gouache.errors import RequestError
-from gouache.layouts.blocks import Block, block_of, blocks
+from gouache.layouts.blocks import Block, block_of
+from gouache.layouts.blocks import blocks as unet_blocks
 from gouache.layouts.modules import Module
 from gouache.nn.spec import UNetSpec
 
-MOST = 1e4
+MAX_STRENGTH = 1e4
 BASE = "BASE"  # the label of the text encoders
 
-# The presets of LoRA block weights in common use: a number for the text encoders and each block with a transformer of
-# SD1's U-Net, in the order IN01 IN02 IN04 IN05 IN07 IN08, M00, OUT03 to OUT11.
+# The common presets of LoRA block weights: a number for the text encoders, then one for each block with a transformer
+# in SD1's U-Net, in the order IN01 IN02 IN04 IN05 IN07 IN08, M00, OUT03 to OUT11.
 PRESETS: Mapping[str, str] = {
     "NONE": "0 000000 0 000000000",
     "ALL": "1 111111 1 111111111",
@@ -33,12 +34,14 @@ PRESETS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Strength:
-    """`unet`, and `text` for the text encoders (None: as the U-Net); any number, 1 is what the file's author meant.
+    """`unet`: the strength for the U-Net. `text`: that for the text encoders; None means the same as `unet`.
 
-    `text` may be {"text_encoder": ..., "text_encoder_2": ...}; one that is left out is as the U-Net.
+    1 is the strength the adapter was trained with; any number up to MAX_STRENGTH is allowed, also negative ones.
+    `text` may be {"text_encoder": ..., "text_encoder_2": ...}; an encoder that is missing in it uses `unet`.
 
-    `blocks`: a factor for each block of the U-Net by label, and BASE for the text encoders. `start` and `end`, shares
-    of a run's steps: the U-Net's part acts from the one to the other.
+    `blocks`: a factor per block of the U-Net by label, and under BASE one for the text encoders. `start` and `end`,
+    fractions of the run's steps from 0 to 1, limit the steps in which the U-Net's part is active. `table`: the blocks
+    of the U-Net that `blocks` refers to. Raises RequestError for numbers out of range.
     """
 
     unet: float = 1.0
@@ -50,9 +53,11 @@ class Strength:
 
     def __post_init__(self) -> None:
         texts = self.text.values() if isinstance(self.text, Mapping) else [self.text or 0.0]
-        every = [self.unet, *texts, self.start, self.end, *(self.blocks or {}).values()]
-        if not all(math.isfinite(number) and abs(number) <= MOST for number in every):
-            raise RequestError("strength", f"a strength is {max(every, key=abs):g}; it takes numbers up to {MOST:g}")
+        values = [self.unet, *texts, self.start, self.end, *(self.blocks or {}).values()]
+        if not all(math.isfinite(number) and abs(number) <= MAX_STRENGTH for number in values):
+            raise RequestError(
+                "strength", f"{max(values, key=abs):g} is out of range; expected -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+            )
 
     def of(self, module: Module) -> float:
         """The strength for one module."""
@@ -65,44 +70,44 @@ class Strength:
         return (self.unet if text is None else text) * factor
 
     def to_json(self) -> dict[str, object]:
-        """What it takes to make it again; see `from_json`."""
-        told = {"unet": self.unet, "text": self.text, "blocks": self.blocks, "start": self.start, "end": self.end}
-        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in told.items()}
+        """The values as JSON types; `from_json` is the inverse."""
+        values = {"unet": self.unet, "text": self.text, "blocks": self.blocks, "start": self.start, "end": self.end}
+        return {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
 
     @property
     def whole_run(self) -> bool:
-        """Whether it is the same at every step."""
+        """Whether the strength is the same at every step."""
         return self.start <= 0 and self.end >= 1
 
     def acts(self, progress: float) -> bool:
-        """Whether it acts at the step that begins when the share `progress` of the steps is done."""
+        """Whether the adapter is active at the step that starts at the fraction `progress` of the steps."""
         return self.start <= progress and (progress < self.end or self.end >= 1)
 
 
 def strength(
     unet: float = 1.0,
     text: float | Mapping[str, float] | None = None,
-    told: str | None = None,
+    blocks: str | None = None,
     start: float = 0.0,
     end: float = 1.0,
     spec: UNetSpec | None = None,
 ) -> Strength:
-    """A strength with block weights as people write them; see `block_weights`. Raises RequestError."""
-    if told is None:
+    """A Strength whose block weights are given as text; see `block_weights`. Raises RequestError."""
+    if blocks is None:
         return Strength(unet, text, None, start, end)
     if spec is None:
-        raise RequestError("lora_blocks", "the model has no U-Net whose blocks could be told apart")
-    table = blocks(spec)
-    return Strength(unet, text, block_weights(told, table), start, end, table)
+        raise RequestError("lora_blocks", "block weights need a model with a U-Net")
+    table = unet_blocks(spec)
+    return Strength(unet, text, block_weights(blocks, table), start, end, table)
 
 
 def from_json(values: Mapping[str, Any], spec: UNetSpec) -> Strength:
-    """The reverse of `Strength.to_json`. Raises RequestError for what is none."""
+    """The inverse of `Strength.to_json`. Raises RequestError if `values` is not a valid record."""
     try:
         by_block = values.get("blocks")
-        table = blocks(spec)
-        own = {BASE, *(block.label for block in table)}
-        factors = None if by_block is None else {label: float(by_block[label]) for label in own}
+        table = unet_blocks(spec)
+        labels = {BASE, *(block.label for block in table)}
+        factors = None if by_block is None else {label: float(by_block[label]) for label in labels}
         text = values.get("text")
         text = {str(name): float(each) for name, each in text.items()} if isinstance(text, Mapping) else text
         return Strength(
@@ -110,25 +115,28 @@ def from_json(values: Mapping[str, Any], spec: UNetSpec) -> Strength:
             float(values.get("start", 0.0)), float(values.get("end", 1.0)), table,
         )  # fmt: skip
     except (TypeError, ValueError, LookupError):
-        raise RequestError("strength", "what is recorded of it is damaged") from None
+        raise RequestError(
+            "strength", "the recorded strength is damaged; expected numbers for unet, text, blocks, start, end"
+        ) from None
 
 
-def block_weights(told: str, table: Sequence[Block]) -> dict[str, float]:
-    """{label: factor} of a preset's name, a row of numbers, or labels with numbers.
+def block_weights(text: str, table: Sequence[Block]) -> dict[str, float]:
+    """{label: factor} from the name of a preset, a row of numbers, or labels with numbers. Raises RequestError.
 
-    A row has a number for BASE and each block ("1,0.5,..."), or for BASE and each block with a transformer; of the
-    latter, as of presets, a block without one takes the number before it. Labels: "BASE=1, IN=0, M00=0.5,
-    OUT03-OUT05=0.2"; those not named have 1.
+    A row has one number for BASE and each block ("1,0.5,..."), or for BASE and each block with a transformer. In the
+    latter, and in presets, a block without a transformer has the number of the block before it. Labels:
+    "BASE=1, IN=0, M00=0.5, OUT03-OUT05=0.2"; labels that are not named have 1.
     """
-    if (preset := PRESETS.get(told.strip().upper())) is not None:
+    if (preset := PRESETS.get(text.strip().upper())) is not None:
         return _by_transformers(_preset(preset, table), table)
-    if "=" in told:
-        return _by_label(told, table)
+    if "=" in text:
+        return _by_label(text, table)
     try:
-        numbers = [float(part) for part in re.split(r"[,\s]+", told.strip())]
+        numbers = [float(part) for part in re.split(r"[,\s]+", text.strip())]
     except ValueError:
         raise RequestError(
-            "lora_blocks", f"{told[:60]!r} is no preset ({', '.join(PRESETS)}), no row of numbers and no LABEL=NUMBER"
+            "lora_blocks",
+            f"{text[:60]!r} is not recognised; expected a preset ({', '.join(PRESETS)}), numbers, or LABEL=NUMBER",
         ) from None
     if len(numbers) == len(table) + 1:
         return dict(zip([BASE, *(block.label for block in table)], numbers))
@@ -137,7 +145,8 @@ def block_weights(told: str, table: Sequence[Block]) -> dict[str, float]:
         return _by_transformers(numbers, table)
     raise RequestError(
         "lora_blocks",
-        f"{len(numbers)} numbers were given; this U-Net takes {len(table) + 1} (BASE and each block) or "
+        f"{len(numbers)} number{'s were' if len(numbers) != 1 else ' was'} given; this U-Net expects {len(table) + 1} "
+        f"(BASE and each block) or "
         f"{len(listed) + 1} (BASE and {', '.join(block.label for block in listed)})",
     )
 
@@ -147,7 +156,7 @@ def _transformers(table: Sequence[Block]) -> list[Block]:
 
 
 def _preset(text: str, table: Sequence[Block]) -> list[float]:
-    """A preset's row for this U-Net, which may have other numbers of blocks than SD1's on each side."""
+    """A preset's row for this U-Net, which may have more or fewer blocks per side than SD1's."""
     base, *sides = text.split()
     listed = _transformers(table)
     row = [float(base)]
@@ -160,29 +169,29 @@ def _preset(text: str, table: Sequence[Block]) -> list[float]:
 def _by_transformers(numbers: Sequence[float], table: Sequence[Block]) -> dict[str, float]:
     base, *rest = numbers
     row = dict(zip((block.label for block in _transformers(table)), rest))
-    found, last = {BASE: base}, rest[0]
+    factors, last = {BASE: base}, rest[0]
     for block in table:
-        last = found[block.label] = row.get(block.label, last)
-    return found
+        last = factors[block.label] = row.get(block.label, last)
+    return factors
 
 
-def _by_label(told: str, table: Sequence[Block]) -> dict[str, float]:
+def _by_label(text: str, table: Sequence[Block]) -> dict[str, float]:
     labels = [BASE, *(block.label for block in table)]
-    found = dict.fromkeys(labels, 1.0)
-    for part in filter(None, re.split(r"[,;\s]+", told.strip())):
+    factors = dict.fromkeys(labels, 1.0)
+    for part in filter(None, re.split(r"[,;\s]+", text.strip())):
         name, _, value = part.partition("=")
         first, _, last = name.upper().replace("MID", "M00").partition("-")
-        meant = [label for label in labels if label == first or (label.startswith(first) and first in ("IN", "OUT"))]
+        selected = [label for label in labels if label == first or (label.startswith(first) and first in ("IN", "OUT"))]
         if last:
-            both = first in labels and last in labels
-            meant = labels[labels.index(first) : labels.index(last) + 1] if both else []
+            known = first in labels and last in labels
+            selected = labels[labels.index(first) : labels.index(last) + 1] if known else []
         try:
             number = float(value)
         except ValueError:
             number = None
-        if not meant or number is None:
+        if not selected or number is None:
             raise RequestError(
                 "lora_blocks", f"{part!r} is not LABEL=NUMBER; labels are BASE, {labels[1]} to {labels[-1]}, IN, OUT"
             )
-        found |= dict.fromkeys(meant, number)
-    return found
+        factors |= dict.fromkeys(selected, number)
+    return factors

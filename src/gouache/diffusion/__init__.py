@@ -1,4 +1,4 @@
-"""The mathematics: noise levels, denoisers, guidance, noise and samplers.
+"""The mathematics of diffusion: noise schedules, denoisers, guidance, noise and samplers.
 
-Knows no network, file or prompt: only tensors and callables that are handed in.
+No networks, files or prompts: functions receive tensors and callables as arguments.
 """

@@ -1,9 +1,9 @@
-"""A Brownian path over noise levels that answers the same whatever was asked before.
+"""A Brownian path over noise levels whose increments do not depend on earlier queries.
 
-Samplers of stochastic equations need noise that belongs to an interval: two half steps must see the halves of what
-one whole step sees. The path is the virtual Brownian tree of Li et al. 2020: W(0) = 0, W(2^14) is drawn, and each
-midpoint is drawn given its neighbours (a Brownian bridge), from a seed that only the node and the path know. Every
-float is a dyadic fraction, so halving ends exactly on the level asked for: 30 to 45 draws a level.
+SDE samplers need noise that belongs to an interval: the increments of two half steps must add up to that of the whole
+step. The path is the virtual Brownian tree of Li et al. 2020: W(0) = 0, W(2^14) is sampled, and each midpoint is
+sampled given its neighbours (a Brownian bridge), with a seed derived from the path's seed and the node. Every float is
+a dyadic fraction, so bisection ends exactly on the requested level: 30 to 45 samples per level.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gouache.errors import RequestError
 
-HIGHEST_LEVEL = 2.0**14  # above every model's sigma_max, the 4518.8 of a zero terminal SNR included
+HIGHEST_LEVEL = 2.0**14  # above every model's sigma_max, including 4518.8 for zero terminal SNR
 
 
 class BrownianPath:
@@ -30,10 +30,10 @@ class BrownianPath:
     def between(self, sigma: float, sigma_next: float) -> Tensor:
         """The increment from sigma to sigma_next divided by sqrt|sigma_next - sigma|: standard normal, float32.
 
-        The levels are rounded to float32 first. Two equal levels have no increment: the answer is 0.
+        The levels are rounded to float32 first. For two equal levels the result is 0.
         """
         start, end = (_as_float32(level) for level in (sigma, sigma_next))
-        # A sampler's next interval starts at a level of this one: keeping two halves the work.
+        # A sampler's next interval starts at a level of this one: caching two levels halves the work.
         self._recent = {level: self._at(level) for level in (start, end)}
         if start == end:
             return torch.zeros(self._shape, dtype=torch.float32)
@@ -43,7 +43,7 @@ class BrownianPath:
         if level in self._recent:
             return self._recent[level]
         if not 0 <= level <= HIGHEST_LEVEL:
-            raise RequestError("sigmas", f"a noise level of {level} is outside 0 to {HIGHEST_LEVEL:.0f}")
+            raise RequestError("sigmas", f"noise level {level} is out of range; expected 0 to {HIGHEST_LEVEL:.0f}")
         low, high, node = 0.0, HIGHEST_LEVEL, 1
         at_low, at_high = torch.zeros(self._shape, dtype=torch.float32), math.sqrt(HIGHEST_LEVEL) * self._normal(0)
         while low < level < high:

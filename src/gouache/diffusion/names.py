@@ -1,4 +1,4 @@
-"""Names as users type them: when two are the same, and which known ones a wrong one is near to."""
+"""Names as users type them: comparison, and suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterable
 
 
-def plain(name: str) -> str:
-    """`name` without what people vary: "DPM++ 2M", "dpmpp_2m" and "k_dpmpp_2m" are all "dpmpp 2m"."""
+def normalize(name: str) -> str:
+    """`name` without the usual variations: "DPM++ 2M", "dpmpp_2m" and "k_dpmpp_2m" all become "dpmpp 2m"."""
     words = re.split(r"[\s_-]+", name.strip().lower().replace("++", "pp"))
     return " ".join(words[1:] if words[0] == "k" and len(words) > 1 else words)
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: the nearest known ones, or all if none is near."""
-    by_plain = {plain(each): each for each in known}
-    near = difflib.get_close_matches(plain(name), by_plain, n=3, cutoff=0.5)
-    names = ", ".join(repr(by_plain[each]) for each in near or by_plain)
-    return f"did you mean {names}?" if near else f"choose one of {names}"
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the most similar known names, or all if none is similar."""
+    by_normalized = {normalize(each): each for each in known}
+    similar = difflib.get_close_matches(normalize(name), by_normalized, n=3, cutoff=0.5)
+    names = ", ".join(repr(by_normalized[each]) for each in similar or by_normalized)
+    return f"did you mean {names}?" if similar else f"choose one of {names}"

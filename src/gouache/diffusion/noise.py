@@ -1,8 +1,8 @@
-"""All randomness of a run: starting noise and what samplers add, each image from its own seed.
+"""All random numbers of a run: the starting noise and the noise that samplers add, each image from its own seed.
 
-A batch of N is N singles: no number depends on the other images. "cpu" noise is torch's CPU generator, the same on
-every device; "nv" is torch's GPU generator, reproduced on any machine (A1111 calls both so). Numbers are drawn on the
-CPU in float32 and moved.
+A batch of N equals N single images: no number depends on the other images. "cpu" noise is torch's CPU generator, the
+same for every device; "nv" is torch's GPU generator, reproduced on any machine (both names are A1111's). Numbers are
+generated on the CPU in float32 and then moved to the device.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class _Source(Protocol):
 
 
 class Noise:
-    """The noise of one batch. It remembers how much was drawn: make a new one for each run.
+    """The noise of one batch. It is stateful: create a new one for each run.
 
-    `seeds` has one whole number from 0 to 2^64 - 1 an image; `shape` is that of one image's latent, (C, h, w).
-    `variation_seeds` and `variation_strength` (0 to 1) turn the starting noise towards other seeds' noise. `ensd` is
-    A1111's eta noise seed delta: unless 0, what samplers draw comes from fresh generators seeded seed + ensd; the
-    starting noise, and the Brownian path, never change with it.
+    `seeds` has one integer from 0 to 2^64 - 1 per image; `shape` is that of one image's latent, (C, h, w).
+    `variation_seeds` and `variation_strength` (0 to 1) interpolate the starting noise towards that of other seeds.
+    `ensd` is A1111's eta noise seed delta: unless 0, the samplers' noise comes from new generators seeded with
+    seed + ensd; the starting noise and the Brownian path do not depend on it. Raises RequestError for invalid seeds.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class Noise:
         self._device = device
         self._generators = [_generator(generator, seed) for seed in seeds]
         self._paths = [BrownianPath(seed, shape) for seed in seeds]
-        # Drawn now and kept, so that the samplers' draws follow it in every generator whether or not it is used.
+        # Generated here even if it is not used, so that the samplers' noise always follows it in each generator.
         start = [source.normal(shape) for source in self._generators]
         if variation_seeds is not None and variation_strength:
             _check(variation_seeds, "variation_seed")
             if len(variation_seeds) != len(seeds):
-                counts = f"{len(variation_seeds)} variation seeds for {len(seeds)} seeds"
-                raise RequestError("variation_seed", f"{counts}; give one an image")
+                counts = f"received {len(variation_seeds)} for a batch of {len(seeds)}"
+                raise RequestError("variation_seed", f"{counts}; give one per image")
             others = [_generator(generator, seed).normal(shape) for seed in variation_seeds]
             start = [slerp(a, b, variation_strength) for a, b in zip(start, others)]
         self._start = torch.stack(start).to(device)
@@ -66,13 +66,13 @@ class Noise:
             self._generators = [_generator(generator, (seed + ensd) % SEEDS) for seed in seeds]
 
     def fork(self) -> Noise:
-        """A copy that draws what this one would draw, while this one stays as it is."""
+        """An independent copy that continues with the same noise; this one is unchanged."""
         copied = copy.copy(self)
         copied._generators = [source.fork() for source in self._generators]
         return copied
 
     def start(self) -> Tensor:
-        """The standard normal starting noise (B, C, h, w), the same at every call."""
+        """The standard normal starting noise (B, C, h, w), the same for every call."""
         return self._start.clone()
 
     def draw(self) -> Tensor:
@@ -86,10 +86,10 @@ class Noise:
 
 
 def slerp(a: Tensor, b: Tensor, strength: float) -> Tensor:
-    """From `a` (strength 0) to `b` (1) along the arc between them; two latents (C, h, w).
+    """Spherical interpolation from `a` (strength 0) to `b` (strength 1), two latents (C, h, w).
 
-    The vectors are the columns of the latent, along h, since that is the axis A1111 measures angles on. Where they
-    all but coincide (a mean cosine above 0.9995) the arc is a straight line.
+    The interpolated vectors are the columns of the latent, along h, as in A1111. Where they are nearly parallel (mean
+    cosine above 0.9995) the interpolation is linear.
     """
     cosine = (a / a.norm(dim=1, keepdim=True) * b / b.norm(dim=1, keepdim=True)).sum(1, keepdim=True)  # (C, 1, w)
     if cosine.mean() > 0.9995:
@@ -111,15 +111,15 @@ class _CpuGenerator:
         return copied
 
 
-def _generator(kind: str, seed: int) -> _Source:
-    if kind == "cpu":
+def _generator(name: str, seed: int) -> _Source:
+    if name == "cpu":
         return _CpuGenerator(seed)
-    if kind == "nv":
+    if name == "nv":
         return NvGenerator(seed)
-    raise RequestError("rng", f"{kind!r} is not known; noise comes from 'cpu' or 'nv'")
+    raise RequestError("rng", f"{name!r} is not known; expected 'cpu' or 'nv'")
 
 
 def _check(seeds: Sequence[int], setting: str) -> None:
     for seed in seeds:
         if not 0 <= seed < SEEDS:
-            raise RequestError(setting, f"{seed} is out of range; a seed is a whole number from 0 to 2^64 - 1")
+            raise RequestError(setting, f"{seed} is out of range; expected an integer from 0 to 2^64 - 1")

@@ -1,9 +1,9 @@
-"""The random numbers of torch on an NVIDIA GPU, on any machine: Philox 4x32-10 with Box-Muller.
+"""The random numbers of torch on an NVIDIA GPU, reproduced on any machine: Philox 4x32-10 with Box-Muller.
 
-Philox (Salmon et al. 2011) is a keyed bijection of a counter. CUDA's generator gives every element of a tensor its
-own thread: the key is the seed, the counter holds how many tensors were drawn before and the element's index. Of
-the four words that come out, the normal of a thread's first element uses two. torch does so while a GPU has a thread
-for each element, which all image latents fit; A1111's "NV" noise is this very rule, and so defines the pictures.
+Philox (Salmon et al. 2011) is a keyed bijection of a counter. CUDA's generator uses one thread per element
+of a tensor: the key is the seed, the counter holds the number of tensors generated before and the element's index. Of
+the four output words, the normal of a thread's first element uses two. torch does so while a GPU has a thread for each
+element, which holds for all image latents. A1111's "NV" noise follows the same rule, so equal seeds give equal images.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CELL_OF_TURN = np.float64(np.float32(2.3283064e-10 * 6.2831855))
 
 
 class NvGenerator:
-    """The numbers that `torch.Generator("cuda").manual_seed(seed)` draws, tensor after tensor."""
+    """Generates the numbers of `torch.Generator("cuda").manual_seed(seed)`, tensor by tensor."""
 
     def __init__(self, seed: int) -> None:
         self._key = _words_of(seed)
-        self._drawn = 0
+        self._tensors_generated = 0
 
     def fork(self) -> NvGenerator:
         return copy.copy(self)
@@ -39,9 +39,9 @@ class NvGenerator:
         """The next standard normal tensor of `shape`, float32 on the CPU."""
         count = int(np.prod(shape))
         counter = np.zeros((4, count), dtype=np.uint32)
-        counter[0] = self._drawn
+        counter[0] = self._tensors_generated
         counter[2] = np.arange(count, dtype=np.uint32)
-        self._drawn += 1
+        self._tensors_generated += 1
         words = philox4x32(counter, self._key)
         radius = np.sqrt(-2.0 * np.log(words[0] * CELL + CELL / 2))
         angle = words[1] * CELL_OF_TURN + CELL_OF_TURN / 2
@@ -49,10 +49,10 @@ class NvGenerator:
 
 
 def philox4x32(counter: Words, key: Words, rounds: int = 10) -> Words:
-    """Philox 4x32 of counters (4, n) under one key (2,): words (4, n)."""
+    """Philox 4x32 of counters (4, n) with one key (2,): words (4, n)."""
     a, b, c, d = counter
     for number in range(rounds):
-        key_low, key_high = key + KEY_STEPS * np.uint32(number)  # wraps around, as it should
+        key_low, key_high = key + KEY_STEPS * np.uint32(number)  # overflow is intended
         first, second = a * MULTIPLIERS[0], c * MULTIPLIERS[1]
         a = (second >> np.uint64(32)).astype(np.uint32) ^ b ^ key_low
         b = second.astype(np.uint32)

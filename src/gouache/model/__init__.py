@@ -1,1 +1,1 @@
-"""A file made into a model: networks filled and placed, prompts to conditioning, latents to pictures and back."""
+"""Models: loading networks from files onto a device, encoding prompts and images, decoding latents."""

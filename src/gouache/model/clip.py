@@ -1,4 +1,4 @@
-"""A whole CLIP, text and image towers: how well a picture fits its prompt (Hessel et al. 2021), and two pictures."""
+"""A complete CLIP model, text and image towers: similarity of images and prompts (Hessel et al. 2021)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gouache.nn.clip_text import ClipText
 from gouache.nn.clip_vision import ClipVision
 from gouache.prompts.tokenizer import Tokenizer
 
-# The mean and deviation of the pictures that OpenAI's CLIP was trained on; OpenCLIP kept them.
+# Mean and standard deviation per channel of the images OpenAI's CLIP was trained on; OpenCLIP uses the same.
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -33,18 +33,18 @@ class Clip:
 
     @torch.inference_mode()
     def prompts(self, prompts: Sequence[str]) -> Tensor:
-        """(B, projection), of length 1; of a long prompt, what fits into 77 tokens."""
+        """Embeddings (B, projection) of norm 1; prompts are truncated to 77 tokens."""
         rows = []
         for prompt in prompts:
-            words = self._tokenizer.encode(prompt)[: self.text.spec.positions - 2]
-            row = [self._tokenizer.begin, *words, self._tokenizer.end]
+            tokens = self._tokenizer.encode(prompt)[: self.text.spec.positions - 2]
+            row = [self._tokenizer.begin, *tokens, self._tokenizer.end]
             rows.append(row + [self._tokenizer.end] * (self.text.spec.positions - len(row)))
         return F.normalize(self.text(torch.tensor(rows)).pooled, dim=-1)
 
     @torch.inference_mode()
     def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """(B, projection), of length 1."""
-        images = torch.stack([_prepared(picture, self.vision.spec.image_size) for picture in pictures])
+        """Embeddings (B, projection) of norm 1."""
+        images = torch.stack([_preprocess(picture, self.vision.spec.image_size) for picture in pictures])
         return F.normalize(self.vision(images).pooled, dim=-1)
 
 
@@ -54,26 +54,26 @@ def load(path: Path) -> Clip:
     shapes = {name: info.shape for name, info in file.tensors.items()}
     if not any(name.startswith("vision_model.") for name in shapes) or "text_projection.weight" not in shapes:
         raise ModelError(
-            f"{path} is no whole CLIP: it takes text_model, vision_model and both projections, in Transformers names"
+            f"{path} is not a complete CLIP: expected text_model, vision_model, both projections, in Transformers names"
         )
     config = file.extra.get("config.json", {})
     texts, images = (config.get(f"{name}_config", {}) for name in ("text", "vision"))
-    # OpenAI's towers have the quick GELU, OpenCLIP's the exact one; H and larger were OpenCLIP's alone.
+    # OpenAI's towers use the quick GELU, OpenCLIP's the exact one; H and larger exist only from OpenCLIP.
     width = text_spec(shapes, "gelu").width
     activation = "quick_gelu" if width <= 768 else "gelu"
     text = ClipText(text_config(text_spec(shapes, activation), texts))
-    seen = vision_spec(shapes)
-    openai = seen.width // 64 if seen.width <= 1024 else seen.heads
-    heads = int(images.get("num_attention_heads", openai))
-    vision = ClipVision(replace(seen, heads=heads, activation=images.get("hidden_act", activation)))
-    for tower, starts in ((text, ("text_",)), (vision, ("vision_", "visual_"))):
-        own = {name: file.tensor(name) for name in file if name.startswith(starts) and "position_ids" not in name}
-        assign(tower, own, dtype=torch.float32)
+    vision_sizes = vision_spec(shapes)
+    default_heads = vision_sizes.width // 64 if vision_sizes.width <= 1024 else vision_sizes.heads
+    heads = int(images.get("num_attention_heads", default_heads))
+    vision = ClipVision(replace(vision_sizes, heads=heads, activation=images.get("hidden_act", activation)))
+    for tower, prefixes in ((text, ("text_",)), (vision, ("vision_", "visual_"))):
+        tensors = {name: file.tensor(name) for name in file if name.startswith(prefixes) and "position_ids" not in name}
+        assign(tower, tensors, dtype=torch.float32)
     return Clip(text, vision)
 
 
-def _prepared(picture: Image.Image, size: int) -> Tensor:
-    """As CLIP's own code does: the shorter side to `size` by cubic interpolation, the middle cut out, normalised."""
+def _preprocess(picture: Image.Image, size: int) -> Tensor:
+    """(3, size, size), as in CLIP's code: bicubic resize of the shorter side to `size`, centre crop, normalisation."""
     width, height = (size * side // min(picture.size) for side in picture.size)
     scaled = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2

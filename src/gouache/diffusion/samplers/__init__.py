@@ -1,4 +1,4 @@
-"""A sampler is a function of a denoiser, a starting point, noise levels and a source of noise; it keeps nothing.
+"""Samplers: stateless functions of a denoiser, a starting x, noise levels and a noise source.
 
-`catalog` is the one place that knows them by name.
+`catalog` is the only module that maps names to samplers.
 """

@@ -1,6 +1,6 @@
-"""The samplers under the names users know, and what each means by "Automatic".
+"""The samplers by name, with their aliases and their default spacings ("Automatic").
 
-Names and defaults are A1111 1.10's where it has the sampler. Aliases are its old `k_` names and ComfyUI's.
+Names and defaults are those of A1111 1.10 where it has the sampler. Aliases are its old `k_` names and ComfyUI's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gouache.diffusion.names import closest, plain
+from gouache.diffusion.names import normalize, suggestion
 from gouache.diffusion.samplers import ddim, dpm, dpmpp, euler, lcm, lms, unipc
 from gouache.diffusion.samplers.sampler import Sampler
 from gouache.diffusion.schedule import Schedule
@@ -22,12 +22,12 @@ from gouache.errors import RequestError
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerInfo:
-    """A sampler and its habits.
+    """A sampler and its properties.
 
-    `spacing` is what "Automatic" means for it. `discard_penultimate`: one level more is spaced out and the lowest left
-    out, since the sampler would spend two evaluations on a tiny step. `starts_vp`: a run from pure noise starts at
-    sqrt(1 + sigma^2) times it, rather than at sigma times. `ends_at_lowest`: the last level is the model's lowest
-    instead of 0, and the picture is read off there. `uses_noise`: it draws noise while it runs, unless told otherwise.
+    `spacing` is its default spacing ("Automatic"). `discard_penultimate`: the spacing is computed with one more level
+    and the lowest is dropped, since the sampler would spend two evaluations on a tiny step. `starts_vp`: the initial
+    noise is scaled by sqrt(1 + sigma^2) instead of sigma. `ends_at_lowest`: the last level is the model's lowest, not
+    0, and the result is the latent at that level. `uses_noise`: by default it adds noise during the run.
     """
 
     name: str
@@ -41,7 +41,7 @@ class SamplerInfo:
 
     @property
     def knobs(self) -> tuple[str, ...]:
-        """The settings of its own that the function takes: `eta`, `s_churn`, `order`, ..."""
+        """The names of the function's additional settings: `eta`, `s_churn`, `order`, ..."""
         parameters = inspect.signature(self.function).parameters.values()
         names = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
         return tuple(name for name in names if name not in ("noise", "on_step"))
@@ -98,7 +98,7 @@ SAMPLERS = (
     SamplerInfo(
         name="PLMS", function=ddim.plms, spacing="DDIM", aliases=("pndm",), starts_vp=True, ends_at_lowest=True
     ),
-    # A1111 spaces UniPC evenly in time from the last level to the lowest, both visited: SGM Uniform, ending there.
+    # In A1111 UniPC's timesteps are even from the last to the lowest, both included: SGM Uniform down to the lowest.
     SamplerInfo(
         name="UniPC",
         function=unipc.unipc,
@@ -109,57 +109,57 @@ SAMPLERS = (
     ),
     SamplerInfo(name="DEIS", function=lms.deis),
     SamplerInfo(name="DDPM", function=ddim.ddpm, starts_vp=True, uses_noise=True),
-    # The nearest named spacing to the levels that latent consistency models are distilled for: 999, 749, 499, 249.
+    # The named spacing most similar to the timesteps that LCMs are distilled for: 999, 749, 499, 249.
     SamplerInfo(name="LCM", function=lcm.lcm, spacing="SGM Uniform", uses_noise=True),
 )
 
 
 def find(name: str, schedule: str | None = None) -> tuple[SamplerInfo, str]:
-    """The sampler called `name`, and the name of the spacing to use, never "Automatic".
+    """The sampler called `name`, and the name of the spacing to use (never "Automatic"). Raises RequestError.
 
-    `name` is any name or alias, whatever its case, spaces and underscores, and may end in a spacing's name
-    ("DPM++ 2M Karras", "k_dpmpp_2m_ka"), which then counts more than `schedule`, as in A1111.
+    `name` is any name or alias, ignoring case, spaces and underscores. It may end in a spacing's name
+    ("DPM++ 2M Karras", "k_dpmpp_2m_ka"), which then overrides `schedule`, as in A1111.
     """
     for info in SAMPLERS:
-        if _is_called(info, plain(name)):
-            if schedule is None or plain(schedule) == plain(AUTOMATIC):
+        if _has_name(info, normalize(name)):
+            if schedule is None or normalize(schedule) == normalize(AUTOMATIC):
                 return info, info.spacing
             return info, by_name(schedule).name
     for spacing in SPACINGS:
-        for ending in map(plain, (spacing.name, *spacing.aliases)):
+        for ending in (f" {normalize(each)}" for each in (spacing.name, *spacing.aliases)):
             for info in SAMPLERS:
-                if plain(name).endswith(" " + ending) and _is_called(info, plain(name).removesuffix(" " + ending)):
+                if normalize(name).endswith(ending) and _has_name(info, normalize(name).removesuffix(ending)):
                     return info, spacing.name
-    raise RequestError("sampler", f"{name!r} is not known; {closest(name, [info.name for info in SAMPLERS])}")
+    raise RequestError("sampler", f"{name!r} is not known; {suggestion(name, [info.name for info in SAMPLERS])}")
 
 
 def plan(info: SamplerInfo, spacing: str, schedule: Schedule, steps: int) -> Tensor:
-    """The sigmas (steps + 1,) of a run: float32 on the CPU, falling to 0, or to the lowest level if `info` ends there.
+    """The sigmas (steps + 1,) of a run: float32 on the CPU, decreasing to 0, or with `ends_at_lowest` to sigma_min.
 
-    The last level is 0 in any case when the spacing already visits the lowest.
+    The last level is 0 if the spacing already includes the lowest level. Raises RequestError for steps below 1.
     """
     if steps < 1:
-        raise RequestError("steps", f"{steps} is too few; a run takes at least 1 step")
-    space = by_name(spacing).function
+        raise RequestError("steps", f"{steps} is too few; expected at least 1")
+    spacing_function = by_name(spacing).function
     if info.discard_penultimate:
-        sigmas = space(schedule, steps + 1)
+        sigmas = spacing_function(schedule, steps + 1)
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
     else:
-        sigmas = space(schedule, steps)
+        sigmas = spacing_function(schedule, steps)
     if info.ends_at_lowest and sigmas[-2] > schedule.sigma_min:
         sigmas[-1] = schedule.sigma_min
     return sigmas
 
 
 def start(info: SamplerInfo, unit_noise: Tensor, sigmas: Tensor) -> Tensor:
-    """x at the head of a run from pure noise: `unit_noise` scaled to the first level."""
+    """The initial x of a run from pure noise: `unit_noise` (B, C, H, W) scaled to the first level."""
     return unit_noise * ((1 + sigmas[0] ** 2).sqrt() if info.starts_vp else sigmas[0])
 
 
 def finish(x: Tensor, sigmas: Tensor) -> Tensor:
-    """The latent at the end of a run: x in the variance-preserving scale, the same thing if the last level is 0."""
+    """The latent at the end of a run: x in variance-preserving scale, equal to x if the last level is 0."""
     return x / (1 + sigmas[-1] ** 2).sqrt()
 
 
-def _is_called(info: SamplerInfo, plain_name: str) -> bool:
-    return plain_name in map(plain, (info.name, *info.aliases))
+def _has_name(info: SamplerInfo, normalized_name: str) -> bool:
+    return normalized_name in map(normalize, (info.name, *info.aliases))

@@ -1,9 +1,9 @@
-"""The discrete samplers of the first diffusion models, in the variance-exploding scale: DDIM, DDPM and PLMS.
+"""The samplers of the first diffusion models, in variance-exploding scale: DDIM, DDPM and PLMS.
 
-Their papers write x_vp = x / sqrt(1 + sigma^2) and steps in alphas_cumprod = 1 / (1 + sigma^2). Put in, DDIM's noise of
-variance eta^2 (1 - a')/(1 - a) (1 - a/a') is the ancestral sigma_up, and its direction term the ancestral sigma_down:
-DDIM with any eta is Euler ancestral with that eta, and DDPM is DDIM with eta 1. What tells them apart is where they
-start and stop (`catalog`): at unit noise, and at the model's lowest level.
+Their papers use x_vp = x / sqrt(1 + sigma^2) and steps in alphas_cumprod = 1 / (1 + sigma^2). After substitution, the
+variance of DDIM's noise, eta^2 (1 - a')/(1 - a) (1 - a/a'), is that of the ancestral sigma_up, and its direction term
+is the ancestral sigma_down: DDIM with any eta is Euler ancestral with that eta, and DDPM is DDIM with eta 1. They
+differ in where they start and stop (`catalog`): at unit noise, and at the model's lowest level.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def ddpm(
     on_step: OnStep | None = None,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Ho et al. 2020, algorithm 2, with the smaller of its two variances; any subset of the levels will do."""
+    """Ho et al. 2020, algorithm 2, with the smaller of its two variances; works for any subset of the levels."""
     return euler_ancestral(denoise, x, sigmas, noise=noise, on_step=on_step, s_noise=s_noise)
 
 
 def plms(denoise: Denoise, x: Tensor, sigmas: Tensor, *, noise: NoiseSource, on_step: OnStep | None = None) -> Tensor:
-    """Liu et al. 2022 (PNDM) without Runge-Kutta steps: Adams-Bashforth of order up to 4, weights of even steps.
+    """Liu et al. 2022 (PNDM) without Runge-Kutta steps: Adams-Bashforth up to order 4, with the weights of even steps.
 
-    The slopes are its noise predictions. The first step, if others follow, is Heun's: one evaluation more.
+    The slopes are the paper's noise predictions. The first of several steps is Heun's and costs one more evaluation.
     """
     slopes: list[Tensor] = []  # newest first
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):

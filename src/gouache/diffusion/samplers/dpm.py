@@ -1,6 +1,6 @@
-"""DPM-Solver-2 in k-diffusion's form: a half step to the geometric middle, then a whole step with its slope.
+"""DPM-Solver-2 in k-diffusion's form: a half step to the geometric mean, then a whole step with the slope there.
 
-After Lu et al. 2022 (DPM-Solver) and Karras et al. 2022, algorithm 2. Second order, two evaluations a step.
+After Lu et al. 2022 (DPM-Solver) and Karras et al. 2022, algorithm 2. Second order, two evaluations per step.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from gouache.diffusion.samplers.sampler import (
     Denoise,
     NoiseSource,
     OnStep,
+    add_churn,
     ancestral_step,
-    churned,
     report,
     to_d,
 )
@@ -36,9 +36,9 @@ def dpm2(
     """Deterministic unless `s_churn` raises the level before each step."""
     churn = {"s_churn": s_churn, "s_tmin": s_tmin, "s_tmax": s_tmax, "s_noise": s_noise}
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
-        x, raised = churned(x, sigma, len(sigmas) - 1, noise, **churn)
-        denoised = denoise(x, raised)
-        x = _midpoint_step(denoise, x, raised, sigma_next, denoised)
+        x, sigma_hat = add_churn(x, sigma, len(sigmas) - 1, noise, **churn)
+        denoised = denoise(x, sigma_hat)
+        x = _midpoint_step(denoise, x, sigma_hat, sigma_next, denoised)
         report(on_step, index, sigmas, x, denoised)
     return x
 
@@ -53,22 +53,22 @@ def dpm2_ancestral(
     eta: float = 1.0,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """The same step to a lower level, then fresh noise back up."""
+    """The same step to sigma_down, then added noise to reach the next level."""
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        down, up = ancestral_step(sigma, sigma_next, eta)
-        x = _midpoint_step(denoise, x, sigma, down, denoised)
-        if up > 0:
-            x = x + noise.draw() * (s_noise * up)
+        sigma_down, sigma_up = ancestral_step(sigma, sigma_next, eta)
+        x = _midpoint_step(denoise, x, sigma, sigma_down, denoised)
+        if sigma_up > 0:
+            x = x + noise.draw() * (s_noise * sigma_up)
         report(on_step, index, sigmas, x, denoised)
     return x
 
 
 def _midpoint_step(denoise: Denoise, x: Tensor, sigma: Tensor, sigma_next: Tensor, denoised: Tensor) -> Tensor:
-    """x at sigma_next; the step to 0 has no geometric middle and is Euler's."""
+    """x at sigma_next. The step to 0, where the geometric mean is 0, is Euler's."""
     slope = to_d(x, sigma, denoised)
     if sigma_next > 0:
-        middle = (sigma * sigma_next).sqrt()
-        x_middle = x + slope * (middle - sigma)
-        slope = to_d(x_middle, middle, denoise(x_middle, middle))
+        sigma_mid = (sigma * sigma_next).sqrt()
+        x_mid = x + slope * (sigma_mid - sigma)
+        slope = to_d(x_mid, sigma_mid, denoise(x_mid, sigma_mid))
     return x + slope * (sigma_next - sigma)

@@ -1,4 +1,4 @@
-"""Sampling of latent consistency models: the picture, then fresh noise of the next level, and again."""
+"""LCM sampling: each step predicts x0 and adds new noise of the next level."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def lcm(
     on_step: OnStep | None = None,
     s_noise: float = 1.0,
 ) -> Tensor:
-    """Luo et al. 2023, algorithm 3 (Song et al. 2023, algorithm 1), for models distilled to be asked so.
+    """Luo et al. 2023, algorithm 3 (Song et al. 2023, algorithm 1), for models distilled with this method.
 
-    Their boundary condition, which keeps x itself at t = 0, weighs x with less than 1e-5 from t = 19 on, the lowest
-    level they know: it is left out.
+    Their boundary condition, which returns x itself at t = 0, is omitted: at t = 19, the lowest timestep of these
+    models, the weight of x is already below 1e-5.
     """
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
