@@ -85,10 +85,11 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     hires_prompt, hires_tags = take_tags(request.hires_prompt)
     if request.refiner is not None and load is None:
         raise RequestError("refiner", "cannot be loaded here; use gouache.load(...).paint")
-    vae = find_vae(model, request.vae, source)
     texts = [prompt, request.negative, hires_prompt, request.hires_negative]
 
-    adapters = find_adapters(model, request, texts, tags, source)
+    with model.exclusive():  # what another request has attached is not the model's
+        vae = find_vae(model, request.vae, source)
+        adapters = find_adapters(model, request, texts, tags, source)
     lease = Lease(model, [each.use for each in adapters], vae)
     stack.callback(lease.close)
     with lease:
@@ -97,7 +98,8 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     second = replace(first, negative=request.hires_negative or request.negative)
     if request.hires is not None and request.hires_prompt:
         # A hires prompt has tags of its own, which replace those of the prompt.
-        adapters = find_adapters(model, request, texts, hires_tags, source)
+        with model.exclusive():
+            adapters = find_adapters(model, request, texts, hires_tags, source)
         hires_lease = Lease(model, [each.use for each in adapters], vae)
         stack.callback(hires_lease.close)
         with hires_lease:

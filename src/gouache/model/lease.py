@@ -94,6 +94,7 @@ class Lease:
                     self._suspend()
                     raise
             self._closed = True
+            self._vae = None  # a lease that is kept for its folded weights keeps no module alive
 
     def _suspend(self) -> None:
         """Can be called again after an interrupt."""
