@@ -27,7 +27,7 @@ from PIL import Image, PngImagePlugin
 from torch import nn
 
 from gouache.files.pickle_machine import Name
-from gouache.files.pickle_names import VOCABULARY
+from gouache.files.pickle_names import ALLOW_LIST
 from tests.files import assemble as a
 from tests.files.corpus import calls, write_corpus
 from tests.files.stand_ins import config, standing_in
@@ -127,7 +127,7 @@ def pickles() -> Iterator[bytes]:
                 yield archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     plain = {"epoch": 3, "name": "ü", "many": 2**70, "list": [1.5, None, True, (1, 2)], "bytes": b"\xff", "set": {1}}
     yield from (pickle.dumps(plain, protocol) for protocol in (0, 1, 4))
-    known = (VOCABULARY.functions, VOCABULARY.classes, VOCABULARY.values)
+    known = (ALLOW_LIST.functions, ALLOW_LIST.classes, ALLOW_LIST.values)
     for word in (word for names in known for word in cast(Iterable[Name], names)):
         yield a.program(a.call(word.module, word.name))
         yield a.program(a.name(word.module, word.name) + b")\x81" + a.dict_of(a.text("k"), b"N") + b"b")

@@ -1,8 +1,8 @@
-"""The names and shapes that the networks carry, written out from their specs without building them.
+"""The tensor names and shapes of the networks, generated from their specs without building them.
 
-U-Net and autoencoder have the names of the original single files (CompVis, Stability AI), the text tower those of
-Transformers. A file can so be checked, and its gaps named, before torch is imported. That the networks themselves
-have exactly these is tested.
+U-Net and autoencoder have the names of the original single files (CompVis, Stability AI), the text encoder those of
+Transformers. So a file can be checked, and its missing tensors listed, before torch is imported. A test checks that
+the networks have exactly these names and shapes.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def _vae_block(name: str, width: int, out: int) -> Named:
 
 
 def _vae_middle(side: str, width: int, out: int | None = None) -> Named:
-    """The middle of encoder or decoder, and its last norm, which in the decoder has the finest level's width."""
+    """The middle blocks of encoder or decoder, and the final norm; the decoder's has the finest level's width."""
     yield from _vae_block(f"{side}.mid.block_1", width, width)
     yield from _norm(f"{side}.mid.attn_1.norm", width)
     for layer in ("q", "k", "v", "proj_out"):
