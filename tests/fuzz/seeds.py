@@ -1,7 +1,7 @@
-"""What the fuzzer begins with: the honest and hostile files of the other tests, and every name a pickle may use.
+"""Seeds of the fuzzer: the valid and hostile files of the other tests, and every global that a pickle may use.
 
-The first byte of an input says what the rest is put into, so that mutations need not guess a checksum or a length:
-a whole file as it is, or the pickle, header or text inside of an honest one.
+The first byte of an input selects the container of the rest, so that mutations need not guess a checksum or a length:
+none (the rest is a whole file), or a valid file with the rest as its pickle, header or text.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import nn
 
-from gouache.files.pickle_machine import Name
+from gouache.files.pickle_machine import Global
 from gouache.files.pickle_names import ALLOW_LIST
 from tests.files import assemble as a
 from tests.files.corpus import calls, write_corpus
-from tests.files.stand_ins import config, standing_in
-from tests.files.test_mutations import HONEST, VALUE, saved
+from tests.files.fake_modules import config, fake_modules
+from tests.files.test_mutations import VALID, VALUE, saved
 from tests.files.test_picture_file import in_pixels
 
 LARGEST = 16_384
@@ -62,7 +62,7 @@ def header(text: bytes) -> bytes:
 
 
 def picture(text: bytes) -> bytes:
-    """A PNG picture with an embedding, as JSON, in its text."""
+    """A PNG picture with an embedding, as JSON, in a text chunk."""
     info, stream = PngImagePlugin.PngInfo(), io.BytesIO()
     info.add_text("sd-ti-embedding", base64.b64encode(text).decode())
     Image.new("RGB", (1, 1)).save(stream, "PNG", pnginfo=info)
@@ -70,7 +70,7 @@ def picture(text: bytes) -> bytes:
 
 
 def pixels(text: bytes) -> bytes:
-    """A PNG picture with the same in its pixels."""
+    """A PNG picture with an embedding, as JSON, in its pixels."""
     stream = io.BytesIO()
     in_pixels(zlib.compress(text), 16).save(stream, "PNG")
     return stream.getvalue()
@@ -82,7 +82,7 @@ FORMS: tuple[Callable[[bytes], bytes], ...] = (
 
 
 def file_of(data: bytes) -> bytes:
-    """The file that an input stands for."""
+    """The file that an input describes."""
     return FORMS[data[0] % len(FORMS)](data[1:]) if data else b""
 
 
@@ -104,13 +104,13 @@ def seeds() -> Iterator[bytes]:
 
 
 def contents() -> Iterator[bytes]:
-    yield from HONEST.values()
+    yield from VALID.values()
     for value in objects():
         yield from (saved(value), saved(value, _use_new_zipfile_serialization=False))
     with tempfile.TemporaryDirectory() as folder:
         for case in write_corpus(Path(folder)):
             path = Path(folder) / case.name
-            # Not those that are made to spend a budget: a mutation of one takes a second.
+            # Without files that use up a limit of the reader: each mutation of one takes a second.
             if path.is_file() and path.stat().st_size < LARGEST and not case.name.startswith("bomb-"):
                 yield path.read_bytes()
     yield b'{"weight_map":{"a":"m.ckpt"}}'
@@ -122,21 +122,23 @@ def pickles() -> Iterator[bytes]:
     yield a.legacy_pickle()
     yield a.program(a.dict_of(a.text("w"), a.text("22") + b"Q"))
     for protocol in (2, 5):
-        for value in itertools.chain([VALUE], objects()):  # one at a time: some can be written only then
+        for value in itertools.chain(
+            [VALUE], objects()
+        ):  # lazily: some can be pickled only while their fake modules exist
             with zipfile.ZipFile(io.BytesIO(saved(value, pickle_protocol=protocol))) as archive:
                 yield archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     plain = {"epoch": 3, "name": "ü", "many": 2**70, "list": [1.5, None, True, (1, 2)], "bytes": b"\xff", "set": {1}}
     yield from (pickle.dumps(plain, protocol) for protocol in (0, 1, 4))
-    known = (ALLOW_LIST.functions, ALLOW_LIST.classes, ALLOW_LIST.values)
-    for word in (word for names in known for word in cast(Iterable[Name], names)):
-        yield a.program(a.call(word.module, word.name))
-        yield a.program(a.name(word.module, word.name) + b")\x81" + a.dict_of(a.text("k"), b"N") + b"b")
+    allowed = (ALLOW_LIST.functions, ALLOW_LIST.classes, ALLOW_LIST.values)
+    for each in (each for names in allowed for each in cast(Iterable[Global], names)):
+        yield a.program(a.call(each.module, each.name))
+        yield a.program(a.name(each.module, each.name) + b")\x81" + a.dict_of(a.text("k"), b"N") + b"b")
     for _, content, _, _ in calls("proof"):
         yield content
 
 
 def objects() -> Iterator[Any]:
-    """What honest checkpoints hold, in small files of their own: tensors of every kind, and what stands beside them."""
+    """Values as in real checkpoints, each for a separate small file: tensors of every kind, and other values."""
     tensor = torch.arange(4.0)
     kinds = (torch.float16, torch.complex64, torch.uint16, torch.float8_e5m2)
     yield from (tensor.to(kind) for kind in kinds)
@@ -156,7 +158,7 @@ def objects() -> Iterator[Any]:
     yield collections.OrderedDict(a=tensor, b={1, 2.5}, c=frozenset("a"), d=1 + 2j, e=bytearray(b"\xff"), f=b"\xff")
     yield [collections.defaultdict(list, {"a": [1]}), collections.Counter("aab"), collections.deque([1, 2], maxlen=5)]
     yield [pathlib.PurePosixPath("/a/b"), argparse.Namespace(lr=0.1), datetime.timedelta(1), nn.Linear, 2**100, "ü"]
-    with standing_in() as classes:
+    with fake_modules() as classes:
         callback = classes["ModelCheckpoint"]()
         callback.__dict__.update(monitor="loss", best=tensor)
         yield {"object": callback, classes["ModelCheckpoint"]: classes["AttributeDict"](a=1)}

@@ -98,7 +98,8 @@ def assign(
     _tie(module, tied)
     left = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if left:
-        raise ModelError(f"{len(left)} tensors of {type(module).__name__} received no value: {_listed(left)}")
+        count = "1 tensor" if len(left) == 1 else f"{len(left)} tensors"
+        raise ModelError(f"{count} of {type(module).__name__} received no value: {_listed(left)}")
     return fit
 
 

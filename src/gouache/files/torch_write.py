@@ -8,7 +8,7 @@ The file is a zip archive of uncompressed entries, as torch.save makes it:
     archive/version      "3"
 
 The pickle is written opcode by opcode and contains only tensors and plain values, so any reader that restricts what
-a pickle may call (such as torch.load with weights_only) can open it.
+a pickle may call (such as torch's with weights_only) can open it.
 """
 
 from __future__ import annotations
