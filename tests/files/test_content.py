@@ -177,9 +177,8 @@ def test_a_file_without_read_permission_is_an_error(tmp_path: Path, monkeypatch:
     def denied(*_: object) -> int:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(
-        "os.open", denied
-    )  # patched, because permissions do not apply to the superuser, who may run the tests
+    # Patched, because permissions do not apply to the superuser, who may run the tests.
+    monkeypatch.setattr("os.open", denied)
 
     with pytest.raises(FileError, match="permission denied"):
         open_model(tmp_path / "m.ckpt")

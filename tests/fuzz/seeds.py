@@ -41,19 +41,19 @@ def whole(data: bytes) -> bytes:
     return data
 
 
-def zip_form(program: bytes) -> bytes:
+def in_zip(program: bytes) -> bytes:
     return a.torch_zip(program)
 
 
-def big_endian_form(program: bytes) -> bytes:
+def in_big_endian(program: bytes) -> bytes:
     return a.torch_zip(program, order="big")
 
 
-def legacy_form(program: bytes) -> bytes:
+def in_legacy(program: bytes) -> bytes:
     return a.legacy(program, ["77"], (4, a.FLOATS))
 
 
-def tar_form(program: bytes) -> bytes:
+def in_tar(program: bytes) -> bytes:
     return a.torch_tar(program, 4, a.FLOATS, a.tuple_of(*map(a.number, (12, 11, 1, 2))))
 
 
@@ -76,31 +76,31 @@ def pixels(text: bytes) -> bytes:
     return stream.getvalue()
 
 
-FORMS: tuple[Callable[[bytes], bytes], ...] = (
-    whole, zip_form, big_endian_form, legacy_form, tar_form, header, picture, pixels
+CONTAINERS: tuple[Callable[[bytes], bytes], ...] = (
+    whole, in_zip, in_big_endian, in_legacy, in_tar, header, picture, pixels
 )  # fmt: skip
 
 
 def file_of(data: bytes) -> bytes:
     """The file that an input describes."""
-    return FORMS[data[0] % len(FORMS)](data[1:]) if data else b""
+    return CONTAINERS[data[0] % len(CONTAINERS)](data[1:]) if data else b""
 
 
 def seeds() -> Iterator[bytes]:
     """Inputs, none longer than `LARGEST`."""
-    by_form: dict[Callable[[bytes], bytes], list[bytes]] = {
+    by_container: dict[Callable[[bytes], bytes], list[bytes]] = {
         whole: list(contents()),
         header: [b"{%s}" % a.entry().encode(), b'{"__metadata__":{"k":"\\u00e9"},"w":{"dtype":"F16","shape":[8],'
                  b'"data_offsets":[0,16]}}', b"{}"],
         picture: [b'{"string_to_param":{"*":{"TORCHTENSOR":[[1.5,2]]}},"name":"fox"}', b'{"a":1}'],
     }  # fmt: skip
-    by_form[pixels] = by_form[picture]
-    by_form[zip_form] = by_form[legacy_form] = by_form[tar_form] = list(pickles())
-    by_form[big_endian_form] = by_form[zip_form][:40]
-    for form, inputs in by_form.items():
+    by_container[pixels] = by_container[picture]
+    by_container[in_zip] = by_container[in_legacy] = by_container[in_tar] = list(pickles())
+    by_container[in_big_endian] = by_container[in_zip][:40]
+    for container, inputs in by_container.items():
         for each in inputs:
             if len(each) < LARGEST:
-                yield bytes([FORMS.index(form)]) + each
+                yield bytes([CONTAINERS.index(container)]) + each
 
 
 def contents() -> Iterator[bytes]:
@@ -122,9 +122,8 @@ def pickles() -> Iterator[bytes]:
     yield a.legacy_pickle()
     yield a.program(a.dict_of(a.text("w"), a.text("22") + b"Q"))
     for protocol in (2, 5):
-        for value in itertools.chain(
-            [VALUE], objects()
-        ):  # lazily: some can be pickled only while their fake modules exist
+        # Lazily: some can be pickled only while their fake modules exist.
+        for value in itertools.chain([VALUE], objects()):
             with zipfile.ZipFile(io.BytesIO(saved(value, pickle_protocol=protocol))) as archive:
                 yield archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
     plain = {"epoch": 3, "name": "ü", "many": 2**70, "list": [1.5, None, True, (1, 2)], "bytes": b"\xff", "set": {1}}
