@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gouache.files.open import open_model
-from gouache.files.pickle_values import Record
+from gouache.files.pickle_tree import Record
 from gouache.files.record import TensorInfo
 
 from .fake_modules import config, fake_modules

@@ -26,8 +26,8 @@ import torch
 from PIL import Image, PngImagePlugin
 from torch import nn
 
+from gouache.files.pickle_allow_list import ALLOW_LIST
 from gouache.files.pickle_machine import Global
-from gouache.files.pickle_names import ALLOW_LIST
 from tests.files import assemble as a
 from tests.files.corpus import calls, write_corpus
 from tests.files.fake_modules import config, fake_modules

@@ -27,7 +27,7 @@ from gouache.layouts.vision import vision_layout
 from gouache.nn.spec import TextSpec, UNetSpec
 
 PREFIXES: dict[str, str] = {
-    **{place.prefix: place.component for family in FAMILIES for place in family.places},
+    **{location.prefix: location.component for family in FAMILIES for location in family.places},
     **{f"{name}/": name for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")},
     "diffusion_model.": "unet",  # U-Nets saved alone by ComfyUI
     "vae.": "vae",

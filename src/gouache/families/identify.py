@@ -16,7 +16,7 @@ from gouache.families.components import Candidate, config, finish, read_componen
 from gouache.families.family import COMMON_LEFTOVERS, Family
 from gouache.families.found import Component, Fact, Found, strongest
 from gouache.families.match import family_hints, family_of_width, metadata_hints
-from gouache.families.others import image_tower, other_kind
+from gouache.families.others import image_encoder_kind, other_kind
 from gouache.families.prediction import PREDICTIONS, levels, zero_snr
 from gouache.families.prediction import prediction as predicts
 from gouache.files.record import ModelFile
@@ -118,7 +118,7 @@ def _kind(file: ModelFile, candidates: Mapping[str, Candidate]) -> Fact[str]:
         return Fact(kind, f"the file contains only a {kind}", "certain")
     first = printable(min(file.tensors, default="none"))
     nothing = Fact("unknown", f"none of its {len(file)} tensor names is known; the first is {first}", "certain")
-    return image_tower(file.tensors) or nothing
+    return image_encoder_kind(file.tensors) or nothing
 
 
 def _variant(unet: Candidate | None, family: Family | None) -> Fact[str | None]:
@@ -215,7 +215,7 @@ def _hypernetwork(file: ModelFile, widths: tuple[int, ...], override: Fact[Famil
 def _by_width(file: ModelFile, width: int, what: str, override: Fact[Family | None] | None) -> Fact[Family | None]:
     """The family with the context width `width`. `what` describes the width ("context width 768"), "" if unknown."""
     family = family_of_width(width)
-    hints = [Fact(family, f"{what}, as in {family.title}", "likely")] if family is not None else []
+    hints = [Fact(family, what, "likely")] if family is not None else []
     reason = f"{what} matches no released model" if what else "no tensor shows a context width"
     nothing = Fact[Family | None](None, f"not recognised ({reason})", "certain")
     return strongest([*hints, *metadata_hints(file.metadata)], override) or nothing

@@ -20,7 +20,7 @@ _OTHERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("motion module", "an AnimateDiff motion module", ("motion_modules.",)),
     ("upscaler", "an ESRGAN upscaler", ("RDB1.conv1.", "rdb1.conv1.", "RRDB_trunk.")),
     ("upscaler", "a SwinIR or HAT upscaler", ("residual_group.blocks.",)),
-    ("upscaler", "Stable Diffusion's own upscaler", ("label_emb.weight", "unet/class_embedding.weight")),
+    ("upscaler", "the Stable Diffusion upscaler", ("label_emb.weight", "unet/class_embedding.weight")),
     ("unknown", "Stable Diffusion 3", ("joint_blocks.",)),
     ("unknown", "Flux", ("double_blocks.", "single_transformer_blocks.")),
     ("unknown", "Stable Cascade", ("clip_txt_mapper.", "channelwise.")),
@@ -46,8 +46,8 @@ def other_kind(names: Iterable[str]) -> Fact[str] | None:
     return None
 
 
-def image_tower(names: Iterable[str]) -> Fact[str] | None:
-    """The kind of a file that has nothing known but an image encoder, or the safety checker built on one."""
+def image_encoder_kind(names: Iterable[str]) -> Fact[str] | None:
+    """The kind of a file whose only known content is an image encoder, or the safety checker built on one."""
     every = list(names)
     if any("special_care_embeds" in name for name in every):
         return Fact("safety checker", "the tensor name special_care_embeds shows a safety checker", "certain")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gouache.errors import DamagedFile, FileError, NotAModel, UnsafeFile, printable
+from gouache.files.pickle_allow_list import ALLOW_LIST, build_tree
 from gouache.files.pickle_machine import Global, type_label
-from gouache.files.pickle_names import ALLOW_LIST, build_tree
 from gouache.files.pickle_reader import Parsed, interpret
 from gouache.files.source import Source, size_text, truncated_error
 from gouache.files.stored import STORAGE_TYPES, Storage, StorageId, StoredTensor, storage_id, view

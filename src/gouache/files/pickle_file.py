@@ -15,10 +15,10 @@ from typing import Any
 
 from gouache.errors import DamagedFile, NotAModel, UnsafeFile, printable
 from gouache.files.legacy_file import Unpickled, import_notes, read_legacy, read_tar
+from gouache.files.pickle_allow_list import ALLOW_LIST, build_tree
 from gouache.files.pickle_machine import MAX_BYTES
-from gouache.files.pickle_names import ALLOW_LIST, build_tree
 from gouache.files.pickle_reader import interpret
-from gouache.files.pickle_values import Record
+from gouache.files.pickle_tree import Record
 from gouache.files.record import ModelFile
 from gouache.files.source import Source, size_text, tensor_from
 from gouache.files.stored import Storage, StoredTensor, storage_id

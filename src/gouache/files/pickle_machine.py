@@ -1,9 +1,9 @@
 """The stack machine that a pickle is a program for, without the ability to import or call anything.
 
 A pickle can import any Python object (a "global") and call it. Here a global is a `Global`, two strings that are never
-looked up, and a call is a `Call`, a record of what would be called with what. `pickle_values` computes the result of
-allowed calls from a fixed allow-list. A call of any other global makes the file refused, but only after the whole
-pickle has been read, so that the message can list everything the pickle would have called.
+looked up, and a call is a `Call`, a record of what would be called with what. `pickle_allow_list` computes the results
+of allowed calls. A file that calls any other global is refused, but only after the whole pickle has been read, so that
+the message can list everything the pickle would have called.
 
 Every step takes bounded time and memory: lengths are checked against the remaining bytes before anything is
 allocated, and there are limits on opcodes, text and number keys. The opcodes themselves are in `pickle_opcodes`.

@@ -13,7 +13,7 @@ from gouache.layouts.original import unet_shapes, vae_shapes
 from gouache.layouts.rules import Shape
 from gouache.nn.spec import UNetSpec, VaeSpec, VisionSpec
 
-Named: TypeAlias = Iterator[tuple[str, Shape]]
+NamedShapes: TypeAlias = Iterator[tuple[str, Shape]]
 
 
 def video_unet_shapes(spec: UNetSpec) -> dict[str, Shape]:
@@ -55,19 +55,19 @@ def _before(ending: str, name: str) -> str:
     return name.removesuffix(ending) if name.endswith(ending) else ""
 
 
-def _layer(name: str, *shape: int) -> Named:
+def _layer(name: str, *shape: int) -> NamedShapes:
     yield f"{name}.weight", shape
     yield f"{name}.bias", shape[:1]
 
 
-def _residual(name: str, width: int) -> Named:
+def _residual(name: str, width: int) -> NamedShapes:
     """A temporal residual block: convolutions over three frames that keep the width."""
     for norm, conv in (("in_layers.0", "in_layers.2"), ("out_layers.0", "out_layers.3")):
         yield from _layer(f"{name}.{norm}", width)
         yield from _layer(f"{name}.{conv}", width, width, 3, 1, 1)
 
 
-def _block(name: str, width: int, context: int) -> Named:
+def _block(name: str, width: int, context: int) -> NamedShapes:
     """A temporal transformer block; it has a feed-forward network before its attention as well as after it."""
     for attention, key_width in (("attn1", width), ("attn2", context)):
         yield f"{name}.{attention}.to_q.weight", (width, width)
@@ -81,7 +81,7 @@ def _block(name: str, width: int, context: int) -> Named:
         yield from _layer(f"{name}.{norm}", width)
 
 
-def _vision(spec: VisionSpec) -> Named:
+def _vision(spec: VisionSpec) -> NamedShapes:
     width, side = spec.width, spec.patch_size
     yield "vision_model.embeddings.class_embedding", (width,)
     yield "vision_model.embeddings.patch_embedding.weight", (width, 3, side, side)

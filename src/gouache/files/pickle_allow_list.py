@@ -14,7 +14,7 @@ from typing import Any
 
 from gouache.errors import Asked, FileError, UnsafeFile
 from gouache.files.pickle_machine import AllowList, Call, Global, Persistent, type_label
-from gouache.files.pickle_values import CallHandler, FindStorage, Record, TreeBuilder
+from gouache.files.pickle_tree import CallHandler, FindStorage, Record, TreeBuilder
 from gouache.files.stored import DTYPES, MAX_DIMENSIONS, STORAGE_TYPES, Storage, StoredTensor, view
 
 # ---- tensors

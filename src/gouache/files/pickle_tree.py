@@ -1,6 +1,6 @@
 """Turns the object graph that a pickle built into a tree of plain values.
 
-The graph of `pickle_machine` contains `Call` records; the allow-list in `pickle_names` computes the result of each.
+The graph of `pickle_machine` contains `Call` records; `pickle_allow_list` has the function that computes each result.
 A graph can contain itself, or become exponentially large as a tree (a list that holds one list twice, which holds
 one list twice, ...). So there are limits on depth, nodes and bytes here, and the users of the tree need none.
 """
