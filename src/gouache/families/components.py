@@ -212,14 +212,19 @@ def _problem(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], unexpec
     wrong = [name for name in expected if name in shapes and shapes[name] != expected[name]]
     parts = list[str]()
     if missing:
-        parts.append(f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
+        if len(missing) == 1:
+            parts.append(f"1 of {len(expected)} tensors is missing: {missing[0]}")
+        else:
+            parts.append(f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
     if wrong:
         name = wrong[0]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         parts.append(f"{name} has shape {list(shapes[name])}, but the others require {list(expected[name])}{more}")
     if parts and unexpected:
-        verb = "tensor is" if len(unexpected) == 1 else "tensors are"
-        parts.append(f"{len(unexpected)} {verb} unexpected, the first is {printable(unexpected[0])}")
+        if len(unexpected) == 1:
+            parts.append(f"1 tensor is unexpected: {printable(unexpected[0])}")
+        else:
+            parts.append(f"{len(unexpected)} tensors are unexpected, the first is {printable(unexpected[0])}")
     return "; ".join(parts)
 
 

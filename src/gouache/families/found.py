@@ -92,7 +92,7 @@ class Found:
         family = self.family.value
         looks = f"{self.kind.value} of {family.title}" if family else self.kind.value
         reason = self.missing.get(name, f"the file has {', '.join(self.components) or 'no component of a model'}")
-        raise ModelError(f"{printable(str(self.path))} has no usable {name}: {reason}; it looks like a {looks}")
+        raise ModelError(f"{printable(str(self.path))} has no usable {name}: {reason}; the file looks like: {looks}")
 
     @property
     def text_recipe(self) -> TextRecipe | None:

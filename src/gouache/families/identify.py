@@ -115,10 +115,11 @@ def _kind(file: ModelFile, candidates: Mapping[str, Candidate]) -> Fact[str]:
         return Fact("checkpoint", f"{what} in one file", "certain")
     if len(candidates) == 1:
         kind = "text encoder" if what.startswith("text_encoder") else what.replace("_", " ")
-        return Fact(kind, f"the file contains only a {kind}", "certain")
-    first = printable(min(file.tensors, default="none"))
-    nothing = Fact("unknown", f"none of its {len(file)} tensor names is known; the first is {first}", "certain")
-    return image_encoder_kind(file.tensors) or nothing
+        return Fact(kind, f"the file contains only the {kind}", "certain")
+    evidence = "the file has no tensors"
+    if file.tensors:
+        evidence = f"no tensor name is known ({len(file)} in all, the first is {printable(min(file.tensors))})"
+    return image_encoder_kind(file.tensors) or Fact("unknown", evidence, "certain")
 
 
 def _variant(unet: Candidate | None, family: Family | None) -> Fact[str | None]:

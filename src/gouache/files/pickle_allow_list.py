@@ -63,8 +63,8 @@ def _of_type(tree: TreeBuilder, call: Call, depth: int) -> Any:
     if not plain or not isinstance(args, tuple):
         raise UnsafeFile(
             tree.path,
-            f"calls {type_label(function)} to make a tensor of the type {type_label(kind)}: refused. Weights need "
-            "no code: get a .safetensors file instead",
+            f"its pickle calls {type_label(function)} to make a tensor of type {type_label(kind)}: refused. "
+            "Weights need no code: get a .safetensors file instead",
             (Asked(type_label(function), None),),
         )
     return tree.value(Call(function, args), depth)

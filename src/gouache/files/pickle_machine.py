@@ -182,7 +182,7 @@ class Machine:
         if isinstance(target, Call) and target.name in self.allow_list.classes:
             return target
         if not isinstance(target, kind):
-            self.refuse(f"entries for a {type_label(target)}")
+            self.refuse(f"entries for {type_label(target)}")
             return kind()
         return target
 
@@ -210,7 +210,7 @@ class Machine:
             if self.number_keys > MAX_NUMBER_KEYS:
                 raise Unsafe(f"uses more than {MAX_NUMBER_KEYS:,} numbers as dictionary keys")
         elif kind not in (str, bytes, bool, type(None), Global):
-            raise Unsafe(f"uses a {type_label(key)} as a dictionary key")
+            raise Unsafe(f"uses {type_label(key)} as a dictionary key")
 
 
 def argument_text(value: Any) -> str:
