@@ -1,17 +1,17 @@
-"""What can go wrong, as one small tree.
+"""The exceptions of this package, one small tree.
 
     GouacheError
-    ├── FileError          a file cannot be used; carries its path
-    │   ├── DamagedFile    it is what it claims to be, but broken: truncated, overlapping, not decodable
-    │   ├── UnsafeFile     it asks for code to be run, or for more memory than it has bytes
+    ├── FileError          a file cannot be used; has its path
+    │   ├── DamagedFile    the format is known, but the file is broken: truncated, overlapping, not decodable
+    │   ├── UnsafeFile     it tries to run code, or would need far more memory than it has bytes
     │   └── NotAModel      it is something else: a web page, a picture, a TensorFlow index, an empty file
-    ├── ModelError         a readable file does not make the model that was asked for
-    ├── RequestError       a setting is unknown or out of range; carries the setting's name
+    ├── ModelError         the file is readable, but is not the requested model
+    ├── RequestError       a setting is unknown or out of range; has the setting's name
     ├── DeviceError        this machine cannot do it: no such device, not enough memory
-    └── TrainingError      a run cannot start, go on, or be resumed
+    └── TrainingError      a run cannot start, continue or resume
 
 Every message is one line that says what was found, where, what was expected and what to do. The command line
-prints it without a traceback and ends with exit code 2.
+prints it without a traceback and exits with code 2.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 
 class GouacheError(Exception):
-    """Anything a user can cause and mend. The message is one line, fit to be shown as it is."""
+    """Anything that a user can cause and fix. The message is one line that can be shown unchanged."""
 
 
 class FileError(GouacheError):
-    """A file cannot be used. `path` is the file, and stands at the head of the message."""
+    """A file cannot be used. `path` is the file; the message begins with it."""
 
     def __init__(self, path: str | Path, message: str) -> None:
         self.path = Path(path)
@@ -33,13 +33,13 @@ class FileError(GouacheError):
 
 
 class DamagedFile(FileError):
-    """The file has a known format and breaks its rules, or ends too early."""
+    """The file has a known format but breaks its rules, or is truncated."""
 
 
 class Asked(NamedTuple):
-    """What a file asked for: its full name, the byte where it does, and the plain values handed to it, as text.
+    """A name found in a pickle: its full name, its byte position, and the plain arguments of the call, as text.
 
-    The byte is None where the call only shows once the pickle is put together.
+    The byte is None where the call only becomes visible after the pickle's object graph has been built.
     """
 
     name: str
@@ -48,9 +48,10 @@ class Asked(NamedTuple):
 
 
 class UnsafeFile(FileError):
-    """The file asks for something that no weights need: a call, an import, a bomb. Nothing of it was run.
+    """The file contains something that no weights need: a call, an import, a memory bomb. Nothing was run.
 
-    `asked` lists the calls, where calls are what was refused, and `named` what it merely mentions beside them.
+    `asked` lists the refused calls, if calls were the reason for refusing; `named` lists the globals that the pickle
+    imports besides, without calling them.
     """
 
     def __init__(
@@ -61,15 +62,15 @@ class UnsafeFile(FileError):
 
 
 class NotAModel(FileError):
-    """The bytes are something other than a model file; the message names what they are."""
+    """The file is not a model file; the message says what it is."""
 
 
 class ModelError(GouacheError):
-    """The tensors were read, but they are not the model that was asked for, or not all of it."""
+    """The tensors were read, but they are not the requested model, or not all of it."""
 
 
 class RequestError(GouacheError):
-    """A setting has a value that cannot be used. `setting` is its one name in Python, CLI and JSON."""
+    """A setting has an invalid value. `setting` is its name, the same in Python, on the command line and in JSON."""
 
     def __init__(self, setting: str, message: str) -> None:
         self.setting = setting
@@ -77,14 +78,14 @@ class RequestError(GouacheError):
 
 
 class DeviceError(GouacheError):
-    """This machine cannot do what was asked: the device is absent or its memory too small."""
+    """This machine cannot run the request: the device does not exist or has too little memory."""
 
 
 class TrainingError(GouacheError):
-    """A training run cannot start, continue or resume; nothing saved so far is lost."""
+    """A training run cannot start, continue or resume. What was saved so far is not lost."""
 
 
 def printable(text: str, limit: int = 200) -> str:
-    """`text` on one line, free of control characters: names in files are hostile until shown harmless."""
+    """`text` on one line, with control characters escaped: names that come from files are not trusted."""
     cleaned = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in text)
     return cleaned if len(cleaned) <= limit else cleaned[: limit - 3] + "..."

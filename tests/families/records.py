@@ -1,4 +1,4 @@
-"""ModelFile records of files that are not there: the official key lists, and narrow models of the same topology."""
+"""ModelFile records without files: of the official key lists, and of narrow models with the same topology."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def record(
     format: str = "safetensors",
     **rest: Any,
 ) -> ModelFile:
-    """A record whose tensors cannot be read, but for those in `values`."""
+    """A record of which only the tensors in `values` can be read."""
 
     def read(name: str) -> torch.Tensor:
-        assert name in (values or {}), f"{name} was read, though only names and shapes are needed"
+        assert name in (values or {}), f"{name} was read, although only names and shapes are needed"
         return (values or {})[name]
 
     return ModelFile(path=path, format=format, tensors=dict(tensors), read=read, **rest)
@@ -64,23 +64,23 @@ def infos(shapes: Mapping[str, Shape], prefix: str = "", dtype: str = "F32") -> 
 
 
 def openclip_shapes(spec: TextSpec) -> dict[str, Shape]:
-    """The shapes of a text tower under OpenCLIP's names."""
+    """The shapes of a text encoder under OpenCLIP's names."""
     ours = text_shapes(spec)
     return {name: origin.shape(ours) for name, origin in plan(invert(OPENCLIP), ours).origins.items()}
 
 
 def narrow(family: Family, unet: UNetSpec, text: TextSpec | None = None) -> dict[str, TensorInfo]:
-    """A single file of `family` with a U-Net of this spec, a narrow autoencoder and narrow text towers."""
+    """A single file of `family` with a U-Net of this spec, a narrow autoencoder and narrow text encoders."""
     text = text or TextSpec(width=64, layers=3, heads=1, mlp_width=96, vocabulary=99, positions=12)
     tensors: dict[str, TensorInfo] = {}
-    for place in family.places:
-        if place.component == "unet":
-            tensors |= infos(unet_shapes(unet), place.prefix)
-        elif place.component == "vae":
-            tensors |= infos(vae_shapes(VaeSpec(channels=32, channel_mult=(1, 2), res_blocks=1)), place.prefix)
-        elif place.layout == "openclip":
+    for location in family.places:
+        if location.component == "unet":
+            tensors |= infos(unet_shapes(unet), location.prefix)
+        elif location.component == "vae":
+            tensors |= infos(vae_shapes(VaeSpec(channels=32, channel_mult=(1, 2), res_blocks=1)), location.prefix)
+        elif location.layout == "openclip":
             spec = TextSpec(width=128, layers=3, heads=2, mlp_width=96, vocabulary=99, positions=12, projection=48)
-            tensors |= infos(openclip_shapes(spec), place.prefix)
+            tensors |= infos(openclip_shapes(spec), location.prefix)
         else:
-            tensors |= infos(text_shapes(text), place.prefix)
+            tensors |= infos(text_shapes(text), location.prefix)
     return tensors

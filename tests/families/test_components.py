@@ -1,4 +1,4 @@
-"""Components: whole, damaged, absent, narrower than released, alone in a file, in older and newer names."""
+"""Components: complete, damaged, absent, narrower than released, alone in a file, with older and newer names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .records import infos, narrow, official, official_folder, openclip_shapes, 
 SD = {"unet", "vae", "text_encoder"}
 
 OFFICIAL = {name: official(name) for name in ("sd15_emaonly", "sd2_inpainting", "sdxl_base", "sdxl_refiner")}
-# The tensors that each component needs. SD2 makes no use of its projection, and its folders do not have it.
+# The tensors that each component needs. SD2 does not use its projection, and its folders do not have it.
 NEEDED = {
     (name, part.name): sorted(
         {s for o in part.origins.values() for s in o.sources} - {"cond_stage_model.model.text_projection"}
@@ -34,11 +34,11 @@ NEEDED = {
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_a_component_that_lacks_any_one_tensor_is_called_missing_and_no_other_is(data):
+def test_a_component_without_any_one_of_its_tensors_is_reported_missing_and_no_other_is(data):
     name, part = data.draw(st.sampled_from(sorted(NEEDED)))
-    gone = data.draw(st.sampled_from(NEEDED[name, part]))
+    removed = data.draw(st.sampled_from(NEEDED[name, part]))
 
-    found = identify(record({key: info for key, info in OFFICIAL[name].items() if key != gone}))
+    found = identify(record({key: info for key, info in OFFICIAL[name].items() if key != removed}))
 
     assert found.kind.value == "checkpoint"
     assert set(found.components) == {other for file, other in NEEDED if file == name} - {part}
@@ -50,14 +50,14 @@ def test_a_component_that_lacks_any_one_tensor_is_called_missing_and_no_other_is
 
 @settings(max_examples=20, deadline=None)
 @given(st.sampled_from(sorted(OFFICIAL)), st.booleans(), st.data())
-def test_a_component_with_a_tensor_of_the_wrong_shape_or_name_is_called_missing(name, reshape, data):
-    odd = data.draw(st.sampled_from(NEEDED[name, "unet"]))
+def test_a_component_with_a_tensor_of_the_wrong_shape_or_name_is_reported_missing(name, reshape, data):
+    changed = data.draw(st.sampled_from(NEEDED[name, "unet"]))
     tensors = dict(OFFICIAL[name])
-    info = tensors.pop(odd)
+    info = tensors.pop(changed)
     if reshape:
-        tensors[odd] = TensorInfo((*info.shape[:-1], info.shape[-1] + 1), info.dtype)
+        tensors[changed] = TensorInfo((*info.shape[:-1], info.shape[-1] + 1), info.dtype)
     else:
-        tensors[odd + "_orig"] = info
+        tensors[changed + "_orig"] = info
 
     found = identify(record(tensors))
 
@@ -65,8 +65,8 @@ def test_a_component_with_a_tensor_of_the_wrong_shape_or_name_is_called_missing(
 
 
 @pytest.mark.parametrize("part", sorted(SD | {"text_encoder_2"}))
-def test_a_whole_component_that_is_gone_is_called_missing(part):
-    prefix = next(place.prefix for place in SDXL.places if place.component == part)
+def test_an_absent_component_is_reported_missing(part):
+    prefix = next(location.prefix for location in SDXL.places if location.component == part)
 
     found = identify(record({k: v for k, v in official("sdxl_base").items() if not k.startswith(prefix)}))
 
@@ -105,7 +105,7 @@ def test_a_unet_alone_is_recognised_with_or_without_a_prefix(family, prefix):
     assert found.kind.value == "unet"
     assert found.family.value is family
     assert found.component("unet").spec == family.unet
-    assert set(found.missing) == {place.component for place in family.places} - {"unet"}
+    assert set(found.missing) == {location.component for location in family.places} - {"unet"}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_text_encoder_alone_is_recognised(shapes, spec, family):
     assert found.component("text_encoder_2" if family is SDXL else "text_encoder").spec == spec
 
 
-def test_the_oldest_sd1_files_lack_text_model_in_their_names():
+def test_the_oldest_sd1_files_without_text_model_in_their_names_are_recognised():
     old = {key.replace("transformer.text_model.", "transformer."): i for key, i in official("sd15_emaonly").items()}
 
     found = identify(record(old))
@@ -140,7 +140,7 @@ def test_the_oldest_sd1_files_lack_text_model_in_their_names():
     assert found.component("text_encoder").origins.keys() == text_shapes(TextSpec()).keys()
 
 
-def test_averages_are_found_by_squeezing_the_known_names():
+def test_averages_are_found_by_removing_dots_from_the_known_names():
     tensors = official("sd15_pruned_full")
 
     found = identify(record(tensors))
@@ -153,15 +153,15 @@ def test_averages_are_found_by_squeezing_the_known_names():
     )
 
 
-def test_averages_of_nothing_known_are_unknown():
-    stray = {"model_ema.diffusion_modelinput_blocks99weight": TensorInfo((3,), "F32")}
+def test_averages_of_unknown_tensors_are_reported_as_unknown():
+    extra = {"model_ema.diffusion_modelinput_blocks99weight": TensorInfo((3,), "F32")}
 
-    found = identify(record(official("sd15_pruned_full") | stray))
+    found = identify(record(official("sd15_pruned_full") | extra))
 
-    assert found.unknown == tuple(stray)
+    assert found.unknown == tuple(extra)
 
 
-def test_dtypes_are_told_for_each_component():
+def test_dtypes_are_reported_per_component():
     half = {
         key: replace(info, dtype="F16") if key.startswith("model.diffusion_model.") else info
         for key, info in official("sd15_emaonly").items()
@@ -172,11 +172,11 @@ def test_dtypes_are_told_for_each_component():
 
     assert found.component("vae").dtype.value == "F32"
     assert found.component("unet").dtype.value == "F16 + F32"
-    assert found.component("unet").dtype.evidence == "tensors of each: F16 685, F32 1"
+    assert found.component("unet").dtype.evidence == "number of tensors: F16 685, F32 1"
 
 
-def test_an_sd2_folder_ends_a_block_early_and_is_read_at_its_end():
-    """diffusers stores 23 of the 24 blocks, so the block to read is the last there and the one before it in files."""
+def test_the_context_of_an_sd2_folder_with_23_blocks_is_its_last_block():
+    """diffusers stores 23 of the 24 blocks, so the last one is used in a folder and the last but one in a file."""
     cut = replace(OPENCLIP_H, layers=23, projection=None)
     folder = (
         infos(unet_shapes(SD2.unet), "unet/")
@@ -193,7 +193,7 @@ def test_an_sd2_folder_ends_a_block_early_and_is_read_at_its_end():
     assert [encoder.layer for encoder in in_file.text_recipe.encoders] == [2]
 
 
-def test_a_second_encoder_of_sdxl_without_its_projection_is_not_whole():
+def test_a_second_encoder_of_sdxl_without_its_projection_is_incomplete():
     tensors = official("sdxl_base")
     del tensors["conditioner.embedders.1.model.text_projection"]
 
@@ -201,7 +201,7 @@ def test_a_second_encoder_of_sdxl_without_its_projection_is_not_whole():
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_one_component_of_a_folder_is_recognised_by_its_own_names(part):
+def test_one_component_of_a_folder_is_recognised_by_its_tensor_names(part):
     folder = official_folder("diffusers_sd15")
     tensors = {name.removeprefix(f"{part}/"): i for name, i in folder.tensors.items() if name.startswith(f"{part}/")}
 

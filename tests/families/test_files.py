@@ -1,4 +1,4 @@
-"""From files on disk, written by the libraries that users' files come from, to what they are."""
+"""Identification of files on disk, written by the libraries that write users' files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gouache.nn.unet import UNet
 from gouache.nn.vae import Autoencoder
 
 
-def test_textual_inversions_as_torch_saves_them(tmp_path):
+def test_textual_inversions_saved_by_torch_are_identified(tmp_path):
     vectors = torch.nn.ParameterDict({"*": torch.nn.Parameter(torch.zeros(3, 768))})
     torch.save({"string_to_token": {"*": 265}, "string_to_param": vectors, "name": "cat", "step": 9}, tmp_path / "a.pt")
     torch.save({"<cat>": torch.zeros(1024)}, tmp_path / "learned_embeds.bin")
@@ -31,7 +31,7 @@ def test_textual_inversions_as_torch_saves_them(tmp_path):
     assert families == {"a.pt": "sd1", "learned_embeds.bin": "sd2", "xl.safetensors": "sdxl"}
 
 
-def test_a_hypernetwork_as_torch_saves_it(tmp_path):
+def test_a_hypernetwork_saved_by_torch_is_identified(tmp_path):
     def layers(width):
         return {"linear.0.weight": torch.zeros(2 * width, width), "linear.1.weight": torch.zeros(width, 2 * width)}
 
@@ -57,7 +57,7 @@ PREFIXES = {
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "ckpt"])
-def test_a_whole_narrow_model_fills_its_networks_from_the_file(tmp_path, suffix):
+def test_the_networks_of_a_complete_narrow_model_are_loaded_from_the_file(tmp_path, suffix):
     networks = {"unet": UNet(UNET), "vae": Autoencoder(VAE), "text_encoder": ClipText(TEXT)}
     tensors = {PREFIXES[part] + name: t for part, net in networks.items() for name, t in net.state_dict().items()}
     path = tmp_path / f"model.{suffix}"
@@ -79,7 +79,7 @@ def test_a_whole_narrow_model_fills_its_networks_from_the_file(tmp_path, suffix)
         assert all(torch.equal(loaded[name], tensor) for name, tensor in network.state_dict().items())
 
 
-def test_a_folder_that_diffusers_saved_fills_networks_of_the_right_specs(tmp_path):
+def test_a_folder_saved_by_diffusers_loads_into_networks_of_the_right_specs(tmp_path):
     unet = UNet2DConditionModel(
         block_out_channels=(32, 64),
         layers_per_block=1,

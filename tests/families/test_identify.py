@@ -1,4 +1,4 @@
-"""Every official key list identified from names, shapes and metadata alone, and files that are something else."""
+"""Identification of every official key list from names, shapes and metadata only, and of other kinds of files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SD = {"unet", "vae", "text_encoder"}
 XL = SD | {"text_encoder_2"}
 VIDEO = {"unet", "vae", "image_encoder", "frame_vae"}
 
-# name, kind, family, variant, components, EMA: as the table of the key lists and the released models have them
+# name, kind, family, variant, components, EMA, as documented for the key lists and the released models
 CHECKPOINTS = [
     ("sd15_emaonly", "checkpoint", "sd1", "base", SD, "counters"),
     ("sd15_pruned_full", "checkpoint", "sd1", "base", SD, "both"),
@@ -73,7 +73,7 @@ def test_official_folders_are_identified(name, family, components):
     assert (found.latent_scale.value, found.latent_scale.sure) == (0.18215 if family == "sd1" else 0.13025, "certain")
 
 
-def test_a_video_folder_of_diffusers_is_recognised():
+def test_a_diffusers_folder_of_a_video_model_is_recognised():
     with torch.device("meta"):
         unet = UNetSpatioTemporalConditionModel(block_out_channels=(32, 64, 64, 64), num_attention_heads=(1, 2, 2, 2))
         vae = AutoencoderKLTemporalDecoder(block_out_channels=(32,), down_block_types=("DownEncoderBlock2D",))
@@ -109,7 +109,7 @@ def test_a_folder_and_its_single_file_give_the_same_specs_and_names(folder):
 
 
 @pytest.mark.parametrize("name", ["vae_kl_f8_ft_mse", "vae_kl_f8_train_with_loss", "sdxl_vae"])
-def test_an_autoencoder_alone_is_whole_and_of_no_certain_family(name):
+def test_an_autoencoder_alone_is_complete_and_its_family_is_not_certain(name):
     found = identify(record(official(name)))
 
     assert found.kind.value == "vae"
@@ -141,7 +141,7 @@ def test_official_adapters_are_identified(name, kind, family):
     assert found.prediction is None
 
 
-def test_a_lora_of_sd2_is_told_from_one_of_sd1_by_the_prompts_it_reads():
+def test_a_lora_of_sd2_is_distinguished_from_sd1_by_its_context_width():
     wider = {
         name: replace(info, shape=(8, 1024)) if name.endswith("attn2_to_k.lora_down.weight") else info
         for name, info in official("lora_kohya_sd15").items()
@@ -150,10 +150,11 @@ def test_a_lora_of_sd2_is_told_from_one_of_sd1_by_the_prompts_it_reads():
     assert identify(record(wider)).family.value is SD2
 
 
-def test_a_lora_that_leaves_the_unet_alone_is_told_by_its_metadata():
+def test_the_family_of_a_lora_for_the_text_encoder_only_is_read_from_its_metadata():
     text = {name: info for name, info in official("lora_kohya_sd15").items() if name.startswith("lora_te_")}
 
     assert identify(record(text)).family.value is None
+    assert identify(record(text)).family.evidence == "not recognised (no tensor shows a context width)"
     assert identify(record(text, metadata={"ss_base_model_version": "sd_v1"})).family.value is SD1
 
 
@@ -188,6 +189,30 @@ def test_embeddings_are_identified(tensors, family):
     assert found.family.value is family_named(family)
 
 
+@pytest.mark.parametrize(
+    ("tensors", "evidence"),
+    [
+        (
+            {"lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_down.weight": (4, 128)},
+            "not recognised (context width 128 matches no released model)",
+        ),
+        (
+            {f"128.{side}.linear.0.weight": (256, 128) for side in (0, 1)},
+            "not recognised (context width 128 matches no released model)",
+        ),
+        (
+            {"clip_l": (1, 64), "clip_g": (1, 128)},
+            "not recognised (vector width 64 + 128 matches no released model)",
+        ),
+    ],
+    ids=["LoRA", "hypernetwork", "embedding"],
+)
+def test_the_context_width_of_an_unknown_family_is_reported(tensors, evidence):
+    family = identify(record(infos(tensors))).family
+
+    assert (family.value, family.evidence) == (None, evidence)
+
+
 def every_found():
     for name, *_ in CHECKPOINTS:
         yield identify(record(official(name)))
@@ -197,7 +222,7 @@ def every_found():
     yield identify(record({}))
 
 
-def test_every_statement_has_evidence_and_says_how_sure_it_is():
+def test_every_statement_has_evidence_and_a_confidence():
     for found in every_found():
         facts = [value for value in vars(found).values() if isinstance(value, Fact)]
         facts += [component.dtype for component in found.components.values()]
@@ -209,21 +234,21 @@ def test_every_statement_has_evidence_and_says_how_sure_it_is():
 
 
 def accounted(found):
-    """How often each tensor of the file is spoken of."""
+    """All tensor names that the result mentions, each as often as it is mentioned."""
     used = [source for c in found.components.values() for o in c.origins.values() for source in o.sources]
     return [*set(used), *found.leftovers, *found.unknown]
 
 
 @pytest.mark.parametrize("name", [name for name, *_ in CHECKPOINTS] + ["vae_kl_f8_train_with_loss"])
-def test_every_tensor_is_used_or_left_over_or_unknown_and_only_one_of_these(name):
+def test_every_tensor_is_exactly_one_of_used_leftover_and_unknown(name):
     tensors = official(name)
 
-    spoken = accounted(identify(record(tensors | {"some.other.weight": TensorInfo((3,), "F32")})))
+    mentioned = accounted(identify(record(tensors | {"some.other.weight": TensorInfo((3,), "F32")})))
 
-    assert sorted(spoken) == sorted([*tensors, "some.other.weight"])
+    assert sorted(mentioned) == sorted([*tensors, "some.other.weight"])
 
 
-def test_the_error_for_an_unusable_component_is_one_line_that_says_what_the_file_is():
+def test_the_error_for_an_unusable_component_is_one_line_that_states_what_the_file_is():
     found = identify(record(official("lora_kohya_sd15")))
 
     with pytest.raises(ModelError) as error:
@@ -235,7 +260,7 @@ def test_the_error_for_an_unusable_component_is_one_line_that_says_what_the_file
         assert piece in message
 
 
-def test_the_file_suffix_says_nothing():
+def test_the_file_suffix_is_ignored():
     tensors = official("sd15_emaonly")
 
     found = {suffix: identify(record(tensors, path=Path(f"/models/model{suffix}"))) for suffix in (".ckpt", ".bin", "")}
@@ -244,11 +269,11 @@ def test_the_file_suffix_says_nothing():
     assert {f.family.value for f in found.values()} == {SD1}
 
 
-def test_a_stated_family_overrides_and_what_speaks_against_it_is_said():
+def test_a_family_set_by_the_caller_overrides_and_contradicting_hints_are_listed():
     found = identify(record(official("sd15_emaonly")), family="sd2", prediction="eps")
 
     assert found.family.value is SD2
-    assert found.family.sure == "told"
+    assert found.family.sure == "override"
     assert "exactly the shapes of Stable Diffusion 1" in found.family.evidence
 
 
@@ -259,7 +284,7 @@ def test_an_unknown_family_or_prediction_is_refused_with_the_choices():
         identify(record({}), prediction="x0")
 
 
-def test_fp8_scales_and_other_additions_are_unknown_but_do_not_hide_the_model():
+def test_fp8_scales_and_other_additions_are_unknown_but_the_model_is_recognised():
     extra = {"model.diffusion_model.out.2.scale_weight": TensorInfo((), "F32"), "scaled_fp8": TensorInfo((0,), "F32")}
 
     found = identify(record(official("sd15_emaonly") | extra))
@@ -268,26 +293,26 @@ def test_fp8_scales_and_other_additions_are_unknown_but_do_not_hide_the_model():
     assert set(found.unknown) == set(extra)
 
 
-def test_metadata_tells_the_size_that_a_fine_tune_was_trained_at():
+def test_the_training_size_of_a_fine_tune_is_read_from_metadata():
     found = identify(record(official("sd15_emaonly"), metadata={"modelspec.resolution": "640x448"}))
 
     assert found.size is not None and found.size.value == (640, 448)
 
 
-def test_identifying_imports_no_torch():
+def test_identify_does_not_import_torch():
     code = "import sys, gouache.families.identify; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_no_prefix_of_a_component_begins_with_another():
+def test_no_component_prefix_begins_with_another():
     assert not [(a, b) for a in PREFIXES for b in PREFIXES if a != b and a.startswith(b)]
 
 
-def test_the_families_of_the_catalog_agree_with_themselves():
+def test_the_families_of_the_catalog_are_consistent():
     for family in FAMILIES:
         assert family_named(family.name) is family
-        names = {place.component for place in family.places}
+        names = {location.component for location in family.places}
         if family.text is not None:
             assert {encoder.name for encoder in family.text.encoders} <= names
             assert family.text.pooled is None or family.text.pooled in names

@@ -1,4 +1,4 @@
-"""Files that are no Stable Diffusion model, and files that are nothing at all."""
+"""Files that are not Stable Diffusion models, and files with nothing known in them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PIECES = sorted(
         ("stable_cascade_stage_c", "unknown", "Stable Cascade"),
     ],
 )
-def test_the_telling_names_that_diffusers_lists_for_other_models_are_known(key, kind, word):
+def test_characteristic_names_of_other_models_in_diffusers_are_recognised(key, kind, word):
     names = CHECKPOINT_KEY_NAMES[key]
 
     found = identify(record(infos(dict.fromkeys([names] if isinstance(names, str) else names, (8, 8)))))
@@ -42,7 +42,7 @@ def test_the_telling_names_that_diffusers_lists_for_other_models_are_known(key, 
     assert word in found.kind.evidence
 
 
-def test_sd2s_own_upscaler_is_told_by_its_class_embedding():
+def test_the_sd2_upscaler_is_recognised_by_its_class_embedding():
     tensors = infos(unet_shapes(replace(SD2.unet, in_channels=7)), "model.diffusion_model.")
 
     found = identify(record(tensors | {"model.diffusion_model.label_emb.weight": TensorInfo((1000, 1280), "F32")}))
@@ -50,7 +50,7 @@ def test_sd2s_own_upscaler_is_told_by_its_class_embedding():
     assert found.kind.value == "upscaler"
 
 
-def test_a_controlnet_is_told_for_its_family_by_the_prompts_it_attends_to():
+def test_the_family_of_a_controlnet_is_recognised_by_its_context_width():
     control = infos(unet_shapes(UNetSpec()), "control_model.")
 
     found = identify(record(control))
@@ -58,7 +58,7 @@ def test_a_controlnet_is_told_for_its_family_by_the_prompts_it_attends_to():
     assert (found.kind.value, found.family.value) == ("controlnet", SD1)
 
 
-def test_what_nothing_is_known_of_is_unknown_and_no_error():
+def test_a_file_without_known_names_is_unknown_and_not_an_error():
     for tensors in ({}, infos({"weight": (3, 3), "layer.bias": (3,)})):
         found = identify(record(tensors))
 
@@ -68,7 +68,7 @@ def test_what_nothing_is_known_of_is_unknown_and_no_error():
 
 @settings(max_examples=60, deadline=None)
 @given(st.data())
-def test_no_names_and_shapes_whatever_make_it_fail(data):
+def test_arbitrary_names_and_shapes_never_raise(data):
     pieces = st.sampled_from(PIECES)
     name = st.lists(pieces, min_size=1, max_size=6).map(".".join)
     prefix = st.sampled_from(["", "model.diffusion_model.", "first_stage_model.", "cond_stage_model.model.", "unet/"])
@@ -82,7 +82,7 @@ def test_no_names_and_shapes_whatever_make_it_fail(data):
     assert found.kind.evidence
 
 
-def test_a_file_that_claims_absurd_numbers_costs_nothing():
+def test_a_file_with_absurd_numbers_in_its_names_is_handled_quickly():
     hostile = {f"down_blocks.{10**12}.resnets.{10**12}.norm1.weight": (1,)}
     hostile |= {f"input_blocks.{i}.{i}.transformer_blocks.{j}.x": (1, 1, 1, 1) for i in range(99) for j in range(99)}
     hostile |= {f"down_blocks.{i}.resnets.{i}.norm1.weight": (1,) for i in range(2000)} | {"conv_in." * 9999: (1,)}

@@ -1,4 +1,4 @@
-"""eps, v or edm, and the noise levels: each hint by itself, their order, and the one weight that may be read."""
+"""eps, v or edm, and the noise levels: each hint alone, their order, and the one weight that may be read."""
 
 from __future__ import annotations
 
@@ -18,40 +18,40 @@ BIAS = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias
 EMPTY = TensorInfo((0,), "F32")
 
 
-def bias_of_spread(spread, width=320):
-    """A vector whose standard deviation is exactly `spread`."""
+def bias_with_deviation(deviation, width=320):
+    """A vector whose standard deviation is exactly `deviation`."""
     values = torch.linspace(-1, 1, width, dtype=torch.float64)
-    return (values / values.std(correction=0) * spread + 0.3).float()
+    return (values / values.std(correction=0) * deviation + 0.3).float()
 
 
-def prediction(tensors, values=None, told=None, **rest):
-    fact = identify(record(tensors, values, **rest), prediction=told).prediction
+def prediction(tensors, values=None, override=None, **rest):
+    fact = identify(record(tensors, values, **rest), prediction=override).prediction
     assert fact is not None
     return fact
 
 
 @pytest.mark.parametrize("name", ["sd21_768_v", "sd21_512_base"])
-@pytest.mark.parametrize(("spread", "expected"), [(0.12, "v"), (0.03, "eps")])
-def test_sd2_is_told_by_the_spread_of_one_bias_where_nothing_else_is_said(name, spread, expected):
-    found = prediction(official(name), {BIAS: bias_of_spread(spread)})
+@pytest.mark.parametrize(("deviation", "expected"), [(0.12, "v"), (0.03, "eps")])
+def test_without_other_hints_the_deviation_of_one_bias_decides_for_sd2(name, deviation, expected):
+    found = prediction(official(name), {BIAS: bias_with_deviation(deviation)})
 
     assert (found.value, found.sure) == (expected, "likely")
     assert BIAS in found.evidence
-    assert f"{spread:.3f}" in found.evidence
+    assert f"{deviation:.3f}" in found.evidence
 
 
-def test_v_models_of_sd2_are_painted_at_768():
-    v = identify(record(official("sd21_768_v"), {BIAS: bias_of_spread(0.2)}))
-    eps = identify(record(official("sd21_768_v"), {BIAS: bias_of_spread(0.01)}))
+def test_the_default_size_of_v_prediction_models_of_sd2_is_768():
+    v = identify(record(official("sd21_768_v"), {BIAS: bias_with_deviation(0.2)}))
+    eps = identify(record(official("sd21_768_v"), {BIAS: bias_with_deviation(0.01)}))
 
     assert v.size is not None and v.size.value == (768, 768)
     assert eps.size is not None and eps.size.value == (512, 512)
 
 
-def test_the_bias_is_a_mere_guess_for_a_network_of_other_widths():
+def test_the_bias_gives_only_a_guess_for_a_network_of_other_widths():
     unet = UNetSpec(channels=64, heads=None, head_channels=64, context_dim=128, linear_projection=True)
 
-    assert prediction(narrow(SD2, unet), {BIAS: bias_of_spread(0.2, 64)}).sure == "guess"
+    assert prediction(narrow(SD2, unet), {BIAS: bias_with_deviation(0.2, 64)}).sure == "guess"
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_bias_is_a_mere_guess_for_a_network_of_other_widths():
         (["edm_mean"], "eps"),
     ],
 )
-def test_marker_tensors_tell_the_prediction_and_are_no_unknowns(markers, expected):
+def test_marker_tensors_decide_the_prediction_and_are_not_unknown(markers, expected):
     found = identify(record(official("sdxl_base") | dict.fromkeys(markers, EMPTY)))
 
     assert found.prediction is not None and found.prediction.value == expected
@@ -84,7 +84,7 @@ def test_continuous_noise_levels_are_read_from_their_markers():
     assert found.levels.value.low == pytest.approx(0.01)
 
 
-def test_noise_levels_are_else_the_familys():
+def test_without_markers_the_noise_levels_are_those_of_the_family():
     levels = {name: identify(record(official(name))).levels for name in ("sd15_emaonly", "sdxl_base", "svd")}
 
     assert levels["sd15_emaonly"].value == levels["sdxl_base"].value == Levels("scaled_linear", 0.00085, 0.012, 1000)
@@ -100,27 +100,27 @@ def test_noise_levels_are_else_the_familys():
         ({"ss_v_parameterization": "True"}, "v"),
     ],
 )
-def test_metadata_tells_the_prediction_for_certain(metadata, expected):
+def test_metadata_decides_the_prediction_with_certainty(metadata, expected):
     found = prediction(official("sdxl_base"), metadata=metadata)
 
     assert (found.value, found.sure) == (expected, "certain")
     assert next(iter(metadata)) in found.evidence
 
 
-def test_metadata_of_an_unknown_word_is_no_hint():
+def test_metadata_with_an_unknown_value_is_ignored():
     found = prediction(official("sdxl_base"), metadata={"modelspec.prediction_type": "\x1b[31mwild"})
 
     assert (found.value, found.sure) == ("eps", "likely")
 
 
-def test_the_metadata_of_the_released_768_model_tells_it():
+def test_the_architecture_in_the_metadata_of_the_released_768_model_is_a_hint():
     found = prediction(official("sd21_768_v"), metadata={"modelspec.architecture": "stable-diffusion-v2-768-v"})
 
     assert found.value == "v"
 
 
 @pytest.mark.parametrize(("word", "expected"), [("v_prediction", "v"), ("epsilon", "eps")])
-def test_a_folders_scheduler_tells_the_prediction_and_zero_snr(word, expected):
+def test_a_folders_scheduler_decides_the_prediction_and_zero_snr(word, expected):
     folder = official_folder("diffusers_sdxl_base")
     scheduler = {"prediction_type": word, "rescale_betas_zero_snr": expected == "v"}
 
@@ -149,7 +149,7 @@ def test_a_folders_scheduler_tells_the_prediction_and_zero_snr(word, expected):
         ("            target: sgm.modules.diffusionmodules.denoiser_scaling.EpsScaling\n", "eps"),
     ],
 )
-def test_the_original_configuration_beside_the_file_tells_the_prediction(tmp_path, text, expected):
+def test_the_original_configuration_in_the_folder_of_the_file_decides_the_prediction(tmp_path, text, expected):
     (tmp_path / "model.v2.yaml").write_text(text)
 
     found = prediction(official("sd21_768_v"), path=tmp_path / "model.v2.safetensors")
@@ -159,56 +159,56 @@ def test_the_original_configuration_beside_the_file_tells_the_prediction(tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00" * 50_000, b"unrelated: true\n"])
-def test_a_configuration_that_says_nothing_is_no_hint(tmp_path, content):
+def test_a_configuration_without_relevant_settings_is_ignored(tmp_path, content):
     (tmp_path / "model.yaml").write_bytes(content)
 
-    found = prediction(official("sd21_768_v"), {BIAS: bias_of_spread(0.2)}, path=tmp_path / "model.ckpt")
+    found = prediction(official("sd21_768_v"), {BIAS: bias_with_deviation(0.2)}, path=tmp_path / "model.ckpt")
 
     assert BIAS in found.evidence
 
 
 @pytest.mark.parametrize(("step", "expected"), [(875000, "eps"), (220000, "eps"), (110000, "v")])
-def test_the_training_step_of_the_released_pickles_tells_sd2(step, expected):
+def test_the_training_step_of_the_released_pickles_decides_for_sd2(step, expected):
     found = prediction(official("sd21_768_v"), extra={"global_step": step})
 
     assert (found.value, found.sure) == (expected, "likely")
     assert str(step) in found.evidence
 
 
-def test_the_training_step_says_nothing_of_other_families():
+def test_the_training_step_is_ignored_for_other_families():
     assert prediction(official("sd15_emaonly"), extra={"global_step": 110000}).value == "eps"
 
 
 @pytest.mark.parametrize("name", ["sd2_inpainting", "sd2_depth"])
-def test_the_variants_of_sd2_predict_noise_without_reading_a_weight(name):
+def test_variants_of_sd2_predict_noise_and_no_weight_is_read(name):
     assert prediction(official(name)).value == "eps"
 
 
-def test_what_the_caller_says_overrides_everything_and_what_contradicts_it_is_mentioned():
-    found = prediction(official("sdxl_base") | {"v_pred": EMPTY}, told="eps")
+def test_an_override_wins_over_all_hints_and_contradicting_ones_are_listed():
+    found = prediction(official("sdxl_base") | {"v_pred": EMPTY}, override="eps")
 
-    assert (found.value, found.sure) == ("eps", "told")
-    assert "against it: the file holds the marker v_pred" in found.evidence
-
-
-def test_what_the_caller_says_spares_reading_the_bias():
-    assert prediction(official("sd21_768_v"), told="v").sure == "told"
+    assert (found.value, found.sure) == ("eps", "override")
+    assert "contradicted by: the file has the marker tensor v_pred" in found.evidence
 
 
-def test_markers_are_stronger_than_metadata_and_the_contradiction_is_mentioned():
+def test_with_an_override_the_bias_is_not_read():
+    assert prediction(official("sd21_768_v"), override="v").sure == "override"
+
+
+def test_markers_are_stronger_than_metadata_and_contradicting_hints_are_listed():
     found = prediction(official("sdxl_base") | {"v_pred": EMPTY}, metadata={"modelspec.prediction_type": "epsilon"})
 
     assert found.value == "v"
-    assert "against it" in found.evidence and "modelspec.prediction_type" in found.evidence
+    assert "contradicted by" in found.evidence and "modelspec.prediction_type" in found.evidence
 
 
-def test_hints_that_agree_are_not_called_contradictions():
+def test_hints_that_agree_are_not_listed_as_contradictions():
     found = prediction(official("sdxl_base") | {"v_pred": EMPTY}, metadata={"modelspec.prediction_type": "v"})
 
-    assert "against" not in found.evidence
+    assert "contradicted" not in found.evidence
 
 
-def test_a_lone_unet_keeps_its_prediction_but_an_adapter_has_none():
+def test_a_unet_alone_has_a_prediction_but_an_adapter_has_none():
     tensors = {k: v for k, v in official("sdxl_base").items() if k.startswith("model.diffusion_model.")}
 
     assert prediction(tensors | {"v_pred": EMPTY}).value == "v"

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from gouache.errors import ModelError
 from gouache.families.sd import CLIP_L, SD1, SD2
 from gouache.families.sdxl import REFINER, SDXL
-from gouache.families.shapes import parted, text_config, text_spec, unet_heads, unet_spec, vae_spec
+from gouache.families.shapes import check_heads_divide, text_config, text_spec, unet_heads, unet_spec, vae_spec
 from gouache.layouts.diffusers import unet_rules, unet_topology
 from gouache.layouts.original import text_shapes, unet_shapes, vae_shapes
 from gouache.layouts.rules import plan
@@ -42,7 +42,7 @@ def test_official_unets_are_read_as_the_released_configurations(name, family, in
     assert found == replace(family.unet, in_channels=in_channels)
 
 
-def test_official_autoencoder_and_text_tower_are_read_as_the_released_configurations():
+def test_official_autoencoder_and_text_encoder_are_read_as_the_released_configurations():
     assert vae_spec(shapes("sdxl_vae", "")) == VaeSpec()
     assert text_spec(shapes("sd15_emaonly", "cond_stage_model.transformer."), "quick_gelu") == CLIP_L
 
@@ -86,7 +86,7 @@ def test_an_autoencoder_of_any_widths_and_depths_is_read_back(mult, blocks, late
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 8), st.integers(1, 300), st.sampled_from([None, 7, 64]))
-def test_a_text_tower_of_any_widths_and_depths_is_read_back(heads, layers, positions, projection):
+def test_a_text_encoder_of_any_widths_and_depths_is_read_back(heads, layers, positions, projection):
     spec = TextSpec(
         width=64 * heads, heads=heads, layers=layers, positions=positions, projection=projection, activation="gelu"
     )
@@ -94,22 +94,22 @@ def test_a_text_tower_of_any_widths_and_depths_is_read_back(heads, layers, posit
     assert text_spec(text_shapes(spec), "gelu") == spec
 
 
-def test_levels_of_different_numbers_of_blocks_are_refused():
-    odd = {name: shape for name, shape in unet_shapes(UNetSpec()).items() if not name.startswith("input_blocks.11.")}
+def test_levels_with_different_numbers_of_blocks_are_refused():
+    uneven = {name: shape for name, shape in unet_shapes(UNetSpec()).items() if not name.startswith("input_blocks.11.")}
 
     with pytest.raises(ModelError, match=r"\[2, 2, 2, 1\] residual blocks"):
-        unet_spec(odd)
+        unet_spec(uneven)
 
 
-def test_widths_that_are_no_multiples_are_refused():
-    odd = unet_shapes(UNetSpec()) | {"input_blocks.4.0.out_layers.3.weight": (500, 500, 3, 3)}
+def test_widths_that_are_not_multiples_of_the_first_are_refused():
+    changed = unet_shapes(UNetSpec()) | {"input_blocks.4.0.out_layers.3.weight": (500, 500, 3, 3)}
 
     with pytest.raises(ModelError, match="not multiples"):
-        unet_spec(odd)
+        unet_spec(changed)
 
 
 @pytest.mark.parametrize("stated", [4, [1, 2, 2], (2, 2, 2)])
-def test_heads_are_those_that_diffusers_builds_from_the_same_config(stated):
+def test_heads_equal_those_that_diffusers_builds_from_the_same_config(stated):
     config = {
         "block_out_channels": (32, 64, 64),
         "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
@@ -130,14 +130,16 @@ def test_heads_are_those_that_diffusers_builds_from_the_same_config(stated):
 
 
 @pytest.mark.parametrize("stated", [[1, 2], [0, 1, 1, 1], ["a"] * 4, "8", [8, 8, 4, 4]])
-def test_heads_that_cannot_be_are_refused(stated):
+def test_invalid_heads_are_refused(stated):
     with pytest.raises(ModelError, match="heads"):
         unet_heads(UNetSpec(), {"attention_head_dim": stated})
 
 
-def test_widths_that_heads_do_not_part_are_refused():
-    with pytest.raises(ModelError, match="level 1 is 96 wide"):
-        parted(UNetSpec(channels=96, channel_mult=(2, 1), attention_depth=(1, 1), heads=None, head_channels=64))
+def test_widths_that_are_not_divisible_by_the_heads_are_refused():
+    with pytest.raises(ModelError, match="level 1 has width 96, which is not divisible into heads of 64 channels"):
+        check_heads_divide(
+            UNetSpec(channels=96, channel_mult=(2, 1), attention_depth=(1, 1), heads=None, head_channels=64)
+        )
 
 
 def test_a_text_config_overrides_heads_and_activation():
@@ -147,6 +149,6 @@ def test_a_text_config_overrides_heads_and_activation():
 
 
 @pytest.mark.parametrize("config", [{"num_attention_heads": 7}, {"num_attention_heads": "x"}, {"hidden_act": "relu"}])
-def test_a_text_config_that_cannot_be_is_refused(config):
+def test_an_invalid_text_config_is_refused(config):
     with pytest.raises(ModelError, match=r"config\.json"):
         text_config(CLIP_L, config)

@@ -1,4 +1,4 @@
-"""Pickles, zip archives, tar archives and legacy files put together byte by byte, so that a test can make them lie."""
+"""Builds pickles, zip archives, tar archives and legacy files byte by byte, so that tests can corrupt any part."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 MAGIC = 0x1950A86A20F9469CFC6C
 
 
-# ---- pickles, in protocol 2 unless the name says otherwise
+# ---- pickles, in protocol 2 unless specified otherwise
 
 
 def program(*parts: bytes, protocol: int = 2) -> bytes:
@@ -47,7 +47,7 @@ def call(module: str, attribute: str, *args: bytes) -> bytes:
 
 
 def storage(key: str = "0", count: int = 4, kind: str = "FloatStorage", extra: bytes = b"") -> bytes:
-    """A persistent id, as torch.save writes it; `extra` is the sixth item of the legacy form."""
+    """A persistent id as torch.save writes it; `extra` is the sixth item in the legacy format."""
     module = "torch.storage" if kind == "UntypedStorage" else "torch"
     return tuple_of(text("storage"), name(module, kind), text(key), text("cpu"), number(count), extra) + b"Q"
 
@@ -71,7 +71,7 @@ FLOATS = struct.pack("<4f", 1.0, 2.0, 3.0, 4.0)
 
 @dataclass
 class Member:
-    """An entry that is honest unless told otherwise: what is not None overrides the truth in one of its two headers."""
+    """An entry of a zip archive. Fields that are not None replace the correct value in one of its two headers."""
 
     name: str
     data: bytes
@@ -83,7 +83,7 @@ class Member:
     local_size: int | None = None
     local_method: int | None = None
     central_offset: int | None = None
-    hidden: bool = False  # a local header that the directory does not list
+    hidden: bool = False  # the entry is not listed in the directory
 
 
 def zip_archive(*members: Member, comment: bytes = b"", count: int | None = None, between: bytes = b"") -> bytes:
@@ -91,26 +91,26 @@ def zip_archive(*members: Member, comment: bytes = b"", count: int | None = None
     for member in members:
         packed = member.data
         if member.method == 8:
-            squeeze = zlib.compressobj(9, zlib.DEFLATED, -15)
-            packed = squeeze.compress(member.data) + squeeze.flush()
+            compressor = zlib.compressobj(9, zlib.DEFLATED, -15)
+            packed = compressor.compress(member.data) + compressor.flush()
         crc, raw = zlib.crc32(member.data), member.name.encode()
         offset = len(body)
         size = len(member.data)
         method = member.method if member.local_method is None else member.local_method
-        shown = size if member.local_size is None else member.local_size
+        stated = size if member.local_size is None else member.local_size
         body += struct.pack(
-            "<4s5H3I2H", b"PK\3\4", 20, member.flags, method, 0, 0, crc, len(packed), shown, len(raw), 0
+            "<4s5H3I2H", b"PK\3\4", 20, member.flags, method, 0, 0, crc, len(packed), stated, len(raw), 0
         )
         body += raw + packed + between
         if member.hidden:
             continue
         raw = raw if member.central_name is None else member.central_name.encode()
         crc = crc if member.central_crc is None else member.central_crc
-        shown = size if member.central_size is None else member.central_size
+        stated = size if member.central_size is None else member.central_size
         length = len(packed) if member.central_size is None else member.central_size
         offset = offset if member.central_offset is None else member.central_offset
         directory += struct.pack(
-            "<4s6H3I5H2I", b"PK\1\2", 20, 20, member.flags, member.method, 0, 0, crc, length, shown,
+            "<4s6H3I5H2I", b"PK\1\2", 20, 20, member.flags, member.method, 0, 0, crc, length, stated,
             len(raw), 0, 0, 0, 0, 0, offset,
         )  # fmt: skip
         directory += raw
@@ -120,7 +120,7 @@ def zip_archive(*members: Member, comment: bytes = b"", count: int | None = None
 
 
 def torch_zip(pickle: bytes | None = None, *storages: bytes, root: str = "archive", order: str = "little") -> bytes:
-    """A file of torch's zip form: the pickle, and the storages under their numbers."""
+    """A file in torch's zip format: the pickle, and the storages under their numbers."""
     return zip_archive(*torch_members(pickle, *storages, root=root, order=order))
 
 
@@ -137,11 +137,11 @@ def torch_members(
     ]
 
 
-# ---- the older forms
+# ---- the older formats
 
 
 def legacy(pickle: bytes, keys: list[str], *storages: tuple[int, bytes]) -> bytes:
-    """torch.save's form before zip: five pickles, then each storage's element count and bytes."""
+    """torch.save's format before zip: five pickles, then each storage's element count and bytes."""
     head = program(number(MAGIC)) + program(number(1001)) + program(dict_of(text("little_endian"), b"\x88"))
     tail = b"".join(struct.pack("<q", count) + raw for count, raw in storages)
     return head + pickle + program(list_of(*map(text, keys))) + tail
@@ -168,7 +168,7 @@ def tar_archive(**members: bytes) -> bytes:
 
 
 def torch_tar(pickle: bytes | None = None, count: int = 4, raw: bytes = FLOATS, *views: bytes) -> bytes:
-    """The form of torch before 0.1.2: one float32 storage 11, views of it, one 2x2 tensor 22 of it, and the pickle."""
+    """The format of torch before 0.1.2: a float32 storage 11, views of it, a 2x2 tensor 22 of it, and the pickle."""
     storages = program(number(1)) + program(tuple_of(number(11), text("cpu"), name("torch", "FloatStorage")))
     storages += struct.pack("<q", count) + raw + program(list_of(*views))
     tensors = program(number(1)) + program(tuple_of(number(22), number(11), name("torch", "FloatTensor")))

@@ -1,7 +1,7 @@
-"""Hostile and broken files of every class that is known, each with the verdict it must get.
+"""Hostile and broken files of every known class, each with the expected error.
 
-`write_corpus(folder)` puts them on the disk. Every payload, if anything ran it, would make the folder `proof` beside
-the file (`test_hostile` first lets a trusting loader do exactly that, to show that the payloads are live).
+`write_corpus(folder)` writes them. Every payload, if something ran it, would make a folder `proof-<case name>` next
+to the file (`test_hostile` lets an unrestricted loader do this, to show that the payloads work).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ UNSAFE, DAMAGED, NOT_A_MODEL, FILE = "UnsafeFile", "DamagedFile", "NotAModel", "
 class Case:
     name: str
     verdict: str  # the class of the error
-    says: str  # what its message must contain
-    fires: bool = False  # a trusting loader makes the folder `proof`
+    message: str  # text that the error message must contain
+    fires: bool = False  # an unrestricted loader runs the payload
 
 
 def write_corpus(folder: Path) -> list[Case]:
@@ -33,25 +33,25 @@ def write_corpus(folder: Path) -> list[Case]:
     for case, content in _everything(folder):
         (folder / case.name).write_bytes(content)
         cases.append(case)
-    return cases + _odd_files(folder)
+    return cases + _special_files(folder)
 
 
 def _everything(folder: Path) -> Iterator[tuple[Case, bytes]]:
-    for case_name, pickle, says, fires in calls(str(folder)):
-        yield Case(f"call-{case_name}.ckpt", UNSAFE, says, fires), pickle
+    for case_name, pickle, message, fires in calls(str(folder)):
+        yield Case(f"call-{case_name}.ckpt", UNSAFE, message, fires), pickle
     yield from _call_containers(str(folder))
     yield from _pickle_bombs()
-    yield from _tensor_lies()
-    yield from _zip_lies()
-    yield from _legacy_lies()
-    yield from _safetensors_lies()
+    yield from _invalid_tensors()
+    yield from _invalid_zips()
+    yield from _invalid_legacy()
+    yield from _invalid_safetensors()
 
 
-# ---- code that a file asks to be run
+# ---- files that call code
 
 
 def calls(folder: str) -> Iterator[tuple[str, bytes, str, bool]]:
-    """(name, pickle, what the message must name, whether a trusting loader on any machine runs it)."""
+    """(name, pickle, text that the message must contain, whether an unrestricted loader runs it on this system)."""
 
     def proof(case: str) -> str:
         return os.path.join(folder, f"proof-call-{case}.ckpt")  # noqa: PTH118 as a string, for the payload
@@ -106,27 +106,27 @@ def calls(folder: str) -> Iterator[tuple[str, bytes, str, bool]]:
     yield gadget("nested", "torch._utils", "_rebuild_nested_tensor", fires=False)
     yield gadget("module", "torch.nn.modules.linear", "Linear", number(1), number(1), fires=False)
 
-    # One call in every spelling that pickle has for it.
+    # The same call in every form that pickle has.
     def raw(case: str) -> bytes:
         return proof(case).encode()
 
-    says = "os.mkdir"
-    yield "proto0", b"cos\nmkdir\n(S'" + raw("proto0") + b"'\ntR.", says, True
-    yield "proto0-inst", b"(S'" + raw("proto0-inst") + b"'\nios\nmkdir\n.", says, True
-    yield "proto1-obj", b"(cos\nmkdir\nS'" + raw("proto1-obj") + b"'\no.", says, True
+    mkdir = "os.mkdir"
+    yield "proto0", b"cos\nmkdir\n(S'" + raw("proto0") + b"'\ntR.", mkdir, True
+    yield "proto0-inst", b"(S'" + raw("proto0-inst") + b"'\nios\nmkdir\n.", mkdir, True
+    yield "proto1-obj", b"(cos\nmkdir\nS'" + raw("proto1-obj") + b"'\no.", mkdir, True
 
     def sized(case: str) -> bytes:
         return text(proof(case))
 
     stack_global = b"\x8c\x02os\x8c\x05mkdir\x93"
-    yield "stack-global", program(stack_global, sized("stack-global"), b"\x85R", protocol=4), says, True
-    yield "memo", program(name("os", "mkdir"), b"q\x010", b"h\x01", sized("memo"), b"\x85R"), says, True
+    yield "stack-global", program(stack_global, sized("stack-global"), b"\x85R", protocol=4), mkdir, True
+    yield "memo", program(name("os", "mkdir"), b"q\x010", b"h\x01", sized("memo"), b"\x85R"), mkdir, True
     yield "in-state-dict", program(
         dict_of(text("state_dict"), dict_of(text("w"), call("os", "mkdir", sized("in-state-dict"))))
-    ), says, True  # fmt: skip
-    yield "popped", program(call("os", "mkdir", sized("popped")), b"0", dict_of()), says, True
-    yield "in-key", program(b"}", call("os", "mkdir", sized("in-key")), b"Ns"), says, True
-    yield "in-set", program(list_of(call("os", "mkdir", sized("in-set")))), says, True
+    ), mkdir, True  # fmt: skip
+    yield "popped", program(call("os", "mkdir", sized("popped")), b"0", dict_of()), mkdir, True
+    yield "in-key", program(b"}", call("os", "mkdir", sized("in-key")), b"Ns"), mkdir, True
+    yield "in-set", program(list_of(call("os", "mkdir", sized("in-set")))), mkdir, True
     yield "dotted", program(
         b"\x8c\x08argparse\x8c\x0a_os.system\x93", text("mkdir " + proof("dotted")), b"\x85R", protocol=4
     ), "argparse._os.system", True  # fmt: skip
@@ -147,7 +147,7 @@ def calls(folder: str) -> Iterator[tuple[str, bytes, str, bool]]:
     yield "persistent-text", b"Pos.system\n.", "persistent id", False
     yield "next-buffer", program(b"\x97", protocol=5), "buffer", False
     factory = call("collections", "defaultdict", name("builtins", "eval"))
-    yield "defaultdict", program(factory, b"0", call("os", "mkdir", sized("defaultdict"))), says, True
+    yield "defaultdict", program(factory, b"0", call("os", "mkdir", sized("defaultdict"))), mkdir, True
     yield "rebuild-from-type", program(call(
         "torch._tensor", "_rebuild_from_type_v2", name("os", "system"), name("torch", "Tensor"),
         tuple_of(text("mkdir " + proof("rebuild-from-type"))), b"N")), "os.system", True  # fmt: skip
@@ -192,40 +192,40 @@ def _call_containers(folder: str) -> Iterator[tuple[Case, bytes]]:
     )
 
 
-# ---- pickles that ask for time or memory
+# ---- pickles that would take too much time or memory
 
 
 def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
-    def case(case_name: str, says: str, pickle: bytes, verdict: str = UNSAFE) -> tuple[Case, bytes]:
-        return Case(f"bomb-{case_name}.ckpt", verdict, says), pickle
+    def case(case_name: str, message: str, pickle: bytes, verdict: str = UNSAFE) -> tuple[Case, bytes]:
+        return Case(f"bomb-{case_name}.ckpt", verdict, message), pickle
 
     doubling_tuple = b"N" + b"2\x86" * 40
-    # each list, or dictionary, holds the one before it twice
+    # Each list, or dictionary, contains the one before it twice.
     before = [(b"q" + bytes([i]) + b"0", b"h" + bytes([i])) for i in range(60)]
     doubling_list = b"]" + b"".join(keep + b"](" + recall * 2 + b"e" for keep, recall in before)
     doubling_dict = b"}" + b"".join(keep + dict_of(text("a"), recall, text("b"), recall) for keep, recall in before)
     yield case("tuple-key", "dictionary key", program(b"}", doubling_tuple, b"Ns"))
-    yield case("tuple-in-set", "unfolds", program(b"\x8f(", doubling_tuple, b"\x90", protocol=4))
-    yield case("tuple-in-frozenset", "unfolds", program(b"(", doubling_tuple, b"\x91", protocol=4))
+    yield case("tuple-in-set", "expands to far more", program(b"\x8f(", doubling_tuple, b"\x90", protocol=4))
+    yield case("tuple-in-frozenset", "expands to far more", program(b"(", doubling_tuple, b"\x91", protocol=4))
     yield case(
         "tuple-in-counter", "dictionary key", program(call("collections", "Counter", b"}" + doubling_tuple + b"Ns"))
     )
-    yield case("tuple-in-pairs", "unfolds", program(
+    yield case("tuple-in-pairs", "expands to far more", program(
         call("collections", "OrderedDict", list_of(tuple_of(doubling_tuple, b"N")))))  # fmt: skip
-    yield case("doubling-tuple", "unfolds", program(doubling_tuple))
-    yield case("doubling-list", "unfolds", program(doubling_list))
-    yield case("doubling-dict", "unfolds", program(doubling_dict))
+    yield case("doubling-tuple", "expands to far more", program(doubling_tuple))
+    yield case("doubling-list", "expands to far more", program(doubling_list))
+    yield case("doubling-dict", "expands to far more", program(doubling_dict))
     yield case("deep-list", "deep", program(b"]" * 100_000 + b"a" * 99_999))
     yield case("deep-tuple", "deep", program(b"N" + b"\x85" * 500_000))
     yield case("deep-calls", "deep", program(name("builtins", "list") * 5000 + b"]" + b"\x85R" * 5000))
     yield case("itself", "contains itself", program(b"]q\0h\0a"))
     yield case("itself-dict", "contains itself", program(b"}q\0X\1\0\0\0ah\0s"))
-    yield case("steps", "steps", program(b"N0" * 2_000_000))
-    yield case("empty-lists", "steps", program(b"]" * 3_000_000))
-    yield case("empty-sets", "steps", program(b"\x8f" * 3_000_000, protocol=4))
-    yield case("memo", "steps", program(b"]\x94" * 1_500_000, protocol=4))
-    yield case("calls", "steps", program(name("collections", "OrderedDict"), b"q\1)q\2", b"h\1h\2R" * 500_000))
-    yield case("small-dicts", "steps", program(b"}NNs" * 600_000))
+    yield case("steps", "opcodes", program(b"N0" * 2_000_000))
+    yield case("empty-lists", "opcodes", program(b"]" * 3_000_000))
+    yield case("empty-sets", "opcodes", program(b"\x8f" * 3_000_000, protocol=4))
+    yield case("memo", "opcodes", program(b"]\x94" * 1_500_000, protocol=4))
+    yield case("calls", "opcodes", program(name("collections", "OrderedDict"), b"q\1)q\2", b"h\1h\2R" * 500_000))
+    yield case("small-dicts", "opcodes", program(b"}NNs" * 600_000))
     yield case("number-keys", "numbers as dictionary keys", program(
         b"}(" + b"".join(number(i * (2**61 - 1)) + b"N" for i in range(40_000)) + b"u"))  # fmt: skip
     yield case("number-keys-many-dicts", "numbers as dictionary keys", program(
@@ -236,29 +236,44 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
         list_of(*[name("builtins", "set") + b"h\1\x85R"] * 60)))  # fmt: skip
     yield case("wide-text", "text and numbers", program(text("a" * 30_000_000 + "\N{SMILING FACE WITH HORNS}")))
     encoded = call("_codecs", "encode", b"h\1", text("latin1"))
-    yield case("latin", "unfolds", program(text("a" * 3_000_000), b"q\1", list_of(*[encoded] * 100)))
-    # values that are short, and endless once printed
+    yield case("latin", "expands to far more", program(text("a" * 3_000_000), b"q\1", list_of(*[encoded] * 100)))
+    # Values that are short, but endless when printed.
     made = call("torch._utils", "_rebuild_tensor_v3", b"N", b"N", b"N", b"N", b"N", b"N", doubling_list)
     yield case("printed-dtype", "unsupported dtype list", program(made), FILE)
-    yield case("printed-storage", "unsupported kind list", a.torch_zip(program(
+    yield case("printed-storage", "unsupported type list", a.torch_zip(program(
         tensor(tuple_of(text("storage"), doubling_list, text("0"), text("cpu"), number(4)) + b"Q"))), FILE)  # fmt: skip
     made = call("torch._tensor", "_rebuild_from_type_v2", doubling_list, doubling_list, b")", b"N")
-    yield case("printed-function", "asks for list", program(made))
+    yield case("printed-function", "calls list", program(made))
     shape = b"(" + number(2**250) * 100_000 + b"t"
     array = call("numpy.core.multiarray", "_reconstruct", name("numpy", "ndarray"), b")", text("b"))
     kind = call("numpy", "dtype", text("f4"), b"\x89", b"\x88")
     state = tuple_of(number(1), shape, kind, b"\x89", b"C\x04abcd")
-    yield case("numpy-dimensions", "as PyTorch never does", program(array + state + b"b"), DAMAGED)
-    yield case("bytearray", "as PyTorch never does", program(call("builtins", "bytearray", number(10**10))), DAMAGED)
-    yield case("bytes-of-number", "as PyTorch never does", program(call("builtins", "bytes", number(10**10))), DAMAGED)
-    yield case("deque-maxlen", "as PyTorch never does", program(call("collections", "deque", number(10**9))), DAMAGED)
+    yield case("numpy-dimensions", "PyTorch never writes", program(array + state + b"b"), DAMAGED)
+    yield case(
+        "bytearray",
+        "PyTorch never writes",
+        program(call("builtins", "bytearray", number(10**10))),
+        DAMAGED,
+    )
+    yield case(
+        "bytes-of-number",
+        "PyTorch never writes",
+        program(call("builtins", "bytes", number(10**10))),
+        DAMAGED,
+    )
+    yield case(
+        "deque-maxlen",
+        "PyTorch never writes",
+        program(call("collections", "deque", number(10**9))),
+        DAMAGED,
+    )
     yield case("float-storage", "torch.FloatStorage", program(call("torch", "FloatStorage", number(10**10))))
     yield case("long", "32 bytes", program(b"\x8b" + struct.pack("<I", 100_000) + b"\x7f" * 100_000))
     yield case("long-length", "announces", program(b"\x8b\xff\xff\xff\x7f"), DAMAGED)
     yield case("text-length", "announces", program(b"X\xff\xff\xff\xff"), DAMAGED)
     yield case("bytes8-length", "announces", program(b"\x8e" + b"\xff" * 8, protocol=4), DAMAGED)
     yield case("bytearray8-length", "announces", program(b"\x96" + b"\x7f" * 8, protocol=5), DAMAGED)
-    yield case("memo-index", "beyond reason", program(b"Nr\xff\xff\xff\xff"))
+    yield case("memo-index", "memo index of 1,000,000 or more", program(b"Nr\xff\xff\xff\xff"))
     yield case("decimal", "line without an end", program(b"I" + b"9" * 1_000_000 + b"\n"), DAMAGED)
     yield case("too-long", "longer than", program(b"N0" * 40 + text("a" * 70_000_000)))
     yield case("frame", "ends without", program(b"\x95" + b"\xff" * 8 + b"N", protocol=4)[:-1], DAMAGED)
@@ -267,16 +282,16 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
     yield case("bare-stop", "empty stack", program(), DAMAGED)
     yield case("no-mark", "mark", program(b"t"), DAMAGED)
     yield case("unknown-opcode", "unknown opcode", program(b"\xff"), DAMAGED)
-    yield case("odd-items", "key without", program(b"}(Nu"), DAMAGED)
-    yield case("reduce-without-tuple", "no tuple", program(name("collections", "OrderedDict"), b"]R"), DAMAGED)
+    yield case("special-items", "key without", program(b"}(Nu"), DAMAGED)
+    yield case("reduce-without-tuple", "not a tuple", program(name("collections", "OrderedDict"), b"]R"), DAMAGED)
 
 
-# ---- tensors that are not where, or what, they say
+# ---- tensors with an invalid position, size or type
 
 
-def _tensor_lies() -> Iterator[tuple[Case, bytes]]:
-    def case(case_name: str, verdict: str, says: str, value: bytes, *storages: bytes) -> tuple[Case, bytes]:
-        return Case(f"tensor-{case_name}.ckpt", verdict, says), a.torch_zip(
+def _invalid_tensors() -> Iterator[tuple[Case, bytes]]:
+    def case(case_name: str, verdict: str, message: str, value: bytes, *storages: bytes) -> tuple[Case, bytes]:
+        return Case(f"tensor-{case_name}.ckpt", verdict, message), a.torch_zip(
             program(dict_of(text("w"), value)), *storages
         )
 
@@ -292,8 +307,8 @@ def _tensor_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("negative-size", DAMAGED, "whole numbers", tensor(four, (-1, 2)))
     yield case("negative-stride", DAMAGED, "whole numbers", tensor(four, (2,), (-1,), offset=1))
     yield case("huge-size", DAMAGED, "whole numbers", tensor(four, (2**70,), (0,)))
-    yield case("expand-bomb", UNSAFE, "unfold", tensor(four, (10**9,), (0,)))
-    yield case("expand-bomb-2d", UNSAFE, "unfold", tensor(four, (10**6, 10**6), (0, 0)))
+    yield case("expand-bomb", UNSAFE, "would expand", tensor(four, (10**9,), (0,)))
+    yield case("expand-bomb-2d", UNSAFE, "would expand", tensor(four, (10**6, 10**6), (0, 0)))
     yield case("dimensions", UNSAFE, "dimensions", tensor(four, (1,) * 100, (1,) * 100))
     yield case("uneven-stride", DAMAGED, "whole numbers", tensor(four, (2, 2), (1,)))
     sizes = tuple_of(b"G" + struct.pack(">d", 2.0))
@@ -304,15 +319,20 @@ def _tensor_lies() -> Iterator[tuple[Case, bytes]]:
         "torch._utils", "_rebuild_tensor_v2", four, number(0), tuple_of(b"\x88"), tuple_of(number(1)), b"\x89", hooks
     )
     yield case("truth-size", DAMAGED, "whole numbers", truth)
-    yield case("missing-storage", DAMAGED, "lacks the storage '1'", tensor(a.storage("1")))
-    yield case("path-storage", DAMAGED, "lacks the storage", tensor(a.storage("../../../etc/passwd")))
-    yield case("digit-storage", DAMAGED, "lacks the storage", tensor(a.storage("\N{ARABIC-INDIC DIGIT ZERO}")))
+    yield case("missing-storage", DAMAGED, "has no storage '1'", tensor(a.storage("1")))
+    yield case("path-storage", DAMAGED, "has no storage", tensor(a.storage("../../../etc/passwd")))
+    yield case("digit-storage", DAMAGED, "has no storage", tensor(a.storage("\N{ARABIC-INDIC DIGIT ZERO}")))
     yield case("two-dtypes", DAMAGED, "16 bytes", tuple_of(tensor(four), tensor(a.storage(kind="IntStorage"))))
     yield case("quantized", FILE, "QInt8Storage", tensor(a.storage(kind="QInt8Storage")))
     yield case("complex128", FILE, "ComplexDoubleStorage", tensor(a.storage(kind="ComplexDoubleStorage")))
-    yield case("no-storage", DAMAGED, "as PyTorch never does", tensor(b"N"))
-    yield case("odd-id", DAMAGED, "no tensor storage", tensor(number(3) + b"Q"))
-    yield case("too-few-arguments", DAMAGED, "as PyTorch never does", call("torch._utils", "_rebuild_tensor_v2", four))
+    yield case("no-storage", DAMAGED, "PyTorch never writes", tensor(b"N"))
+    yield case("wrong-id", DAMAGED, "not a tensor storage", tensor(number(3) + b"Q"))
+    yield case(
+        "too-few-arguments",
+        DAMAGED,
+        "PyTorch never writes",
+        call("torch._utils", "_rebuild_tensor_v2", four),
+    )
     yield case("same-name", DAMAGED, "two of its tensors", dict_of(
         text("a.b"), tensor(four), text("a"), dict_of(text("b"), tensor(four))))  # fmt: skip
     inline = call("numpy.core.multiarray", "_reconstruct", name("numpy", "ndarray"), tuple_of(number(0)), text("b"))
@@ -321,12 +341,12 @@ def _tensor_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("numpy-short", DAMAGED, "needs 4000 bytes", inline + state + b"b")
 
 
-# ---- zip archives in which two programs would see two files
+# ---- zip archives that different programs would read differently
 
 
-def _zip_lies() -> Iterator[tuple[Case, bytes]]:
-    def case(case_name: str, verdict: str, says: str, content: bytes) -> tuple[Case, bytes]:
-        return Case(f"zip-{case_name}.ckpt", verdict, says), content
+def _invalid_zips() -> Iterator[tuple[Case, bytes]]:
+    def case(case_name: str, verdict: str, message: str, content: bytes) -> tuple[Case, bytes]:
+        return Case(f"zip-{case_name}.ckpt", verdict, message), content
 
     def changed(index: int = 2, **changes: object) -> bytes:
         members = a.torch_members()
@@ -358,12 +378,12 @@ def _zip_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("comment", DAMAGED, "after the end", a.zip_archive(*members, comment=b"hello"))
     yield case("trailing", DAMAGED, "after the end", good + b"hello")
     yield case("prefix", NOT_A_MODEL, "", b"#!/bin/sh\n" + good)
-    yield case("count", DAMAGED, "breaks off", a.zip_archive(*members, count=9))
-    yield case("count-less", DAMAGED, "more than its records", a.zip_archive(*members, count=1))
-    yield case("no-pickle", NOT_A_MODEL, "no PyTorch file", a.zip_archive(Member("a.txt", b"hello")))
+    yield case("count", DAMAGED, "ends after", a.zip_archive(*members, count=9))
+    yield case("count-less", DAMAGED, "bytes after its last record", a.zip_archive(*members, count=1))
+    yield case("no-pickle", NOT_A_MODEL, "not a PyTorch file", a.zip_archive(Member("a.txt", b"hello")))
     yield case("ordinary", NOT_A_MODEL, "ordinary zip", a.zip_archive(Member("a.txt", b"hello" * 99, method=8)))
-    yield case("byteorder", DAMAGED, "big-endian", a.torch_zip(order="middle"))
-    yield case("pickle-goes-on", DAMAGED, "after its end", a.torch_zip(a.good_pickle() + b"N."))
+    yield case("byteorder", DAMAGED, "neither 'little' nor 'big'", a.torch_zip(order="middle"))
+    yield case("after-pickle", DAMAGED, "after the end of the pickle", a.torch_zip(a.good_pickle() + b"N."))
     yield case("truncated", DAMAGED, "incomplete", good[: len(good) // 2])
     yield case("truncated-end", DAMAGED, "incomplete", good[:-1])
     yield case("directory-moved", DAMAGED, "directory", good[:-22] + b"hello" + good[-22:])
@@ -376,12 +396,12 @@ def _zip_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("zip64-count", UNSAFE, "zip entries", good[:-22] + huge + locator + ones)
 
 
-# ---- the older forms
+# ---- the older formats
 
 
-def _legacy_lies() -> Iterator[tuple[Case, bytes]]:
-    def case(case_name: str, verdict: str, says: str, content: bytes) -> tuple[Case, bytes]:
-        return Case(f"legacy-{case_name}.pt", verdict, says), content
+def _invalid_legacy() -> Iterator[tuple[Case, bytes]]:
+    def case(case_name: str, verdict: str, message: str, content: bytes) -> tuple[Case, bytes]:
+        return Case(f"legacy-{case_name}.pt", verdict, message), content
 
     pickle = a.legacy_pickle()
     good = a.legacy(pickle, ["77"], (4, FLOATS))
@@ -389,9 +409,11 @@ def _legacy_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("trailing", DAMAGED, "5 bytes after", good + b"hello")
     yield case("count", DAMAGED, "3 elements", a.legacy(pickle, ["77"], (3, FLOATS)))
     yield case("count-huge", DAMAGED, "elements", a.legacy(pickle, ["77"], (2**62, FLOATS)))
-    yield case("unlisted", DAMAGED, "not the same", a.legacy(pickle, [], (4, FLOATS)))
-    yield case("listed-twice", DAMAGED, "not the same", a.legacy(pickle, ["77", "77"], (4, FLOATS), (4, FLOATS)))
-    yield case("listed-more", DAMAGED, "not the same", a.legacy(pickle, ["77", "78"], (4, FLOATS), (4, FLOATS)))
+    yield case("unlisted", DAMAGED, "its pickle refers to", a.legacy(pickle, [], (4, FLOATS)))
+    yield case(
+        "listed-twice", DAMAGED, "its pickle refers to", a.legacy(pickle, ["77", "77"], (4, FLOATS), (4, FLOATS))
+    )
+    yield case("listed-more", DAMAGED, "its pickle refers to", a.legacy(pickle, ["77", "78"], (4, FLOATS), (4, FLOATS)))
     yield case(
         "no-keys", DAMAGED, "list of its storages", good.replace(program(list_of(text("77"))), program(number(3)))
     )
@@ -405,9 +427,9 @@ def _legacy_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("plain-with-storage", DAMAGED, "not in this file", a.good_pickle())
     yield case("tar-count", DAMAGED, "ends within", a.torch_tar(count=2**40))
     yield case("tar-truncated", DAMAGED, "incomplete", a.torch_tar()[:600])
-    yield case("tar-part", DAMAGED, "its part", a.tar_archive(storages=b"", tensors=b""))
+    yield case("tar-part", DAMAGED, "its entry", a.tar_archive(storages=b"", tensors=b""))
     yield case("tar-view", DAMAGED, "refers to a tensor", a.torch_tar(program(text("23") + b"Q")))
-    # Their keys are equal modulo 2^61 - 1, by which Python hashes numbers.
+    # The keys are equal modulo 2^61 - 1, Python's modulus for hashing numbers.
     views = [tuple_of(number(12 + n * (2**61 - 1)), *map(number, (11, 0, 1))) for n in range(20_000)]
     yield case("tar-colliding-keys", DAMAGED, "list of storage views", a.torch_tar(None, 4, FLOATS, *views))
     yield case("tar-twice", UNSAFE, "two tar entries", a.torch_tar()[:-1024] + a.torch_tar())
@@ -417,9 +439,9 @@ def _legacy_lies() -> Iterator[tuple[Case, bytes]]:
 # ---- safetensors headers
 
 
-def _safetensors_lies() -> Iterator[tuple[Case, bytes]]:
-    def case(case_name: str, says: str, content: bytes, verdict: str = DAMAGED) -> tuple[Case, bytes]:
-        return Case(f"st-{case_name}.safetensors", verdict, says), content
+def _invalid_safetensors() -> Iterator[tuple[Case, bytes]]:
+    def case(case_name: str, message: str, content: bytes, verdict: str = DAMAGED) -> tuple[Case, bytes]:
+        return Case(f"st-{case_name}.safetensors", verdict, message), content
 
     def one(**fields: str) -> bytes:
         return a.safetensors("{" + a.entry(**fields) + "}", FLOATS)
@@ -428,7 +450,7 @@ def _safetensors_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("truncated", f"{len(good) - 4} of {len(good)} bytes", good[:-4])
     yield case("truncated-header", "incomplete", good[:20])
     yield case("too-short", "", b"\x10\0\0")
-    yield case("trailing", "belong to none", good + b"hell")
+    yield case("trailing", "belong to no tensor", good + b"hell")
     yield case("long-header", "100 MB", a.safetensors("{" + a.entry() + "}", FLOATS, length=2**63))
     yield case("header-101-mb", "100 MB", a.safetensors("{" + a.entry() + "}", FLOATS, length=101_000_000))
     yield case("past-header", "incomplete", a.safetensors("{" + a.entry() + "}", FLOATS, length=5000))
@@ -467,10 +489,10 @@ def _safetensors_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("offsets-one", "data_offsets", one(offsets="[16]"))
     yield case("offsets-past", "incomplete", one(shape="[8]", offsets="[0,32]"))
     yield case("offsets-size", "needs 16 bytes", one(offsets="[0,15]"))
-    yield case("hole-first", "hole", one(shape="[3]", offsets="[4,16]"))
+    yield case("gap-first", "gap", one(shape="[3]", offsets="[4,16]"))
     two = "{" + a.entry("a", shape="[2]", offsets="[0,8]") + "," + a.entry("b", shape="[2]", offsets="{}") + "}"
     yield case("overlap", "overlaps", a.safetensors(two.replace('"{}"', "").replace("{}", "[4,12]"), FLOATS[:12]))
-    yield case("hole", "hole", a.safetensors(two.replace("{}", "[12,20]"), bytes(20)))
+    yield case("gap", "gap", a.safetensors(two.replace("{}", "[12,20]"), bytes(20)))
     yield case("missing-shape", "shape", a.safetensors('{"w":{"dtype":"F32","data_offsets":[0,16]}}', FLOATS))
     yield case("many-tensors", "tensors", a.safetensors(
         "{" + ",".join(a.entry(f"{i:x}", shape="[0]", offsets="[0,0]") for i in range(250_000)) + "}"
@@ -480,24 +502,24 @@ def _safetensors_lies() -> Iterator[tuple[Case, bytes]]:
     yield case("html", "web page", b"<!DOCTYPE html><html><body>Sign in</body></html>", NOT_A_MODEL)
 
 
-# ---- things that are no files
+# ---- paths that are not regular files
 
 
-def _odd_files(folder: Path) -> list[Case]:
+def _special_files(folder: Path) -> list[Case]:
     cases = []
     if hasattr(os, "mkfifo"):
-        os.mkfifo(folder / "odd-fifo.ckpt")
-        cases.append(Case("odd-fifo.ckpt", NOT_A_MODEL, "named pipe"))
-        for link, target, verdict, says in [
-            ("odd-endless.ckpt", "/dev/zero", NOT_A_MODEL, "a device"),
-            ("odd-terminal.ckpt", "/dev/tty", FILE, ""),
-            ("odd-null.safetensors", "/dev/null", NOT_A_MODEL, "a device"),
-            ("odd-dangling.ckpt", "nowhere", FILE, "no such file"),
-            ("odd-loop.ckpt", "odd-loop.ckpt", FILE, "cannot be opened"),
+        os.mkfifo(folder / "special-fifo.ckpt")
+        cases.append(Case("special-fifo.ckpt", NOT_A_MODEL, "named pipe"))
+        for link, target, verdict, message in [
+            ("special-endless.ckpt", "/dev/zero", NOT_A_MODEL, "a device"),
+            ("special-terminal.ckpt", "/dev/tty", FILE, ""),
+            ("special-null.safetensors", "/dev/null", NOT_A_MODEL, "a device"),
+            ("special-dangling.ckpt", "nowhere", FILE, "no such file"),
+            ("special-loop.ckpt", "special-loop.ckpt", FILE, "cannot be opened"),
         ]:
             (folder / link).symlink_to(target)
-            cases.append(Case(link, verdict, says))
-    (folder / "odd-folder.ckpt").mkdir()
-    cases.append(Case("odd-folder.ckpt", NOT_A_MODEL, "a folder without a model"))
-    cases.append(Case("odd-absent.ckpt", FILE, "no such file"))
+            cases.append(Case(link, verdict, message))
+    (folder / "special-folder.ckpt").mkdir()
+    cases.append(Case("special-folder.ckpt", NOT_A_MODEL, "a folder without a model"))
+    cases.append(Case("special-absent.ckpt", FILE, "no such file"))
     return cases

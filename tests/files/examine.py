@@ -1,7 +1,7 @@
-"""Run as a process of its own: opens the files named on standard input and reports what happened, as JSON.
+"""Runs as a separate process: opens the files listed on standard input and reports the results as JSON.
 
-Every audit event that is not the plain reading of the file itself is reported, so nothing a file asks for can be
-looked up, imported, run or opened unseen. torch must not be imported by opening.
+Every audit event other than reading the file is reported, so a file cannot cause a look-up, import, call or open
+without being detected. Opening must not import torch.
 """
 
 from __future__ import annotations
@@ -12,33 +12,33 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-# All that opening needs is imported before the watch begins.
+# Everything that opening needs is imported before auditing begins.
 from gouache.errors import FileError
 from gouache.files.open import open_model
 
-watched: list[str] | None = None
+events: list[str] | None = None
 current = ""
 
-# What reading a file, listing a folder and raising an error do by themselves.
+# Events of reading a file, listing a folder and raising an error.
 HARMLESS = {"mmap.__new__", "os.listdir", "os.scandir", "builtins.id"}
 
 
-def watch(event: str, args: tuple) -> None:
-    if watched is None or event in HARMLESS:
+def audit(event: str, args: tuple) -> None:
+    if events is None or event in HARMLESS:
         return
     if event == "open" and isinstance(args[0], str) and args[0].startswith(current):
         return
-    watched.append(f"{event} {str(args)[:200]}")
+    events.append(f"{event} {str(args)[:200]}")
 
 
 def reset_peak() -> None:
-    # getrusage would report the parent's peak, which a forked process inherits
+    # getrusage would report the parent's peak, which a forked process inherits.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak() -> int:
-    """Bytes of memory held at the worst moment since the last reset, 0 where the system does not tell."""
+    """Peak memory in bytes since the last reset; 0 if the system does not report it."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -47,25 +47,25 @@ def peak() -> int:
 
 
 def main() -> None:
-    global watched, current
+    global events, current
     with suppress(FileError):
         open_model(__file__)
-    sys.addaudithook(watch)
+    sys.addaudithook(audit)
     reports = []
     for path in json.load(sys.stdin):
         current, seen = path, []
         reset_peak()
         start = time.process_time()
-        watched = seen
+        events = seen
         try:
             file = open_model(path)
-            watched = None
+            events = None
             verdict, message = "opened", " ".join(file.tensors)
         except FileError as error:
-            watched = None
+            events = None
             verdict, message = type(error).__name__, str(error)
         except BaseException as error:
-            watched = None
+            events = None
             verdict, message = "CRASH", repr(error)[:500]
         seconds = time.process_time() - start
         reports.append(

@@ -1,4 +1,4 @@
-"""A module on the meta device is filled wholly, counted, in one dtype; or not at all, with the reason in one line."""
+"""A module on the meta device is filled completely and in one dtype, or not at all, with a one-line error."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def on_meta(kind: type[nn.Module]) -> nn.Module:
         return kind()
 
 
-def test_a_filled_module_computes_what_the_original_does():
+def test_a_filled_module_gives_the_same_output_as_the_original():
     torch.manual_seed(0)
     original = Network().eval()
     module = on_meta(Network).eval()
@@ -67,7 +67,7 @@ def test_a_mapped_file_stays_mapped(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_floating_point_gets_one_dtype_and_the_rest_keeps_its_own(dtype: torch.dtype):
+def test_floating_point_tensors_get_one_dtype_and_others_keep_theirs(dtype: torch.dtype):
     state = Network().state_dict()
     state["first.weight"] = state["first.weight"].half()
     state["last.weight"] = state["last.weight"].bfloat16()
@@ -81,7 +81,7 @@ def test_floating_point_gets_one_dtype_and_the_rest_keeps_its_own(dtype: torch.d
     assert set(found.values()) == {dtype}
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_counted_and_named():
+def test_missing_unexpected_and_wrongly_shaped_tensors_are_counted_and_listed():
     state = Network().state_dict()
     del state["last.weight"], state["first.bias"]
     state["extra"] = torch.zeros(1)
@@ -93,12 +93,12 @@ def test_missing_unexpected_and_misshapen_tensors_are_counted_and_named():
 
     assert str(caught.value) == (
         "the tensors do not fit the network (Network): 2 missing (first.bias, last.weight), 1 unexpected (extra), "
-        "1 of another shape (first.weight is 3x4, expected 4x3)"
+        "1 with a wrong shape (first.weight is 3x4, expected 4x3)"
     )
     assert all(parameter.is_meta for parameter in module.parameters())
 
 
-def test_many_faults_still_make_one_short_line():
+def test_the_message_for_many_faults_is_one_short_line():
     with pytest.raises(ModelError) as caught:
         assign(on_meta(Network), {f"wrong\n{i}" * 99: torch.zeros(1) for i in range(500)})
 
@@ -106,7 +106,7 @@ def test_many_faults_still_make_one_short_line():
     assert len(str(caught.value)) < 1000
 
 
-def test_comparing_needs_only_names_and_shapes():
+def test_compare_needs_only_names_and_shapes():
     fit = compare(on_meta(Network), {"first.weight": (4, 3), "first.bias": (5,), "other": (1,)})
 
     assert fit.matched == ("first.weight",)
@@ -116,7 +116,7 @@ def test_comparing_needs_only_names_and_shapes():
 
 
 @pytest.mark.parametrize("names", [["embed.weight"], ["head.weight"], ["embed.weight", "head.weight"]])
-def test_tied_weights_stay_one_under_any_of_their_names(names: list[str]):
+def test_tied_weights_stay_tied_under_any_of_their_names(names: list[str]):
     module = on_meta(Tied)
     weight = torch.randn(5, 3)
 
@@ -128,21 +128,21 @@ def test_tied_weights_stay_one_under_any_of_their_names(names: list[str]):
 
 
 def test_a_tied_weight_with_two_values_is_refused():
-    with pytest.raises(ModelError, match="are one weight, and differ"):
+    with pytest.raises(ModelError, match="are one tied weight, but their values differ"):
         assign(on_meta(Tied), {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)})
 
 
-def test_a_buffer_that_no_file_can_fill_is_not_left_on_meta():
+def test_a_buffer_left_on_the_meta_device_is_an_error():
     class Hidden(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("table", torch.zeros(3), persistent=False)
 
-    with pytest.raises(ModelError, match=r"1 tensors of Hidden got no value: table"):
+    with pytest.raises(ModelError, match=r"1 tensor of Hidden received no value: table"):
         assign(on_meta(Hidden), {})
 
 
-def test_integers_in_place_of_a_parameter_are_taken_as_they_are():
+def test_integer_tensors_for_a_parameter_are_assigned_unchanged():
     module = on_meta(Tied)
 
     assign(module, {"embed.weight": torch.zeros(5, 3, dtype=torch.int8)})
@@ -150,7 +150,7 @@ def test_integers_in_place_of_a_parameter_are_taken_as_they_are():
     assert module.get_parameter("embed.weight").dtype == torch.int8
 
 
-def test_a_lazy_mapping_is_asked_for_one_tensor_at_a_time():
+def test_a_lazy_mapping_is_read_one_tensor_at_a_time():
     state = Network().state_dict()
     alive: list[int] = []
     most = 0
@@ -172,12 +172,12 @@ def test_a_lazy_mapping_is_asked_for_one_tensor_at_a_time():
 
     assign(on_meta(Network), Lazy(), dtype=torch.float32)
 
-    assert most <= 3  # the one in hand, the one before it, and the integer counter, which is kept
+    assert most <= 3  # the current one, the one before it, and the integer counter, which is kept
 
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=50), st.booleans())
-def test_the_cast_between_the_16_bit_types_is_torchs_own(bits: list[int], to_bfloat: bool):
+def test_the_cast_between_the_16_bit_types_equals_that_of_torch(bits: list[int], to_bfloat: bool):
     source, target = (torch.float16, torch.bfloat16) if to_bfloat else (torch.bfloat16, torch.float16)
     tensor = torch.tensor(bits, dtype=torch.int32).to(torch.uint16).view(source)
 
@@ -188,7 +188,7 @@ def test_the_cast_between_the_16_bit_types_is_torchs_own(bits: list[int], to_bfl
     assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
-def test_the_cast_in_pieces_covers_large_and_awkward_tensors():
+def test_the_cast_in_pieces_handles_large_strided_empty_and_scalar_tensors():
     large = torch.randn(600_001, generator=torch.Generator().manual_seed(0)).half()
 
     assert cast(large, torch.bfloat16, "cpu").equal(large.to(torch.bfloat16))

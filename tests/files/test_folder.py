@@ -1,4 +1,4 @@
-"""Models in several files: what diffusers and transformers save is opened tensor for tensor."""
+"""Models in several files: folders saved by diffusers and transformers are opened with every tensor."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pipeline(folder: Path, **components: Any) -> Path:
     return folder
 
 
-def test_a_pipeline_that_diffusers_saved_is_opened_whole(tmp_path: Path):
+def test_a_pipeline_saved_by_diffusers_is_opened_completely(tmp_path: Path):
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -62,11 +62,11 @@ def test_a_pipeline_that_diffusers_saved_is_opened_whole(tmp_path: Path):
     assert all(file.tensor(name).equal(tensor) for name, tensor in expected.items())
     assert file.extra["unet/config.json"]["cross_attention_dim"] == 32
     assert file.extra["scheduler/scheduler_config.json"]["prediction_type"] == "v_prediction"
-    assert file.notes == ("vae: took the fp16 weights, there being no plain ones",)
+    assert file.notes == ("vae: uses the fp16 weights: it has no plain ones",)
     assert len(file.files) == len(set(file.files)) and all(path.is_file() for path in file.files)
 
 
-def test_the_order_of_preference_among_weights(tmp_path: Path):
+def test_weights_are_chosen_in_a_fixed_order_of_preference(tmp_path: Path):
     config, base = {"_class_name": "X"}, "diffusion_pytorch_model"
     order = [f"{base}.safetensors", f"{base}.bin", f"{base}.fp16.safetensors", f"{base}.fp16.bin"]
     write_json(tmp_path / "config.json", config)
@@ -81,7 +81,7 @@ def test_the_order_of_preference_among_weights(tmp_path: Path):
     assert taken == order
 
 
-def test_a_variant_is_taken_where_there_is_one(tmp_path: Path):
+def test_a_variant_is_used_if_the_component_has_it(tmp_path: Path):
     pipeline(tmp_path, unet=["diffusers", "U"], vae=["diffusers", "V"])
     write_weights(tmp_path / "unet/diffusion_pytorch_model.safetensors", WEIGHTS)
     write_weights(tmp_path / "unet/diffusion_pytorch_model.fp16.safetensors", OTHERS)
@@ -93,11 +93,11 @@ def test_a_variant_is_taken_where_there_is_one(tmp_path: Path):
     assert {name for name in half if name.startswith("unet")} == {f"unet/{name}" for name in OTHERS}
     assert {name for name in half if name.startswith("vae")} == {f"vae/{name}" for name in WEIGHTS}
     assert plain.notes == ()
-    assert half.notes == ("vae: took the plain weights, there being no fp16 ones",)
+    assert half.notes == ("vae: uses the plain weights: it has no fp16 ones",)
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_a_variant_that_nothing_has_is_an_error(tmp_path: Path, alone: bool):
+def test_a_variant_that_no_component_has_is_an_error(tmp_path: Path, alone: bool):
     component = tmp_path if alone else pipeline(tmp_path, unet=["diffusers", "U"]) / "unet"
     write_weights(component / "diffusion_pytorch_model.safetensors", WEIGHTS)
 
@@ -111,7 +111,7 @@ def test_a_variant_with_a_path_in_it_is_refused(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin"])
-def test_a_single_component_keeps_its_names(tmp_path: Path, name: str):
+def test_tensors_of_a_single_component_keep_their_names(tmp_path: Path, name: str):
     write_json(tmp_path / "config.json", {"architectures": ["CLIPTextModel"], "hidden_size": 768})
     write_weights(tmp_path / name, WEIGHTS)
 
@@ -123,7 +123,7 @@ def test_a_single_component_keeps_its_names(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_shards_are_one_model(tmp_path: Path, kind: str):
+def test_shards_are_opened_as_one_model(tmp_path: Path, kind: str):
     write_weights(tmp_path / f"model-00001-of-00002.{kind}", WEIGHTS)
     write_weights(tmp_path / f"model-00002-of-00002.{kind}", OTHERS)
     where = dict.fromkeys(WEIGHTS, f"model-00001-of-00002.{kind}")
@@ -140,34 +140,34 @@ def test_shards_are_one_model(tmp_path: Path, kind: str):
 
 
 @pytest.mark.parametrize(
-    ("where", "error", "says"),
+    ("where", "error", "message"),
     [
         ({"a.weight": "gone.safetensors"}, FileError, "no such file"),
         ({"a.weight": "one.safetensors", "missing": "one.safetensors"}, DamagedFile, "'missing' is not in"),
         ({"a.weight": "../one.safetensors"}, DamagedFile, "plain file name"),
         ({"a.weight": "/etc/passwd"}, DamagedFile, "plain file name"),
-        ({"a.weight": "one.safetensors", "a.bias": "two.safetensors"}, DamagedFile, "in two parts"),
+        ({"a.weight": "one.safetensors", "a.bias": "two.safetensors"}, DamagedFile, "in two shards"),
         ({"a.weight": 3}, DamagedFile, "not in 3"),
         ({}, NotAModel, "weight_map"),
     ],
 )
-def test_an_index_that_lies_is_refused(tmp_path: Path, where: dict[str, Any], error: type[FileError], says: str):
+def test_an_invalid_index_is_refused(tmp_path: Path, where: dict[str, Any], error: type[FileError], message: str):
     write_weights(tmp_path / "one.safetensors", WEIGHTS)
     write_weights(tmp_path / "two.safetensors", WEIGHTS)
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": where})
 
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         open_model(tmp_path / "model.safetensors.index.json")
 
 
-def test_tensors_that_the_index_forgot_are_read_and_noted(tmp_path: Path):
+def test_tensors_that_are_not_in_the_index_are_read_and_noted(tmp_path: Path):
     write_weights(tmp_path / "one.safetensors", WEIGHTS)
     write_json(tmp_path / "m.safetensors.index.json", {"weight_map": {"a.bias": "one.safetensors"}})
 
     file = open_model(tmp_path / "m.safetensors.index.json")
 
     assert set(file) == set(WEIGHTS)
-    assert "1 tensors" in file.notes[0]
+    assert file.notes[0] == "1 tensor is in its shards but not in its index"
 
 
 def test_component_names_that_are_paths_are_refused(tmp_path: Path):
@@ -185,26 +185,26 @@ def test_a_component_whose_folder_is_missing_is_noted(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("document", "says"),
-    [("{not json", "not valid JSON"), ("[1, 2]", "no list of"), ('{"unet": ["a", "b"]}', "without weights"),
+    ("document", "message"),
+    [("{not json", "not valid JSON"), ("[1, 2]", "does not list"), ('{"unet": ["a", "b"]}', "without weights"),
      ("[" * 100_000, "not valid JSON"), ("[" + "0," * 3_000_000 + "0]", "6 MB")],
     ids=["broken", "list", "no folders", "deep", "long"],
 )  # fmt: skip
-def test_a_broken_model_index_is_one_clear_line(tmp_path: Path, document: str, says: str):
+def test_a_broken_model_index_is_a_one_line_error(tmp_path: Path, document: str, message: str):
     (tmp_path / "model_index.json").write_text(document)
 
-    with pytest.raises(NotAModel, match=says):
+    with pytest.raises(NotAModel, match=message):
         open_model(tmp_path)
 
 
-def test_a_folder_of_single_files_says_which_can_be_given(tmp_path: Path):
+def test_the_error_for_a_folder_of_single_files_lists_them(tmp_path: Path):
     write_weights(tmp_path / "some-lora.safetensors", WEIGHTS)
 
-    with pytest.raises(NotAModel, match=r"give one of its files: some-lora\.safetensors"):
+    with pytest.raises(NotAModel, match=r"open one of its files: some-lora\.safetensors"):
         open_model(tmp_path)
 
 
-def test_the_hash_of_a_model_in_parts_is_that_of_the_hashes(tmp_path: Path):
+def test_the_hash_of_a_model_in_several_files_is_the_hash_of_their_hashes(tmp_path: Path):
     import hashlib
 
     write_json(tmp_path / "config.json", {"a": 1})

@@ -1,4 +1,4 @@
-"""The corpus of hostile and broken files: every one refused for what it is, in bounded time and memory, nothing run."""
+"""Every file of the hostile corpus is refused with the right error, in bounded time and memory; nothing is run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .corpus import Case, write_corpus
 HERE = Path(__file__).parent
 SECONDS, MEMORY = 2.0, 300_000_000
 
-TRUSTING = """
+UNRESTRICTED = """
 import contextlib, io, json, sys, torch
 for path in json.load(sys.stdin):
     with contextlib.suppress(BaseException), contextlib.redirect_stdout(io.StringIO()):
@@ -47,12 +47,12 @@ def reports(folder: Path, cases: list[Case]) -> dict[str, dict[str, Any]]:
     return {Path(report["path"]).name: report for report in answer["reports"]}
 
 
-def test_every_file_gets_its_verdict_in_one_line(cases, reports):
+def test_every_file_is_refused_with_the_expected_one_line_error(cases, reports):
     wrong = {
-        case.name: (case.verdict, case.says, reports[case.name]["verdict"], reports[case.name]["message"][:300])
+        case.name: (case.verdict, case.message, reports[case.name]["verdict"], reports[case.name]["message"][:300])
         for case in cases
         if reports[case.name]["verdict"] != case.verdict
-        or case.says not in reports[case.name]["message"]
+        or case.message not in reports[case.name]["message"]
         or "\n" in reports[case.name]["message"]
     }
 
@@ -65,21 +65,21 @@ def test_nothing_is_imported_run_or_opened(reports):
     assert seen == {}
 
 
-def test_every_verdict_takes_bounded_time_and_memory(reports):
+def test_every_refusal_takes_bounded_time_and_memory(reports):
     slow = {name: report["seconds"] for name, report in reports.items() if report["seconds"] > SECONDS}
     large = {name: report["peak"] for name, report in reports.items() if report["peak"] > MEMORY}
 
     assert (slow, large) == ({}, {})
 
 
-def test_payloads_are_live_under_a_trusting_loader(folder, cases, reports):
-    live = [case.name for case in cases if case.fires]  # after `reports`: only here may a proof appear
+def test_payloads_run_in_an_unrestricted_loader(folder, cases, reports):
+    live = [case.name for case in cases if case.fires]  # after `reports`: only here may a folder `proof-...` appear
 
     paths = json.dumps([str(folder / name) for name in live])
-    subprocess.run([sys.executable, "-c", TRUSTING], input=paths, capture_output=True, text=True, timeout=200)
+    subprocess.run([sys.executable, "-c", UNRESTRICTED], input=paths, capture_output=True, text=True, timeout=200)
     end = time.monotonic() + 5
-    while (silent := [name for name in live if not (folder / f"proof-{name}").exists()]) and time.monotonic() < end:
+    while (not_run := [name for name in live if not (folder / f"proof-{name}").exists()]) and time.monotonic() < end:
         time.sleep(0.05)
 
-    assert silent == []
+    assert not_run == []
     assert len(live) > 30

@@ -1,4 +1,4 @@
-"""Honest files with bytes changed, cut out, doubled or moved: an error of one line, or tensors that can be read."""
+"""Valid files with bytes changed, removed, repeated or inserted: a one-line error, or tensors that can be read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ VALUE = {
     "epoch": 3,
     "callbacks": {"scores": [0.5, None, {1: (2, "x")}], "tags": {"a", "b"}},
 }
-HONEST = {
+VALID = {
     "zip": saved(VALUE),
     "zip protocol 5": saved(VALUE, pickle_protocol=5),
     "legacy": saved(VALUE, _use_new_zipfile_serialization=False),
@@ -42,7 +42,7 @@ HONEST = {
 
 @st.composite
 def mutated(draw: st.DrawFn) -> bytes:
-    content = bytearray(HONEST[draw(st.sampled_from(sorted(HONEST)))])
+    content = bytearray(VALID[draw(st.sampled_from(sorted(VALID)))])
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content) - 1))
         match draw(st.sampled_from(["change", "number", "cut", "repeat", "shorten", "insert"])):
@@ -65,7 +65,7 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 @settings(deadline=None, max_examples=1500)
 @given(mutated())
-def test_a_mutated_file_is_refused_in_one_line_or_read(content: bytes):
+def test_a_mutated_file_is_read_or_refused_with_a_one_line_error(content: bytes):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.ckpt"
         path.write_bytes(content)
@@ -78,7 +78,7 @@ def test_a_mutated_file_is_refused_in_one_line_or_read(content: bytes):
         for name, info in file.tensors.items():
             tensor = file.tensor(name)
             assert tuple(tensor.shape) == info.shape
-            # A tensor of stride 0 may be larger than the file, within what the reader allows.
+            # A tensor with stride 0 may be larger than the file, up to the limit of the reader.
             assert tensor.contiguous().nbytes == info.nbytes <= 4 * len(content) + 1_000_000
 
 
@@ -94,7 +94,7 @@ def test_a_mutated_file_is_refused_in_one_line_or_read(content: bytes):
     a.name("omegaconf.dictconfig", "DictConfig"), a.name("torch.nn.modules.container", "ParameterDict"),
     a.tensor(a.storage()), a.storage(),
 ]), max_size=25))  # fmt: skip
-def test_any_program_of_known_words_is_refused_in_one_line_or_read(parts: list[bytes]):
+def test_any_pickle_of_known_parts_is_read_or_refused_with_a_one_line_error(parts: list[bytes]):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.ckpt"
         path.write_bytes(a.torch_zip(a.program(*parts, protocol=4)))

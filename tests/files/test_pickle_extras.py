@@ -1,4 +1,4 @@
-"""What checkpoints hold beside tensors is read without the libraries it came from, as plain values."""
+"""Values other than tensors in checkpoints are read as plain values, without the libraries that wrote them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from gouache.files.open import open_model
-from gouache.files.pickle_values import Record
+from gouache.files.pickle_tree import Record
 from gouache.files.record import TensorInfo
 
-from .stand_ins import config, standing_in
+from .fake_modules import config, fake_modules
 
 
 def extra_of(path: Path, value: Any, zipped: bool = True, protocol: int = 2) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def extra_of(path: Path, value: Any, zipped: bool = True, protocol: int = 2) -> 
     ],
     ids=lambda value: repr(value)[:20],
 )  # fmt: skip
-def test_plain_values_survive(tmp_path: Path, value: Any, protocol: int):
+def test_plain_values_are_preserved(tmp_path: Path, value: Any, protocol: int):
     assert extra_of(tmp_path, value, protocol=protocol)["value"] == value
 
 
@@ -73,7 +73,7 @@ def test_plain_values_survive(tmp_path: Path, value: Any, protocol: int):
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_objects_of_known_classes_become_plain(tmp_path: Path, value: Any, expected: Any):
+def test_objects_of_known_classes_become_plain_values(tmp_path: Path, value: Any, expected: Any):
     for zipped in (True, False):
         assert extra_of(tmp_path, value, zipped)["value"] == expected
 
@@ -91,7 +91,7 @@ def test_a_lightning_checkpoint_opens_without_lightning(tmp_path: Path):
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    with standing_in() as classes:
+    with fake_modules() as classes:
         callback = classes["ModelCheckpoint"]()
         callback.__dict__.update(monitor="val/loss", best_model_score=torch.tensor(0.5), dirpath=Path("/ckpt"))
         settings = config(classes, {"model": {"base_learning_rate": 1e-4, "layers": [1, 2]}, "name": "sd"})
@@ -128,22 +128,22 @@ def test_a_lightning_checkpoint_opens_without_lightning(tmp_path: Path):
     assert file.notes == ()
 
 
-def test_an_unknown_class_may_be_mentioned_but_not_made(tmp_path: Path):
+def test_an_unknown_class_may_be_imported_but_not_called(tmp_path: Path):
     from gouache.errors import UnsafeFile
 
-    with standing_in() as classes:
-        torch.save({"w": torch.zeros(1), "callbacks": {classes["Callback"]: 1}}, tmp_path / "mentioned.ckpt")
-        torch.save({"w": torch.zeros(1), "callbacks": classes["Callback"]()}, tmp_path / "made.ckpt")
+    with fake_modules() as classes:
+        torch.save({"w": torch.zeros(1), "callbacks": {classes["Callback"]: 1}}, tmp_path / "imported.ckpt")
+        torch.save({"w": torch.zeros(1), "callbacks": classes["Callback"]()}, tmp_path / "called.ckpt")
 
-    file = open_model(tmp_path / "mentioned.ckpt")
+    file = open_model(tmp_path / "imported.ckpt")
     with pytest.raises(UnsafeFile, match=r"somewhere\.training\.Callback \(byte \d+\)"):
-        open_model(tmp_path / "made.ckpt")
+        open_model(tmp_path / "called.ckpt")
 
     assert file.extra == {"callbacks": {"somewhere.training.Callback": 1}}
     assert any("somewhere.training.Callback" in note for note in file.notes)
 
 
-def test_a_whole_module_is_refused_by_the_name_of_its_class(tmp_path: Path):
+def test_a_pickled_module_is_refused_with_the_name_of_its_class(tmp_path: Path):
     from gouache.errors import UnsafeFile
 
     torch.save(nn.Linear(2, 2), tmp_path / "module.pt")
@@ -152,7 +152,7 @@ def test_a_whole_module_is_refused_by_the_name_of_its_class(tmp_path: Path):
         open_model(tmp_path / "module.pt")
 
 
-def test_a_webui_embedding_is_named_by_its_keys(tmp_path: Path):
+def test_tensors_of_an_a1111_embedding_are_named_by_their_keys(tmp_path: Path):
     vectors = torch.randn(4, 768, generator=torch.Generator().manual_seed(1))
     embedding = {
         "string_to_token": {"*": 265},
@@ -169,13 +169,13 @@ def test_a_webui_embedding_is_named_by_its_keys(tmp_path: Path):
     assert file.extra == {"string_to_token": {"*": 265}, "name": "cat", "step": 9}
 
 
-def test_a_webui_embedding_with_a_parameter_dict_gets_the_same_names(tmp_path: Path):
+def test_an_a1111_embedding_with_a_parameter_dict_gets_the_same_names(tmp_path: Path):
     torch.save({"string_to_param": nn.ParameterDict({"*": nn.Parameter(torch.ones(1, 8))})}, tmp_path / "old.pt")
 
     assert list(open_model(tmp_path / "old.pt")) == ["string_to_param.*"]
 
 
-def test_a_webui_hypernetwork_is_named_by_width_place_and_key(tmp_path: Path):
+def test_tensors_of_an_a1111_hypernetwork_are_named_by_width_position_and_key(tmp_path: Path):
     half = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
     halves = ({f"linear.{key}": value for key, value in half.state_dict().items()},) * 2
     network = {320: halves, "step": 5000, "name": "style", "layer_structure": [1, 2, 1], "activation_func": "relu",
@@ -189,7 +189,7 @@ def test_a_webui_hypernetwork_is_named_by_width_place_and_key(tmp_path: Path):
     assert file.extra["activation_func"] == "relu"
 
 
-def test_tensors_beside_plain_values_leave_the_values_in_extra(tmp_path: Path):
+def test_plain_values_next_to_tensors_go_to_extra(tmp_path: Path):
     torch.save({"state": {0: {"step": 5, "exp_avg": torch.zeros(2)}}, "groups": [{"lr": 0.1}]}, tmp_path / "opt.pt")
 
     file = open_model(tmp_path / "opt.pt")

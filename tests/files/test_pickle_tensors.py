@@ -1,4 +1,4 @@
-"""Whatever torch.save writes is read bit for bit as torch.load reads it, without torch.load."""
+"""Files that torch.save writes are read bit for bit as torch.load reads them, without torch.load."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gouache.files.record import ModelFile
 
 from . import assemble as a
 
-BOTH_FORMS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+BOTH_FORMATS = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
 
 def values() -> dict[str, Any]:
-    """Tensors in every shape, dtype and arrangement in which checkpoints hold them."""
+    """Tensors in every shape, dtype and memory layout that checkpoints contain."""
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(6, 8, generator=generator)
     shared = torch.arange(24.0)
     attributed = torch.ones(3)
-    attributed.note = "an attribute of its own"  # type: ignore[attr-defined]
+    attributed.note = "an attribute"  # type: ignore[attr-defined]
     parameter = nn.Parameter(torch.randn(4, generator=generator))
     parameter.note = "another"  # type: ignore[attr-defined]
     dtypes = [
@@ -61,7 +61,7 @@ def values() -> dict[str, Any]:
 
 
 def flattened(value: Any, name: str = "") -> dict[str, Tensor]:
-    """The tensors of what torch.load gives, under the names that the keys on the way make."""
+    """The tensors in a result of torch.load, named by the keys on the path to them."""
     if isinstance(value, Tensor):
         return {name: value}
     if isinstance(value, nn.ParameterDict | nn.ParameterList):
@@ -75,30 +75,29 @@ def flattened(value: Any, name: str = "") -> dict[str, Tensor]:
 
 
 def save(path: Path, value: Any, zipped: bool = True, **options: Any) -> Any:
-    """Writes `value`; what torch.load reads back."""
+    """Writes `value` and returns what torch.load reads back."""
     torch.save(value, path, _use_new_zipfile_serialization=zipped, **options)
     return torch.load(path, weights_only=False)
 
 
 def assert_same_tensors(file: ModelFile, expected: dict[str, Tensor]) -> None:
     assert set(file.tensors) == set(expected)
-    for name, want in expected.items():
+    for name, tensor in expected.items():
         found = file.tensor(name)
         info = file.tensors[name]
-        assert (found.dtype, found.shape, info.shape) == (want.dtype, want.shape, tuple(want.shape)), name
-        assert (
-            found.contiguous().view(-1).view(torch.uint8).equal(want.detach().contiguous().view(-1).view(torch.uint8))
-        ), name
-        assert found.stride() == want.stride() or 1 in want.shape or want.numel() == 0, name
+        assert (found.dtype, found.shape, info.shape) == (tensor.dtype, tensor.shape, tuple(tensor.shape)), name
+        found_bytes = found.contiguous().view(-1).view(torch.uint8)
+        assert found_bytes.equal(tensor.detach().contiguous().view(-1).view(torch.uint8)), name
+        assert found.stride() == tensor.stride() or 1 in tensor.shape or tensor.numel() == 0, name
         assert not found.requires_grad
 
 
-@BOTH_FORMS
+@BOTH_FORMATS
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_every_kind_of_tensor_is_what_torch_reads(tmp_path: Path, zipped: bool, protocol: int):
+def test_every_kind_of_tensor_is_read_as_by_torch(tmp_path: Path, zipped: bool, protocol: int):
     path = tmp_path / "values.ckpt"
     written = values()
-    if not zipped:  # torch writes these dtypes in its old form too, but cannot read them back from it
+    if not zipped:  # torch can write these dtypes in its legacy format, but cannot read them back
         written = {name: value for name, value in written.items() if "float8" not in name and "uint" not in name}
     expected = flattened(save(path, written, zipped, pickle_protocol=protocol))
 
@@ -108,7 +107,7 @@ def test_every_kind_of_tensor_is_what_torch_reads(tmp_path: Path, zipped: bool, 
     assert_same_tensors(file, expected)
 
 
-@BOTH_FORMS
+@BOTH_FORMATS
 def test_tensors_that_share_memory_still_share_it(tmp_path: Path, zipped: bool):
     whole = torch.arange(24.0)
     save(tmp_path / "shared.pt", {"whole": whole, "part": whole[4:8]}, zipped)
@@ -120,7 +119,7 @@ def test_tensors_that_share_memory_still_share_it(tmp_path: Path, zipped: bool):
     assert all_of_it[3:9].tolist() == [3, -1, -1, -1, -1, 8]
 
 
-def test_writing_into_a_tensor_never_reaches_the_file(tmp_path: Path):
+def test_changing_a_tensor_does_not_change_the_file(tmp_path: Path):
     save(tmp_path / "w.ckpt", {"w": torch.arange(1000.0)})
     before = (tmp_path / "w.ckpt").read_bytes()
 
@@ -129,7 +128,7 @@ def test_writing_into_a_tensor_never_reaches_the_file(tmp_path: Path):
     assert (tmp_path / "w.ckpt").read_bytes() == before
 
 
-def test_a_single_tensor_and_a_bare_list_get_names(tmp_path: Path):
+def test_a_single_tensor_and_a_list_get_names(tmp_path: Path):
     save(tmp_path / "one.pt", torch.arange(3))
     save(tmp_path / "list.pt", [torch.zeros(1), torch.ones(2)])
 
@@ -140,7 +139,7 @@ def test_a_single_tensor_and_a_bare_list_get_names(tmp_path: Path):
 @pytest.mark.parametrize("content", [
     a.torch_zip(), a.legacy(a.legacy_pickle(), ["77"], (4, a.FLOATS)), a.torch_tar(),
 ], ids=["torch zip", "torch legacy", "torch tar"])  # fmt: skip
-def test_files_assembled_by_hand_are_what_torch_reads(tmp_path: Path, content: bytes, request: pytest.FixtureRequest):
+def test_assembled_files_are_read_as_by_torch(tmp_path: Path, content: bytes, request: pytest.FixtureRequest):
     path = tmp_path / "assembled.pt"
     path.write_bytes(content)
     expected = torch.load(path, weights_only=False)
@@ -151,7 +150,7 @@ def test_files_assembled_by_hand_are_what_torch_reads(tmp_path: Path, content: b
     assert_same_tensors(file, expected)
 
 
-def test_a_window_into_a_legacy_storage_is_what_torch_reads(tmp_path: Path):
+def test_a_window_of_a_legacy_storage_is_read_as_by_torch(tmp_path: Path):
     window = a.tuple_of(a.text("78"), a.number(1), a.number(3))
     pickle = a.program(a.dict_of(
         a.text("whole"), a.tensor(a.storage("77", extra=b"N")),
@@ -164,7 +163,7 @@ def test_a_window_into_a_legacy_storage_is_what_torch_reads(tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.complex64])
-def test_big_endian_files_are_what_torch_reads(tmp_path: Path, dtype: torch.dtype):
+def test_big_endian_files_are_read_as_by_torch(tmp_path: Path, dtype: torch.dtype):
     torch.save({"w": torch.arange(12).to(dtype).view(3, 4).t()}, tmp_path / "little.pt")
     members = a.torch_members(order="big")
     raw = torch.arange(12).to(dtype).view(torch.uint8)
@@ -181,14 +180,14 @@ def test_big_endian_files_are_what_torch_reads(tmp_path: Path, dtype: torch.dtyp
     assert_same_tensors(open_model(path), torch.load(tmp_path / "little.pt", weights_only=True))
 
 
-def test_where_a_tensor_once_was_does_not_matter(tmp_path: Path):
+def test_the_device_of_a_storage_is_ignored(tmp_path: Path):
     pickle = a.good_pickle().replace(a.text("cpu"), a.text("cuda:3"))
     (tmp_path / "cuda.ckpt").write_bytes(a.torch_zip(pickle))
 
     assert open_model(tmp_path / "cuda.ckpt").tensor("w").tolist() == [[1, 2], [3, 4]]
 
 
-def test_files_without_checksums_are_read_and_say_so(tmp_path: Path):
+def test_files_without_checksums_are_read_and_this_is_noted(tmp_path: Path):
     torch.serialization.set_crc32_options(False)
     try:
         expected = save(tmp_path / "unchecked.pt", {"w": torch.arange(5.0)})
@@ -201,15 +200,15 @@ def test_files_without_checksums_are_read_and_say_so(tmp_path: Path):
     assert any("checksum" in note for note in file.notes)
 
 
-def test_storages_that_lie_across_their_boundary_are_read(tmp_path: Path):
-    # torch aligns storages; an archive packed anew by another program does not.
+def test_unaligned_storages_are_read(tmp_path: Path):
+    # torch aligns storages; a program that repacks the archive may not.
     for root in ("a", "ab", "abc", "abcd"):
         path = tmp_path / f"{root}.ckpt"
         path.write_bytes(a.torch_zip(root=root))
         assert open_model(path).tensor("w").tolist() == [[1, 2], [3, 4]]
 
 
-def test_numpy_arrays_are_tensors_too(tmp_path: Path):
+def test_numpy_arrays_become_tensors(tmp_path: Path):
     arrays = {
         "f4": numpy.arange(6, dtype="<f4").reshape(2, 3),
         "big": numpy.arange(6, dtype=">f8").reshape(3, 2),
@@ -238,14 +237,14 @@ def test_a_plain_pickle_of_arrays_is_read(tmp_path: Path):
     assert file.tensor("w").tolist() == [0, 1, 2]
 
 
-def test_the_zip64_form_is_read(tmp_path: Path):
+def test_the_zip64_end_record_is_read(tmp_path: Path):
     stream = io.BytesIO()
     tensors = {str(i): torch.full((1,), i, dtype=torch.int32) for i in range(20)}
     torch.save(tensors, stream)
     content = bytearray(stream.getvalue())
     end = len(content) - 22
     assert content[end - 20 : end - 16] == b"PK\6\7", "torch always adds the zip64 records"
-    content[end + 8 : end + 20] = b"\xff" * 12  # what the short record says when the numbers do not fit
+    content[end + 8 : end + 20] = b"\xff" * 12  # the plain end record has these values if the numbers do not fit
     (tmp_path / "zip64.pt").write_bytes(content)
 
     assert_same_tensors(open_model(tmp_path / "zip64.pt"), tensors)

@@ -1,4 +1,4 @@
-"""Embeddings in pictures: written here as A1111 writes them, by its documented form, and read back."""
+"""Embeddings in pictures: written here in A1111's documented format, and read back."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def mask(count: int) -> np.ndarray:
 
 
 def in_pixels(raw: bytes, height: int = 256) -> Image.Image:
-    """Stripes left and right of a picture, a black column between, four bits of each byte on either side."""
+    """Stripes left and right of a picture, separated by black columns, with four bits of each byte on either side."""
     packed = np.frombuffer(raw, np.uint8)
     row = height * 3
     packed = np.resize(packed, -(-(len(packed) + 1) // row) * row)
     stripes = []
     for half in (packed & 0x0F, packed >> 4):
         masked = half ^ mask(half.size)
-        # The upper bits are free for decoration; here they keep every pixel from being black.
+        # The upper bits are unused; here they prevent black pixels.
         stripes.append((masked | 0x40).reshape(height, -1, 3))
     wide = stripes[0].shape[1]
     whole = np.zeros((height, 2 * wide + 256 + 2, 3), np.uint8)
@@ -83,10 +83,10 @@ def test_pixels_are_read(tmp_path: Path, kind: str):
     file = open_model(path)
 
     assert torch.equal(file.tensor("string_to_param.*"), torch.from_numpy(VECTORS))
-    assert file.notes == ("the embedding stands in the pixels of a picture",)
+    assert file.notes == ("the embedding is stored in the pixels of a picture",)
 
 
-def test_an_ordinary_picture_is_one(tmp_path: Path):
+def test_an_ordinary_picture_is_reported_as_a_picture(tmp_path: Path):
     picture().save(tmp_path / "a.png")
     picture().save(tmp_path / "a.webp")
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
@@ -97,23 +97,26 @@ def test_an_ordinary_picture_is_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ("!!!", "not proper base64"),
-        (base64.b64encode(b"{").decode(), "not proper JSON"),
-        (base64.b64encode(json.dumps(content(VECTORS[:1])).encode("utf-16")).decode(), "not proper JSON"),
-        (base64.b64encode(b"[1]").decode(), "is no table of values"),
-        (base64.b64encode(json.dumps({"a": {"TORCHTENSOR": [[1, 2], [3]]}}).encode()).decode(), "no matrix of numbers"),
-        (base64.b64encode(json.dumps({"a": {"TORCHTENSOR": [["x"]]}}).encode()).decode(), "that is no number"),
+        ("!!!", "not valid base64"),
+        (base64.b64encode(b"{").decode(), "not valid JSON"),
+        (base64.b64encode(json.dumps(content(VECTORS[:1])).encode("utf-16")).decode(), "not valid JSON"),
+        (base64.b64encode(b"[1]").decode(), "is not a JSON object"),
+        (
+            base64.b64encode(json.dumps({"a": {"TORCHTENSOR": [[1, 2], [3]]}}).encode()).decode(),
+            "not a matrix",
+        ),
+        (base64.b64encode(json.dumps({"a": {"TORCHTENSOR": [["x"]]}}).encode()).decode(), "other than numbers"),
         (base64.b64encode(json.dumps({"a": 1}).encode()).decode(), "without vectors"),
     ],
 )
-def test_damage_is_named(tmp_path: Path, text: str, says: str):
-    with pytest.raises((DamagedFile, NotAModel), match=says):
+def test_the_error_states_the_damage(tmp_path: Path, text: str, message: str):
+    with pytest.raises((DamagedFile, NotAModel), match=message):
         open_model(with_chunk(tmp_path / "a.png", text))
 
 
-def test_a_bomb_is_not_inflated(tmp_path: Path):
+def test_a_decompression_bomb_is_not_inflated(tmp_path: Path):
     bomb = zlib.compress(b" " * 400_000_000, 9)
     in_pixels(bomb[:200_000] if len(bomb) > 200_000 else bomb, 512).save(tmp_path / "a.png")
 
@@ -121,10 +124,10 @@ def test_a_bomb_is_not_inflated(tmp_path: Path):
         open_model(tmp_path / "a.png")
 
 
-def test_the_largest_stripes_take_no_longer_than_a_picture(tmp_path: Path):
-    """A few kilobytes, which unfold to sixteen million numbers under a mask."""
+def test_the_largest_stripes_are_decoded_in_bounded_time(tmp_path: Path):
+    """A few kilobytes that expand to sixteen million masked numbers."""
     stripes = np.full((4000, 2 * 666 + 2, 3), 0x41, np.uint8)
-    stripes[:, 666:668] = 0x40  # what parts them; no pixel may be black
+    stripes[:, 666:668] = 0x40  # the separating columns; no pixel may be black
     Image.fromarray(stripes).save(tmp_path / "a.png")
     began = time.process_time()
 
@@ -134,7 +137,7 @@ def test_the_largest_stripes_take_no_longer_than_a_picture(tmp_path: Path):
     assert time.process_time() - began < 2
 
 
-def test_every_cut_of_a_picture_is_an_error_of_ours_or_the_whole_embedding(tmp_path: Path):
+def test_every_truncation_of_a_picture_is_a_known_error_or_gives_the_whole_embedding(tmp_path: Path):
     buffer = io.BytesIO()
     in_pixels(zlib.compress(json.dumps(content(VECTORS[:1])).encode(), 9), 64).save(buffer, "PNG")
     whole = buffer.getvalue()
@@ -145,5 +148,5 @@ def test_every_cut_of_a_picture_is_an_error_of_ours_or_the_whole_embedding(tmp_p
             file = open_model(tmp_path / "a.png")
         except (DamagedFile, NotAModel):
             continue
-        # A picture may lack its very end and still show all its pixels.
+        # A picture without its last bytes may still have all its pixels.
         assert torch.equal(file.tensor("string_to_param.*"), torch.from_numpy(VECTORS[:1]))

@@ -1,4 +1,4 @@
-"""The safetensors reader and writer against the safetensors library, both ways."""
+"""The safetensors reader and writer compared with the safetensors library, in both directions."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def bits(tensor: Tensor) -> bytes:
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
     return found.keys() == expected.keys() and all(
-        found[name].dtype == want.dtype and found[name].shape == want.shape and bits(found[name]) == bits(want)
-        for name, want in expected.items()
+        found[name].dtype == tensor.dtype and found[name].shape == tensor.shape and bits(found[name]) == bits(tensor)
+        for name, tensor in expected.items()
     )
 
 
 @settings(deadline=None, max_examples=60)
 @given(tensor_sets(), st.dictionaries(text, text, max_size=3))
-def test_what_the_library_writes_is_read_bit_for_bit(tensors: dict[str, Tensor], metadata: dict[str, str]):
+def test_files_written_by_the_library_are_read_bit_for_bit(tensors: dict[str, Tensor], metadata: dict[str, str]):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
         safetensors.torch.save_file(tensors, path, metadata or None)
@@ -76,7 +76,7 @@ def test_what_the_library_writes_is_read_bit_for_bit(tensors: dict[str, Tensor],
 
 @settings(deadline=None, max_examples=60)
 @given(tensor_sets(), st.dictionaries(text, text, max_size=3))
-def test_what_is_written_the_library_reads_bit_for_bit(tensors: dict[str, Tensor], metadata: dict[str, str]):
+def test_the_library_reads_our_files_bit_for_bit(tensors: dict[str, Tensor], metadata: dict[str, str]):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
         write_safetensors(path, tensors, metadata)
@@ -88,7 +88,7 @@ def test_what_is_written_the_library_reads_bit_for_bit(tensors: dict[str, Tensor
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(tensor_sets())
-def test_files_are_written_byte_for_byte_as_the_library_writes_them(tensors: dict[str, Tensor]):
+def test_our_files_are_byte_for_byte_those_of_the_library(tensors: dict[str, Tensor]):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "m.safetensors"
         write_safetensors(path, tensors, {"one": "entry"})
@@ -98,7 +98,7 @@ def test_files_are_written_byte_for_byte_as_the_library_writes_them(tensors: dic
 
 @settings(deadline=None, max_examples=300)
 @given(st.data())
-def test_a_damaged_header_is_refused_or_read_as_the_library_reads_it(data: st.DataObject):
+def test_a_damaged_header_is_refused_or_read_as_by_the_library(data: st.DataObject):
     tensors = {"a": torch.arange(3.0), "b.c": torch.ones(2, 2, dtype=torch.float16)}
     content = bytearray(safetensors.torch.save(tensors, {"k": "v"}))
     header = 8 + struct.unpack("<Q", content[:8])[0]
@@ -142,7 +142,7 @@ def test_tensors_outlive_their_file(tmp_path: Path):
 
 @pytest.mark.parametrize("pad", range(8))
 def test_data_at_any_byte_is_read(tmp_path: Path, pad: int):
-    # Writers other than the library do not pad the header, so tensors begin anywhere.
+    # Other writers than the library do not pad the header, so tensors may begin at any byte.
     path = tmp_path / "m.safetensors"
     path.write_bytes(a.safetensors("{" + a.entry() + "}" + " " * pad, a.FLOATS))
 
@@ -161,7 +161,7 @@ def test_data_at_any_byte_is_read(tmp_path: Path, pad: int):
         "{" + a.entry() + "," + a.entry("empty", shape="[0]", offsets="[16,16]") + "}",
     ],
 )
-def test_any_proper_json_will_do(tmp_path: Path, header: str):
+def test_any_valid_json_header_is_read(tmp_path: Path, header: str):
     path = tmp_path / "m.safetensors"
     path.write_bytes(a.safetensors(header, a.FLOATS))
     expected = safetensors.torch.load(path.read_bytes())
@@ -171,7 +171,7 @@ def test_any_proper_json_will_do(tmp_path: Path, header: str):
     assert same({name: file.tensor(name) for name in file}, expected)
 
 
-def test_a_file_of_metadata_alone_is_read(tmp_path: Path):
+def test_a_file_with_only_metadata_is_read(tmp_path: Path):
     (tmp_path / "m.safetensors").write_bytes(a.safetensors('{"__metadata__":{"a":"b"}}'))
 
     file = open_model(tmp_path / "m.safetensors")
@@ -189,7 +189,7 @@ def test_opening_seven_gigabytes_reads_only_the_header(tmp_path: Path):
     path = tmp_path / "xl.safetensors"
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(raw)) + raw)
-        stream.truncate(8 + len(raw) + end)  # a hole in the file: no disk is used
+        stream.truncate(8 + len(raw) + end)  # a sparse file: no disk space is used
     code = (
         "import sys, time\nfrom gouache.files.open import open_model\n"
         "start = time.process_time()\nfile = open_model(sys.argv[1])\n"
@@ -201,4 +201,4 @@ def test_opening_seven_gigabytes_reads_only_the_header(tmp_path: Path):
 
     assert (int(count), int(size), torch_is_in) == (2515, end, "False")
     assert end > 6.9e9
-    assert float(seconds) < 0.2  # some 0.015 on a quiet machine
+    assert float(seconds) < 0.2  # about 0.015 on an idle machine

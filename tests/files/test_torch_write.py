@@ -1,4 +1,4 @@
-"""What we write for `torch.load`: read by torch, by zip tools, mapped, and by our own reader."""
+"""Files written for `torch.load`: read by torch, memory-mapped, by zip tools, and by our reader."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gouache.files.record import TensorInfo
 from gouache.files.torch_write import stream_torch
 from gouache.files.write import describe
 
-KINDS = (
+DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int64,
     torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64,
 )  # fmt: skip
@@ -27,10 +27,10 @@ SHAPES = ((), (0, 3), (5,), (2, 3, 4), (1, 1))
 
 
 def some_tensors() -> dict[str, Tensor]:
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     return {
-        f"{str(kind)[6:]}.{'x'.join(map(str, shape))}": (torch.randn(shape, generator=chance) * 3).to(kind)
-        for kind in KINDS
+        f"{str(dtype)[6:]}.{'x'.join(map(str, shape))}": (torch.randn(shape, generator=generator) * 3).to(dtype)
+        for dtype in DTYPES
         for shape in SHAPES
     }
 
@@ -63,7 +63,7 @@ def test_our_reader_reads_every_tensor(tmp_path: Path):
     assert all(equal(file.tensor(name), tensors[name]) for name in tensors)
 
 
-def test_the_archive_is_sound_and_its_tensors_lie_at_multiples_of_64(tmp_path: Path):
+def test_the_archive_is_valid_and_its_tensors_begin_at_multiples_of_64_bytes(tmp_path: Path):
     path = written(tmp_path / "a.ckpt", some_tensors())
 
     with zipfile.ZipFile(path) as archive:
@@ -85,7 +85,7 @@ plain = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(st.dictionaries(st.text(min_size=1, max_size=10).filter(lambda key: key != "state_dict"), plain, max_size=4))
-def test_plain_values_are_what_they_were(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]):
+def test_plain_values_are_preserved(tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]):
     path = written(tmp_path_factory.mktemp("values") / "a.ckpt", {"w": torch.ones(2)}, values)
 
     found = torch.load(path, weights_only=True)
@@ -93,19 +93,19 @@ def test_plain_values_are_what_they_were(tmp_path_factory: pytest.TempPathFactor
     assert {key: value for key, value in found.items() if key != "state_dict"} == values
 
 
-def test_what_is_not_plain_is_refused_and_leaves_nothing(tmp_path: Path):
+def test_other_values_are_refused_and_no_file_is_left(tmp_path: Path):
     for value in (object(), {1, 2}, b"bytes", torch.ones(1)):
-        with pytest.raises(ModelError, match=r"which is not written into a \.ckpt"):
+        with pytest.raises(ModelError, match=r"which cannot be written into a \.ckpt"):
             written(tmp_path / "a.ckpt", {"w": torch.ones(2)}, {"x": value})
     with pytest.raises(ModelError, match="state_dict"):
         written(tmp_path / "a.ckpt", {}, {"state_dict": 1})
-    with pytest.raises(ModelError, match=r"was to be F32 \[3\], and is F32 \[2\]"):
+    with pytest.raises(ModelError, match=r"is F32 \[2\], expected F32 \[3\]"):
         stream_torch(tmp_path / "a.ckpt", {"w": TensorInfo((3,), "F32")}, lambda name: torch.ones(2))
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.full
-def test_beyond_four_gigabytes_offsets_are_written_in_full(tmp_path: Path):
+def test_offsets_beyond_four_gigabytes_are_written(tmp_path: Path):
     piece = torch.arange(300_000_000, dtype=torch.int64) % 251
     infos = {f"t{n}": TensorInfo((600_000_000,), "U8") for n in range(8)}
 

@@ -1,4 +1,4 @@
-"""A file is there whole or not at all, whatever goes wrong while it is written."""
+"""A file is written completely or not at all, whatever fails during the write."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path: Pat
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_failing_disk_leaves_the_old_file_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str):
+def test_a_disk_error_leaves_the_old_file_and_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
 
@@ -60,7 +60,7 @@ def test_a_failing_disk_leaves_the_old_file_and_says_so(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(write.os, call, fails)
 
-    with pytest.raises(FileError, match=r"a\.bin: cannot be written: Input/output error; .* untouched"):
+    with pytest.raises(FileError, match=r"a\.bin: cannot be written: Input/output error; .* unchanged"):
         write_atomic(path, b"new")
 
     monkeypatch.undo()
@@ -68,16 +68,16 @@ def test_a_failing_disk_leaves_the_old_file_and_says_so(tmp_path: Path, monkeypa
     assert only(tmp_path, "a.bin")
 
 
-def test_a_full_disk_is_said_before_anything_is_written(tmp_path: Path):
-    with pytest.raises(FileError, match=r"it takes 9000000000 MB, and \d+ MB are free"), \
+def test_a_full_disk_is_reported_before_anything_is_written(tmp_path: Path):
+    with pytest.raises(FileError, match=r"it needs 9000000000 MB, but \d+ MB are free"), \
             atomic_output(tmp_path / "a.bin", 9 * 10**15):  # fmt: skip
-        raise AssertionError("the block must not begin")
+        raise AssertionError("the block must not be entered")
 
     assert only(tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on file size")
-def test_a_disk_that_fills_up_in_mid_write_leaves_the_old_file(tmp_path: Path):
+def test_a_disk_that_fills_up_during_the_write_leaves_the_old_file(tmp_path: Path):
     (tmp_path / "a.bin").write_bytes(b"old")
     code = (
         "import resource, signal, sys\nfrom gouache.files.write import write_atomic\n"
@@ -92,7 +92,7 @@ def test_a_disk_that_fills_up_in_mid_write_leaves_the_old_file(tmp_path: Path):
     assert only(tmp_path, "a.bin")
 
 
-def test_a_process_killed_at_any_moment_leaves_one_whole_file(tmp_path: Path):
+def test_a_process_killed_at_any_moment_leaves_one_complete_file(tmp_path: Path):
     path = tmp_path / "a.bin"
     code = (
         "import sys\nfrom gouache.files.write import write_atomic\nprint('ready', flush=True)\n"
@@ -112,7 +112,7 @@ def test_a_process_killed_at_any_moment_leaves_one_whole_file(tmp_path: Path):
             assert len(content) == 300_000 and len(set(content)) == 1
 
 
-def test_what_did_not_reach_the_disk_as_written_is_not_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_file_that_reads_back_differently_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     real = os.fsync
@@ -123,7 +123,7 @@ def test_what_did_not_reach_the_disk_as_written_is_not_put_in_place(tmp_path: Pa
 
     monkeypatch.setattr(write.os, "fsync", damages)
 
-    with pytest.raises(DamagedFile, match="did not read back"):
+    with pytest.raises(DamagedFile, match="differs from what was written when read back"):
         write_atomic(path, b"new")
 
     assert path.read_bytes() == b"old"
@@ -148,13 +148,13 @@ def test_the_folder_is_synchronised_after_the_file(tmp_path: Path, monkeypatch: 
     made, order[:] = order[:], []
     write_atomic(tmp_path / "a.bin", b"new")
 
-    assert [what for what in made if what != "replace"] == ["file", "folder"]  # a new name may need no replacing
+    assert [what for what in made if what != "replace"] == ["file", "folder"]  # a new file may not need os.replace
     assert order == ["file", "replace", "folder"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="asks whether a process runs")
-@pytest.mark.parametrize("unnamed", [True, False], ids=["nameless drafts", "named drafts"])
-def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(
+@pytest.mark.skipif(os.name != "posix", reason="needs to know whether a process is running")
+@pytest.mark.parametrize("unnamed", [True, False], ids=["unnamed temporaries", "named temporaries"])
+def test_temporary_files_of_killed_processes_are_removed_and_those_of_running_ones_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unnamed: bool
 ):
     if not unnamed:
@@ -172,7 +172,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not
     assert only(tmp_path, ours.name, foreign.name, "a.bin")
 
 
-def test_permissions_of_a_replaced_file_are_kept_and_new_ones_are_usual(tmp_path: Path):
+def test_permissions_of_a_replaced_file_are_kept_and_new_files_get_the_default(tmp_path: Path):
     (tmp_path / "kept").write_bytes(b"old")
     (tmp_path / "kept").chmod(0o640)
     (tmp_path / "usual").write_bytes(b"made by open()")
@@ -184,7 +184,7 @@ def test_permissions_of_a_replaced_file_are_kept_and_new_ones_are_usual(tmp_path
     assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
-def test_a_link_is_replaced_and_what_it_pointed_to_is_not_touched(tmp_path: Path):
+def test_a_link_is_replaced_and_its_target_is_unchanged(tmp_path: Path):
     (tmp_path / "blob").write_bytes(b"in the cache")
     (tmp_path / "link").symlink_to("blob")
 
@@ -195,7 +195,7 @@ def test_a_link_is_replaced_and_what_it_pointed_to_is_not_touched(tmp_path: Path
 
 
 @pytest.mark.parametrize("target", ["missing/a.bin", "folder", "/dev/null"])
-def test_impossible_targets_are_one_line(tmp_path: Path, target: str):
+def test_invalid_targets_are_one_line_errors(tmp_path: Path, target: str):
     (tmp_path / "folder").mkdir()
 
     with pytest.raises(FileError, match="cannot be written: it"):
@@ -204,7 +204,7 @@ def test_impossible_targets_are_one_line(tmp_path: Path, target: str):
     assert only(tmp_path, "folder")
 
 
-def test_a_mapped_file_can_be_written_over(tmp_path: Path):
+def test_a_mapped_file_can_be_replaced(tmp_path: Path):
     path = tmp_path / "m.safetensors"
     safetensors.torch.save_file({"a": torch.arange(1000.0), "b": torch.ones(3)}, path)
     file = open_model(path)
@@ -220,34 +220,34 @@ def test_a_model_is_converted_tensor_by_tensor(tmp_path: Path):
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)} | {"view": torch.arange(6.0).view(2, 3).t()}
     torch.save(tensors, tmp_path / "m.ckpt")
     file = open_model(tmp_path / "m.ckpt")
-    asked: list[str] = []
+    names_read: list[str] = []
 
     def read(name: str) -> torch.Tensor:
-        asked.append(name)
+        names_read.append(name)
         return file.read(name)
 
     digest = stream_safetensors(tmp_path / "m.safetensors", file.tensors, read, {"format": "pt"})
 
     loaded = safetensors.torch.load_file(tmp_path / "m.safetensors")
     assert loaded.keys() == tensors.keys() and all(loaded[name].equal(tensors[name]) for name in tensors)
-    assert sorted(asked) == sorted(tensors)
+    assert sorted(names_read) == sorted(tensors)
     assert digest == hashlib.sha256((tmp_path / "m.safetensors").read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, dtype=torch.float16)])
-def test_a_tensor_that_is_not_as_announced_stops_the_write(tmp_path: Path, wrong: torch.Tensor):
-    with pytest.raises(ModelError, match=r"tensor 'w' was to be F32 \[2\]"):
+def test_a_tensor_with_another_shape_or_dtype_than_announced_stops_the_write(tmp_path: Path, wrong: torch.Tensor):
+    with pytest.raises(ModelError, match=r"tensor 'w' is .*, expected F32 \[2\]"):
         stream_safetensors(tmp_path / "m.safetensors", {"w": TensorInfo((2,), "F32")}, lambda name: wrong)
 
     assert only(tmp_path)
 
 
-def test_what_safetensors_cannot_hold_is_refused(tmp_path: Path):
+def test_content_that_safetensors_cannot_store_is_refused(tmp_path: Path):
     path = tmp_path / "m.safetensors"
 
     with pytest.raises(ModelError, match="complex128"):
         describe(torch.zeros(1, dtype=torch.complex128))
-    with pytest.raises(ModelError, match="no text"):
+    with pytest.raises(ModelError, match="not text"):
         write_safetensors(path, {}, {"epoch": 3})  # type: ignore[dict-item]
     with pytest.raises(ModelError, match="__metadata__"):
         write_safetensors(path, {"__metadata__": torch.zeros(1)})

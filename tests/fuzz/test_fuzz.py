@@ -1,4 +1,4 @@
-"""A few seconds of fuzzing with every run of the tests, ten minutes of it with the long ones."""
+"""Runs the fuzzer for a few seconds in every test run, and for ten minutes in the full one."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ pytest.importorskip("atheris")
 HERE = Path(__file__).parent
 
 
-def fuzzed(seconds: int, place: Path) -> None:
+def run_fuzzer(seconds: int, folder: Path) -> None:
     command = [sys.executable, str(HERE / "fuzz_readers.py"), f"-max_total_time={seconds}", "-seed=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-    ended = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, errors="replace")
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, errors="replace")
 
-    assert ended.returncode == 0, f"an input was kept in {place}:\n{ended.stderr[-3000:]}"
-    assert [path.name for path in place.iterdir()] == []
-    print(ended.stderr.splitlines()[-1])
+    assert done.returncode == 0, f"an input was saved in {folder}:\n{done.stderr[-3000:]}"
+    assert [path.name for path in folder.iterdir()] == []
+    print(done.stderr.splitlines()[-1])
 
 
 @pytest.mark.timeout(120)
-def test_no_file_makes_a_reader_fail_or_do_more_than_read(tmp_path: Path):
-    fuzzed(8, tmp_path)
+def test_fuzzing_for_seconds_finds_no_crash_and_no_side_effect(tmp_path: Path):
+    run_fuzzer(8, tmp_path)
 
 
 @pytest.mark.full
 @pytest.mark.timeout(1200)
-def test_no_file_does_for_ten_minutes(tmp_path: Path):
-    fuzzed(600, tmp_path)
+def test_fuzzing_for_ten_minutes_finds_no_crash_and_no_side_effect(tmp_path: Path):
+    run_fuzzer(600, tmp_path)

@@ -17,10 +17,10 @@ def manifest(name: str) -> dict[str, Any]:
 
 
 def shapes(name: str, prefix: str = "") -> Shapes:
-    """What the manifest of a single file holds under `prefix`, the prefix taken off."""
+    """Shapes of the tensors under `prefix` in the manifest of a single file, without the prefix."""
     return {key.removeprefix(prefix): tuple(v[0]) for key, v in manifest(name).items() if key.startswith(prefix)}
 
 
 def folder_shapes(name: str, component: str) -> Shapes:
-    """What the manifest of a diffusers folder holds of one component."""
+    """Shapes of the tensors of one component in the manifest of a diffusers folder."""
     return {key: tuple(v[0]) for key, v in manifest(name)[component]["tensors"].items()}

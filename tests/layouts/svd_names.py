@@ -10,7 +10,7 @@ PAIRS: dict[str, str] = dict(line.split() for line in LINES if not line.startswi
 
 
 def pairs(prefix: str, component: str) -> dict[str, str]:
-    """Those from below `prefix` to `component`, both taken off."""
+    """The pairs from `prefix` to `component`, without both."""
     return {
         ours.removeprefix(prefix): theirs.removeprefix(f"{component}/")
         for ours, theirs in PAIRS.items()

@@ -1,4 +1,4 @@
-"""Adapter files named by what official lists and the tools that write them call their tensors."""
+"""Adapter files are recognised by the tensor names in official lists and in files of the tools that write them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ peft = pytest.importorskip("peft", reason="an independent writer of adapter file
 
 @pytest.mark.parametrize(
     ("name", "kind", "modules", "context", "blocks"),
-    [  # module counts as the tool that wrote them has them
+    [  # module counts of the tool that wrote the files
         ("lora_kohya_sd15", "lora", {"text_encoder": 72, "unet": 192}, 768, "diffusers"),
         ("locon_kohya_sd15", "locon", {"text_encoder": 72, "unet": 278}, 768, "diffusers"),
         ("lora_kohya_sdxl", "lora", {"text_encoder": 72, "text_encoder_2": 192, "unet": 722}, 2048, "original"),
     ],
 )
-def test_kohya_files_are_named_and_counted(name, kind, modules, context, blocks):
+def test_kohya_files_are_recognised_and_their_modules_counted(name, kind, modules, context, blocks):
     found = read_adapter(shapes(name))
 
     assert found is not None
@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 
 def saved_by_peft(config):
-    """The names and shapes under which peft stores an adapter of a U-Net's attention, in diffusers' way."""
+    """Names and shapes of an adapter of a U-Net's attention as PEFT saves it, with diffusers' prefix."""
     model = peft.get_peft_model(nn.ModuleDict({"down_blocks": nn.ModuleList([Attention()])}), config)
     state = peft.get_peft_model_state_dict(model)
     return {"unet." + name.removeprefix("base_model.model."): tuple(tensor.shape) for name, tensor in state.items()}
@@ -54,7 +54,7 @@ TO = ["to_q", "to_k"]
         (peft.LoKrConfig(r=4, target_modules=TO), "lokr", "lokr"),
     ],
 )
-def test_what_peft_saves_is_named(config, kind, base):
+def test_adapters_saved_by_peft_are_recognised(config, kind, base):
     found = read_adapter(saved_by_peft(config))
 
     assert found is not None
@@ -64,7 +64,7 @@ def test_what_peft_saves_is_named(config, kind, base):
     assert found.unnamed == ()
 
 
-def test_older_diffusers_spellings_are_named():
+def test_older_diffusers_names_are_recognised():
     stem = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
     found = read_adapter(
         {
@@ -81,7 +81,7 @@ def test_older_diffusers_spellings_are_named():
     assert found.context_dim == 768
 
 
-def test_a_tucker_core_makes_a_lora_a_locon():
+def test_a_lora_with_a_tucker_core_is_a_locon():
     kohya = {key: shape for key, shape in shapes("lora_kohya_sd15").items() if "_attn2_" in key}
 
     found = read_adapter(kohya | {"lora_unet_down_blocks_0_resnets_0_conv1.lora_mid.weight": (4, 4, 3, 3)})
@@ -90,7 +90,7 @@ def test_a_tucker_core_makes_a_lora_a_locon():
     assert found.kind == "locon"
 
 
-def test_embeddings_packed_into_a_lora_are_reported():
+def test_embeddings_bundled_with_a_lora_are_reported():
     lora = shapes("lora_kohya_sdxl")
 
     found = read_adapter(lora | {"bundle_emb.mycat.clip_l": (2, 768), "bundle_emb.mycat.clip_g": (2, 1280)})
@@ -102,7 +102,7 @@ def test_embeddings_packed_into_a_lora_are_reported():
 
 
 @pytest.mark.parametrize("name", ["sd15_emaonly", "sdxl_base", "sdxl_vae", "svd"])
-def test_models_are_no_adapters(name):
+def test_models_are_not_recognised_as_adapters(name):
     official = shapes(name)
 
     assert read_adapter(official) is None
@@ -112,7 +112,7 @@ def test_models_are_no_adapters(name):
 
 @pytest.mark.parametrize(
     ("tensors", "extra", "form", "vectors", "widths"),
-    [  # the forms of the ti_embeddings list
+    [  # the formats of the ti_embeddings list
         ({"string_to_param.*": (5, 768)}, {"string_to_token": {"*": 265}}, "A1111", 5, {"text_encoder": 768}),
         (
             {"string_to_param.cat": (1024,), "string_to_token.cat": ()},
@@ -134,14 +134,14 @@ def test_models_are_no_adapters(name):
         ({"clip_g": (3, 1280)}, {}, "clip_g", 3, {"text_encoder_2": 1280}),
     ],
 )
-def test_every_form_of_textual_inversion_is_named(tensors, extra, form, vectors, widths):
+def test_every_format_of_textual_inversion_is_recognised(tensors, extra, form, vectors, widths):
     found = read_embedding(tensors, extra)
 
     assert found is not None
     assert (found.format, found.vectors, found.widths) == (form, vectors, widths)
 
 
-def test_hypernetworks_are_told_by_their_numbered_pairs():
+def test_hypernetworks_are_recognised_by_their_numbered_pairs():
     examples = manifest("a1111_hypernetwork")["examples"]
     layers = {key: tuple(value[0]) for key, value in examples["default_768"].items()}
 

@@ -21,18 +21,18 @@ def test_sdxl_has_the_19_blocks_of_its_three_levels():
     assert labels == [f"IN{n:02}" for n in range(9)] + ["M00"] + [f"OUT{n:02}" for n in range(9)]
 
 
-def test_what_a_block_is_said_to_do_is_what_its_tensors_are():
+def test_the_meaning_of_a_block_agrees_with_its_tensors():
     for spec in (UNetSpec(), SDXL):
         names = list(unet_shapes(spec))
         for block in blocks(spec):
-            own = [name.removeprefix(block.prefix) for name in names if name.startswith(block.prefix)]
-            assert own
-            assert ("transformer" in block.meaning) == any("transformer_blocks" in name for name in own)
-            assert ("halves" in block.meaning) == any(name.startswith("0.op.") for name in own)
-            assert ("doubles" in block.meaning) == any(".conv.weight" in name for name in own)
+            inside = [name.removeprefix(block.prefix) for name in names if name.startswith(block.prefix)]
+            assert inside
+            assert ("transformer" in block.meaning) == any("transformer_blocks" in name for name in inside)
+            assert ("halves" in block.meaning) == any(name.startswith("0.op.") for name in inside)
+            assert ("doubles" in block.meaning) == any(".conv.weight" in name for name in inside)
 
 
-def test_every_tensor_belongs_to_one_block_and_the_rest_where_merging_tools_count_it():
+def test_every_tensor_is_assigned_to_one_block_as_in_merging_tools():
     table = blocks(UNetSpec())
 
     counts = Counter(block_of(name, table) for name in unet_shapes(UNetSpec()))

@@ -1,4 +1,4 @@
-"""The tables against official key lists, against diffusers' own models, and against its own conversion."""
+"""The diffusers tables, compared with official key lists, with diffusers' models, and with diffusers' conversion."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ UNETS = {
 
 
 @pytest.mark.parametrize("name", UNETS)
-def test_diffusers_own_conversion_puts_every_unet_tensor_where_the_table_says(name):
+def test_unet_tables_agree_with_the_conversion_in_diffusers(name):
     with torch.device("meta"):
         model = UNet2DConditionModel(norm_num_groups=32, **UNETS[name])
     theirs = shapes_of(model)
@@ -126,20 +126,20 @@ def vae(name):
 
 
 @pytest.mark.parametrize("name", VAES)
-def test_diffusers_own_conversion_leads_from_our_vae_names_back_to_its_own(name):
+def test_the_conversion_in_diffusers_restores_its_vae_names_from_ours(name):
     model = vae(name)
     theirs = model.state_dict()
 
     origins = plan(vae_rules(*vae_topology(theirs)), theirs).origins
     ours = {f"first_stage_model.{key}": origin.tensor(theirs.__getitem__) for key, origin in origins.items()}
-    again = convert_ldm_vae_checkpoint(ours, dict(model.config))
+    restored = convert_ldm_vae_checkpoint(ours, dict(model.config))
 
     assert ours["first_stage_model.encoder.mid.attn_1.q.weight"].ndim == 4
-    assert again.keys() == theirs.keys()
-    assert all(torch.equal(again[key], theirs[key]) for key in theirs)
+    assert restored.keys() == theirs.keys()
+    assert all(torch.equal(restored[key], theirs[key]) for key in theirs)
 
 
-def test_vae_attention_under_its_old_names_is_read_like_under_the_new_ones():
+def test_old_names_of_vae_attention_give_the_same_tensors_as_new_ones():
     new = vae("three levels").state_dict()
     old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}
@@ -159,7 +159,7 @@ def test_vae_attention_under_its_old_names_is_read_like_under_the_new_ones():
     assert all(torch.equal(from_old[key], from_new[key].tensor(new.__getitem__)) for key in from_new)
 
 
-def test_the_inverse_writes_what_diffusers_expects():
+def test_the_inverse_table_gives_the_names_and_shapes_that_diffusers_expects():
     official = shapes("sdxl_base", "model.diffusion_model.")
 
     back = plan(invert(unet_rules((False, True, True), 2)), official)
@@ -167,7 +167,7 @@ def test_the_inverse_writes_what_diffusers_expects():
     assert {name: o.shape(official) for name, o in back.origins.items()} == folder_shapes("diffusers_sdxl_base", "unet")
 
 
-def test_a_tensor_that_the_table_does_not_know_is_not_passed_over():
+def test_a_tensor_that_is_not_in_the_table_is_an_error():
     old = folder_shapes("diffusers_sd15", "unet") | {"down_blocks.0.motion_modules.0.norm.weight": (320,)}
 
     with pytest.raises(ModelError, match="motion_modules"):

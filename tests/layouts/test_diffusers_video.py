@@ -1,4 +1,4 @@
-"""Stable Video Diffusion's tables against the official key list, diffusers' own models, and names stated by hand."""
+"""Stable Video Diffusion's tables, compared with the official key list, diffusers' models, and a list of name pairs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ UNET, FIRST_STAGE, FRAME_VAE = "model.diffusion_model.", "first_stage_model.", "
 
 
 def vae_shapes() -> Shapes:
-    """What a folder's `vae` is made of: a decoder of one autoencoder, and of another what encodes the first frame."""
-    decodes = {name: shape for name, shape in shapes("svd", FIRST_STAGE).items() if name.startswith("decoder.")}
+    """The parts of a folder's `vae`: the decoder of one autoencoder, and the encoder of the one for the first frame."""
+    decoder = {name: shape for name, shape in shapes("svd", FIRST_STAGE).items() if name.startswith("decoder.")}
     frame = shapes("svd", FRAME_VAE)
-    return decodes | {name: shape for name, shape in frame.items() if name.startswith(("encoder.", "quant_conv."))}
+    return decoder | {name: shape for name, shape in frame.items() if name.startswith(("encoder.", "quant_conv."))}
 
 
 def shapes_of(model: torch.nn.Module) -> Shapes:
@@ -69,7 +69,7 @@ def moved(rules, old: Shapes) -> Shapes:
 
 
 @pytest.mark.parametrize("name", ["svd", "svd_xt"])
-def test_the_official_unet_becomes_diffusers_own_and_back(name):
+def test_the_official_unet_names_map_to_diffusers_names_and_back(name):
     official, theirs = shapes(name, UNET), released_unet()
     rules = video_unet_rules(*unet_topology(theirs))
 
@@ -77,7 +77,7 @@ def test_the_official_unet_becomes_diffusers_own_and_back(name):
     assert moved(invert(rules), official) == theirs
 
 
-def test_the_official_autoencoders_become_diffusers_own_and_back():
+def test_the_official_autoencoder_names_map_to_diffusers_names_and_back():
     official, theirs = vae_shapes(), released_vae()
     levels, old_attention = vae_topology(theirs)
     rules = video_vae_rules(levels)
@@ -94,7 +94,7 @@ TABLES = {
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_names_that_shapes_do_not_tell_apart_are_the_stated_ones(table):
+def test_names_with_equal_shapes_map_as_in_the_list_of_pairs(table):
     rules, stated = TABLES[table]
 
     there = plan(rules, stated.values()).origins
@@ -105,27 +105,27 @@ def test_names_that_shapes_do_not_tell_apart_are_the_stated_ones(table):
 
 
 def layer(rule: Rule) -> str:
-    """What a rule is about, wherever in the network it stands: its name without blocks and numbers."""
+    """The layer that a rule maps, independent of its position in the network: its name without blocks and numbers."""
     assert isinstance(rule, Rename | AsConv)
     inner = re.sub(r"^.*\.(resnets|attentions)\.(\d+|\{\w\})\.", "", rule.source)
     return ".".join("N" if part.isdecimal() or part in ("{i}", "{j}") else part for part in inner.split("."))
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_the_stated_names_leave_out_no_kind_of_layer(table):
-    """A kind of layer that no pair speaks of might be swapped with another of its shape."""
+def test_the_list_of_pairs_covers_every_kind_of_layer(table):
+    """A kind of layer that is in no pair might be swapped with another one of the same shape."""
     rules, stated = TABLES[table]
-    met = {origin.rule for origin in plan(rules, stated.values()).origins.values()}
+    used = {origin.rule for origin in plan(rules, stated.values()).origins.values()}
 
-    spoken_of = {layer(rule) for rule in met}
-    never_there = {"post_quant_conv.{leaf}"}  # shared with the ordinary autoencoder, and in no folder of this line
-    assert {layer(rule) for rule in rules} - spoken_of <= never_there
+    covered = {layer(rule) for rule in used}
+    never_present = {"post_quant_conv.{leaf}"}  # a rule of the ordinary autoencoder; in no folder of this line
+    assert {layer(rule) for rule in rules} - covered <= never_present
 
 
 @pytest.mark.parametrize(
     ("attends", "blocks"), [((False, True), 1), ((True, False, True), 3), ((True,) * 5, 2)], ids=str
 )
-def test_other_topologies_are_told_by_diffusers_names(attends, blocks):
+def test_other_topologies_are_read_from_diffusers_names(attends, blocks):
     with torch.device("meta"):
         theirs = shapes_of(
             UNetSpatioTemporalConditionModel(
@@ -144,9 +144,9 @@ def test_other_topologies_are_told_by_diffusers_names(attends, blocks):
     assert moved(invert(video_unet_rules(attends, blocks)), ours) == theirs
 
 
-@pytest.mark.parametrize("stray", ["down_blocks.0.motion_modules.0.norm.weight", "mid_block.resnets.0.conv1.weight"])
-def test_a_tensor_that_the_table_does_not_know_is_not_passed_over(stray):
-    theirs = released_unet() | {stray: (320,)}
+@pytest.mark.parametrize("extra", ["down_blocks.0.motion_modules.0.norm.weight", "mid_block.resnets.0.conv1.weight"])
+def test_a_tensor_that_is_not_in_the_table_is_an_error(extra):
+    theirs = released_unet() | {extra: (320,)}
 
-    with pytest.raises(ModelError, match=stray.replace(".", r"\.")):
+    with pytest.raises(ModelError, match=extra.replace(".", r"\.")):
         prove(video_unet_rules(*unet_topology(theirs)), theirs)

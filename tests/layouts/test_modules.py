@@ -1,4 +1,4 @@
-"""The names of modules in adapter files: every official one is found, and no name stands for two modules."""
+"""Module names in adapter files: every official name is found, and no name means two modules."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def test_every_module_of_an_official_file_is_found_once(manifest: str, line: str
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_alias_leads_to_a_module_that_exists(line: str):
-    own = specs(line)
+def test_every_alias_maps_to_an_existing_module(line: str):
+    networks = specs(line)
     exist = {
         (component, name.removesuffix(".weight"))
-        for component, spec in own.items()
+        for component, spec in networks.items()
         for name in (unet_shapes(spec) if isinstance(spec, UNetSpec) else text_shapes(spec))
         if name.endswith(".weight")
     }
-    names = module_names(own)
+    names = module_names(networks)
 
     assert {module for modules in names.values() for module in modules} == exist
-    for dialect in (peft_names(own), kohya_names(own, True), kohya_names(own, False)):
-        assert dialect.keys() == exist and len(set(dialect.values())) == len(exist)
-        assert all(names[name] == (module,) for module, name in dialect.items())
+    for naming in (peft_names(networks), kohya_names(networks, True), kohya_names(networks, False)):
+        assert naming.keys() == exist and len(set(naming.values())) == len(exist)
+        assert all(names[name] == (module,) for module, name in naming.items())
 
 
-def test_names_as_they_occur_in_files():
+def test_names_that_occur_in_files_are_found():
     names = module_names(specs("sd1"))
     query = ("unet", "input_blocks.1.1.transformer_blocks.0.attn1.to_q")
 
@@ -68,7 +68,7 @@ def test_names_as_they_occur_in_files():
 
 
 @pytest.mark.parametrize("line", ["sd2", "sdxl"])
-def test_openclips_own_names_and_its_fused_projection(line: str):
+def test_openclip_names_and_its_fused_projection_are_found(line: str):
     component, prefix = ("text_encoder", "lora_te_") if line == "sd2" else ("text_encoder_2", "lora_te2_")
     names = module_names(specs(line))
     layer = "text_model.encoder.layers.3"
@@ -80,8 +80,8 @@ def test_openclips_own_names_and_its_fused_projection(line: str):
     assert names[f"{component}.transformer.resblocks.3.ln_2"] == ((component, f"{layer}.layer_norm2"),)
 
 
-def test_svds_modules_across_time_have_their_names_too():
-    """Painting with it comes with its network; what its adapters call its modules is settled."""
+def test_temporal_modules_of_svd_have_names_too():
+    """The network is not implemented yet, but the module names in its adapters are known."""
     names = module_names({"unet": VIDEO}, video=True)
     block = "down_blocks.1.attentions.0.temporal_transformer_blocks.0"
     ours = "input_blocks.4.1.time_stack.0"

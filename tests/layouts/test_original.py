@@ -1,4 +1,4 @@
-"""The written-out names against the official key lists, and against the networks themselves."""
+"""The generated names and shapes, compared with the official key lists and with the networks."""
 
 from __future__ import annotations
 
@@ -76,14 +76,14 @@ def unet_specs(draw):
 
 @settings(max_examples=25, deadline=None)
 @given(unet_specs())
-def test_the_unet_that_is_built_has_exactly_these_names_and_shapes(spec):
+def test_the_built_unet_has_exactly_these_names_and_shapes(spec):
     with torch.device("meta"):
         assert built(UNet(spec)) == unet_shapes(spec)
 
 
 @settings(max_examples=15, deadline=None)
 @given(levels, st.integers(1, 3), st.sampled_from([3, 4, 16]), st.data())
-def test_the_autoencoder_that_is_built_has_exactly_these_names_and_shapes(count, blocks, latent, data):
+def test_the_built_autoencoder_has_exactly_these_names_and_shapes(count, blocks, latent, data):
     mult = tuple(data.draw(st.lists(st.integers(1, 3), min_size=count, max_size=count)))
     spec = VaeSpec(channels=32, channel_mult=mult, res_blocks=blocks, latent_channels=latent)
 
@@ -92,7 +92,7 @@ def test_the_autoencoder_that_is_built_has_exactly_these_names_and_shapes(count,
 
 
 @pytest.mark.parametrize("projection", [None, 48])
-def test_the_text_tower_that_is_built_has_exactly_these_names_and_shapes(projection):
+def test_the_built_text_encoder_has_exactly_these_names_and_shapes(projection):
     spec = TextSpec(width=64, layers=3, heads=1, mlp_width=96, vocabulary=99, positions=12, projection=projection)
 
     with torch.device("meta"):

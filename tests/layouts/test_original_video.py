@@ -1,4 +1,4 @@
-"""The written-out names of Stable Video Diffusion against the official key list, and against built networks."""
+"""The generated names and shapes of Stable Video Diffusion, compared with the official key list and built networks."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_an_autoencoder_of_other_widths_has_diffusers_shapes():
 
 
 @pytest.mark.parametrize("projection", [None, 48])
-def test_the_image_tower_that_is_built_has_exactly_these_names_and_shapes(projection):
+def test_the_built_image_encoder_has_exactly_these_names_and_shapes(projection):
     spec = VisionSpec(width=64, layers=3, heads=1, mlp_width=96, image_size=28, projection=projection)
 
     with torch.device("meta"):

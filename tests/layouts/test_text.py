@@ -1,4 +1,4 @@
-"""OpenCLIP's names against the official key lists, against torch's own fused attention, and against transformers."""
+"""OpenCLIP's names, compared with the official key lists, with torch's fused attention, and with transformers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BIGG = TextSpec(width=1280, layers=32, heads=20, mlp_width=5120, projection=1280
         ("sdxl_refiner", "conditioner.embedders.0.model.", BIGG),
     ],
 )
-def test_official_openclip_files_become_the_transformers_tower_and_go_back(file, prefix, spec):
+def test_official_openclip_names_map_to_transformers_names_and_back(file, prefix, spec):
     official = shapes(file, prefix)
 
     found = prove(OPENCLIP, official)
@@ -37,7 +37,7 @@ def test_official_openclip_files_become_the_transformers_tower_and_go_back(file,
     assert found.dropped.keys() == {"logit_scale"}
 
 
-def test_the_official_single_file_and_the_official_folder_give_the_same_second_encoder():
+def test_the_official_single_file_and_folder_give_the_same_second_encoder():
     file = shapes("sdxl_base", "conditioner.embedders.1.model.")
     folder = folder_shapes("diffusers_sdxl_base", "text_encoder_2")
 
@@ -48,7 +48,7 @@ def test_the_official_single_file_and_the_official_folder_give_the_same_second_e
 
 
 def openclip(width, layers, projection, seed=0):
-    """Random tensors under OpenCLIP's names: the text half of `open_clip.model.CLIP`, narrow."""
+    """Random tensors under OpenCLIP's names: a narrow text encoder of `open_clip.model.CLIP`."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "token_embedding.weight": (20, width),
@@ -72,7 +72,7 @@ def moved(tensors, rules=OPENCLIP):
     return {name: origin.tensor(tensors.__getitem__) for name, origin in plan(rules, tensors).origins.items()}
 
 
-def test_split_attention_computes_what_the_fused_attention_computes():
+def test_split_attention_gives_the_same_output_as_fused_attention():
     width, heads = 32, 4
     tensors = openclip(width, 1, 8)
     block, layer = "transformer.resblocks.0.attn.", "text_model.encoder.layers.0.self_attn."
@@ -90,7 +90,7 @@ def test_split_attention_computes_what_the_fused_attention_computes():
     assert torch.allclose(split, fused(x, x, x, need_weights=False)[0], atol=1e-6)
 
 
-def test_the_projection_is_transposed_as_a_linear_layer_wants_it():
+def test_the_projection_is_transposed_for_a_linear_layer():
     tensors = openclip(32, 1, 8)
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
 
@@ -99,7 +99,7 @@ def test_the_projection_is_transposed_as_a_linear_layer_wants_it():
     assert torch.allclose(projected, x @ tensors["text_projection"], atol=1e-6)
 
 
-def test_diffusers_own_conversion_gives_the_same_tensors():
+def test_the_conversion_in_diffusers_gives_the_same_tensors():
     width = 32  # diffusers splits by the projection's rows, so it needs a square one
     tensors = openclip(width, 3, width)
     config = CLIPTextConfig(hidden_size=width)
@@ -113,18 +113,18 @@ def test_diffusers_own_conversion_gives_the_same_tensors():
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_the_way_back_gives_the_very_tensors_it_came_from():
+def test_the_inverse_table_restores_the_tensors():
     tensors = openclip(32, 2, 8)
 
-    again = moved(moved(tensors), invert(OPENCLIP))
+    restored = moved(moved(tensors), invert(OPENCLIP))
 
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert restored.keys() == tensors.keys()
+    assert all(torch.equal(restored[name], tensors[name]) for name in tensors)
 
 
 @pytest.mark.parametrize("model", [CLIPTextModel, CLIPTextModelWithProjection])
 @pytest.mark.parametrize("prefixed", [True, False])
-def test_what_transformers_saves_is_read_with_and_without_its_prefix(model, prefixed):
+def test_files_saved_by_transformers_are_read_with_and_without_the_prefix(model, prefixed):
     config = CLIPTextConfig(
         hidden_size=64,
         intermediate_size=96,
@@ -150,7 +150,7 @@ def test_what_transformers_saves_is_read_with_and_without_its_prefix(model, pref
     assert {name: origin.shape(names) for name, origin in found.origins.items()} == text_shapes(spec)
 
 
-def test_position_ids_are_dropped_with_a_reason_in_every_transformers_form():
+def test_position_ids_are_dropped_with_a_reason_in_both_transformers_layouts():
     for rules, name in ((TRANSFORMERS, "text_model.embeddings.position_ids"), (BARE, "embeddings.position_ids")):
         found = plan(rules, [name])
 
@@ -158,11 +158,11 @@ def test_position_ids_are_dropped_with_a_reason_in_every_transformers_form():
         assert found.dropped[name]
 
 
-def test_every_drop_says_why():
+def test_every_drop_has_a_reason():
     for rules in (OPENCLIP, TRANSFORMERS, BARE):
         assert all(rule.reason for rule in rules if isinstance(rule, Drop))
 
 
-def test_names_of_no_text_tower_have_no_layout():
+def test_names_of_other_networks_have_no_text_layout():
     assert text_layout(shapes("sdxl_vae")) is None
     assert text_layout(shapes("sd15_emaonly", "model.diffusion_model.")) is None

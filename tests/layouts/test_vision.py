@@ -1,4 +1,4 @@
-"""The image tower's tables against the official key list, and Transformers' tower against OpenCLIP's computation."""
+"""The image encoder's tables, compared with the official key list; Transformers' encoder compared with OpenCLIP's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def transformers_tower(**changes: int) -> CLIPVisionModelWithProjection:
     return CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_act="gelu", **sizes))
 
 
-def test_the_official_tower_becomes_transformers_own_and_back():
+def test_the_official_names_map_to_transformers_names_and_back():
     official = shapes("svd", VISUAL)
     with torch.device("meta"):
         theirs = {name: tuple(tensor.shape) for name, tensor in transformers_tower().state_dict().items()}
@@ -36,7 +36,7 @@ def test_the_official_tower_becomes_transformers_own_and_back():
     assert back == official
 
 
-def test_names_that_shapes_do_not_tell_apart_are_the_stated_ones():
+def test_names_with_equal_shapes_map_as_in_the_list_of_pairs():
     stated = pairs(VISUAL, "image_encoder")
 
     there = plan(OPENCLIP_VISION, stated).origins
@@ -45,7 +45,7 @@ def test_names_that_shapes_do_not_tell_apart_are_the_stated_ones():
 
 
 class OpenClipBlock(nn.Module):
-    """A block of the tower as OpenCLIP has it, around torch's own fused attention."""
+    """A block of OpenCLIP's image encoder, with torch's fused attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class OpenClipBlock(nn.Module):
 
 
 class OpenClipTower(nn.Module):
-    """OpenCLIP's VisionTransformer: a class token before the patches, and its own row of a matrix as a projection."""
+    """OpenCLIP's VisionTransformer: a class token before the patches; its output is projected by a matrix."""
 
     def __init__(self, width: int, heads: int, layers: int, projection: int) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class OpenClipTower(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
-def test_the_tower_computes_the_same_under_either_names():
+def test_both_encoders_give_the_same_output_with_the_same_weights():
     generator = torch.Generator().manual_seed(0)
     ours = OpenClipTower(width=64, heads=4, layers=2, projection=48).eval()
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_the_tower_computes_the_same_under_either_names():
 
 
 @pytest.mark.parametrize("names", ["openclip", "transformers", "neither"])
-def test_the_layout_is_told_by_its_names(names):
+def test_the_layout_is_recognised_by_its_names(names):
     listed = {
         "openclip": list(shapes("svd", VISUAL)),
         "transformers": ["visual_projection.weight", "vision_model.embeddings.position_ids"],

@@ -1,4 +1,5 @@
-"""What makes an SD1 an SD1: facts as values, and how a file is recognised by them.
+"""Model families: the facts that define each one, and how a file's family is recognised.
 
-Family differences are data. Whatever is said of a file comes with its evidence and how sure it is. No torch here.
+Family differences are data, not subclasses. Every statement about a file has its evidence and a confidence. Nothing
+here imports torch.
 """

@@ -1,4 +1,4 @@
-"""The families there are, by name."""
+"""All known families, and their lookup by name."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, REFINER, SVD)
 
 
 def family_named(name: str) -> Family:
-    """The family called `name`; RequestError that lists them all if there is none."""
+    """The family called `name`. Raises RequestError, which lists all families, if there is none."""
     for family in FAMILIES:
         if family.name == name:
             return family
     names = ", ".join(family.name for family in FAMILIES)
-    raise RequestError("family", f"{name!r} is not known; there are {names}")
+    raise RequestError("family", f"{name!r} is unknown; expected one of {names}")

@@ -1,8 +1,8 @@
-"""Which tensors of a file make which component, under whose names, and whether the component is whole.
+"""Finds the components in a file: which tensors each has, in which layout, and whether it is complete.
 
-A component is known by the prefix that single files or folders put before it, or, alone in a file, by its own names.
-Its names are translated by a table of `layouts`, its spec read from its shapes, and the shapes that this spec asks
-for compared with those that are there.
+A component is recognised by its prefix in single files and folders or, if it is alone in a file, by its tensor names.
+Its names are translated by a table of `layouts`, its spec is read from its shapes, and the shapes that this spec
+requires are compared with those in the file.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gouache.errors import ModelError, printable
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family, Spec
 from gouache.families.found import Component, Fact
-from gouache.families.shapes import parted, text_config, text_spec, unet_heads, unet_spec, vae_spec
+from gouache.families.shapes import check_heads_divide, text_config, text_spec, unet_heads, unet_spec, vae_spec
 from gouache.files.record import ModelFile
 from gouache.layouts.diffusers import unet_rules, unet_topology, vae_rules, vae_topology
 from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules
@@ -27,12 +27,12 @@ from gouache.layouts.vision import vision_layout
 from gouache.nn.spec import TextSpec, UNetSpec
 
 PREFIXES: dict[str, str] = {
-    **{place.prefix: place.component for family in FAMILIES for place in family.places},
+    **{location.prefix: location.component for family in FAMILIES for location in family.places},
     **{f"{name}/": name for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")},
     "diffusion_model.": "unet",  # U-Nets saved alone by ComfyUI
     "vae.": "vae",
 }
-"""What stands before the names of a component -> the component. None of them begins with another."""
+"""Prefix of tensor names -> component. No prefix begins with another one."""
 
 _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
 _UNET_HEADS = frozenset(("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"))
@@ -41,13 +41,18 @@ _FOLDER_UNET_ENDS = frozenset(("conv_in", "conv_out", "conv_norm_out"))
 _VAE_PARTS = frozenset(("conv_in", "conv_out", "norm_out", "conv_norm_out")) | frozenset(
     ("down", "up", "mid", "down_blocks", "up_blocks", "mid_block")
 )
-_TEXT_STRAYS = frozenset(("text_projection", "logit_scale", "attn_mask", "visual", "vision_model", "visual_projection"))
+_OTHER_CLIP_NAMES = frozenset(
+    ("text_projection", "logit_scale", "attn_mask", "visual", "vision_model", "visual_projection")
+)
 _VIDEO = (".time_stack.", ".time_mixer.", "temporal")
 
 
 @dataclass(frozen=True)
-class Reading:
-    """A component as far as its own tensors tell. `trouble` says why it cannot be used, "" if it is whole."""
+class Candidate:
+    """A component as far as its own tensors determine it, before its family is known.
+
+    `problem` is why it cannot be used, "" if it is complete. `unexpected` are tensors that the network does not have.
+    """
 
     name: str
     prefix: str
@@ -55,74 +60,81 @@ class Reading:
     rules: tuple[Rule, ...]
     plan: Plan
     spec: Spec | None = None
-    trouble: str = ""
-    surplus: tuple[str, ...] = ()
+    problem: str = ""
+    unexpected: tuple[str, ...] = ()
     video: bool = False
 
     @property
     def count(self) -> int:
-        """How many tensors of the file it takes."""
+        """The number of tensors of the file that belong to it."""
         return len({source for origin in self.plan.origins.values() for source in origin.sources})
 
 
-def read_components(file: ModelFile, names: Iterable[str]) -> tuple[dict[str, Reading], tuple[str, ...]]:
-    """The components that `names` of `file` make up, whole or not, and the names that belong to none."""
+def read_components(file: ModelFile, names: Iterable[str]) -> tuple[dict[str, Candidate], tuple[str, ...]]:
+    """The components that `names` of `file` form, complete or not, and the names that belong to none."""
     groups: dict[str, list[str]] = {}
     rest: list[str] = []
     for name in names:
         prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
         (rest if prefix is None else groups.setdefault(prefix, [])).append(name)
-    readings: dict[str, Reading] = {}
+    candidates: dict[str, Candidate] = {}
     for prefix, members in groups.items():
-        reading = _read(file, PREFIXES[prefix], prefix, members)
-        if reading is None or reading.name in readings:
+        candidate = _read(file, PREFIXES[prefix], prefix, members)
+        if candidate is None or candidate.name in candidates:
             rest += members
         else:
-            readings[reading.name] = reading
-    if rest and (alone := _alone(rest)) is not None and alone not in readings:
+            candidates[candidate.name] = candidate
+    if rest and (alone := _alone(rest)) is not None and alone not in candidates:
         members = [name for name in rest if _belongs(alone, name)]
-        reading = _read(file, alone, "", members)
-        if reading is not None:
-            reading = replace(reading, name=_tower(reading.spec)) if isinstance(reading.spec, TextSpec) else reading
-            readings[reading.name] = reading
+        candidate = _read(file, alone, "", members)
+        if candidate is not None:
+            candidate = (
+                replace(candidate, name=_text_encoder_name(candidate.spec))
+                if isinstance(candidate.spec, TextSpec)
+                else candidate
+            )
+            candidates[candidate.name] = candidate
             rest = [name for name in rest if not _belongs(alone, name)]
-    return readings, tuple(sorted(rest))
+    return candidates, tuple(sorted(rest))
 
 
-def finish(reading: Reading, file: ModelFile, family: Family | None) -> Component | str:
-    """The component with what its family or its config adds to its spec; or, as text, why it cannot be used."""
-    if reading.trouble:
-        return reading.trouble
+def finish(candidate: Candidate, file: ModelFile, family: Family | None) -> Component | str:
+    """The component, its spec completed by its family and its config; or, as text, why it cannot be used."""
+    if candidate.problem:
+        return candidate.problem
     try:
-        spec = _with_family(reading, family, config(file, reading))
+        spec = _with_family(candidate, family, config(file, candidate))
     except ModelError as error:
         return str(error)
     pooled = family.text.pooled if family is not None and family.text is not None else None
-    if reading.name == pooled and isinstance(spec, TextSpec) and spec.projection is None:
-        return "text_projection is missing, which makes the pooled vector"
-    checked = "none missing" if spec is not None else "not checked, as this network is not built yet"
+    if candidate.name == pooled and isinstance(spec, TextSpec) and spec.projection is None:
+        return "text_projection is missing, which computes the pooled vector"
+    checked = "none missing" if spec is not None else "not checked, because this network is not implemented yet"
+    under = candidate.prefix or "no prefix"
     return Component(
-        name=reading.name,
-        prefix=reading.prefix,
+        name=candidate.name,
+        prefix=candidate.prefix,
         spec=spec,
-        layout=reading.layout,
-        dtype=_dtype(reading, file),
-        evidence=f"{reading.count} tensors under {reading.prefix or 'no prefix'}, {reading.layout} names, {checked}",
-        rules=reading.rules,
-        origins=reading.plan.origins,
+        layout=candidate.layout,
+        dtype=_dtype(candidate, file),
+        evidence=f"{candidate.count} tensors under {under}, {candidate.layout} names, {checked}",
+        rules=candidate.rules,
+        origins=candidate.plan.origins,
     )
 
 
 def _alone(names: Iterable[str]) -> str | None:
-    """The component that a file without prefixes is, by the names that most of its tensors have."""
+    """Which component a file without prefixes contains, decided by the majority of its tensor names."""
     votes = Counter(part for name in names for part in ("unet", "vae", "text_encoder") if _belongs(part, name))
     return max(votes, key=lambda part: votes[part]) if votes else None
 
 
-def _tower(spec: TextSpec) -> str:
-    """Which encoder a text tower without a prefix is: the second where only a second one has its size."""
-    places = [place for family in FAMILIES for place in family.places]
-    sizes = {(p.spec.width, p.spec.layers): p.component for p in places if isinstance(p.spec, TextSpec)}
+def _text_encoder_name(spec: TextSpec) -> str:
+    """The component name of a text encoder without a prefix: the second where only a second one has its size."""
+    locations = [location for family in FAMILIES for location in family.places]
+    sizes = {
+        (each.spec.width, each.spec.layers): each.component for each in locations if isinstance(each.spec, TextSpec)
+    }
     return sizes.get((spec.width, spec.layers), "text_encoder")
 
 
@@ -133,29 +145,29 @@ def _belongs(component: str, name: str) -> bool:
         return first in _UNET_HEADS or first in _FOLDER_UNET_HEADS or first in _FOLDER_UNET_ENDS
     if component == "vae":
         return first in ("quant_conv", "post_quant_conv") or (first in ("encoder", "decoder") and second in _VAE_PARTS)
-    return text_layout([name]) is not None or first in _TEXT_STRAYS
+    return text_layout([name]) is not None or first in _OTHER_CLIP_NAMES
 
 
-def _read(file: ModelFile, component: str, prefix: str, names: list[str]) -> Reading | None:
-    """`names`, all under `prefix`, as `component`; None where they are not in any layout of it."""
+def _read(file: ModelFile, component: str, prefix: str, names: list[str]) -> Candidate | None:
+    """Reads `names`, all under `prefix`, as `component`; None if they are in none of its layouts."""
     shapes: dict[str, Shape] = {name: file.tensors[name].shape for name in names}
     video = component == "image_encoder" or any(mark in name for name in names for mark in _VIDEO)
-    reading = Reading(component, prefix, "unreadable", (), Plan({}, {}, ()), video=video)
+    candidate = Candidate(component, prefix, "unreadable", (), Plan({}, {}, ()), video=video)
     try:
         layout, rules = _layout(component, [name[len(prefix) :] for name in names], video)
         if not rules:
             return None
         rules = under(prefix, rules)
         found = plan(rules, names)
-        reading = Reading(component, prefix, layout, rules, found, surplus=found.unnamed, video=video)
+        candidate = Candidate(component, prefix, layout, rules, found, unexpected=found.unnamed, video=video)
         moved = {name: origin.shape(shapes) for name, origin in found.origins.items()}
-        return reading if video else _measure(reading, moved)
+        return candidate if video else _measure(candidate, moved)
     except ModelError as error:
-        return replace(reading, trouble=str(error))
+        return replace(candidate, problem=str(error))
 
 
 def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[Rule, ...]]:
-    """The name of the layout that `names` are in and its table, which is empty where they are in none."""
+    """The name of the layout of `names` and its table; the table is empty if no layout matches."""
     if component.startswith("text_encoder"):
         return text_layout(names) or ("", ())
     if component == "image_encoder":
@@ -168,62 +180,68 @@ def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[R
     return "original", _SAME
 
 
-def _measure(reading: Reading, shapes: Mapping[str, Shape]) -> Reading:
-    """`reading` with the spec that its shapes, by the network's names, tell, and what they lack of it.
+def _measure(candidate: Candidate, shapes: Mapping[str, Shape]) -> Candidate:
+    """`candidate` with the spec read from `shapes` (by the network's names), and with what is missing or unexpected.
 
-    ModelError says what cannot be told.
+    Raises ModelError if the shapes do not determine a spec.
     """
-    if reading.name == "unet":
+    if candidate.name == "unet":
         spec = unet_spec(shapes)
-        wanted = unet_shapes(spec)
-    elif reading.name.startswith("text_encoder"):
-        spec = text_spec(shapes, "gelu" if reading.layout == "openclip" else "quick_gelu")
-        wanted = text_shapes(spec)
+        expected = unet_shapes(spec)
+    elif candidate.name.startswith("text_encoder"):
+        spec = text_spec(shapes, "gelu" if candidate.layout == "openclip" else "quick_gelu")
+        expected = text_shapes(spec)
     else:
         spec = vae_spec(shapes)
-        wanted = vae_shapes(spec)
-    surplus = sorted(set(shapes) - set(wanted))
-    sources = {source for name in surplus for source in reading.plan.origins[name].sources}
-    origins = {name: reading.plan.origins[name] for name in wanted if name in shapes}
+        expected = vae_shapes(spec)
+    unexpected = sorted(set(shapes) - set(expected))
+    sources = {source for name in unexpected for source in candidate.plan.origins[name].sources}
+    origins = {name: candidate.plan.origins[name] for name in expected if name in shapes}
     return replace(
-        reading,
+        candidate,
         spec=spec,
-        plan=replace(reading.plan, origins=origins),
-        surplus=(*reading.surplus, *sorted(sources)),
-        trouble=_trouble(shapes, wanted, surplus),
+        plan=replace(candidate.plan, origins=origins),
+        unexpected=(*candidate.unexpected, *sorted(sources)),
+        problem=_problem(shapes, expected, unexpected),
     )
 
 
-def _trouble(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], surplus: list[str]) -> str:
-    """What keeps these shapes from being a network of the wanted ones; "" if nothing does."""
-    missing = [name for name in wanted if name not in shapes]
-    wrong = [name for name in wanted if name in shapes and shapes[name] != wanted[name]]
+def _problem(shapes: Mapping[str, Shape], expected: Mapping[str, Shape], unexpected: list[str]) -> str:
+    """How these shapes differ from the expected ones; "" if the network is complete."""
+    missing = [name for name in expected if name not in shapes]
+    wrong = [name for name in expected if name in shapes and shapes[name] != expected[name]]
     parts = list[str]()
     if missing:
-        parts.append(f"{len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}")
+        if len(missing) == 1:
+            parts.append(f"1 of {len(expected)} tensors is missing: {missing[0]}")
+        else:
+            parts.append(f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
     if wrong:
         name = wrong[0]
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        parts.append(f"{name} has shape {list(shapes[name])} where the others ask for {list(wanted[name])}{more}")
-    if parts and surplus:
-        parts.append(f"{len(surplus)} tensors are too many, the first is {printable(surplus[0])}")
+        parts.append(f"{name} has shape {list(shapes[name])}, but the others require {list(expected[name])}{more}")
+    if parts and unexpected:
+        if len(unexpected) == 1:
+            parts.append(f"1 tensor is unexpected: {printable(unexpected[0])}")
+        else:
+            parts.append(f"{len(unexpected)} tensors are unexpected, the first is {printable(unexpected[0])}")
     return "; ".join(parts)
 
 
-def config(file: ModelFile, reading: Reading) -> Mapping[str, Any]:
-    """The component's `config.json`, where the file is a folder; else nothing."""
-    found = file.extra.get(f"{reading.prefix}config.json")
+def config(file: ModelFile, candidate: Candidate) -> Mapping[str, Any]:
+    """The component's `config.json` if the file is a folder; else an empty mapping."""
+    found = file.extra.get(f"{candidate.prefix}config.json")
     return found if isinstance(found, Mapping) else {}
 
 
-def _with_family(reading: Reading, family: Family | None, config: Mapping[str, Any]) -> Spec | None:
-    """The reading's spec with what shapes do not tell: from the family, and over that from a folder's config."""
-    known = family.spec(reading.name) if family is not None else None
-    spec = reading.spec
+def _with_family(candidate: Candidate, family: Family | None, config: Mapping[str, Any]) -> Spec | None:
+    """The spec of `candidate` with what shapes do not determine: from the family, overridden by a folder's config."""
+    known = family.spec(candidate.name) if family is not None else None
+    spec = candidate.spec
     if isinstance(spec, UNetSpec):
         if isinstance(known, UNetSpec):
             spec = replace(spec, heads=known.heads, head_channels=known.head_channels)
-        return parted(unet_heads(spec, config))
+        return check_heads_divide(unet_heads(spec, config))
     if isinstance(spec, TextSpec):
         if isinstance(known, TextSpec):
             spec = replace(spec, activation=known.activation)
@@ -231,9 +249,9 @@ def _with_family(reading: Reading, family: Family | None, config: Mapping[str, A
     return spec
 
 
-def _dtype(reading: Reading, file: ModelFile) -> Fact[str]:
-    """The dtype of the component's tensors; of several, all of them, the commonest first."""
-    sources = {source for origin in reading.plan.origins.values() for source in origin.sources}
+def _dtype(candidate: Candidate, file: ModelFile) -> Fact[str]:
+    """The dtypes of the component's tensors, joined by " + ", the most frequent first."""
+    sources = {source for origin in candidate.plan.origins.values() for source in origin.sources}
     counts = Counter(file.tensors[source].dtype for source in sources).most_common()
-    evidence = "tensors of each: " + ", ".join(f"{dtype} {count}" for dtype, count in counts)
+    evidence = "number of tensors: " + ", ".join(f"{dtype} {count}" for dtype, count in counts)
     return Fact(" + ".join(dtype for dtype, _ in counts), evidence, "certain")

@@ -1,4 +1,4 @@
-"""Family: the frozen facts of a model line that its files do not tell, and where its parts sit in them."""
+"""Family: the constant facts of a model line that its files do not contain, and where the files keep its components."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Spec = UNetSpec | VaeSpec | TextSpec
 
 @dataclass(frozen=True)
 class Levels:
-    """The noise levels a line was trained on, as plain numbers for `diffusion.schedule` to be made from.
+    """The noise levels a line was trained on, as plain numbers from which `diffusion.schedule` makes a schedule.
 
-    "scaled_linear": `steps` levels whose betas run from `low` to `high`, evenly in their square roots.
-    "edm": every sigma from `low` to `high`; the network is told ln(sigma) / 4.
+    "scaled_linear": `steps` levels with betas from `low` to `high`, whose square roots are evenly spaced.
+    "edm": every sigma from `low` to `high`; the network receives ln(sigma) / 4 as its timestep.
     """
 
     kind: Literal["scaled_linear", "edm"] = "scaled_linear"
@@ -29,10 +29,11 @@ class Levels:
 
 @dataclass(frozen=True)
 class Place:
-    """A component: its name (that of its folder in the diffusers layout) and where single files keep it.
+    """The location of a component in single files, and its spec.
 
-    `layout` names the component's own names behind `prefix`: "original", "transformers" or "openclip". `spec` is that
-    of the released weights; None where the network is not built yet.
+    `component` is its name, which is that of its folder in the diffusers layout. `prefix` precedes its tensor names.
+    `layout` is the naming after the prefix: "original", "transformers" or "openclip". `spec` is that of the released
+    weights; None if the network is not implemented yet.
     """
 
     component: str
@@ -43,11 +44,11 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Family:
-    """A line of models that share everything but their weights. There is one value for each, compared by identity.
+    """A line of models that differ only in their weights. There is one instance per family, compared by identity.
 
-    `variants` maps the U-Net's input channels to what they are for. `size` is (width, height) in pixels that the
-    released weights were trained on; a fine-tune's metadata may say another. `leftovers` are tensors that files of
-    this line carry and nothing needs, each with its reason.
+    `variants` maps the number of U-Net input channels to the variant. `size` is the (width, height) in pixels that the
+    released weights were trained on; a fine-tune's metadata may state another. `leftovers` are tensors that files of
+    this line contain and that nothing needs, each with the reason.
     """
 
     name: str
@@ -68,11 +69,11 @@ class Family:
         return spec if isinstance(spec, UNetSpec) else None
 
     def spec(self, component: str) -> Spec | None:
-        """The released weights' spec of `component`; None where the line has none, or it is not built yet."""
+        """The spec of `component` in the released weights; None if the line lacks it or it is not implemented yet."""
         return next((place.spec for place in self.places if place.component == component), None)
 
 
-_SCHEDULE = "a buffer of the noise schedule, which is computed anew: files in circulation hold damaged ones"
+_SCHEDULE = "a buffer of the noise schedule, which is recomputed: files in circulation have damaged ones"
 
 COMMON_LEFTOVERS: tuple[Drop, ...] = (
     *(
@@ -95,17 +96,17 @@ COMMON_LEFTOVERS: tuple[Drop, ...] = (
             "denoiser.sigmas",
         )
     ),
-    Drop("scale_factor", "the latent scale, which is the family's"),
+    Drop("scale_factor", "the latent scale, which the family defines"),
     Drop("model_ema.decay", "the decay of the weight average (EMA)"),
     Drop("model_ema.num_updates", "the counter of the weight average (EMA)"),
     Drop("loss.{rest*}", "the loss that the autoencoder was trained with"),
     Drop("first_stage_model.loss.{rest*}", "the loss that the autoencoder was trained with"),
     Drop("cond_stage_model.logit_scale", "the temperature of CLIP's contrastive loss"),
     Drop("conditioner.embedders.0.logit_scale", "the temperature of CLIP's contrastive loss"),
-    Drop("safety_checker/{rest*}", "the checker of finished pictures, which has no part in painting"),
+    Drop("safety_checker/{rest*}", "the safety checker for finished pictures, which generation does not use"),
     *(
         Drop(name, "a marker of what the network predicts")
         for name in ("v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
     ),
 )
-"""What files of any line may carry. Anything that neither a network nor these lists name is reported as unknown."""
+"""Leftovers that files of any line may contain. Tensors in no network and not listed here are reported as unknown."""

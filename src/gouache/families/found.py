@@ -1,4 +1,4 @@
-"""Found: what identify says of a file, each statement with its evidence and how sure it is."""
+"""Found: the result of `identify`; each statement about the file has its evidence and a confidence."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from gouache.prompts.recipe import TextRecipe
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
-Sure = Literal["certain", "likely", "guess", "told"]
+Confidence = Literal["certain", "likely", "guess", "override"]
 
 
 @dataclass(frozen=True)
 class Fact(Generic[T_co]):
-    """A statement about a file. "told" is what the caller said, whatever the file says."""
+    """A statement about a file. The confidence "override" means that the caller set the value by an option."""
 
     value: T_co
     evidence: str
-    sure: Sure
+    sure: Confidence
 
 
-def settle(hints: Iterable[Fact[T]], told: Fact[T] | None = None) -> Fact[T] | None:
-    """The first, which is the strongest, of `hints`, or what was told; whatever contradicts it is mentioned."""
-    every = ([told] if told is not None else []) + list(hints)
+def strongest(hints: Iterable[Fact[T]], override: Fact[T] | None = None) -> Fact[T] | None:
+    """`override`, or else the first of `hints` (strongest first); contradicting hints are added to its evidence."""
+    every = ([override] if override is not None else []) + list(hints)
     if not every:
         return None
-    against = [hint.evidence for hint in every[1:] if hint.value != every[0].value]
-    if not against:
+    contrary = [hint.evidence for hint in every[1:] if hint.value != every[0].value]
+    if not contrary:
         return every[0]
-    return replace(every[0], evidence=f"{every[0].evidence}; against it: {'; '.join(against)}")
+    return replace(every[0], evidence=f"{every[0].evidence}; contradicted by: {'; '.join(contrary)}")
 
 
 @dataclass(frozen=True)
 class Component:
-    """A network that is whole in the file, under `prefix`. `origins` says where each of its tensors comes from.
+    """A complete network in the file, under `prefix`. `origins` maps each of its tensors to tensors of the file.
 
-    `rules` is the same as a table, to write the component back with (`layouts.rules.invert`). `spec` is None where the
-    network is not built yet. `layout` is how the file names it: "original", "diffusers", "openclip", "transformers".
+    `rules` is the same mapping as a table, used to write the component back (`layouts.rules.invert`). `spec` is None
+    if the network is not implemented yet. `layout` is the naming in the file: "original", "diffusers", "openclip",
+    "transformers".
     """
 
     name: str
@@ -58,13 +59,14 @@ class Component:
 
 @dataclass(frozen=True)
 class Found:
-    """What a file is. `None` stands for a statement that its kind does not allow, such as a LoRA's prediction.
+    """What a file is. `None` means that the statement does not apply to its kind, such as a LoRA's prediction.
 
-    `kind` is "checkpoint", "diffusers folder", the name of a single component, of an adapter format, "embedding",
-    "hypernetwork", "controlnet", "upscaler", another thing's name, or "unknown". `variant` is what the U-Net's input
-    channels are for, or the form of an adapter. `missing` maps each component that a model of this family needs, and
-    the file has not or not whole, to what is wrong. `leftovers` maps tensors that nothing needs to the reason;
-    `unknown` are tensors that nothing here can name. `ema_names` maps names of the U-Net to those of their averages.
+    `kind` is "checkpoint", "diffusers folder", the name of a single component or of an adapter format, "embedding",
+    "hypernetwork", "controlnet", "upscaler", the name of another kind of file, or "unknown". `variant` follows from
+    the U-Net's input channels, or is the format of an adapter. `missing` maps each component that a model of this
+    family needs, but that is absent or incomplete in the file, to what is wrong. `leftovers` maps tensors that nothing
+    needs to the reason; `unknown` are tensors that no table names. `ema_names` maps tensor names of the U-Net to
+    those of their averages.
     """
 
     path: Path
@@ -84,20 +86,20 @@ class Found:
     ema_names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def component(self, name: str) -> Component:
-        """The component `name`, whole; ModelError that says what is missing, and what the file looks like."""
+        """The component `name`. Raises ModelError, with what is missing and what the file looks like, if incomplete."""
         if name in self.components:
             return self.components[name]
         family = self.family.value
         looks = f"{self.kind.value} of {family.title}" if family else self.kind.value
-        reason = self.missing.get(name, f"the file holds {', '.join(self.components) or 'none of a model'}")
-        raise ModelError(f"{printable(str(self.path))} has no usable {name}: {reason}; it looks like a {looks}")
+        reason = self.missing.get(name, f"the file has {', '.join(self.components) or 'no component of a model'}")
+        raise ModelError(f"{printable(str(self.path))} has no usable {name}: {reason}; the file looks like: {looks}")
 
     @property
     def text_recipe(self) -> TextRecipe | None:
-        """The family's recipe, for the text encoders as they stand in this file.
+        """The family's text recipe, adapted to the text encoders in this file.
 
-        SD2 reads the block before the last. diffusers stores its encoder without the last one (23 blocks instead of
-        24), so that there the last of the file is the one to read.
+        SD2 uses the output of the block before the last. diffusers stores its encoder without the last block (23
+        instead of 24), so for such a file the last block is used.
         """
         family = self.family.value
         if family is None or family.text is None or family.name != "sd2" or "text_encoder" not in self.components:

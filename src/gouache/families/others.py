@@ -1,4 +1,4 @@
-"""Files of the field that are no Stable Diffusion model: told by one telling piece of a name each."""
+"""Recognises related files that are not Stable Diffusion models, each by a characteristic part of a tensor name."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gouache.errors import printable
 from gouache.families.found import Fact
 from gouache.layouts.tiny import tiny_names
 
-# (kind, what it is, pieces of names: a file that holds any of them is it)
+# (kind, description, parts of tensor names: a file with any of them is of this kind)
 _OTHERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     (
         "controlnet",
@@ -20,7 +20,7 @@ _OTHERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("motion module", "an AnimateDiff motion module", ("motion_modules.",)),
     ("upscaler", "an ESRGAN upscaler", ("RDB1.conv1.", "rdb1.conv1.", "RRDB_trunk.")),
     ("upscaler", "a SwinIR or HAT upscaler", ("residual_group.blocks.",)),
-    ("upscaler", "Stable Diffusion's own upscaler", ("label_emb.weight", "unet/class_embedding.weight")),
+    ("upscaler", "the Stable Diffusion upscaler", ("label_emb.weight", "unet/class_embedding.weight")),
     ("unknown", "Stable Diffusion 3", ("joint_blocks.",)),
     ("unknown", "Flux", ("double_blocks.", "single_transformer_blocks.")),
     ("unknown", "Stable Cascade", ("clip_txt_mapper.", "channelwise.")),
@@ -31,7 +31,7 @@ _IMAGE_TOWER = ("vision_model.encoder.", "visual.transformer.resblocks.")
 
 
 def other_kind(names: Iterable[str]) -> Fact[str] | None:
-    """The kind of a file that holds `names`, with the name that tells it; None where nothing here fits."""
+    """The kind of a file with these tensor `names`, with the name that shows it; None if no entry matches."""
     names = list(names)
     if (tiny := tiny_names(names)) is not None:
         towers = " and ".join(sorted({name.partition(".")[0] for name in tiny}))
@@ -40,24 +40,24 @@ def other_kind(names: Iterable[str]) -> Fact[str] | None:
     for kind, title, pieces in _OTHERS:
         for piece in pieces:
             if (at := every.find(piece)) >= 0:
-                name = _line(every, at)
+                name = _line_at(every, at)
                 what = f"resembles {title}" if kind == "unknown" else f"is {title}"
-                return Fact(kind, f"the name {printable(name)} says that this {what}", "likely")
+                return Fact(kind, f"the tensor name {printable(name)} shows that this {what}", "likely")
     return None
 
 
-def image_tower(names: Iterable[str]) -> Fact[str] | None:
-    """The kind of a file that, holding nothing else we know, holds an image tower or the safety checker made of one."""
+def image_encoder_kind(names: Iterable[str]) -> Fact[str] | None:
+    """The kind of a file whose only known content is an image encoder, or the safety checker built on one."""
     every = list(names)
     if any("special_care_embeds" in name for name in every):
-        return Fact("safety checker", "the name special_care_embeds says that this is a safety checker", "certain")
+        return Fact("safety checker", "the tensor name special_care_embeds shows a safety checker", "certain")
     name = next((name for name in every if any(piece in name for piece in _IMAGE_TOWER)), None)
     return (
-        Fact("image encoder", f"the name {printable(name)} says that this is a CLIP image tower", "likely")
+        Fact("image encoder", f"the tensor name {printable(name)} shows a CLIP image encoder", "likely")
         if name
         else None
     )
 
 
-def _line(text: str, at: int) -> str:
+def _line_at(text: str, at: int) -> str:
     return text[text.rfind("\n", 0, at) + 1 :].partition("\n")[0]

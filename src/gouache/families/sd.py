@@ -24,7 +24,7 @@ SD1 = Family(
     variants={4: "base", 9: "inpainting", 8: "instruct-pix2pix"},
 )
 
-# 24 blocks stand in the single file; the context is the 23rd one's output, through the last norm.
+# The single file has 24 blocks; the context is the output of the 23rd, passed through the final norm.
 SD2 = Family(
     name="sd2",
     title="Stable Diffusion 2",
@@ -43,7 +43,7 @@ SD2 = Family(
     size=(512, 512),
     variants={4: "base", 9: "inpainting", 5: "depth"},
     leftovers=(
-        Drop("depth_model.{rest*}", "MiDaS, which guesses a picture's depth; depth maps are handed in"),
+        Drop("depth_model.{rest*}", "MiDaS, which estimates the depth of a picture; depth maps are an input here"),
         Drop("embedder.{rest*}", "the image encoder of the unCLIP variant"),
         Drop("noise_augmentor.{rest*}", "the noise augmentation of the unCLIP variant"),
     ),

@@ -25,7 +25,7 @@ SDXL = Family(
                 head_channels=64,
                 context_dim=2048,
                 linear_projection=True,
-                vector_channels=2816,  # pooled text 1280, and six numbers of 256 each
+                vector_channels=2816,  # pooled text 1280, and six numbers embedded in 256 each
             ),
         ),
         Place("vae", "first_stage_model.", "original", VaeSpec()),
@@ -62,11 +62,11 @@ REFINER = Family(
                 head_channels=64,
                 context_dim=1280,
                 linear_projection=True,
-                vector_channels=2560,  # pooled text 1280, and five numbers of 256 each
+                vector_channels=2560,  # pooled text 1280, and five numbers embedded in 256 each
             ),
         ),
         Place("vae", "first_stage_model.", "original", VaeSpec()),
-        # The base model's second encoder, and named like it, though it is the only one here.
+        # The same encoder as the base model's second, and named like it, although it is the only one here.
         Place("text_encoder_2", "conditioner.embedders.0.model.", "openclip", OPENCLIP_BIGG),
     ),
     text=TextRecipe(

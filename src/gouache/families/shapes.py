@@ -1,7 +1,8 @@
-"""From the shapes of a network's tensors to the numbers it is built from.
+"""Derives the spec of a network from the shapes of its tensors.
 
-Shapes tell all widths and depths, so a narrower network of the same topology is read like the released one. They do
-not tell the number of attention heads, nor the text tower's activation: those are the family's, or a folder's config.
+Shapes determine all widths and depths, so a narrower network of the same topology is read like the released one. They
+do not determine the number of attention heads, nor the activation of a text encoder: these come from the family or
+from a folder's config.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from gouache.errors import ModelError, printable
 from gouache.layouts.rules import Shape
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec, VisionSpec
 
-_DEEPEST = 6  # segments of a path that is counted: input_blocks.4.1.transformer_blocks.0
-_MOST = 64  # modules in a row; released networks have 32 at most
+_MAX_SEGMENTS = 6  # of a module path that is counted: input_blocks.4.1.transformer_blocks.0 has 5
+_MAX_MODULES = 64  # numbered modules under one path; released networks have at most 32
 
 
 def unet_spec(shapes: Mapping[str, Shape]) -> UNetSpec:
-    """The spec of a U-Net from its tensors under the original names; ModelError says what cannot be told.
+    """The spec of a U-Net from its tensors under the original names. Raises ModelError if it is not determined.
 
-    Heads follow the projections, as they do in every released line: 8 with convolutions (SD1), 64 channels each with
-    linear layers (SD2, SDXL).
+    Heads follow from the type of `proj_in`, as in every released line: 8 heads with convolutions (SD1), heads of 64
+    channels with linear layers (SD2, SDXL).
     """
     modules = _modules(shapes)
     channels, in_channels = _shape(shapes, "input_blocks.0.0.weight", 4)[:2]
@@ -38,7 +39,7 @@ def unet_spec(shapes: Mapping[str, Shape]) -> UNetSpec:
             depths.append(_count(modules, f"{block}.1.transformer_blocks"))
         blocks[-1] += 1
     if len(set(blocks)) != 1:
-        raise ModelError(f"its levels have {blocks} residual blocks: a topology of no known family")
+        raise ModelError(f"its levels have {blocks} residual blocks: no known family has this topology")
     linear = len(_any(shapes, "proj_in.weight")) == 2
     return UNetSpec(
         in_channels=in_channels,
@@ -57,7 +58,7 @@ def unet_spec(shapes: Mapping[str, Shape]) -> UNetSpec:
 
 
 def vae_spec(shapes: Mapping[str, Shape]) -> VaeSpec:
-    """The spec of an autoencoder from its tensors under the original names; ModelError says what cannot be told."""
+    """The spec of an autoencoder from its tensors under the original names. Raises ModelError if not determined."""
     modules = _modules(shapes)
     channels, image_channels = _shape(shapes, "encoder.conv_in.weight", 4)[:2]
     levels = range(_count(modules, "encoder.down"))
@@ -72,9 +73,9 @@ def vae_spec(shapes: Mapping[str, Shape]) -> VaeSpec:
 
 
 def text_spec(shapes: Mapping[str, Shape], activation: str) -> TextSpec:
-    """The spec of a text tower from its tensors under Transformers names; ModelError says what cannot be told.
+    """The spec of a text encoder from its tensors under Transformers names. Raises ModelError if not determined.
 
-    A head is 64 wide, as in every CLIP.
+    Heads have 64 channels, as in every CLIP.
     """
     vocabulary, width = _shape(shapes, "text_model.embeddings.token_embedding.weight", 2)
     projects = "text_projection.weight" in shapes
@@ -91,20 +92,20 @@ def text_spec(shapes: Mapping[str, Shape], activation: str) -> TextSpec:
 
 
 def vision_spec(shapes: Mapping[str, Shape]) -> VisionSpec:
-    """The spec of OpenCLIP's image tower from its tensors under Transformers names; ModelError: what cannot be told.
+    """The spec of OpenCLIP's image encoder from its tensors under Transformers names. Raises ModelError if incomplete.
 
-    A head is 80 wide and the activation the erf form, as in ViT-H/14, the one tower that a released line has.
+    Heads have 80 channels and the activation is GELU with erf, as in ViT-H/14, the only one in a released line.
     """
     width, _, _, patch = _shape(shapes, "vision_model.embeddings.patch_embedding.weight", 4)
     if not patch:
         raise ModelError("its patches are 0 pixels wide")
-    places = _shape(shapes, "vision_model.embeddings.position_embedding.weight", 2)[0]
+    positions = _shape(shapes, "vision_model.embeddings.position_embedding.weight", 2)[0]
     return VisionSpec(
         width=width,
         layers=_count(_modules(shapes), "vision_model.encoder.layers"),
         heads=max(1, width // 80),
         mlp_width=_shape(shapes, "vision_model.encoder.layers.0.mlp.fc1.weight", 2)[0],
-        image_size=patch * math.isqrt(max(0, places - 1)),  # a place for each patch, and one for the class token
+        image_size=patch * math.isqrt(max(0, positions - 1)),  # a position per patch, and one for the class token
         patch_size=patch,
         activation="gelu",
         projection=_shape(shapes, "visual_projection.weight", 2)[0],
@@ -112,9 +113,9 @@ def vision_spec(shapes: Mapping[str, Shape]) -> VisionSpec:
 
 
 def unet_heads(spec: UNetSpec, config: Mapping[str, Any]) -> UNetSpec:
-    """`spec` with the heads that a diffusers config states; ModelError where they cannot be those of this U-Net.
+    """`spec` with the heads that a diffusers config states. Raises ModelError if they do not fit this U-Net.
 
-    It states numbers of heads, one for all levels or one each, in a field that it calls `attention_head_dim`.
+    The config states the number of heads, one for all levels or one per level, in a field named `attention_head_dim`.
     """
     stated = config.get("num_attention_heads") or config.get("attention_head_dim")
     if stated is None:
@@ -122,34 +123,34 @@ def unet_heads(spec: UNetSpec, config: Mapping[str, Any]) -> UNetSpec:
     levels = len(spec.channel_mult)
     heads = [stated] * levels if isinstance(stated, int) else stated
     if not isinstance(heads, list) or len(heads) != levels or not all(isinstance(n, int) and n > 0 for n in heads):
-        raise ModelError(f"its config.json states {_short(stated)} attention heads for a U-Net of {levels} levels")
+        raise ModelError(f"its config.json states {_short(stated)} attention heads for a U-Net with {levels} levels")
     attending = [level for level, depth in enumerate(spec.attention_depth) if depth] + [levels - 1]
     if len({heads[level] for level in attending}) == 1:
         return replace(spec, heads=heads[-1], head_channels=None)
     each = {spec.channels * spec.channel_mult[level] // heads[level] for level in attending}
     if len(each) == 1:
         return replace(spec, heads=None, head_channels=each.pop())
-    raise ModelError(f"its config.json states {stated} heads: neither their number nor their width is the same")
+    raise ModelError(f"its config.json states {stated} heads: levels differ in both their number and their width")
 
 
-def parted(spec: UNetSpec) -> UNetSpec:
-    """`spec`, if its widths can be parted into its heads; else ModelError."""
+def check_heads_divide(spec: UNetSpec) -> UNetSpec:
+    """`spec` unchanged, if its heads divide the width of every level with attention; else raises ModelError."""
     attending = [level for level, depth in enumerate(spec.attention_depth) if depth] + [len(spec.channel_mult) - 1]
     for level in attending:
         width, share = spec.channels * spec.channel_mult[level], spec.heads or spec.head_channels or 1
         if width % share:
             heads = f"{share} heads" if spec.heads else f"heads of {share} channels"
-            raise ModelError(f"level {level} is {width} wide, which cannot be parted into {heads}")
+            raise ModelError(f"level {level} has width {width}, which is not divisible into {heads}")
     return spec
 
 
 def text_config(spec: TextSpec, config: Mapping[str, Any]) -> TextSpec:
-    """`spec` with the heads and the activation that a Transformers config states; ModelError if they cannot be."""
+    """`spec` with the heads and the activation that a Transformers config states. Raises ModelError if invalid."""
     heads, activation = config.get("num_attention_heads", spec.heads), config.get("hidden_act", spec.activation)
     if not isinstance(heads, int) or heads < 1 or spec.width % heads:
         raise ModelError(f"its config.json states {_short(heads)} attention heads for a width of {spec.width}")
     if activation not in ("quick_gelu", "gelu"):
-        raise ModelError(f"its config.json states the activation {_short(activation)}; known are quick_gelu and gelu")
+        raise ModelError(f"its config.json states the activation {_short(activation)}, expected quick_gelu or gelu")
     return replace(spec, heads=heads, activation=activation)
 
 
@@ -158,11 +159,11 @@ def _short(value: Any) -> str:
 
 
 def _modules(names: Iterable[str]) -> frozenset[str]:
-    """Every dotted path of up to `_DEEPEST` segments that leads to one of `names`."""
+    """Every dotted path of up to `_MAX_SEGMENTS` segments that is a prefix of one of `names`."""
     paths = set[str]()
     for name in names:
         end = -1
-        for _ in range(_DEEPEST):
+        for _ in range(_MAX_SEGMENTS):
             end = name.find(".", end + 1)
             if end < 0:
                 break
@@ -171,15 +172,15 @@ def _modules(names: Iterable[str]) -> frozenset[str]:
 
 
 def _count(modules: frozenset[str], path: str) -> int:
-    """How many numbered modules stand under `path`, counted from 0 without a gap; ModelError beyond reason.
+    """The number of numbered modules under `path`, counted from 0 without a gap. Raises ModelError for too many.
 
-    Depths multiply when the names they ask for are written out, so a file may not state them at will.
+    The limit is needed because depths multiply when all expected names are listed.
     """
     count = 0
     while f"{path}.{count}" in modules:
         count += 1
-        if count > _MOST:
-            raise ModelError(f"more than {_MOST} modules stand under {path}")
+        if count > _MAX_MODULES:
+            raise ModelError(f"it has more than {_MAX_MODULES} modules under {path}")
     return count
 
 
@@ -192,15 +193,15 @@ def _shape(shapes: Mapping[str, Shape], name: str, rank: int) -> Shape:
 
 
 def _any(shapes: Mapping[str, Shape], ending: str) -> Shape:
-    """The shape of the first tensor that ends so, of at least two dimensions."""
+    """The shape of the first tensor with at least two dimensions whose name ends in `ending`."""
     for name, shape in shapes.items():
         if name.endswith(ending) and len(shape) >= 2:
             return shape
-    raise ModelError(f"nothing in it ends in {ending}: it has no attention to the prompt")
+    raise ModelError(f"no tensor name ends in {ending}: it has no cross-attention")
 
 
 def _multiples(widths: Iterable[int], channels: int) -> tuple[int, ...]:
     widths = list(widths)
     if not channels or any(width % channels for width in widths):
-        raise ModelError(f"its levels are {widths} wide, not multiples of the first convolution's {channels}")
+        raise ModelError(f"its levels have the widths {widths}, not multiples of the first convolution's {channels}")
     return tuple(width // channels for width in widths)

@@ -1,6 +1,6 @@
-"""Stable Video Diffusion (Blattmann et al. 2023): a picture in, a short film out. Recognised, not yet built.
+"""Stable Video Diffusion (Blattmann et al. 2023), image to video. Recognised, but not implemented yet.
 
-svd and svd_xt differ in the number of frames they were trained on, which their files do not say.
+svd and svd_xt differ in the number of frames they were trained on, which is not stored in their files.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from gouache.families.family import Family, Levels, Place
 from gouache.layouts.rules import Drop
 from gouache.nn.spec import VaeSpec
 
-_TEXT = "a leftover of CLIP's text tower, of which this line uses the image tower alone"
+_TEXT = "a leftover of CLIP's text encoder; this line uses only the image encoder"
 
 SVD = Family(
     name="svd",
@@ -18,7 +18,7 @@ SVD = Family(
         Place("unet", "model.diffusion_model.", "original", None),
         Place("vae", "first_stage_model.", "original", None),
         Place("image_encoder", "conditioner.embedders.0.open_clip.model.visual.", "openclip", None),
-        # The first frame's latent is made by an ordinary autoencoder, and is not scaled.
+        # An ordinary autoencoder encodes the first frame; its latent is not scaled.
         Place("frame_vae", "conditioner.embedders.3.encoder.", "original", VaeSpec()),
     ),
     text=None,

@@ -1,5 +1,5 @@
-"""Tensor files as records: any path becomes a `ModelFile`, and tensors become a file again.
+"""Tensor files as records: `open_model` turns any path into a `ModelFile`; `write` turns tensors back into a file.
 
-Content decides what a file is; nothing in a file is ever run; a file is replaced whole or not at all. Knows no
-architecture: what the names mean is for `layouts` and `families` to say.
+The content decides what a file is, not its suffix. Nothing in a file is ever run. A file is replaced whole or not
+at all. This folder knows no architecture: `layouts` and `families` interpret the tensor names.
 """

@@ -1,7 +1,7 @@
-"""What a file is, told from its bytes: a kind that some reader of this room opens, or a sentence on what it is instead.
+"""Detects from its bytes what a file is: a kind that a reader of this folder opens, or an error that says what else.
 
-Most files that fail to open are not damaged models but something else under a model's name: a web page, a message
-from a server, a git-lfs pointer, a picture, a model of another program. Each gets its own sentence with what to do.
+Most files that fail to open are not damaged models but something else with a model's name: a web page, a server's
+error message, a git-lfs pointer, a picture, a model of another program. Each has its own message with what to do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MAX_JSON = 4_000_000  # bytes; the largest shard index of a diffusion model has 
 
 _MODELS_ELSEWHERE = "get the .safetensors or .ckpt file for PyTorch instead"
 
-# (offset, bytes there, what it is, what to do)
+# (offset, bytes at this offset, what it is, what to do)
 _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x89PNG\r\n\x1a\n", "a PNG picture", "a model's preview picture often has the model's name"),
     (0, b"\xff\xd8\xff", "a JPEG picture", "a model's preview picture often has the model's name"),
@@ -45,25 +45,25 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x7fELF", "a Linux program", "do not run it; fetch the model file itself"),
 )
 
-# The last eight bytes of every LevelDB table, the form of TensorFlow's `.index` and of its oldest `.ckpt`.
+# The last eight bytes of every LevelDB table, the format of TensorFlow's `.index` and of its oldest `.ckpt`.
 _LEVELDB_END = bytes.fromhex("57fb808b247547db")
 
 _TENSORFLOW = (
-    "a TensorFlow {part} and holds no Stable Diffusion weights for PyTorch: it has its name from another kind of "
-    "checkpoint. Get the .safetensors or .ckpt file of the model instead"
+    "a TensorFlow {part} and holds no Stable Diffusion weights for PyTorch: the name is used for another kind of "
+    "checkpoint too. Get the .safetensors or .ckpt file of the model instead"
 )
 
 
 def kind_of(source: Source) -> Kind:
-    """Which reader opens the file: "unknown" for a file that has no signature, as pickles of protocol 0 have none.
+    """Which reader opens the file; "unknown" for a file without a signature, such as a pickle of protocol 0.
 
-    Raises NotAModel, or DamagedFile where only the damage is plain.
+    Raises NotAModel for a file of another kind, DamagedFile for a download that was never finished.
     """
     path, size = source.path, source.size
     if size == 0:
         raise NotAModel(path, "is empty: the download failed, fetch it again")
     head = source.data[:_HEAD]
-    if head[4:9] == b"\0\0\0\0{":  # first, for the length before may look like any other signature
+    if head[4:9] == b"\0\0\0\0{":  # first, because the length before it may look like any other signature
         return "safetensors"
     if head.startswith(b"PK\x03\x04") or (head[257:262] == b"ustar" and size >= 512):
         return "pickle"
@@ -85,33 +85,33 @@ def kind_of(source: Source) -> Kind:
     if head[:1] == b"\x08" and head[2:3] == b"\x12" and b"onnx" in head[:200].lower() + path.suffix.lower().encode():
         raise NotAModel(path, f"is an ONNX model: {_MODELS_ELSEWHERE}")
     if not head.strip(b"\0"):
-        raise DamagedFile(path, "holds only zeros where it should begin: the download never finished, fetch it again")
+        raise DamagedFile(path, "begins with zeros only: the download was never finished, fetch it again")
     return "unknown"
 
 
-def unknown(source: Source) -> FileError:
-    """The error for bytes that begin like nothing known: let the name say what they do not."""
+def unknown_format_error(source: Source) -> FileError:
+    """The error for bytes that begin like no known format; the name of the file gives further hints."""
     name = source.path.name.lower()
     if re.search(r"\.data-\d+-of-\d+$", name):
-        return NotAModel(source.path, "is " + _TENSORFLOW.format(part="checkpoint's data part, by its name,"))
+        return NotAModel(source.path, "is " + _TENSORFLOW.format(part="checkpoint's data part (by its name)"))
     if source.path.suffix.lower() in (".safetensors", ".sft"):
-        return DamagedFile(source.path, "does not begin like a safetensors file: damaged, fetch it again")
+        return DamagedFile(source.path, "does not begin like a safetensors file: it is damaged, fetch it again")
     begin = source.data[:200]
     if len(begin) > 3 and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in begin):
         return NotAModel(source.path, f"is a text file, not a model; it begins {printable(begin.decode(), 40)!r}")
     return NotAModel(
-        source.path, f"is of no known kind ({size_text(source.size)}, begins with {source.data[:8].hex(' ')})"
+        source.path, f"has an unknown format ({size_text(source.size)}, begins with {source.data[:8].hex(' ')})"
     )
 
 
 def _claims_safetensors(head: bytes) -> bool:
-    """A false length before the '{', or white space before it: for the reader to refuse by name."""
+    """Whether there is a wrong length or white space before the '{'; the safetensors reader then names the fault."""
     text = all(32 <= byte < 127 for byte in head[:8])
     return not text and head[8:].lstrip(b" \t\r\n\xef\xbb\xbf")[:1] == b"{"
 
 
 def _text_kind(source: Source, text: bytes) -> Kind:
-    """The message for a file of text; the index of a sharded model is the one that can be opened."""
+    """Raises the error for a text file. The one text file that can be opened is the index of a sharded model."""
     path = source.path
     lowered = text[:1000].lower()
     if text.startswith(b"version https://git-lfs"):
@@ -126,30 +126,30 @@ def _text_kind(source: Source, text: bytes) -> Kind:
     if isinstance(document, dict) and isinstance(document.get("weight_map"), dict):
         return "shard index"
     if isinstance(document, dict) and any(key.startswith("_class") or key == "architectures" for key in document):
-        raise NotAModel(path, "is a model's configuration: give the folder it lies in")
+        raise NotAModel(path, "is a model's configuration: open the folder that it is in")
     shown = printable(text[:120].decode("utf-8", "replace"))
-    raise NotAModel(path, f"is a JSON text, often a server's error message, not a model: {shown}")
+    raise NotAModel(path, f"is JSON, often a server's error message, not a model: {shown}")
 
 
 def json_document(source: Source) -> Any:
-    """The JSON text that the file is. Raises NotAModel if it is none, or too large for a configuration."""
+    """The parsed JSON file. Raises NotAModel if it is not JSON, or too large for a configuration."""
     if source.size > MAX_JSON:
-        raise NotAModel(source.path, f"is a text of {size_text(source.size)}, not a model or its configuration")
+        raise NotAModel(source.path, f"is a text file of {size_text(source.size)}, not a model or its configuration")
     try:
-        # Decoded here: json itself would let the bytes choose among five codecs, and import the one they name.
+        # Decoded here: json itself would choose one of five codecs by the first bytes, and import it.
         return json.loads(source.data[:].removeprefix(b"\xef\xbb\xbf").decode())
     except (ValueError, RecursionError):
-        raise NotAModel(source.path, "is a text that is not valid JSON, not a model or its configuration") from None
+        raise NotAModel(source.path, "is text but not valid JSON: neither a model nor its configuration") from None
 
 
 def _is_meta_graph(source: Source) -> bool:
-    """TensorFlow's `.meta`: a protobuf message of MetaInfoDef (field 1), GraphDef (2), and a few more."""
+    """Whether it is TensorFlow's `.meta`: a protobuf message of MetaInfoDef (field 1), GraphDef (2) and a few more."""
     numbers = list(_protobuf_fields(source, limit=8))
     return numbers[:2] == [1, 2] and all(1 <= number <= 8 for number in numbers)
 
 
 def _protobuf_fields(source: Source, limit: int) -> Iterator[int]:
-    """The numbers of the first length-delimited fields, up to one that does not fit into the file."""
+    """The numbers of the first length-delimited fields, up to the first that does not fit into the file."""
     at = 0
     for _ in range(limit):
         if at >= source.size:

@@ -1,6 +1,6 @@
-"""A safetensors file with other metadata: a new header, and behind it the same bytes in the same order.
+"""Replaces the metadata of a safetensors file: a new header, then the same tensor bytes in the same order.
 
-So every hash that leaves the header out (AutoV3, kohya's) stays what it was.
+Every hash that skips the header (AutoV3, kohya's) therefore stays the same.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ _PIECE = 1 << 24
 
 
 def write_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> str:
-    """The safetensors file `source` with `metadata` in place of its own, as `target`; returns its SHA-256.
+    """Writes the safetensors file `source` with `metadata` instead of its own to `target`; returns its SHA-256.
 
-    `target` may be `source`: it is replaced, not written to. Raises FileError, or DamagedFile for a file that is none.
+    `target` may be `source`: the file is replaced, not written in place. Raises FileError, or DamagedFile if `source`
+    is not a valid safetensors file.
     """
     opened = Source(source)
-    read_safetensors(opened)  # all of the header's rules hold, or nothing is written
+    read_safetensors(opened)  # checks every rule of the header before anything is written
     start = 8 + int.from_bytes(opened.data[:8], "little")
     fields = json.loads(opened.data[8:start])
     fields.pop("__metadata__", None)
     try:
-        # The names keep their order, and the offsets count from the header's end: no tensor moves against another.
+        # The names keep their order, and offsets count from the end of the header: no tensor moves relative to another.
         text = json.dumps(
             {"__metadata__": dict(metadata), **fields}, ensure_ascii=False, separators=(",", ":")
         ).encode()

@@ -1,4 +1,4 @@
-"""Any path that can hold a model, as a record."""
+"""Opens any path that can hold a model, as a record."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from gouache.files.source import Source
 def open_model(path: str | Path, *, variant: str | None = None) -> ModelFile:
     """The model at `path`: a weight file of any kind, a diffusers folder, one component of it, or a shard index.
 
-    Reads names, shapes and metadata, no weights; imports no torch. `variant` chooses among the weights of a folder
-    ('fp16'). Raises a FileError, of one line, for whatever cannot be opened; nothing in a file is ever run.
+    Reads names, shapes and metadata, no weights; does not import torch. `variant` selects among the weights of a
+    folder ('fp16'). Raises a FileError with a one-line message if the path cannot be opened. Nothing in a file is
+    ever run.
     """
     path = Path(path)
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", variant):
-        raise RequestError("variant", f"{printable(variant, 60)!r} is no variant's name; expected one like 'fp16'")
+        raise RequestError("variant", f"{printable(variant, 60)!r} is not a variant name; expected one like 'fp16'")
     try:
         if path.is_dir():
             return open_folder(path, variant)

@@ -1,10 +1,10 @@
-"""Files that torch.save wrote, opened as named tensors: nothing in them is run.
+"""Opens files that torch.save wrote as named tensors; nothing in them is run.
 
-    torch zip      a zip archive of data.pkl, the values, and data/0, data/1, ..., the bytes of the storages
-    torch legacy   several pickles, then the storages (`legacy_file`, with torch tar and plain pickles)
+    torch zip      a zip archive of data.pkl (the values) and data/0, data/1, ... (the bytes of the storages)
+    torch legacy   several pickles, then the storages (in `legacy_file`, with torch tar and plain pickles)
 
-The names of the tensors are the keys on the way to them, joined by dots. Where a checkpoint keeps its weights under
-`state_dict`, these are the tensors, and optimizer states and the like stand in `extra`, described but not readable.
+A tensor's name is the keys on the path to it, joined by dots. If a checkpoint has its weights under `state_dict`,
+only these become tensors; optimizer states and the like go to `extra`, described but not readable.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from gouache.errors import DamagedFile, NotAModel, UnsafeFile, printable
-from gouache.files.legacy_file import Unpickled, mentions, read_legacy, read_tar
+from gouache.files.legacy_file import Unpickled, import_notes, read_legacy, read_tar
+from gouache.files.pickle_allow_list import ALLOW_LIST, build_tree
 from gouache.files.pickle_machine import MAX_BYTES
-from gouache.files.pickle_names import VOCABULARY, unfold
 from gouache.files.pickle_reader import interpret
-from gouache.files.pickle_values import Record
+from gouache.files.pickle_tree import Record
 from gouache.files.record import ModelFile
 from gouache.files.source import Source, size_text, tensor_from
 from gouache.files.stored import Storage, StoredTensor, storage_id
@@ -26,12 +26,12 @@ from gouache.files.zip_file import Entry, read_zip
 
 
 def open_pickle(path: str | Path) -> ModelFile:
-    """The file as a record, whichever of torch's forms it has. Raises UnsafeFile, DamagedFile or NotAModel."""
+    """The file as a record, in any of torch's formats. Raises UnsafeFile, DamagedFile or NotAModel."""
     return read_pickle(Source(path))
 
 
 def read_pickle(source: Source) -> ModelFile:
-    """As `open_pickle`, for a file that is open already."""
+    """Same as `open_pickle`, for a file that is already open."""
     if source.data[:4] == b"PK\x03\x04":
         found = _read_zip_form(source)
     elif source.data[257:262] == b"ustar":
@@ -63,65 +63,68 @@ def _read_zip_form(source: Source) -> Unpickled:
     pickles = [name for name in entries if name.endswith("/data.pkl") or name == "data.pkl"]
     if not pickles:
         some = ", ".join(repr(printable(name, 60)) for name in list(entries)[:3])
-        raise NotAModel(path, f"is a zip archive ({some or 'empty'}) and no PyTorch file: unpack it first")
+        raise NotAModel(path, f"is a zip archive ({some or 'empty'}) but not a PyTorch file: unpack it first")
     if len(pickles) > 1:
-        raise UnsafeFile(path, f"holds {len(pickles)} pickles named data.pkl; which one counts is not defined")
+        raise UnsafeFile(
+            path, f"holds {len(pickles)} pickles named data.pkl; different programs may read different ones"
+        )
     root = pickles[0].removesuffix("data.pkl")
     if any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in entries):
         raise NotAModel(path, "is a TorchScript program, not weights: get the weights as .safetensors")
 
     pickle = entries[pickles[0]]
-    # torch can be told to leave checksums out; then all of them are 0.
+    # torch.save can be set to omit checksums; then all of them are 0.
     unchecked = all(entry.crc == 0 for entry in entries.values())
     if pickle.size > MAX_BYTES:
-        raise UnsafeFile(path, f"its pickle takes {size_text(pickle.size)}; at most {size_text(MAX_BYTES)} make sense")
+        raise UnsafeFile(path, f"its pickle takes {size_text(pickle.size)}; at most {size_text(MAX_BYTES)} are allowed")
     end = pickle.offset + pickle.size
     if not unchecked and zlib.crc32(source.data[pickle.offset : end]) != pickle.crc:
         raise DamagedFile(path, "the checksum of its data.pkl is wrong: fetch it again")
-    parsed = interpret(path, source.data, pickle.offset, end, VOCABULARY)
+    parsed = interpret(path, source.data, pickle.offset, end, ALLOW_LIST)
     if parsed.end != end:
-        raise DamagedFile(path, f"its data.pkl goes on for {end - parsed.end} bytes after its end")
+        raise DamagedFile(path, f"its data.pkl has {end - parsed.end} bytes after the end of the pickle")
 
     swap = _is_big_endian(source, entries.get(f"{root}byteorder"))
     dtypes: dict[str, str] = {}
 
-    def find_storage(claim: Any) -> Storage:
-        wanted = storage_id(path, claim)
-        entry = entries.get(f"{root}data/{wanted.key}") if wanted.key.isdecimal() else None
+    def find_storage(persistent_id: Any) -> Storage:
+        storage = storage_id(path, persistent_id)
+        key, dtype = storage.key, storage.dtype
+        entry = entries.get(f"{root}data/{key}") if key.isdecimal() else None
         if entry is None:
-            raise DamagedFile(path, f"lacks the storage {printable(wanted.key, 40)!r} that its pickle refers to")
-        if entry.size != wanted.nbytes or dtypes.setdefault(wanted.key, wanted.dtype) != wanted.dtype:
+            raise DamagedFile(path, f"has no storage {printable(key, 40)!r}, which its pickle refers to")
+        if entry.size != storage.nbytes or dtypes.setdefault(key, dtype) != dtype:
             raise DamagedFile(
-                path, f"storage {wanted.key} has {entry.size} bytes, its pickle says {wanted.nbytes} of {wanted.dtype}"
+                path, f"storage {key} has {entry.size} bytes, but its pickle states {storage.nbytes} bytes of {dtype}"
             )
-        return wanted.at(entry.offset, swap)
+        return storage.at(entry.offset, swap)
 
-    value = unfold(path, parsed.value, find_storage)
-    notes = mentions(parsed) + (("written without checksums",) if unchecked else ())
+    value = build_tree(path, parsed.value, find_storage)
+    notes = import_notes(parsed) + (("written without checksums",) if unchecked else ())
     return Unpickled(value, "torch zip", notes)
 
 
 def _is_big_endian(source: Source, entry: Entry | None) -> bool:
     order = source.data[entry.offset : entry.offset + min(entry.size, 8)] if entry else b"little"
     if order not in (b"little", b"big"):
-        raise DamagedFile(source.path, "does not say whether it was written on a little- or big-endian machine")
+        raise DamagedFile(source.path, "its entry 'byteorder' is neither 'little' nor 'big'")
     return order == b"big"
 
 
 def name_tensors(path: Path, root: Any) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """(tensors by name, everything else by name) of an unpickled value.
+    """(tensors by name, all other values by name) of an unpickled value.
 
-    Raises DamagedFile if two tensors would get one name.
+    Raises DamagedFile if two tensors would have the same name.
     """
     tensors: dict[str, StoredTensor] = {}
     extra: dict[str, Any] = {}
 
     def collect(value: Any, name: str) -> bool:
-        """Whether there is a tensor in `value`; if so, what is no tensor in it went to `extra`."""
+        """Whether `value` contains a tensor. If it does, everything else in it is added to `extra`."""
         if isinstance(value, StoredTensor):
             name = name or "tensor"
             if name in tensors:
-                raise DamagedFile(path, f"two of its tensors are called {printable(name)!r}")
+                raise DamagedFile(path, f"two of its tensors have the name {printable(name)!r}")
             tensors[name] = value
             return True
         plain: dict[str, Any] = {}
@@ -133,14 +136,14 @@ def name_tensors(path: Path, root: Any) -> tuple[dict[str, StoredTensor], dict[s
             else:
                 plain[inner] = item
         if holds_tensors:
-            extra.update((inner, _described(item)) for inner, item in plain.items())
+            extra.update((inner, _without_data(item)) for inner, item in plain.items())
         return holds_tensors
 
     weights = root.get("state_dict") if isinstance(root, dict) else None
     if isinstance(weights, dict) and collect(weights, ""):
-        extra |= {str(key): _described(item) for key, item in root.items() if key != "state_dict"}
+        extra |= {str(key): _without_data(item) for key, item in root.items() if key != "state_dict"}
     elif not collect(root, ""):
-        extra |= {str(key): _described(item) for key, item in _children(root)} or {"value": _described(root)}
+        extra |= {str(key): _without_data(item) for key, item in _children(root)} or {"value": _without_data(root)}
     return tensors, extra
 
 
@@ -150,16 +153,16 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
     return list(enumerate(value)) if isinstance(value, list | tuple) else []
 
 
-def _described(value: Any) -> Any:
+def _without_data(value: Any) -> Any:
     """`value` with each tensor in it replaced by its TensorInfo."""
     if isinstance(value, StoredTensor):
         return value.info
     if isinstance(value, dict):
-        return {key: _described(item) for key, item in value.items()}
+        return {key: _without_data(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_described(item) for item in value]
+        return [_without_data(item) for item in value]
     if isinstance(value, tuple):
-        return tuple([_described(item) for item in value])
+        return tuple([_without_data(item) for item in value])
     if isinstance(value, Record):
-        return Record(value.name, _described(value.args), _described(value.state))
+        return Record(value.name, _without_data(value.args), _without_data(value.state))
     return value

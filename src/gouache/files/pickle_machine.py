@@ -1,12 +1,12 @@
-"""The machine that a pickle is a program for, with its dangerous power taken out.
+"""The stack machine that a pickle is a program for, without the ability to import or call anything.
 
-A pickle can name any Python object and call it. Here a name is a `Name`, two strings, and a call is a `Call`, a note
-that one was asked for; what an honest note means is decided by `pickle_values` from a fixed table. A call of any
-name outside the table gets the file refused, once the whole pickle was walked, so that the message can list all that
-it asked for.
+A pickle can import any Python object (a "global") and call it. Here a global is a `Global`, two strings that are never
+looked up, and a call is a `Call`, a record of what would be called with what. `pickle_allow_list` computes the results
+of allowed calls. A file that calls any other global is refused, but only after the whole pickle has been read, so that
+the message can list everything the pickle would have called.
 
-Every step takes bounded time and memory: lengths are checked against the bytes that are left before anything is
-allocated, and steps, text and number keys have budgets. The opcodes themselves are in `pickle_opcodes`.
+Every step takes bounded time and memory: lengths are checked against the remaining bytes before anything is
+allocated, and there are limits on opcodes, text and number keys. The opcodes themselves are in `pickle_opcodes`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 from gouache.errors import printable
 
 MAX_BYTES = 64_000_000  # of one pickle
-MAX_STEPS = 1_000_000  # opcodes of one pickle; some 40 a tensor, so 25,000 tensors
+MAX_STEPS = 1_000_000  # opcodes of one pickle; about 40 per tensor, hence 25,000 tensors
 MAX_TEXT = 96_000_000  # bytes of memory for all text, bytes and numbers of one pickle
-MAX_NUMBER_KEYS = 10_000  # numbers can be chosen to collide as dictionary keys; honest keys are parameter indexes
+MAX_NUMBER_KEYS = 10_000  # numbers can be chosen to collide as dictionary keys; real files use parameter indexes
 MAX_NAME = 500  # characters of a module or class name
 _MAX_REPORTED = 100
-_MAX_SHOWN = 4  # arguments of a refused call
+_MAX_SHOWN = 4  # arguments shown of a refused call
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
-    """Something in some Python module, as the pickle names it. Nobody looks it up."""
+class Global:
+    """A global: an object of a Python module, as the pickle names it. It is never looked up."""
 
     module: str
     name: str
@@ -38,15 +38,15 @@ class Name:
         return f"{self.module}.{self.name}"
 
 
-SET = Name("builtins", "set")
-FROZEN_SET = Name("builtins", "frozenset")
+SET = Global("builtins", "set")
+FROZEN_SET = Global("builtins", "frozenset")
 
 
 @dataclass(eq=False, slots=True)
 class Call:
-    """The pickle asks for `name(*args)`, then gives the result a state, entries or elements. Nobody does it."""
+    """The pickle calls `name(*args)`, then gives the result a state, entries or elements. The call is never made."""
 
-    name: Name
+    name: Global
     args: tuple[Any, ...]
     state: Any = None
     entries: dict[Any, Any] | None = None
@@ -55,63 +55,63 @@ class Call:
 
 @dataclass(eq=False, slots=True)
 class Persistent:
-    """A reference to something outside the pickle, for tensors a storage, by the identifier `id`."""
+    """A reference by the persistent id `id` to something outside the pickle; for tensors, to a storage."""
 
     id: Any
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What a pickle may ask for: `functions` may be called, `classes` also be given a state or contents."""
+class AllowList:
+    """The allow-list: `functions` may be called; `classes` may be called and given a state or contents."""
 
-    functions: Container[Name]
-    classes: Container[Name]
-    values: Container[Name] = ()  # may be named, nothing more; other names are allowed too, but reported
-
-
-class Broken(Exception):
-    """The bytes are no pickle. The text completes 'its pickle ...'."""
+    functions: Container[Global]
+    classes: Container[Global]
+    values: Container[Global] = ()  # may be imported but not called; importing other globals is allowed but reported
 
 
-class Exhausted(Broken):
+class Malformed(Exception):
+    """The bytes are not a valid pickle. The text completes 'its pickle ...'."""
+
+
+class Truncated(Malformed):
     """The bytes end before the pickle does."""
 
 
 class Unsafe(Exception):
-    """The pickle asks for more than weights need. The text completes 'its pickle ...'."""
+    """The pickle exceeds what weights need. The text completes 'its pickle ...'."""
 
 
 class Machine:
-    def __init__(self, data: bytes | mmap.mmap, start: int, end: int, vocabulary: Vocabulary) -> None:
+    def __init__(self, data: bytes | mmap.mmap, start: int, end: int, allow_list: AllowList) -> None:
         self.data = data
-        self.position = self.at = start  # of the next byte; of the opcode being done
+        self.position = self.at = start  # position of the next byte; position of the current opcode
         self.end = end
-        self.vocabulary = vocabulary
+        self.allow_list = allow_list
         self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []  # the stacks below each open mark
+        self.metastack: list[list[Any]] = []  # the stacks below each open mark, named as in CPython
         self.memo: dict[int, Any] = {}
-        self.names: dict[Name, int] = {}  # every name met, and where first
-        self.refused: dict[str, int] = {}  # what must not be, and where first
-        self.arguments: dict[str, tuple[str, ...]] = {}  # what refused calls were to be handed, as far as it is plain
+        self.imported: dict[Global, int] = {}  # every global, with the byte of its first import
+        self.refused: dict[str, int] = {}  # everything forbidden, with the byte where it first occurs
+        self.arguments: dict[str, tuple[str, ...]] = {}  # arguments of refused calls, as text
         self.persistent: list[Persistent] = []
         self.text = 0
         self.number_keys = 0
 
     # ---- reading the program
 
-    def take(self, count: int) -> bytes:
+    def read(self, count: int) -> bytes:
         if count > self.end - self.position:
-            raise Exhausted(f"announces {count} bytes where {self.end - self.position} are left")
+            raise Truncated(f"announces {count} bytes, but {self.end - self.position} are left")
         self.position += count
         return self.data[self.position - count : self.position]
 
     def number(self, width: int) -> int:
-        return int.from_bytes(self.take(width), "little")
+        return int.from_bytes(self.read(width), "little")
 
     def line_length(self, longest: int) -> int:
         stop = self.data.find(b"\n", self.position, min(self.end, self.position + longest + 1))
         if stop < 0:
-            raise Exhausted("has a line without an end")
+            raise Truncated("has a line without an end")
         return stop - self.position
 
     def line(self, longest: int) -> bytes:
@@ -120,9 +120,9 @@ class Machine:
         return line
 
     def content(self, count: int) -> bytes:
-        """`count` bytes that become a value of the program, charged to its budget before they are decoded."""
-        raw = self.take(count)
-        self.text += 64 + (count if raw.isascii() else 4 * count)  # one wide character widens all the others
+        """`count` bytes that become a value, counted towards MAX_TEXT before they are decoded."""
+        raw = self.read(count)
+        self.text += 64 + (count if raw.isascii() else 4 * count)  # one wide character makes Python store all as wide
         if self.text > MAX_TEXT:
             raise Unsafe(f"holds more than {MAX_TEXT:,} bytes of text and numbers")
         return raw
@@ -131,64 +131,64 @@ class Machine:
 
     def pop(self) -> Any:
         if not self.stack:
-            raise Broken("takes from an empty stack")
+            raise Malformed("pops from an empty stack")
         return self.stack.pop()
 
     def top(self) -> Any:
         if not self.stack:
-            raise Broken("looks at an empty stack")
+            raise Malformed("reads the top of an empty stack")
         return self.stack[-1]
 
     def pop_to_mark(self) -> list[Any]:
-        if not self.marked:
-            raise Broken("goes back to a mark that was never set")
-        items, self.stack = self.stack, self.marked.pop()
+        if not self.metastack:
+            raise Malformed("pops to a mark that was never set")
+        items, self.stack = self.stack, self.metastack.pop()
         return items
 
-    # ---- names and calls
+    # ---- globals and calls
 
-    def known(self, name: Name) -> bool:
-        words = self.vocabulary
-        return name in words.functions or name in words.classes or name in words.values
+    def is_allowed(self, name: Global) -> bool:
+        allowed = self.allow_list
+        return name in allowed.functions or name in allowed.classes or name in allowed.values
 
     def refuse(self, what: str) -> None:
         if len(self.refused) < _MAX_REPORTED:
             self.refused.setdefault(what, self.at)
 
-    def push_name(self, module: str, name: str) -> None:
+    def push_global(self, module: str, name: str) -> None:
         if not module or not name or len(module) > MAX_NAME or len(name) > MAX_NAME:
-            raise Broken("has a name that is empty or too long")
-        found = Name(module, name)
-        self.names.setdefault(found, self.at)
-        if "." in name:  # a path through attributes, with which anything can be reached
+            raise Malformed("has the name of a global that is empty or too long")
+        found = Global(module, name)
+        self.imported.setdefault(found, self.at)
+        if "." in name:  # a path of attributes, which can reach anything
             self.refuse(str(found))
         self.stack.append(found)
 
     def call(self, name: Any, args: Any, *, function: bool) -> None:
-        """Pushes the note that `name(*args)` was asked for; a `function` is called, a class made by `__new__`."""
+        """Pushes a `Call` of `name(*args)`; `function` tells a call (REDUCE) from a creation by `__new__` (NEWOBJ)."""
         if not isinstance(args, tuple):
-            raise Broken("calls with arguments that are no tuple")
-        if not isinstance(name, Name):
-            self.refuse("a call of something that is no name")
-            name = Name("unknown", "unknown")
-        elif name not in self.vocabulary.classes and not (function and name in self.vocabulary.functions):
+            raise Malformed("makes a call whose arguments are not a tuple")
+        if not isinstance(name, Global):
+            self.refuse("a call of something that is not a global")
+            name = Global("unknown", "unknown")
+        elif name not in self.allow_list.classes and not (function and name in self.allow_list.functions):
             self.refuse(str(name))
-            self.arguments.setdefault(str(name), tuple(shown(value) for value in args[:_MAX_SHOWN]))
+            self.arguments.setdefault(str(name), tuple(argument_text(value) for value in args[:_MAX_SHOWN]))
         self.stack.append(Call(name, args))
 
     def container(self, kind: type) -> Call | Any:
-        """The dictionary, list or object on top of the stack that is to be filled."""
+        """The dictionary, list or object on top of the stack that receives entries or elements."""
         target = self.top()
-        if isinstance(target, Call) and target.name in self.vocabulary.classes:
+        if isinstance(target, Call) and target.name in self.allow_list.classes:
             return target
         if not isinstance(target, kind):
-            self.refuse(f"entries for a {noun(target)}")
+            self.refuse(f"entries for {type_label(target)}")
             return kind()
         return target
 
     def set_entries(self, items: list[Any]) -> None:
         if len(items) % 2:
-            raise Broken("has a key without a value")
+            raise Malformed("has a key without a value")
         target = self.container(dict)
         if isinstance(target, Call):
             target.entries = target = {} if target.entries is None else target.entries
@@ -203,25 +203,25 @@ class Machine:
         target.extend(items)
 
     def check_key(self, key: Any) -> None:
-        """Keys must hash in constant time: a tuple of tuples of tuples need not."""
+        """Keys must hash in constant time, which nested tuples do not."""
         kind = type(key)
         if kind is int or kind is float:
             self.number_keys += 1
             if self.number_keys > MAX_NUMBER_KEYS:
                 raise Unsafe(f"uses more than {MAX_NUMBER_KEYS:,} numbers as dictionary keys")
-        elif kind not in (str, bytes, bool, type(None), Name):
-            raise Unsafe(f"uses a {noun(key)} as a dictionary key")
+        elif kind not in (str, bytes, bool, type(None), Global):
+            raise Unsafe(f"uses {type_label(key)} as a dictionary key")
 
 
-def shown(value: Any) -> str:
-    """A plain value as text, cut short; of anything else, what it is."""
+def argument_text(value: Any) -> str:
+    """A plain value as text, shortened; for any other value, the name of its type."""
     if isinstance(value, str | bytes):
         return printable(value if isinstance(value, str) else value[:200].decode("utf-8", "replace"))
-    return str(value) if isinstance(value, bool | float) or value is None else noun(value)
+    return str(value) if isinstance(value, bool | float) or value is None else type_label(value)
 
 
-def noun(value: Any) -> str:
-    """What to call `value` in a message. Never its `repr`: that of a graph may be endless."""
-    if isinstance(value, Name | Call):
-        return printable(str(value if isinstance(value, Name) else value.name), 80)
+def type_label(value: Any) -> str:
+    """How a message refers to `value`. Never its `repr`: that of a cyclic or nested graph may be endless."""
+    if isinstance(value, Global | Call):
+        return printable(str(value if isinstance(value, Global) else value.name), 80)
     return type(value).__name__.lower()

@@ -1,7 +1,7 @@
-"""The opcodes of pickle, each as the bounded step it is on `pickle_machine.Machine`.
+"""The opcodes of pickle, each a bounded step on `pickle_machine.Machine`.
 
-Opcodes that reach outside the pickle are refused: the extension registry, out-of-band buffers, and the textual
-persistent ids, which PyTorch never wrote. Source: CPython's Lib/pickletools.py.
+Opcodes that reach outside the pickle are refused: the extension registry, out-of-band buffers, and text persistent
+ids, which PyTorch never wrote. Source: CPython's Lib/pickletools.py.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gouache.files.pickle_machine import (
     MAX_NAME,
     MAX_STEPS,
     SET,
-    Broken,
     Call,
+    Global,
     Machine,
-    Name,
+    Malformed,
     Persistent,
     Unsafe,
-    noun,
+    type_label,
 )
 
 STOP = ord(".")
@@ -38,25 +38,25 @@ def _push(value: Any) -> _Operation:
 
 def _skip(width: int) -> _Operation:
     def operation(m: Machine) -> None:
-        m.take(width)
+        m.read(width)
 
     return operation
 
 
 def _read(width: int, make: Callable[[bytes], Any]) -> _Operation:
-    """Pushes a value made of the next `width` bytes."""
-    return lambda m: m.stack.append(make(m.take(width)))
+    """Pushes a value made from the next `width` bytes."""
+    return lambda m: m.stack.append(make(m.read(width)))
 
 
 def _counted(width: int, make: Callable[[bytes], Any]) -> _Operation:
-    """Pushes a value made of as many bytes as a number of `width` bytes announces."""
+    """Pushes a value made from n bytes, where n is a number of `width` bytes before them."""
     return lambda m: m.stack.append(make(m.content(m.number(width))))
 
 
 def _tuple_of(count: int) -> _Operation:
     def operation(m: Machine) -> None:
         if len(m.stack) < count:
-            raise Broken("takes from an empty stack")
+            raise Malformed("pops from an empty stack")
         items = tuple(m.stack[-count:])
         del m.stack[-count:]
         m.stack.append(items)
@@ -65,7 +65,7 @@ def _tuple_of(count: int) -> _Operation:
 
 
 def _mark(m: Machine) -> None:
-    m.marked.append(m.stack)
+    m.metastack.append(m.stack)
     m.stack = []
 
 
@@ -84,11 +84,11 @@ def _text(raw: bytes) -> str:
     try:
         return raw.decode("utf-8", "surrogatepass")
     except UnicodeDecodeError:
-        raise Broken("has text that is not UTF-8") from None
+        raise Malformed("has text that is not UTF-8") from None
 
 
 def _old_text(raw: bytes) -> str | bytes:
-    """A Python 2 string: text where it can be, else the bytes it is."""
+    """A Python 2 string: text if it is valid UTF-8, else bytes."""
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError:
@@ -100,13 +100,13 @@ _ESCAPED = {b"\\": b"\\", b"'": b"'", b'"': b'"', b"n": b"\n", b"r": b"\r", b"t"
 
 
 def _quoted(raw: bytes) -> str | bytes:
-    """A Python 2 string as that language's `repr` writes it."""
+    """A Python 2 string as written by Python 2's `repr`."""
     if len(raw) < 2 or raw[:1] not in (b"'", b'"') or raw[-1:] != raw[:1]:
-        raise Broken("has a string without quotes")
+        raise Malformed("has a string without quotes")
     try:
         plain = _ESCAPE.sub(lambda m: bytes.fromhex(m[1].decode()) if m[1] else _ESCAPED[m[2]], raw[1:-1])
     except KeyError:
-        raise Broken("has a string with an unknown escape") from None
+        raise Malformed("has a string with an unknown escape") from None
     return _old_text(plain)
 
 
@@ -114,7 +114,7 @@ def _raw_unicode(raw: bytes) -> str:
     try:
         return codecs.raw_unicode_escape_decode(raw)[0]
     except UnicodeDecodeError:
-        raise Broken("has text with a wrong escape") from None
+        raise Malformed("has text with an invalid escape") from None
 
 
 def _long(raw: bytes) -> int:
@@ -125,20 +125,20 @@ def _long(raw: bytes) -> int:
 
 def _decimal(m: Machine) -> None:
     line = m.line(80)
-    if line in (b"00", b"01"):  # how protocol 0 spells its truth values
+    if line in (b"00", b"01"):  # booleans of protocol 0
         m.stack.append(line == b"01")
         return
     try:
         m.stack.append(int(line.removesuffix(b"L")))
     except ValueError:
-        raise Broken("has a number that is none") from None
+        raise Malformed("has an invalid number") from None
 
 
 def _decimal_fraction(m: Machine) -> None:
     try:
         m.stack.append(float(m.line(80)))
     except ValueError:
-        raise Broken("has a number that is none") from None
+        raise Malformed("has an invalid number") from None
 
 
 def _line_text(make: Callable[[bytes], Any]) -> _Operation:
@@ -151,20 +151,20 @@ def _line_text(make: Callable[[bytes], Any]) -> _Operation:
 
 def _put(m: Machine, index: int) -> None:
     if not 0 <= index < MAX_STEPS:
-        raise Unsafe("numbers its values beyond reason")
+        raise Unsafe(f"uses a memo index of {MAX_STEPS:,} or more")
     m.memo[index] = m.top()
 
 
 def _get(m: Machine, index: int) -> None:
     if index not in m.memo:
-        raise Broken(f"recalls value {index}, which was never kept")
+        raise Malformed(f"gets memo entry {index}, which was never put")
     m.stack.append(m.memo[index])
 
 
 def _index(m: Machine) -> int:
     line = m.line(12)
     if not line.isdigit():
-        raise Broken("has an index that is no number")
+        raise Malformed("has a memo index that is not a number")
     return int(line)
 
 
@@ -195,7 +195,7 @@ def _dictionary(m: Machine) -> None:
 
 
 def _list(m: Machine) -> None:
-    items = m.pop_to_mark()  # first: it changes which stack is the current one
+    items = m.pop_to_mark()  # first, because it changes which stack is current
     m.stack.append(items)
 
 
@@ -210,14 +210,14 @@ def _frozen_set(m: Machine) -> None:
 
 
 def _global(m: Machine) -> None:
-    m.push_name(_text(m.line(MAX_NAME)), _text(m.line(MAX_NAME)))
+    m.push_global(_text(m.line(MAX_NAME)), _text(m.line(MAX_NAME)))
 
 
 def _stack_global(m: Machine) -> None:
     name, module = m.pop(), m.pop()
     if not isinstance(name, str) or not isinstance(module, str):
-        raise Broken("has a name that is no text")
-    m.push_name(module, name)
+        raise Malformed("has the name of a global that is not text")
+    m.push_global(module, name)
 
 
 def _reduce(m: Machine) -> None:
@@ -233,7 +233,7 @@ def _new_object(m: Machine) -> None:
 def _new_object_with_keywords(m: Machine) -> None:
     keywords, args, name = m.pop(), m.pop(), m.pop()
     if keywords != {}:
-        m.refuse(f"keywords for {noun(name)}")
+        m.refuse(f"keyword arguments for {type_label(name)}")
     m.call(name, args, function=False)
 
 
@@ -246,24 +246,24 @@ def _old_instance(m: Machine) -> None:
 def _old_object(m: Machine) -> None:
     items = m.pop_to_mark()
     if not items:
-        raise Broken("makes an object of no class")
+        raise Malformed("makes an object without a class")
     m.call(items[0], tuple(items[1:]), function=False)
 
 
 def _build(m: Machine) -> None:
     state, target = m.pop(), m.top()
-    if isinstance(target, Call) and (target.name in m.vocabulary.classes or str(target.name) in m.refused):
+    if isinstance(target, Call) and (target.name in m.allow_list.classes or str(target.name) in m.refused):
         target.state = state
     else:
-        m.refuse(f"a state for {noun(target)}")
+        m.refuse(f"a state for {type_label(target)}")
 
 
 def _persistent(m: Machine) -> None:
-    claim = m.pop()
-    if isinstance(claim, tuple) and len(claim) == 4 and claim[0] == "module" and isinstance(claim[1], Name):
-        m.stack.append(claim[1])  # how torch's legacy form names a module's class, its source text beside it
+    id_ = m.pop()
+    if isinstance(id_, tuple) and len(id_) == 4 and id_[0] == "module" and isinstance(id_[1], Global):
+        m.stack.append(id_[1])  # how torch's legacy format names a module's class, with its source text
         return
-    found = Persistent(claim)
+    found = Persistent(id_)
     m.persistent.append(found)
     m.stack.append(found)
 
@@ -282,7 +282,7 @@ def _refused_text_id(m: Machine) -> None:
     m.stack.append(None)
 
 
-# Every opcode but STOP, in the order of their protocols.
+# Every opcode except STOP, in the order of the protocols.
 OPERATIONS: dict[int, _Operation] = {
     ord(code): operation
     for code, operation in {
@@ -351,7 +351,7 @@ OPERATIONS: dict[int, _Operation] = {
         "\x92": _new_object_with_keywords,
         "\x93": _stack_global,
         "\x94": lambda m: _put(m, len(m.memo)),
-        "\x95": _skip(8),  # a frame's length, a hint for buffered reading
+        "\x95": _skip(8),  # the length of a frame, a hint for buffered reading
         # protocol 5
         "\x96": _counted(8, bytes),
         "\x97": _refused("an out-of-band buffer"),

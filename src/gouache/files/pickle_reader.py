@@ -1,4 +1,4 @@
-"""One pickle read from front to back: opcodes run on the machine, its verdict given, its value handed on as a graph."""
+"""Reads one pickle from front to back: runs its opcodes on `Machine`, refuses forbidden calls, returns its graph."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from gouache.errors import Asked, DamagedFile, UnsafeFile, printable
 from gouache.files.pickle_machine import (
     MAX_BYTES,
     MAX_STEPS,
-    Broken,
-    Exhausted,
+    AllowList,
+    Global,
     Machine,
-    Name,
+    Malformed,
     Persistent,
+    Truncated,
     Unsafe,
-    Vocabulary,
 )
 from gouache.files.pickle_opcodes import OPERATIONS, STOP
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """The pickle's value as a graph; the byte after it; every `Persistent` in it; unknown names it only mentions."""
+    """The pickle's value as a graph; the byte after it; every `Persistent` in it; unknown globals it only imports."""
 
     value: Any
     end: int
     persistent: list[Persistent] = field(repr=False)
-    mentioned: tuple[Name, ...] = ()
+    only_imported: tuple[Global, ...] = ()
 
 
 def interpret(
-    path: Path, data: bytes | mmap.mmap, start: int, end: int, vocabulary: Vocabulary, budget: int = MAX_BYTES
+    path: Path, data: bytes | mmap.mmap, start: int, end: int, allow_list: AllowList, budget: int = MAX_BYTES
 ) -> Parsed:
-    """Walks the pickle that begins at byte `start` and must end before `end`, within `budget` bytes.
+    """Reads the pickle that begins at byte `start` and must end before `end`, within `budget` bytes.
 
-    Raises UnsafeFile for a forbidden call or a spent budget, DamagedFile for bytes that are no pickle.
+    Raises UnsafeFile for a forbidden call or an exceeded limit, DamagedFile for bytes that are not a valid pickle.
     """
-    machine = Machine(data, start, min(end, start + budget), vocabulary)
+    machine = Machine(data, start, min(end, start + budget), allow_list)
     try:
         value = _run(machine)
-    except (Broken, Unsafe) as error:
+    except (Malformed, Unsafe) as error:
         _refuse(path, machine)
         if isinstance(error, Unsafe):
             raise UnsafeFile(path, f"its pickle {error} (byte {machine.at}): refused") from None
-        if isinstance(error, Exhausted) and machine.end < end:
+        if isinstance(error, Truncated) and machine.end < end:
             raise UnsafeFile(path, f"its pickle is longer than {budget:,} bytes: refused") from None
-        raise DamagedFile(path, f"its pickle {error} (byte {machine.at}): damaged, or no pickle") from None
+        raise DamagedFile(path, f"its pickle {error} (byte {machine.at}): damaged, or not a pickle") from None
     _refuse(path, machine)
-    mentioned = tuple(name for name in machine.names if not machine.known(name))
-    return Parsed(value, machine.position, machine.persistent, mentioned)
+    only_imported = tuple(name for name in machine.imported if not machine.is_allowed(name))
+    return Parsed(value, machine.position, machine.persistent, only_imported)
 
 
 def _run(machine: Machine) -> Any:
@@ -59,38 +59,38 @@ def _run(machine: Machine) -> Any:
     for _ in range(MAX_STEPS):
         at = machine.at = machine.position
         if at >= end:
-            raise Exhausted("ends without a STOP")
+            raise Truncated("ends without a STOP")
         machine.position = at + 1
         code = data[at]
         if code == STOP:
             return machine.pop()
         operation = operations.get(code)
         if operation is None:
-            raise Broken(f"has the unknown opcode 0x{code:02x}")
+            raise Malformed(f"has the unknown opcode 0x{code:02x}")
         operation(machine)
-    raise Unsafe(f"takes more than {MAX_STEPS:,} steps")
+    raise Unsafe(f"has more than {MAX_STEPS:,} opcodes")
 
 
 def _refuse(path: Path, machine: Machine) -> None:
-    """Raises if the pickle asked for anything forbidden; the message lists all of it with byte positions."""
+    """Raises UnsafeFile if the pickle contains anything forbidden; the message lists all of it with byte positions."""
     if not machine.refused:
         return
-    asked = tuple(Asked(what, at, machine.arguments.get(what, ())) for what, at in machine.refused.items())
-    named = tuple(
+    calls = tuple(Asked(what, at, machine.arguments.get(what, ())) for what, at in machine.refused.items())
+    imports = tuple(
         Asked(str(name), at)
-        for name, at in machine.names.items()
-        if not machine.known(name) and str(name) not in machine.refused
+        for name, at in machine.imported.items()
+        if not machine.is_allowed(name) and str(name) not in machine.refused
     )
-    also = f"; it also names {_listed(named)}" if named else ""
+    also = f"; it also imports {_listed(imports)}" if imports else ""
     raise UnsafeFile(
         path,
-        f"asks for code to be run, and nothing was run: {_listed(asked)}{also}. "
+        f"tries to run code (nothing was run): {_listed(calls)}{also}. "
         "Weights need no code: get a .safetensors file instead",
-        asked,
-        named,
+        calls,
+        imports,
     )
 
 
-def _listed(asked: tuple[Asked, ...], most: int = 6) -> str:
-    items = [f"{printable(each.name, 80)} (byte {each.byte})" for each in asked]
+def _listed(found: tuple[Asked, ...], most: int = 6) -> str:
+    items = [f"{printable(each.name, 80)} (byte {each.byte})" for each in found]
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

@@ -1,11 +1,11 @@
-"""Embeddings carried by pictures, as A1111 makes them to be shared: read without running anything.
+"""Embeddings stored inside pictures, as A1111 writes them for sharing; read without running anything.
 
-    text chunk    `sd-ti-embedding`: base64 of JSON, in which {"TORCHTENSOR": numbers} stands for a tensor
-    pixels        the same JSON, deflated, four bits a channel: in stripes left and right of the picture, each parted
-                  from it by a black column; the left has the lower halves of the bytes, the right the upper ones, both
-                  masked by the numbers of a linear congruential generator
+    text chunk    `sd-ti-embedding`: base64 of JSON, in which {"TORCHTENSOR": numbers} is a tensor
+    pixels        the same JSON, deflated, four bits per channel: in stripes left and right of the picture, each
+                  separated from it by a black column; the left one has the lower halves of the bytes, the right one
+                  the upper halves, both XORed with the numbers of a linear congruential generator
 
-The second form survives where text chunks are stripped, and is what WebP and re-saved PNG files have.
+The second form survives the removal of text chunks; it is the one that WebP and re-saved PNG files have.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _CHUNK = b"sd-ti-embedding"
-_MAX_JSON = 16_000_000  # bytes: 75 vectors of SDXL's width as text are some 3 MB
+_MAX_JSON = 16_000_000  # bytes: 75 vectors of SDXL's width as text are about 3 MB
 _MAX_NUMBERS = 1_000_000
 _MAX_PIXELS = 16_000_000
 _MAX_NIBBLES = 8_000_000
@@ -34,12 +34,12 @@ _MAX_CHUNKS = 10_000
 
 
 def is_picture(source: Source) -> bool:
-    """Whether the file is a picture of a kind that can carry an embedding."""
+    """Whether the file is a picture in a format that can contain an embedding."""
     return source.data[:8] == b"\x89PNG\r\n\x1a\n" or source.data[8:12] == b"WEBP"
 
 
 def read_picture(source: Source) -> ModelFile | None:
-    """The embedding in a PNG or WebP picture; None where it carries none. Raises DamagedFile for half of one."""
+    """The embedding in a PNG or WebP picture; None if there is none. Raises DamagedFile for an incomplete one."""
     content = _from_chunk(source) if source.data[:8] == b"\x89PNG\r\n\x1a\n" else None
     where = "a text chunk of a PNG picture"
     if content is None:
@@ -47,16 +47,16 @@ def read_picture(source: Source) -> ModelFile | None:
     if content is None:
         return None
     tensors: dict[str, tuple[TensorInfo, bytes]] = {}
-    extra = {key: _unfolded(source, key, value, tensors) for key, value in content.items()}
+    extra = {key: _split_tensors(source, key, value, tensors) for key, value in content.items()}
     if not tensors:
-        raise NotAModel(source.path, "is a picture that carries an embedding without vectors")
+        raise NotAModel(source.path, "is a picture that contains an embedding without vectors")
     return ModelFile(
         path=source.path,
         format="picture",
         tensors={name: info for name, (info, _) in tensors.items()},
         read=lambda name: tensor_from(bytearray(tensors[name][1]), 0, tensors[name][0]),
         extra={key: value for key, value in extra.items() if value is not _TENSORS},
-        notes=(f"the embedding stands in {where}",),
+        notes=(f"the embedding is stored in {where}",),
         files=(source.path,),
     )
 
@@ -64,37 +64,37 @@ def read_picture(source: Source) -> ModelFile | None:
 _TENSORS = object()
 
 
-def _unfolded(
+def _split_tensors(
     source: Source, name: str, value: Any, tensors: dict[str, tuple[TensorInfo, bytes]], depth: int = 0
 ) -> Any:
-    """`value` with its tensors moved to `tensors`; what held nothing else is marked by `_TENSORS`."""
+    """`value` with its tensors moved to `tensors`; a value that contained only tensors becomes `_TENSORS`."""
     if depth > 8:
-        raise DamagedFile(source.path, "its embedding nests values more than 8 deep")
+        raise DamagedFile(source.path, "its embedding nests values more than 8 levels deep")
     if not isinstance(value, dict):
         return value
     if set(value) == {"TORCHTENSOR"}:
         tensors[name] = _tensor(source, value["TORCHTENSOR"])
         return _TENSORS
-    inner = {key: _unfolded(source, f"{name}.{key}", each, tensors, depth + 1) for key, each in value.items()}
+    inner = {key: _split_tensors(source, f"{name}.{key}", each, tensors, depth + 1) for key, each in value.items()}
     left = {key: each for key, each in inner.items() if each is not _TENSORS}
     return left if left or not inner else _TENSORS
 
 
 def _tensor(source: Source, rows: Any) -> tuple[TensorInfo, bytes]:
-    """A vector or a matrix of numbers, float32."""
+    """The tensor of a JSON vector or matrix: float32, shape (vectors, width)."""
     matrix = rows if isinstance(rows, list) and rows and isinstance(rows[0], list) else [rows]
     numbers: list[float] = []
     width = len(matrix[0]) if isinstance(matrix[0], list) else 0
     for row in matrix:
         if not isinstance(row, list) or len(row) != width or not width:
-            raise DamagedFile(source.path, "its embedding holds a tensor that is no matrix of numbers")
+            raise DamagedFile(source.path, "its embedding has a tensor that is not a matrix of numbers")
         numbers += row
         if len(numbers) > _MAX_NUMBERS:
-            raise DamagedFile(source.path, f"its embedding holds more than {_MAX_NUMBERS:,} numbers")
+            raise DamagedFile(source.path, f"its embedding has more than {_MAX_NUMBERS:,} numbers")
     try:
         packed = struct.pack(f"<{len(numbers)}f", *numbers)
     except (struct.error, OverflowError):
-        raise DamagedFile(source.path, "its embedding holds something that is no number") from None
+        raise DamagedFile(source.path, "its embedding has a tensor with something other than numbers") from None
     return TensorInfo((len(matrix), width), "F32"), packed
 
 
@@ -106,13 +106,13 @@ def _from_chunk(source: Source) -> dict[str, Any] | None:
             return _json(source, base64.b64decode(body[len(_CHUNK) + 1 :], validate=True))
         except binascii.Error:
             raise DamagedFile(
-                source.path, "its embedding is not proper base64: the picture was cut or edited"
+                source.path, "its embedding is not valid base64: the picture was cropped or edited"
             ) from None
     return None
 
 
 def _chunks(source: Source) -> Iterator[tuple[bytes, bytes]]:
-    """The text chunks of a PNG file; others are stepped over, unread."""
+    """The text chunks of a PNG file; other chunks are skipped unread."""
     at = 8
     for _ in range(_MAX_CHUNKS):
         if at + 12 > source.size:
@@ -132,9 +132,9 @@ def _json(source: Source, raw: bytes) -> dict[str, Any]:
     try:
         content = json.loads(raw.decode())
     except (ValueError, RecursionError):
-        raise DamagedFile(source.path, "its embedding is not proper JSON: the picture was cut or edited") from None
+        raise DamagedFile(source.path, "its embedding is not valid JSON: the picture was cropped or edited") from None
     if not isinstance(content, dict):
-        raise DamagedFile(source.path, "its embedding is no table of values")
+        raise DamagedFile(source.path, "its embedding is not a JSON object")
     return content
 
 
@@ -170,15 +170,15 @@ def _from_pixels(source: Source) -> dict[str, Any] | None:
     try:
         raw = reader.decompress(packed, _MAX_JSON + 1)
     except zlib.error:
-        return None  # stripes beside a picture, with nothing in them
+        return None  # the stripes are ordinary pixels without data
     return _json(source, raw)
 
 
 def _unmasked(block: np.ndarray) -> np.ndarray:
-    """The block without its mask: the generator x -> 1664525 x + 1013904223 mod 2^32, its numbers modulo 255."""
+    """`block` XORed with the generator x -> 1664525 x + 1013904223 mod 2^32, its numbers taken modulo 255."""
     import numpy as np
 
-    # From 0 on, its n-th number is 1013904223 (1 + a + ... + a^(n-1)); 32 bits are modulo 2^32 by themselves.
+    # Started at 0, its n-th number is 1013904223 (1 + a + ... + a^(n-1)) with a = 1664525; uint32 wraps at 2^32.
     factors = np.full(block.size, 1664525, np.uint32)
     factors[0] = 1
     numbers = np.cumsum(np.cumprod(factors, dtype=np.uint32), dtype=np.uint32) * np.uint32(1013904223)

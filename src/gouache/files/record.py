@@ -1,8 +1,8 @@
-"""ModelFile: an opened weight file, or folder, as named tensors that are read when asked for.
+"""ModelFile: an opened weight file or folder as named tensors that are read lazily.
 
-Everything above this room (identify, inspect, load, prune, merge) starts from a ModelFile and never asks which
-format it came from. Names, shapes, dtypes and metadata are known before a byte of weight is read, and this module
-imports no torch, so a listing costs no more than Python's own start.
+All higher layers (identify, inspect, load, prune, merge) work on a ModelFile and do not depend on the file format.
+Names, shapes, dtypes and metadata are known before any weight is read. This module does not import torch, so a
+listing takes no longer than starting Python.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gouache.errors import FileError, printable
 if TYPE_CHECKING:
     import torch
 
-# dtype names as in safetensors headers -> bytes an element. The one table of the package, in the order in which the
-# safetensors library lays the tensors of a file out: widest first.
+# dtype names as in safetensors headers -> bytes per element. The only such table of the package, in the order in which
+# the safetensors library stores the tensors of a file: widest first.
 ITEM_SIZE = {
     "U64": 8, "I64": 8, "F64": 8, "C64": 8,
     "F32": 4, "U32": 4, "I32": 4,
@@ -30,12 +30,12 @@ ITEM_SIZE = {
 }  # fmt: skip
 
 
-_PIECE = 1 << 24  # bytes read at once
+_PIECE = 1 << 24  # bytes read at a time
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """What is known of a tensor before it is read: shape, dtype (a name of `ITEM_SIZE`)."""
+    """Shape and dtype (a name of `ITEM_SIZE`) of a tensor, known before it is read."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -51,13 +51,13 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class ModelFile:
-    """Named tensors, lazily read, with what else the file says.
+    """Named tensors, read lazily, with everything else the file contains.
 
-    `tensors` maps names to `TensorInfo`; for a folder of components the names carry the component in front,
-    `unet/conv_in.weight`. `metadata` is the safetensors header's text fields. `extra` holds the plain values that
-    stood beside the tensors in a pickle (`global_step`, `epoch`, ...; a tensor among them is its `TensorInfo`), and
-    for a diffusers folder the parsed `config.json` files under their relative paths. `notes` are remarks for the
-    reader of a report: a suffix that lies, entries that were skipped.
+    `tensors` maps names to `TensorInfo`; for a folder of components the names begin with the component:
+    `unet/conv_in.weight`. `metadata` has the text fields of the safetensors header. `extra` has the plain values that
+    a pickle stores next to the tensors (`global_step`, `epoch`, ...; a tensor among them is given as its
+    `TensorInfo`), and for a diffusers folder the parsed `config.json` files under their relative paths. `notes` are
+    remarks for reports: a suffix that contradicts the content, entries that were skipped.
     """
 
     path: Path
@@ -70,9 +70,9 @@ class ModelFile:
     files: tuple[Path, ...] = ()  # every file on disk that this record reads from
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor `name` with the file's own dtype; mapped, not copied, where the format allows it."""
+        """The tensor `name` in the dtype of the file; memory-mapped, not copied, where the format allows it."""
         if name not in self.tensors:
-            raise FileError(self.path, f"holds no tensor named {printable(name)!r}")
+            raise FileError(self.path, f"has no tensor named {printable(name)!r}")
         return self.read(name)
 
     def __contains__(self, name: str) -> bool:
@@ -86,11 +86,11 @@ class ModelFile:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together, as stored."""
+        """Total bytes of all tensors, as stored."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def sha256(self, on_bytes: Callable[[int], None] | None = None) -> str:
-        """The hash sites publish: of the file's bytes; for several files, of their hashes in name order."""
+        """The hash that model sites publish: SHA-256 of the file; for several files, of their hashes in name order."""
         digests = [sha256_of(path, on_bytes) for path in sorted(self.files)]
         if len(digests) == 1:
             return digests[0]
@@ -98,7 +98,7 @@ class ModelFile:
 
 
 def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal; `on_bytes` is told how many more are read. Raises FileError."""
+    """SHA-256 of a file in hexadecimal; `on_bytes` receives the size of each piece read. Raises FileError."""
     digest = hashlib.sha256()
     try:
         with path.open("rb") as file:

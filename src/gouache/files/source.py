@@ -1,9 +1,9 @@
-"""Source: a file opened once, through which alone its bytes are read.
+"""Source: a file that is opened once; all its bytes are read through this one descriptor.
 
-A path names different files at different times, so it is used once: opened, checked to be a regular file (links are
-followed, the Hugging Face cache is made of them), and from then on only this opening is read. Headers are read
-through a shared read-only map, which costs no memory of its own; tensors through a second, private one, made when
-the first tensor is asked for, so that changing a tensor in place never reaches the file.
+A path can name different files at different times, so it is used only once: it is opened and checked to be a regular
+file (links are followed; the Hugging Face cache consists of them), and afterwards only the descriptor is used.
+Headers are read through a shared read-only memory map, which takes no private memory. Tensors are read through a
+second, private map, made on the first tensor access, so that changing a tensor in place never changes the file.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gouache.files.record import ITEM_SIZE, TensorInfo
 if TYPE_CHECKING:
     import torch
 
-# Linux's flag for a map whose private copies are not counted in advance: without it a 7 GB file cannot be mapped
-# writable on a machine of 4 GB, though no page of it will ever be written. Python names it from 3.13 on.
+# Linux's MAP_NORESERVE: no memory is reserved for private copies of the map's pages. Without it a 7 GB file cannot be
+# mapped writable on a machine with 4 GB, although no page is ever written. Python has the name since 3.13.
 _NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 
 TORCH_NAMES = {
@@ -37,16 +37,17 @@ TORCH_NAMES = {
 
 
 class Source:
-    """A regular file, opened for reading. `data` is its bytes as a read-only map, sliced like `bytes`."""
+    """A regular file, opened for reading. `data` is its content as a read-only map that can be sliced like `bytes`."""
 
     def __init__(self, path: str | Path) -> None:
-        """Raises FileError when there is no such file or it may not be read, NotAModel when it is no regular file."""
+        """Raises FileError if the file does not exist or cannot be read, NotAModel if it is not a regular file."""
         self.path = Path(path)
         self._descriptor = _open(self.path)
         weakref.finalize(self, os.close, self._descriptor)
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise NotAModel(self.path, f"is {_KINDS.get(stat.S_IFMT(status.st_mode), 'no regular file')}, not a file")
+            kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+            raise NotAModel(self.path, f"is {kind}, not a regular file")
         self.size = status.st_size
         self.data: mmap.mmap | bytes = b""
         if self.size:
@@ -81,16 +82,16 @@ def tensor_from(
     stride: tuple[int, ...] | None = None,
     swap: bool = False,
 ) -> torch.Tensor:
-    """A tensor over `buffer` from byte `offset` on, contiguous if `stride` (in elements) is None.
+    """A tensor of `buffer` that begins at byte `offset`, contiguous if `stride` (in elements) is None.
 
-    It is a view, and keeps the buffer alive; only bytes of the other endianness (`swap`) and elements that lie across
-    their natural boundary are copied. The caller has checked that all of it lies inside the buffer.
+    It is a view and keeps the buffer alive; only data of the other endianness (`swap`) and data that is not aligned
+    to the element size is copied. The caller has checked that the tensor is inside the buffer.
     """
     import torch  # here, so that listing a file needs no torch
 
     dtype: torch.dtype | None = getattr(torch, TORCH_NAMES[info.dtype], None)
     if dtype is None:
-        raise DeviceError(f"this torch ({torch.__version__}) does not know {info.dtype} tensors; a newer one does")
+        raise DeviceError(f"torch {torch.__version__} does not support {info.dtype} tensors: install a newer one")
     if info.elements == 0:
         return torch.empty(info.shape, dtype=dtype)
     assert buffer is not None
@@ -107,18 +108,19 @@ def tensor_from(
 
 
 def size_text(size: int) -> str:
-    """4265146304 -> '4265 MB': decimal megabytes, as download pages count them."""
+    """4265146304 -> '4265 MB': decimal megabytes, as download pages show them."""
     return f"{size / 1e6:.0f} MB" if size >= 1_000_000 else f"{size} bytes"
 
 
-def truncated(path: Path, have: int, want: int) -> DamagedFile:
-    """The error for a file that ends too early, `have` of `want` bytes."""
-    amount = f"{have / 1e6:.0f} of {want / 1e6:.0f} MB" if have >= 1_000_000 else f"{have} of {size_text(want)}"
+def truncated_error(path: Path, size: int, expected: int) -> DamagedFile:
+    """The error for a file that ends too early: it has `size` of `expected` bytes."""
+    in_megabytes = f"{size / 1e6:.0f} of {expected / 1e6:.0f} MB"
+    amount = in_megabytes if size >= 1_000_000 else f"{size} of {size_text(expected)}"
     return DamagedFile(path, f"ends after {amount}: the download is incomplete, fetch it again")
 
 
 def _open(path: Path) -> int:
-    # O_NONBLOCK: a named pipe without a writer is opened, and then refused, instead of waited for.
+    # O_NONBLOCK: opening a named pipe without a writer returns at once (and is then refused) instead of waiting.
     flags = os.O_RDONLY
     for name in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
         flags |= getattr(os, name, 0)
@@ -127,7 +129,7 @@ def _open(path: Path) -> int:
     except FileNotFoundError:
         raise FileError(path, "there is no such file") from None
     except PermissionError:
-        raise FileError(path, "may not be read: permission denied") from None
+        raise FileError(path, "cannot be read: permission denied") from None
     except (OSError, ValueError) as error:
         raise FileError(path, f"cannot be opened: {getattr(error, 'strerror', None) or error}") from None
 

@@ -1,14 +1,14 @@
-"""Files in the form of torch.save, written tensor by tensor: for programs that read nothing but `.ckpt`.
+"""Writes files in torch.save's format, tensor by tensor, for programs that can only read `.ckpt`.
 
-A zip archive of stored entries, as torch.save makes it:
+The file is a zip archive of uncompressed entries, as torch.save makes it:
 
-    archive/data.pkl     the names and values, in the opcodes of pickle protocol 2
+    archive/data.pkl     the names and values, in opcodes of pickle protocol 2
     archive/byteorder    "little"
-    archive/data/0 ...   the bytes of each tensor, at a multiple of 64, so that the file can be mapped
+    archive/data/0 ...   the bytes of each tensor, at a multiple of 64 bytes, so that the file can be memory-mapped
     archive/version      "3"
 
-The pickle is put together opcode by opcode from a handful of forms, and holds nothing that asks for more than tensors
-and plain values: any reader that restricts what a pickle may do opens it.
+The pickle is written opcode by opcode and contains only tensors and plain values, so any reader that restricts what
+a pickle may call (such as torch's with weights_only) can open it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 _ROOT = "archive/"
 _ALIGNED = 64
 _ALL_ONES = 0xFFFFFFFF
-_MOST_IN_ONE = _ALL_ONES - 1  # bytes of an entry, above which zip needs a longer form; tensors have a tenth of it
-# Storage classes of torch by our dtypes. What has none is stored as untyped bytes, with the dtype beside it.
+_MOST_IN_ONE = _ALL_ONES - 1  # bytes; larger entries need zip64. The largest tensors have a tenth of it
+# dtype -> torch's typed storage class. A dtype without one is stored as untyped bytes with the dtype as an argument.
 _TYPED = {dtype: name.name for name, dtype in STORAGE_TYPES.items() if name.module == "torch"}
 
 
@@ -45,11 +45,11 @@ def stream_torch(
     on_bytes: OnBytes | None = None,
     check: Check | None = None,
 ) -> str:
-    """A file that torch reads: {"state_dict": tensors, **values}, one tensor at a time. Returns its SHA-256.
+    """Writes {"state_dict": tensors, **values} in torch.save's format, one tensor at a time; returns the SHA-256.
 
-    `values` are None, numbers, text, and lists and dictionaries of them; `on_bytes` and `check` are those of
-    `write.stream_safetensors`. Raises ModelError for anything else, and if
-    `read` gives another shape or dtype than was announced.
+    `values` are None, numbers, text, and lists and dictionaries of them; `on_bytes` and `check` are the same as in
+    `write.stream_safetensors`. Raises ModelError for other values, and if `read` returns a tensor whose shape or
+    dtype differs from `infos`.
     """
     names = list(infos)
     pickle = _pickled(infos, names, values or {})
@@ -69,7 +69,7 @@ def stream_torch(
 
 
 class _Archive:
-    """A zip archive of stored entries, written front to back."""
+    """A zip archive of uncompressed entries, written front to back."""
 
     def __init__(self, output: AtomicOutput) -> None:
         self._output = output
@@ -80,20 +80,20 @@ class _Archive:
         size = len(content)
         if size > _MOST_IN_ONE:
             raise ModelError(
-                f"{name} takes {size:,} bytes, more than a .ckpt can hold in one piece; write .safetensors"
+                f"{name} has {size:,} bytes, more than one entry of a .ckpt can hold; write .safetensors instead"
             )
         raw = (_ROOT + name).encode()
         start, crc = self._at, zlib.crc32(content)
-        # A field of an unused kind, as long as it takes for the content to begin at a multiple of 64.
+        # An extra field with an unused id pads the header, so that the content begins at a multiple of 64.
         unpadded = start + 30 + len(raw) + 4
         padding = struct.pack("<2H", 0x4246, -unpadded % _ALIGNED) + b"Z" * (-unpadded % _ALIGNED)
         fields = (20, 1 << 11, 0, 0, 33, crc, size, size, len(raw))  # version, flags, stored, midnight, 1980-01-01, ...
         self._write(struct.pack("<4s5H3I2H", b"PK\x03\x04", *fields, len(padding)) + raw + padding)
         self._write(content)
-        # Beyond four gigabytes, where the entry begins is said in a field of its own.
-        far = struct.pack("<2HQ", 1, 8, start) if start >= _ALL_ONES else b""
-        place = (len(far), 0, 0, 0, 0, min(start, _ALL_ONES))
-        self._directory.append(struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45, *fields, *place) + raw + far)
+        # Beyond four gigabytes, the position of the entry is stored in a zip64 extra field.
+        zip64 = struct.pack("<2HQ", 1, 8, start) if start >= _ALL_ONES else b""
+        rest = (len(zip64), 0, 0, 0, 0, min(start, _ALL_ONES))
+        self._directory.append(struct.pack("<4s6H3I5H2I", b"PK\x01\x02", 45, *fields, *rest) + raw + zip64)
 
     def close(self) -> None:
         start, directory, count = self._at, b"".join(self._directory), len(self._directory)
@@ -112,7 +112,7 @@ class _Archive:
 
 def _pickled(infos: Mapping[str, TensorInfo], names: Sequence[str], values: Mapping[str, Any]) -> bytes:
     if "state_dict" in values:
-        raise ModelError("a value cannot be called 'state_dict': that is where the tensors stand")
+        raise ModelError("a value cannot be named 'state_dict': this is the name of the dictionary of tensors")
     tensors = b"".join(_text(name) + _tensor(number, infos[name]) for number, name in enumerate(names))
     rest = b"".join(_text(name) + _plain(value, name) for name, value in values.items())
     return b"\x80\x02}(" + _text("state_dict") + b"}(" + tensors + b"u" + rest + b"u."
@@ -151,7 +151,7 @@ def _plain(value: Any, where: str) -> bytes:
         return b"](" + b"".join(_plain(item, where) for item in value) + b"e"
     if isinstance(value, dict):
         return b"}(" + b"".join(_plain(key, where) + _plain(item, where) for key, item in value.items()) + b"u"
-    raise ModelError(f"{printable(where)} is a {type(value).__name__}, which is not written into a .ckpt")
+    raise ModelError(f"{printable(where)} is a {type(value).__name__}, which cannot be written into a .ckpt")
 
 
 def _int(value: int) -> bytes:
@@ -159,7 +159,7 @@ def _int(value: int) -> bytes:
         return b"J" + struct.pack("<i", value)
     length = (value.bit_length() + 8) // 8
     if length > 255:
-        raise ModelError("a number of more than 2,000 bits is not written into a .ckpt")
+        raise ModelError("a number of more than 2,000 bits cannot be written into a .ckpt")
     return b"\x8a" + bytes([length]) + value.to_bytes(length, "little", signed=True)
 
 

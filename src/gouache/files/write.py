@@ -1,8 +1,8 @@
-"""Files written whole or not at all, and safetensors written tensor by tensor.
+"""Writes files atomically, and safetensors files tensor by tensor.
 
-Everything goes to a temporary file in the same folder first: written, flushed to the disk, read back and compared,
-and only then put in the place of the old one. Whatever stops that half-way (an error, Ctrl-C, a full disk, kill -9,
-a power cut) leaves the old file as it was; and a file that is mapped somewhere is never written to.
+Data goes to a temporary file in the same folder first, which is written, flushed to the disk, read back and compared,
+and only then renamed over the old file. Any interruption (an error, Ctrl-C, a full disk, kill -9, a power cut) leaves
+the old file unchanged. A file that some process has mapped is never written to.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPE_NAMES = {f"torch.{torch_name}": dtype for dtype, torch_name in TORCH_NAMES.items()}
-_SPARE = 16_000_000  # bytes to leave free on the disk
+_SPARE = 16_000_000  # bytes that must stay free on the disk
 _OWNER = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32]
 
 OnBytes = Callable[[int], None]
-"""Told of progress: how many more bytes of tensors are written."""
+"""Progress callback: receives the number of tensor bytes written since the last call."""
 
 Check = Callable[[Path], None]
-"""Looks at a finished file, at a path where it can be read, before it appears; raises to refuse it."""
+"""Checks a finished file, at a path where it can be read, before it gets its final name; raises to refuse it."""
 
 
 class AtomicOutput:
-    """A file being written that has no name yet; `write` hashes what it passes on."""
+    """A file being written that does not have its final name yet; `write` also updates its SHA-256."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -54,17 +54,18 @@ class AtomicOutput:
 
 @contextmanager
 def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -> Iterator[AtomicOutput]:
-    """With it, write a file that appears at `path` complete when the block ends, or, if it raises, never.
+    """Context manager for a file that appears at `path`, complete, when the block ends; if the block raises, never.
 
-    `size`, where known, is the bytes to come: too small a disk is refused before anything is written. `check` reads
-    the finished file before it appears, in place of comparing hashes, and refuses it by raising. A file that is
-    replaced hands on its permissions; a symbolic link is replaced, not followed. Raises FileError.
+    `size`, if known, is the number of bytes to be written: a disk without enough space is refused before anything is
+    written. `check` reads the finished file before it gets its final name, instead of comparing hashes, and refuses
+    it by raising. The permissions of a replaced file are kept; a symbolic link is replaced, not followed. Raises
+    FileError.
     """
     path = Path(path)
     temporary = draft_name(path.parent, ".tmp")
     try:
         _check_target(path, size)
-        with _draft(temporary) as file:
+        with _open_unnamed(temporary) as file:
             output = AtomicOutput(file)
             yield output
             file.flush()
@@ -76,40 +77,42 @@ def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -
             if check is not None:
                 check(_where(file, temporary))
             elif hashlib.file_digest(file, "sha256").digest() != output.digest.digest():
-                raise DamagedFile(path, "did not read back as it was written: the disk or its driver is at fault")
-            named = _name(file, temporary, path)
-        if named != path:
-            os.replace(named, path)
+                raise DamagedFile(
+                    path, "differs from what was written when read back: the disk or its driver is faulty"
+                )
+            linked = _link(file, temporary, path)
+        if linked != path:
+            os.replace(linked, path)
         sync_folder(path.parent)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
-        raise FileError(path, f"cannot be written: {reason}; what was there before is untouched") from error
+        raise FileError(path, f"cannot be written: {reason}; the previous content is unchanged") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
 
 
 def draft_name(folder: Path, ending: str) -> Path:
-    """A name in `folder` for what is not whole yet, that says who is at work on it."""
+    """A temporary name in `folder` for an unfinished file; it contains the machine and the process that write it."""
     return folder / f".gouache-{_OWNER}-{secrets.token_hex(4)}-{os.getpid()}{ending}"
 
 
 def remove_litter(folder: Path, ending: str) -> None:
-    """Remove what killed processes of this machine left in `folder` under draft names."""
-    for litter in folder.glob(f".gouache-{_OWNER}-*{ending}"):
-        process = litter.stem.rpartition("-")[2]
-        if not process.isdecimal() or _runs(int(process)):
+    """Removes the temporary files and folders that killed processes of this machine left in `folder`."""
+    for path in folder.glob(f".gouache-{_OWNER}-*{ending}"):
+        process = path.stem.rpartition("-")[2]
+        if not process.isdecimal() or _is_running(int(process)):
             continue
-        if litter.is_dir():
-            shutil.rmtree(litter, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
-                litter.unlink()
+                path.unlink()
 
 
-def _runs(process: int) -> bool:
-    if os.name != "posix":  # elsewhere a signal 0 would be no question
+def _is_running(process: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 does not test for existence but ends the process
         return True
     try:
         os.kill(process, 0)
@@ -120,13 +123,13 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _draft(temporary: Path) -> BufferedRandom:
-    """A new file beside `temporary` that has no name, where the system has such, so that a kill leaves nothing."""
+def _open_unnamed(temporary: Path) -> BufferedRandom:
+    """A new file without a name, so that a kill leaves nothing; `temporary` where the system cannot make one."""
     if hasattr(os, "O_TMPFILE"):
         with suppress(OSError):  # not on every file system
             descriptor = os.open(temporary.parent, os.O_TMPFILE | os.O_RDWR, 0o666)
             if Path(f"/proc/self/fd/{descriptor}").exists():
-                return open(descriptor, "r+b")  # noqa: PTH123 - closed by who asked for it
+                return open(descriptor, "r+b")  # noqa: PTH123 - closed by the caller
             os.close(descriptor)
     remove_litter(temporary.parent, temporary.suffix)
     return temporary.open("x+b")
@@ -136,11 +139,11 @@ def _where(file: BinaryIO, temporary: Path) -> Path:
     return temporary if temporary.exists() else Path(f"/proc/self/fd/{file.fileno()}")
 
 
-def _name(file: BinaryIO, temporary: Path, path: Path) -> Path:
-    """Give a draft that has no name yet that of `path`, or, where this is taken, `temporary`; returns which it has."""
+def _link(file: BinaryIO, temporary: Path, path: Path) -> Path:
+    """Gives an unnamed file the name `path` or, if this exists, `temporary`; returns the name it has."""
     if temporary.exists():
         return temporary
-    # With a folder named, Python follows the link that stands in /proc; without, it would link to the link.
+    # With src_dir_fd, Python follows the symbolic link in /proc; without, it would make a hard link to that link.
     folder = os.open(temporary.parent, os.O_RDONLY)
     try:
         with suppress(FileExistsError):
@@ -154,7 +157,7 @@ def _name(file: BinaryIO, temporary: Path, path: Path) -> Path:
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:
-    """`data` as the file `path`, whole or not at all."""
+    """Writes `data` as the file `path`, completely or not at all."""
     with atomic_output(path, len(data)) as output:
         output.write(data)
 
@@ -162,7 +165,7 @@ def write_atomic(path: str | Path, data: bytes) -> None:
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:
-    """`tensors` as a safetensors file; returns its SHA-256 in hexadecimal."""
+    """Writes `tensors` as a safetensors file; returns its SHA-256 in hexadecimal."""
     infos = {name: describe(tensor) for name, tensor in tensors.items()}
     return stream_safetensors(path, infos, tensors.__getitem__, metadata)
 
@@ -176,11 +179,12 @@ def stream_safetensors(
     on_bytes: OnBytes | None = None,
     check: Check | None = None,
 ) -> str:
-    """A safetensors file of tensors that `read` hands over one at a time; only one is in memory. Returns its SHA-256.
+    """Writes a safetensors file of tensors that `read` returns, one at a time in memory; returns its SHA-256.
 
-    The order is the library's: by dtype, widest first, so that every tensor is aligned, then by name. `infos` and
-    `read` of a ModelFile fit. `on_bytes` is told of each tensor that is written, `check` sees the file before it
-    appears. Raises ModelError if `read` gives another shape or dtype than was announced.
+    The order is that of the safetensors library: by dtype, widest first, so that every tensor is aligned; then by
+    name. `tensors` and `read` of a ModelFile can be passed as `infos` and `read`. `on_bytes` is called after each
+    tensor; `check` receives the file before it gets its final name. Raises ModelError if `read` returns a tensor
+    whose shape or dtype differs from `infos`.
     """
     order = sorted(infos, key=lambda name: (_RANK[infos[name].dtype], name))
     header = _header(path, order, infos, metadata or {})
@@ -195,7 +199,7 @@ def stream_safetensors(
 
 
 def describe(tensor: torch.Tensor) -> TensorInfo:
-    """Shape and dtype of a tensor in the words of this package. Raises ModelError for a dtype no file can hold."""
+    """Shape and dtype (a name of `ITEM_SIZE`) of a tensor. Raises ModelError for a dtype that safetensors lacks."""
     dtype = _DTYPE_NAMES.get(str(tensor.dtype))
     if dtype is None:
         raise ModelError(f"a tensor of dtype {tensor.dtype} cannot be stored in a safetensors file")
@@ -208,9 +212,9 @@ _RANK = {dtype: rank for rank, dtype in enumerate(ITEM_SIZE)}
 def _header(path: str | Path, order: list[str], infos: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
     for key, text in metadata.items():
         if not isinstance(key, str) or not isinstance(text, str):
-            raise ModelError(f"metadata {printable(str(key), 60)!r} is no text; safetensors metadata is text only")
+            raise ModelError(f"metadata {printable(str(key), 60)!r} is not text; safetensors metadata is text only")
     if "__metadata__" in infos:
-        raise ModelError("a tensor cannot be called '__metadata__': safetensors keeps that name for itself")
+        raise ModelError("a tensor cannot be named '__metadata__': safetensors reserves this name")
     fields: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
     for name in order:
@@ -220,20 +224,22 @@ def _header(path: str | Path, order: list[str], infos: Mapping[str, TensorInfo],
     try:
         text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
-        raise FileError(path, "cannot be written: a name or metadata text in it is not valid Unicode") from None
+        raise FileError(path, "cannot be written: a tensor name or metadata text is not valid Unicode") from None
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def bytes_of(name: str, tensor: torch.Tensor, info: TensorInfo) -> memoryview | bytes:
-    """The bytes of `tensor`, which `name` and `info` announced: row by row, little-endian, without a copy if it can."""
+    """The bytes of `tensor`, row-major and little-endian, without a copy if possible.
+
+    Raises ModelError if `tensor`, which is called `name` in the message, does not match `info`.
+    """
     import torch
 
     found = describe(tensor)
     if found != info:
         raise ModelError(
-            f"tensor {printable(name)!r} was to be {info.dtype} {list(info.shape)}, and is "
-            f"{found.dtype} {list(found.shape)}"
+            f"tensor {printable(name)!r} is {found.dtype} {list(found.shape)}, expected {info.dtype} {list(info.shape)}"
         )
     if info.nbytes == 0:
         return b""
@@ -248,12 +254,12 @@ def _check_target(path: Path, size: int) -> None:
         raise FileError(path, "cannot be written: it is a folder or a device, not a file")
     free = shutil.disk_usage(folder).free
     if size and size + _SPARE > free:
-        raise FileError(path, f"cannot be written: it takes {size_text(size)}, and {size_text(free)} are free there")
+        raise FileError(path, f"cannot be written: it needs {size_text(size)}, but {size_text(free)} are free there")
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring to the disk which names stand in `folder`."""
-    if os.name != "posix":  # elsewhere a folder cannot be opened, and renaming is made durable by the system
+    """Flushes the directory entries of `folder` to the disk."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened, and the system makes renaming durable
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""What tensors are called, as tables: the names networks carry, and how every other layout is turned into them.
+"""Tensor names as tables: the names of our networks, and the mapping from every other layout to them.
 
-No tensor of real size is held here and no file is read; a table that forgets a name says so.
+Nothing here reads a file or holds a tensor. A name that a table does not cover is reported.
 """

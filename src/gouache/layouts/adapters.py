@@ -1,8 +1,8 @@
-"""How adapter files name their tensors: enough to say what a file is, for which network, and how wide.
+"""Tensor names of adapter files: they show the format, the network, and the context width.
 
-A name is `<prefix><module path><suffix>`. The suffix tells the format, the prefix the network, the path which of two
-namings of U-Net modules is meant. In kohya's files underscores also join the path, so a path is never taken apart at
-them: it is looked up among the names of known modules, when the adapter is attached.
+A name is `<prefix><module path><suffix>`. The suffix shows the format, the prefix the network, and the path which of
+the two namings of U-Net modules is used. In kohya's files underscores also replace the dots of the path, so a path is
+never split at underscores: it is looked up among the names of known modules when the adapter is attached.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 from gouache.layouts.rules import Shape
 
 SUFFIXES: dict[str, str] = {
-    # kohya and LyCORIS. The delta of LoRA is up @ down, times alpha / rank.
+    # kohya and LyCORIS. The delta of a LoRA is up @ down * alpha / rank.
     ".lora_down.weight": "lora",
     ".lora_up.weight": "lora",
     ".lora_mid.weight": "locon",  # Tucker form of a convolution: a core between down and up
-    # PEFT and current diffusers; then its older spellings
+    # PEFT and current diffusers; then older names of diffusers
     ".lora_A.weight": "lora",
     ".lora_B.weight": "lora",
     ".lora.down.weight": "lora",
@@ -29,14 +29,14 @@ SUFFIXES: dict[str, str] = {
     "_lora.up.weight": "lora",
     ".lora_linear_layer.down.weight": "lora",
     ".lora_linear_layer.up.weight": "lora",
-    # LoHa: the elementwise product of two such pairs, each with a core `t` for convolutions
+    # LoHa: the elementwise product of two low-rank pairs, each with a core `t` for convolutions
     ".hada_w1_a": "loha",
     ".hada_w1_b": "loha",
     ".hada_w2_a": "loha",
     ".hada_w2_b": "loha",
     ".hada_t1": "loha",
     ".hada_t2": "loha",
-    # LoKr: a Kronecker product, either factor whole or itself a pair
+    # LoKr: a Kronecker product of two factors, each a full matrix or a low-rank pair
     ".lokr_w1": "lokr",
     ".lokr_w1_a": "lokr",
     ".lokr_w1_b": "lokr",
@@ -45,21 +45,21 @@ SUFFIXES: dict[str, str] = {
     ".lokr_w2_b": "lokr",
     ".lokr_t1": "lokr",
     ".lokr_t2": "lokr",
-    # DoRA: beside any of the above, the length of each column of the merged weight
+    # DoRA: in addition to any of the above, the norm of each column of the merged weight
     ".dora_scale": "dora",
     ".lora_magnitude_vector": "dora",
     ".lora_magnitude_vector.weight": "dora",
-    # OFT, and with one dimension more BOFT; then PEFT's spellings
+    # OFT, and with one more dimension BOFT; then PEFT's names
     ".oft_blocks": "oft",
     ".oft_diag": "oft",
     ".rescale": "oft",
     ".oft_R.weight": "oft",
     ".boft_R": "boft",
     ".boft_s": "boft",
-    # IA3: `on_input` stands beside a plain `.weight`
+    # IA3: `on_input` accompanies a plain `.weight`
     ".on_input": "ia3",
     ".ia3_l": "ia3",
-    # rarer forms
+    # less common formats
     ".a1.weight": "glora",
     ".a2.weight": "glora",
     ".b1.weight": "glora",
@@ -69,14 +69,14 @@ SUFFIXES: dict[str, str] = {
     ".diff_b": "full difference",
     ".w_norm": "full difference",
     ".b_norm": "full difference",
-    ".bias_indices": "sparse difference",  # LyCORIS' first extractions: the largest values that the factors missed
+    ".bias_indices": "sparse difference",  # early LyCORIS extractions: the largest values that the factors do not cover
     ".bias_values": "sparse difference",
     ".bias_size": "sparse difference",
     ".alpha": "",
     ".scale": "",
     ".scalar": "",
 }
-"""Suffix -> the format it belongs to; "" for what scales a module in whatever format."""
+"""Suffix -> the format it belongs to; "" for scales, which occur in several formats."""
 
 PREFIXES: dict[str, str] = {
     "lora_unet_": "unet",
@@ -88,19 +88,19 @@ PREFIXES: dict[str, str] = {
     "lycoris_te_": "text_encoder",
     "lycoris_te1_": "text_encoder",
     "lycoris_te2_": "text_encoder_2",
-    "lycoris_": "unet",  # LyCORIS' own wrapper, around whatever it was given
+    "lycoris_": "unet",  # LyCORIS' wrapper around an arbitrary network
     "unet.": "unet",
     "text_encoder.": "text_encoder",
     "text_encoder_2.": "text_encoder_2",
     "text_model.": "text_encoder",
     "diffusion_model.": "unet",  # ComfyUI
-    "down_blocks.": "unet",  # diffusers' first adapters, which were for the U-Net alone
+    "down_blocks.": "unet",  # diffusers' first adapters, which were for the U-Net only
     "mid_block.": "unet",
     "up_blocks.": "unet",
 }
-"""Prefix -> the component whose modules the rest names."""
+"""Prefix -> the component that the adapted module belongs to."""
 
-# The weaker a format's claim, the later: a full difference may stand beside a LoRA that it completes.
+# Strongest evidence first: a LoRA file may also contain full differences for some modules.
 FORMATS = (
     "loha", "lokr", "locon", "lora", "boft", "oft", "glora", "ia3", "full difference", "sparse difference", "dora"
 )  # fmt: skip
@@ -112,12 +112,12 @@ _CONTEXT_KEY = re.compile(r"attn2[._](?:processor[._])?to_k(?=[._])")
 
 
 def suffix_of(name: str) -> str:
-    """What of an adapter's name says which part of its module's change it is; "" for no adapter's name."""
+    """The suffix of a tensor name of an adapter, which shows its role in the module's change; "" if there is none."""
     return next((suffix for suffix in _LONGEST_FIRST if name.endswith(suffix)), "")
 
 
 def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{tensor: (what the file calls its module, suffix)} of all that are named like an adapter's."""
+    """{tensor: (name of its module in the file, suffix)} for all `names` that have the form of an adapter's."""
     names = list(names)
     ia3 = {name.removesuffix(".on_input") for name in names if name.endswith(".on_input")}
     found: dict[str, tuple[str, str]] = {}
@@ -125,23 +125,23 @@ def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         suffix = suffix_of(name)
         if not suffix and name.endswith(".weight") and name.removesuffix(".weight") in ia3:
             suffix = ".weight"
-        if not suffix and (named := _WITH_ADAPTER.fullmatch(name)) is not None:
-            found[name] = named[1].replace("base_model.model.", ""), f".{named[2]}.weight"
+        if not suffix and (match := _WITH_ADAPTER_NAME.fullmatch(name)) is not None:
+            found[name] = match[1].replace("base_model.model.", ""), f".{match[2]}.weight"
         if suffix:
-            # PEFT puts base_model.model before the names of what it was given: all of it, or a component.
+            # PEFT puts base_model.model before the module names of the wrapped model, which may be one component.
             found[name] = name.removesuffix(suffix).replace("base_model.model.", ""), suffix
     return found
 
 
-# PEFT's names before it takes the adapter's own out of them: ...to_q.lora_A.default.weight
-_WITH_ADAPTER = re.compile(r"(.+)\.(lora_[AB])\.\w+\.weight")
+# PEFT's names with the name of the adapter in them, which PEFT usually removes: ...to_q.lora_A.default.weight
+_WITH_ADAPTER_NAME = re.compile(r"(.+)\.(lora_[AB])\.\w+\.weight")
 
 BUNDLED = "bundle_emb."
-"""Before the names of embeddings that a LoRA brings along: bundle_emb.<placeholder>.<as in a file of its own>."""
+"""Prefix of embeddings bundled with a LoRA: bundle_emb.<placeholder>.<tensor name as in an embedding file>."""
 
 
 def bundled(names: Iterable[str]) -> dict[str, list[str]]:
-    """{placeholder: the tensors of its embedding}."""
+    """{placeholder: the tensor names of its embedding}."""
     found: dict[str, list[str]] = {}
     for name in names:
         if name.startswith(BUNDLED) and name.count(".") >= 2:
@@ -151,12 +151,12 @@ def bundled(names: Iterable[str]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class AdapterNames:
-    """What the names of an adapter file say.
+    """What the tensor names of an adapter file show.
 
-    `kind` is its format, "dora" where lengths stand beside it; `base` then is the format beneath. `modules` counts the
-    changed modules of each component. `context_dim` is the width of the prompt the U-Net was trained for, None if no
-    cross-attention is changed. `block_names` says whose numbers of U-Net blocks are used: "diffusers" or "original".
-    `embeddings` are the placeholders of textual inversions packed along; `unnamed` is what no suffix names.
+    `kind` is the format, "dora" if there are DoRA scales; `base` is the format without them. `modules` is the number
+    of changed modules per component. `context_dim` is the context width that the U-Net was trained for, None if no
+    cross-attention is changed. `block_names` is the numbering of U-Net blocks: "diffusers" or "original".
+    `embeddings` are the placeholders of bundled textual inversions; `unnamed` are the tensors without a known suffix.
     """
 
     kind: str
@@ -169,7 +169,7 @@ class AdapterNames:
 
 
 def read_adapter(shapes: Mapping[str, Shape]) -> AdapterNames | None:
-    """What kind of adapter these tensors are; None where hardly any of them is named like one."""
+    """The kind of adapter that these tensors form; None if most of them are not named like an adapter's."""
     formats: Counter[str] = Counter()
     modules: dict[str, set[str]] = {}
     split = split_names(shapes)
@@ -178,7 +178,7 @@ def read_adapter(shapes: Mapping[str, Shape]) -> AdapterNames | None:
         shape = shapes[name]
         kind = SUFFIXES.get(suffix, "ia3")
         if kind == "lora" and shape[2:] not in ((), (1, 1)):
-            kind = "locon"  # what its authors named a LoRA that reaches a convolution of more than one pixel
+            kind = "locon"  # LyCORIS' name for a LoRA on convolutions with kernels larger than 1x1
         if kind == "oft" and len(shape) == 4:
             kind = "boft"
         formats[kind] += 1
@@ -211,23 +211,23 @@ def _block_names(shapes: Mapping[str, Shape]) -> str | None:
 
 
 def _context_dims(shapes: Mapping[str, Shape]) -> Iterator[int]:
-    """The input width of each cross-attention's `to_k`, from whichever of its factors tells it."""
+    """The input width of each cross-attention's `to_k`, from the factor that shows it."""
     for name, shape in shapes.items():
         if len(shape) < 2 or not _CONTEXT_KEY.search(name):
             continue
         if name.endswith(_READS_INPUT):
             yield shape[1]
         elif name.endswith(".a2.weight"):
-            yield max(shape[:2])  # of a rank and the width, whichever way round
+            yield max(shape[:2])  # the rank and the width, in either order
         elif name.endswith(".oft_R.weight"):
-            yield shape[0] * round((1 + (1 + 8 * shape[1]) ** 0.5) / 2)  # blocks by their width
+            yield shape[0] * round((1 + (1 + 8 * shape[1]) ** 0.5) / 2)  # number of blocks times the block width
         elif name.endswith(".boft_R") and len(shape) == 4:
             yield shape[1] * shape[2]
         elif name.endswith((".lokr_w1", ".lokr_w1_b")):
             stem = name[: name.rindex(".")]
             second = shapes.get(f"{stem}.lokr_w2", shapes.get(f"{stem}.lokr_w2_b", ()))
             if len(second) >= 2:
-                yield shape[1] * second[1]  # of a Kronecker product, widths multiply
+                yield shape[1] * second[1]  # widths multiply in a Kronecker product
 
 
 SDXL_VECTORS = {
@@ -240,7 +240,7 @@ SDXL_VECTORS = {
 
 @dataclass(frozen=True)
 class EmbeddingNames:
-    """What the names of a textual inversion file say: its format, how many vectors, how wide for each encoder."""
+    """What a textual inversion file's names show: format, number of vectors, vector width per text encoder."""
 
     format: str
     vectors: int
@@ -248,7 +248,7 @@ class EmbeddingNames:
 
 
 def read_embedding(shapes: Mapping[str, Shape], extra: Mapping[str, Any]) -> EmbeddingNames | None:
-    """The textual inversion in these tensors, in any of the forms in use; None where they are not one."""
+    """The textual inversion in these tensors, in any of the common formats; None if they are not one."""
     wide = {name: (1, *shape) if len(shape) == 1 else shape for name, shape in shapes.items()}
     # A1111 and the first textual inversion: {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, ...}
     if param := next((shape for name, shape in wide.items() if name.startswith("string_to_param.")), None):
@@ -262,7 +262,7 @@ def read_embedding(shapes: Mapping[str, Shape], extra: Mapping[str, Any]) -> Emb
     if len(wide) > 1:
         return None
     (name, shape) = next(iter(wide.items()))
-    # diffusers saves one tensor under its placeholder, which may be any word. Every CLIP has 64 channels a head.
+    # diffusers saves one tensor under its placeholder, which may be any word. CLIP widths are multiples of 64.
     if name != "emb_params" and ("." in name or shape[0] > 128 or shape[1] % 64):
         return None
     return EmbeddingNames(name if name == "emb_params" else "diffusers", shape[0], {"text_encoder": shape[1]})
@@ -272,9 +272,9 @@ _HYPERNETWORK = re.compile(r"(\d{1,6})\.([01])\.linear\d?\.")
 
 
 def read_hypernetwork(shapes: Mapping[str, Shape]) -> tuple[int, ...] | None:
-    """The context widths that a hypernetwork (A1111's `.pt`) acts on; None where these tensors are not one.
+    """The context widths that a hypernetwork (A1111's `.pt`) applies to; None if these tensors are not one.
 
-    Its records stand under whole numbers, each a pair of networks for keys and values: `768.0.linear.0.weight`.
+    Its keys are the widths; each has a pair of networks, for keys and values: `768.0.linear.0.weight`.
     """
     widths = {int(match[1]) for name in shapes if (match := _HYPERNETWORK.match(name)) is not None}
     return tuple(sorted(widths)) if widths and all(map(_HYPERNETWORK.match, shapes)) else None

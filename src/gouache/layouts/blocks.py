@@ -1,6 +1,6 @@
-"""IN00 to OUT11: what people who merge models call the blocks of a U-Net, and what each block does.
+"""Labels IN00 to OUT11 of the blocks of a U-Net, and what each block does.
 
-The labels are those of block-weighted merging and of LoRA block weights: `input_blocks.4` is IN04, the middle is M00.
+They are the labels of block-weighted merging and of LoRA block weights: `input_blocks.4` is IN04, the middle is M00.
 SD1 and SD2 have IN00-IN11, M00, OUT00-OUT11; SDXL has three levels, hence IN00-IN08 and OUT00-OUT08.
 """
 
@@ -14,7 +14,7 @@ from gouache.nn.spec import UNetSpec
 
 @dataclass(frozen=True)
 class Block:
-    """`label` as in IN04; `prefix` of its tensors in the U-Net; `scale`: its pixels are this many latent cells wide."""
+    """`label`, such as IN04; `prefix` of its tensors in the U-Net; `scale`: its downsampling factor from the latent."""
 
     label: str
     prefix: str
@@ -23,7 +23,7 @@ class Block:
 
 
 def blocks(spec: UNetSpec) -> tuple[Block, ...]:
-    """Every block of a U-Net in the order that data passes through it."""
+    """Every block of a U-Net, in the order in which data passes through them."""
     last = len(spec.channel_mult) - 1
     found = [Block("IN00", "input_blocks.0.", 1, "first convolution")]
     for level, depth in enumerate(spec.attention_depth):
@@ -45,10 +45,10 @@ def blocks(spec: UNetSpec) -> tuple[Block, ...]:
 
 
 def block_of(name: str, table: Sequence[Block]) -> str:
-    """The label of the block, of `blocks(spec)`, that the U-Net tensor `name` belongs to.
+    """The label of the block in `table` (`blocks(spec)`) that the U-Net tensor `name` belongs to.
 
-    What stands outside the blocks is counted as merging tools do: the time and vector embeddings with the first
-    block, the output convolution with the last.
+    Tensors outside the blocks are assigned as merging tools do: time and vector embeddings to the first block, the
+    output convolution to the last.
     """
     if name.startswith(("time_embed.", "label_emb.")):
         return table[0].label

@@ -1,8 +1,8 @@
-"""U-Net and autoencoder as a diffusers folder names them, to the names of the original single files.
+"""Maps tensor names of U-Net and autoencoder in a diffusers folder to those of the original single files.
 
-diffusers numbers blocks within levels, the original straight through, so the tables are written out for a number
-of levels, of residual blocks a level, and for which levels attend. Whether `proj_in` is a convolution or a linear
-layer is a matter of shape alone: both layouts have the one the network was made with.
+diffusers numbers blocks within levels, the original consecutively, so a table is generated for a number of levels, a
+number of residual blocks per level, and the levels that have attention. Whether `proj_in` is a convolution or a
+linear layer only affects its shape: both layouts store it as the network was built.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 from gouache.errors import ModelError
 from gouache.layouts.rules import AsConv, Rename, Rule
 
-_MOST = 16  # levels, and residual blocks a level, that a table is written out for; released U-Nets have 4 and 2
+_MAX_BLOCKS = 16  # limit on levels, and on residual blocks per level; released U-Nets have 4 and 2
 
 Block: TypeAlias = Literal["residual", "transformer", "resample"]
 
@@ -49,12 +49,12 @@ _VAE_ATTENTION_OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj
 
 
 def residual_rules(old: str, new: str, layers: Mapping[str, str] = UNET_RESIDUAL) -> list[Rule]:
-    """One residual block: `old` and `new` are what it is called, `layers` what its layers are."""
-    return [Rename(f"{old}.{layer}.{{leaf}}", f"{new}.{place}.{{leaf}}") for layer, place in layers.items()]
+    """The rules of one residual block, named `old` in diffusers and `new` in the original; `layers` maps its layers."""
+    return [Rename(f"{old}.{layer}.{{leaf}}", f"{new}.{target}.{{leaf}}") for layer, target in layers.items()]
 
 
 def unet_rules(attends: Sequence[bool], res_blocks: int) -> tuple[Rule, ...]:
-    """diffusers' U-Net -> `UNet`. `attends[i]`: does level i, counted from the finest, hold transformers."""
+    """diffusers' U-Net -> `UNet`. `attends[i]`: whether level i, counted from the finest, has transformers."""
     rules = list(UNET_STEM)
     for kind, old, new in unet_blocks(attends, res_blocks):
         if kind == "residual":
@@ -65,7 +65,7 @@ def unet_rules(attends: Sequence[bool], res_blocks: int) -> tuple[Rule, ...]:
 
 
 def unet_blocks(attends: Sequence[bool], res_blocks: int) -> Iterator[tuple[Block, str, str]]:
-    """Every block of a U-Net and what it is called: (kind, by diffusers, in the original)."""
+    """Every block of a U-Net as (kind, name in diffusers, name in the original)."""
     number = 1
     for level, attention in enumerate(attends):
         down = f"down_blocks.{level}"
@@ -97,7 +97,8 @@ def unet_blocks(attends: Sequence[bool], res_blocks: int) -> Iterator[tuple[Bloc
 def unet_topology(names: Iterable[str]) -> tuple[tuple[bool, ...], int]:
     """(attends, res_blocks) of a U-Net under diffusers' names, for `unet_rules`.
 
-    Numbers are counted, not believed: a file that names level 1e12 has one level. ModelError for more than are sane.
+    Distinct numbers are counted and their values ignored: a file that names only level 10**12 has one level. Raises
+    ModelError for more than `_MAX_BLOCKS`.
     """
     levels, blocks, attending = set[str](), set[str](), set[str]()
     for name in names:
@@ -107,15 +108,15 @@ def unet_topology(names: Iterable[str]) -> tuple[tuple[bool, ...], int]:
                 blocks.add(index)
             case ["down_blocks", level, "attentions", _]:
                 attending.add(level)
-    if len(levels) > _MOST or len(blocks) > _MOST:
-        raise ModelError(f"its U-Net has {len(levels)} levels of {len(blocks)} blocks: expected at most {_MOST}")
+    if len(levels) > _MAX_BLOCKS or len(blocks) > _MAX_BLOCKS:
+        raise ModelError(f"its U-Net has {len(levels)} levels of {len(blocks)} blocks: expected at most {_MAX_BLOCKS}")
     return tuple(str(level) in attending for level in range(len(levels))), len(blocks)
 
 
 def vae_rules(levels: int, old_attention: bool = False) -> tuple[Rule, ...]:
-    """diffusers' autoencoder -> `Autoencoder`. `old_attention`: query, key, value, proj_attn instead of to_q ...
+    """diffusers' autoencoder -> `Autoencoder`. `old_attention`: names query, key, value, proj_attn instead of to_q ...
 
-    Both generations keep the attention's matrices as linear layers where the original has 1x1 convolutions.
+    Both store the attention's matrices as linear layers; the original has 1x1 convolutions.
     """
     rules = vae_frame(levels, old_attention)
     for old, new in vae_blocks(levels):
@@ -124,26 +125,26 @@ def vae_rules(levels: int, old_attention: bool = False) -> tuple[Rule, ...]:
 
 
 def vae_frame(levels: int, old_attention: bool = False) -> list[Rule]:
-    """All of an autoencoder but its residual blocks."""
+    """The rules of an autoencoder except its residual blocks."""
     rules: list[Rule] = [Rename(f"{name}.{{leaf}}", f"{name}.{{leaf}}") for name in ("quant_conv", "post_quant_conv")]
     for side in ("encoder", "decoder"):
         for old, new in (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out")):
             rules.append(Rename(f"{side}.{old}.{{leaf}}", f"{side}.{new}.{{leaf}}"))
-        attention, ours = f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1"
-        rules.append(Rename(f"{attention}.group_norm.{{leaf}}", f"{ours}.norm.{{leaf}}"))
-        for layer, place in (_VAE_ATTENTION_OLD if old_attention else _VAE_ATTENTION).items():
-            rules.append(AsConv(f"{attention}.{layer}.weight", f"{ours}.{place}.weight"))
-            rules.append(Rename(f"{attention}.{layer}.bias", f"{ours}.{place}.bias"))
+        old, new = f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1"
+        rules.append(Rename(f"{old}.group_norm.{{leaf}}", f"{new}.norm.{{leaf}}"))
+        for layer, target in (_VAE_ATTENTION_OLD if old_attention else _VAE_ATTENTION).items():
+            rules.append(AsConv(f"{old}.{layer}.weight", f"{new}.{target}.weight"))
+            rules.append(Rename(f"{old}.{layer}.bias", f"{new}.{target}.bias"))
 
     rules.append(Rename("encoder.down_blocks.{i}.downsamplers.0.{rest*}", "encoder.down.{i}.downsample.{rest*}"))
     for level in range(levels):
-        up, ours = f"decoder.up_blocks.{levels - 1 - level}", f"decoder.up.{level}"
-        rules.append(Rename(f"{up}.upsamplers.0.{{rest*}}", f"{ours}.upsample.{{rest*}}"))
+        old, new = f"decoder.up_blocks.{levels - 1 - level}", f"decoder.up.{level}"
+        rules.append(Rename(f"{old}.upsamplers.0.{{rest*}}", f"{new}.upsample.{{rest*}}"))
     return rules
 
 
 def vae_blocks(levels: int) -> Iterator[tuple[str, str]]:
-    """Every residual block of an autoencoder and what it is called: (by diffusers, in the original)."""
+    """Every residual block of an autoencoder as (name in diffusers, name in the original)."""
     for side in ("encoder", "decoder"):
         yield f"{side}.mid_block.resnets.0", f"{side}.mid.block_1"
         yield f"{side}.mid_block.resnets.1", f"{side}.mid.block_2"
@@ -153,7 +154,7 @@ def vae_blocks(levels: int) -> Iterator[tuple[str, str]]:
 
 
 def vae_topology(names: Iterable[str]) -> tuple[int, bool]:
-    """(levels, old_attention) of an autoencoder under diffusers' names, for `vae_rules`. Levels are counted."""
+    """(levels, old_attention) of an autoencoder under diffusers' names, for `vae_rules`; counts distinct levels."""
     down, up, old = set[str](), set[str](), False
     for name in names:
         match name.split(".", 6):

@@ -1,14 +1,14 @@
-"""What adapter files call the modules of a network: every name in use, looked up and never taken apart.
+"""Names of a network's modules in adapter files: a table of every name in use; names are looked up, never split.
 
     lora_unet_down_blocks_0_attentions_0_proj_in     kohya, diffusers' blocks, dots as underscores (SD1, SD2)
     lora_unet_input_blocks_4_1_proj_in               kohya, the original blocks (SDXL)
     unet.down_blocks.0.attentions.0.proj_in          PEFT and diffusers
     diffusion_model.input_blocks.4.1.proj_in         ComfyUI
     lora_te_text_model_encoder_layers_0_mlp_fc1      kohya's text encoders: te, or te1 and te2 where there are two
-    lora_te_model_transformer_resblocks_0_attn_in_proj   OpenCLIP's own names, query, key and value fused
+    lora_te_model_transformer_resblocks_0_attn_in_proj   OpenCLIP's names, with query, key and value fused
 
-An underscore may join words or stand for a dot; so the names of all modules are written out, and a file's are found
-among them.
+An underscore may be part of a name or replace a dot, so a name cannot be split. Instead the names of all modules are
+generated, and those of a file are looked up among them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _TEXT = {
     "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "text_encoder."),
     "text_encoder_2": ("lora_te2_", "lycoris_te2_", "text_encoder_2."),
 }
-# diffusers' first names for a text encoder's attention.
+# Early names of diffusers for a text encoder's attention.
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
-# OpenCLIP's names in a layer -> ours; of the fused one, its thirds.
+# OpenCLIP's names in a layer -> ours; a fused name -> three.
 _OPENCLIP = {
     "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "attn.out_proj": ("self_attn.out_proj",),
@@ -43,9 +43,9 @@ _OPENCLIP = {
 
 
 def module_names(specs: Mapping[str, UNetSpec | TextSpec], *, video: bool = False) -> dict[str, tuple[Module, ...]]:
-    """Every name that an adapter file may use -> the module it means, for a model of these components.
+    """Every module name that an adapter file may use -> the module, for a model of these components.
 
-    A name that means several is for their rows below each other. `video`: the U-Net has layers across time too.
+    A name with several modules is for the concatenation of their rows. `video`: the U-Net has temporal layers too.
     """
     names: dict[str, tuple[Module, ...]] = {}
     for component, spec in specs.items():
@@ -65,7 +65,7 @@ def _unet_names(spec: UNetSpec, video: bool) -> dict[str, str]:
         for prefix in ("lycoris_unet_", "lycoris_"):
             names[f"{prefix}{_joined(other)}"] = names[f"{prefix}{_joined(module)}"] = module
         names[f"unet.{other}"] = names[other] = names[f"diffusion_model.{module}"] = module
-        # diffusers' first adapters named attention processors: attn1.processor.to_q, and to_out without its number.
+        # diffusers' first adapters used attention processors: attn1.processor.to_q, and to_out without its number.
         attention, _, leaf = other.rpartition(".to_")
         if attention.endswith(("attn1", "attn2")):
             for old in (
@@ -83,7 +83,7 @@ def _text_names(component: str, spec: TextSpec) -> dict[str, tuple[str, ...]]:
             if prefix.endswith("_"):
                 names[prefix + _joined(module)] = (module,)
             else:
-                # Transformers 5 leaves the outermost name out.
+                # Transformers 5 omits the outermost name.
                 names[prefix + module] = names[prefix + module.removeprefix("text_model.")] = (module,)
                 attention, _, leaf = module.rpartition(".")
                 if old := _OLD_TEXT.get(leaf) if attention.endswith("self_attn") else None:
@@ -108,7 +108,7 @@ def _openclip_names(component: str, spec: TextSpec) -> dict[str, tuple[str, ...]
 
 
 def kohya_names(specs: Mapping[str, UNetSpec | TextSpec], original_blocks: bool) -> dict[Module, str]:
-    """What kohya's files call each module. `original_blocks`: the U-Net's own numbers, as SDXL files have them."""
+    """The name of each module in kohya's files. `original_blocks`: number U-Net blocks as the original, as for SDXL."""
     two = "text_encoder_2" in specs
     texts = {"text_encoder": "lora_te1_" if two else "lora_te_", "text_encoder_2": "lora_te2_"}
     names: dict[Module, str] = {}
@@ -122,7 +122,7 @@ def kohya_names(specs: Mapping[str, UNetSpec | TextSpec], original_blocks: bool)
 
 
 def peft_names(specs: Mapping[str, UNetSpec | TextSpec]) -> dict[Module, str]:
-    """What PEFT's and diffusers' files call each module."""
+    """The name of each module in PEFT's and diffusers' files."""
     names: dict[Module, str] = {}
     for component, spec in specs.items():
         paths = diffusers_modules(spec) if isinstance(spec, UNetSpec) else {p: p for p in _modules(text_shapes(spec))}
@@ -131,7 +131,7 @@ def peft_names(specs: Mapping[str, UNetSpec | TextSpec]) -> dict[Module, str]:
 
 
 def diffusers_modules(spec: UNetSpec, video: bool = False) -> dict[str, str]:
-    """{module of the U-Net: the same in diffusers' names}."""
+    """{module of the U-Net: its name in diffusers}."""
     shapes = (video_unet_shapes if video else unet_shapes)(spec)
     attends = [bool(depth) for depth in spec.attention_depth]
     origins = plan(invert((video_unet_rules if video else unet_rules)(attends, spec.res_blocks)), shapes).origins

@@ -1,8 +1,8 @@
-"""The names and shapes that the networks carry, written out from their specs without building them.
+"""The tensor names and shapes of the networks, generated from their specs without building them.
 
-U-Net and autoencoder have the names of the original single files (CompVis, Stability AI), the text tower those of
-Transformers. A file can so be checked, and its gaps named, before torch is imported. That the networks themselves
-have exactly these is tested.
+U-Net and autoencoder have the names of the original single files (CompVis, Stability AI), the text encoder those of
+Transformers. So a file can be checked, and its missing tensors listed, before torch is imported. A test checks that
+the networks have exactly these names and shapes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from gouache.layouts.rules import Shape
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
 
-Named = Iterator[tuple[str, Shape]]
+NamedShapes = Iterator[tuple[str, Shape]]
 
 
 def unet_shapes(spec: UNetSpec) -> dict[str, Shape]:
@@ -30,26 +30,26 @@ def text_shapes(spec: TextSpec) -> dict[str, Shape]:
     return dict(_text(spec))
 
 
-def _linear(name: str, width: int, out: int) -> Named:
+def _linear(name: str, width: int, out: int) -> NamedShapes:
     yield f"{name}.weight", (out, width)
     yield f"{name}.bias", (out,)
 
 
-def _conv(name: str, width: int, out: int, size: int = 3) -> Named:
+def _conv(name: str, width: int, out: int, size: int = 3) -> NamedShapes:
     yield f"{name}.weight", (out, width, size, size)
     yield f"{name}.bias", (out,)
 
 
-def _pointwise(name: str, width: int, out: int) -> Named:
+def _pointwise(name: str, width: int, out: int) -> NamedShapes:
     return _conv(name, width, out, 1)
 
 
-def _norm(name: str, width: int) -> Named:
+def _norm(name: str, width: int) -> NamedShapes:
     yield f"{name}.weight", (width,)
     yield f"{name}.bias", (width,)
 
 
-def _unet(spec: UNetSpec) -> Named:
+def _unet(spec: UNetSpec) -> NamedShapes:
     base, time = spec.channels, 4 * spec.channels
     widths = [base * mult for mult in spec.channel_mult]
     yield from _linear("time_embed.0", base, time)
@@ -92,7 +92,7 @@ def _unet(spec: UNetSpec) -> Named:
     yield from _conv("out.2", base, spec.out_channels)
 
 
-def _residual(name: str, width: int, out: int, time: int) -> Named:
+def _residual(name: str, width: int, out: int, time: int) -> NamedShapes:
     yield from _norm(f"{name}.in_layers.0", width)
     yield from _conv(f"{name}.in_layers.2", width, out)
     yield from _linear(f"{name}.emb_layers.1", time, out)
@@ -102,7 +102,7 @@ def _residual(name: str, width: int, out: int, time: int) -> Named:
         yield from _conv(f"{name}.skip_connection", width, out, 1)
 
 
-def _transformer(name: str, width: int, depth: int, spec: UNetSpec) -> Named:
+def _transformer(name: str, width: int, depth: int, spec: UNetSpec) -> NamedShapes:
     if not depth:
         return
     project = _linear if spec.linear_projection else _pointwise
@@ -122,7 +122,7 @@ def _transformer(name: str, width: int, depth: int, spec: UNetSpec) -> Named:
     yield from project(f"{name}.proj_out", width, width)
 
 
-def _vae(spec: VaeSpec) -> Named:
+def _vae(spec: VaeSpec) -> NamedShapes:
     widths = [spec.channels * mult for mult in spec.channel_mult]
     latent, last = spec.latent_channels, len(widths) - 1
 
@@ -152,7 +152,7 @@ def _vae(spec: VaeSpec) -> Named:
     yield from _conv("post_quant_conv", latent, latent, 1)
 
 
-def _vae_block(name: str, width: int, out: int) -> Named:
+def _vae_block(name: str, width: int, out: int) -> NamedShapes:
     yield from _norm(f"{name}.norm1", width)
     yield from _conv(f"{name}.conv1", width, out)
     yield from _norm(f"{name}.norm2", out)
@@ -161,8 +161,8 @@ def _vae_block(name: str, width: int, out: int) -> Named:
         yield from _conv(f"{name}.nin_shortcut", width, out, 1)
 
 
-def _vae_middle(side: str, width: int, out: int | None = None) -> Named:
-    """The middle of encoder or decoder, and its last norm, which in the decoder has the finest level's width."""
+def _vae_middle(side: str, width: int, out: int | None = None) -> NamedShapes:
+    """The middle blocks of encoder or decoder, and the final norm; the decoder's has the finest level's width."""
     yield from _vae_block(f"{side}.mid.block_1", width, width)
     yield from _norm(f"{side}.mid.attn_1.norm", width)
     for layer in ("q", "k", "v", "proj_out"):
@@ -171,7 +171,7 @@ def _vae_middle(side: str, width: int, out: int | None = None) -> Named:
     yield from _norm(f"{side}.norm_out", out or width)
 
 
-def _text(spec: TextSpec) -> Named:
+def _text(spec: TextSpec) -> NamedShapes:
     width = spec.width
     yield "text_model.embeddings.token_embedding.weight", (spec.vocabulary, width)
     yield "text_model.embeddings.position_embedding.weight", (spec.positions, width)

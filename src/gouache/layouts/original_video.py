@@ -1,6 +1,6 @@
-"""The names and shapes of Stable Video Diffusion's networks, written out from their specs without building them.
+"""The tensor names and shapes of Stable Video Diffusion's networks, generated from their specs without building them.
 
-U-Net and decoder are Stable Diffusion's, with layers across time beside those that see one frame; the image tower is
+U-Net and decoder are those of Stable Diffusion, with a temporal layer for each spatial one; the image encoder is
 CLIP's, under Transformers' names.
 """
 
@@ -13,11 +13,11 @@ from gouache.layouts.original import unet_shapes, vae_shapes
 from gouache.layouts.rules import Shape
 from gouache.nn.spec import UNetSpec, VaeSpec, VisionSpec
 
-Named: TypeAlias = Iterator[tuple[str, Shape]]
+NamedShapes: TypeAlias = Iterator[tuple[str, Shape]]
 
 
 def video_unet_shapes(spec: UNetSpec) -> dict[str, Shape]:
-    """Every tensor below `model.diffusion_model.`."""
+    """Every tensor under `model.diffusion_model.`."""
     shapes = unet_shapes(spec)
     time = 4 * spec.channels
     for name, (width, *_) in list(shapes.items()):
@@ -35,7 +35,7 @@ def video_unet_shapes(spec: UNetSpec) -> dict[str, Shape]:
 
 
 def video_vae_shapes(spec: VaeSpec) -> dict[str, Shape]:
-    """The `encoder` and `quant_conv` of one autoencoder and the `decoder` of another, as `video_vae_rules` has them."""
+    """The `encoder` and `quant_conv` of one autoencoder and the `decoder` of another; see `video_vae_rules`."""
     shapes = {name: shape for name, shape in vae_shapes(spec).items() if not name.startswith("post_quant_conv.")}
     for name, (width, *_) in list(shapes.items()):
         block = _before(".norm2.weight", name)
@@ -51,28 +51,28 @@ def vision_shapes(spec: VisionSpec) -> dict[str, Shape]:
 
 
 def _before(ending: str, name: str) -> str:
-    """What stands before `ending`; "" where `name` does not end so."""
+    """The part of `name` before `ending`; "" if it does not end with it."""
     return name.removesuffix(ending) if name.endswith(ending) else ""
 
 
-def _layer(name: str, *shape: int) -> Named:
+def _layer(name: str, *shape: int) -> NamedShapes:
     yield f"{name}.weight", shape
     yield f"{name}.bias", shape[:1]
 
 
-def _residual(name: str, width: int) -> Named:
-    """Convolutions over three frames; the width stays."""
+def _residual(name: str, width: int) -> NamedShapes:
+    """A temporal residual block: convolutions over three frames that keep the width."""
     for norm, conv in (("in_layers.0", "in_layers.2"), ("out_layers.0", "out_layers.3")):
         yield from _layer(f"{name}.{norm}", width)
         yield from _layer(f"{name}.{conv}", width, width, 3, 1, 1)
 
 
-def _block(name: str, width: int, context: int) -> Named:
-    """A transformer block across time, which has a feed-forward before its attention as well as after it."""
-    for attention, told in (("attn1", width), ("attn2", context)):
+def _block(name: str, width: int, context: int) -> NamedShapes:
+    """A temporal transformer block; it has a feed-forward network before its attention as well as after it."""
+    for attention, key_width in (("attn1", width), ("attn2", context)):
         yield f"{name}.{attention}.to_q.weight", (width, width)
-        yield f"{name}.{attention}.to_k.weight", (width, told)
-        yield f"{name}.{attention}.to_v.weight", (width, told)
+        yield f"{name}.{attention}.to_k.weight", (width, key_width)
+        yield f"{name}.{attention}.to_v.weight", (width, key_width)
         yield from _layer(f"{name}.{attention}.to_out.0", width, width)
     for feed_forward in ("ff_in", "ff"):
         yield from _layer(f"{name}.{feed_forward}.net.0.proj", 8 * width, width)
@@ -81,7 +81,7 @@ def _block(name: str, width: int, context: int) -> Named:
         yield from _layer(f"{name}.{norm}", width)
 
 
-def _vision(spec: VisionSpec) -> Named:
+def _vision(spec: VisionSpec) -> NamedShapes:
     width, side = spec.width, spec.patch_size
     yield "vision_model.embeddings.class_embedding", (width,)
     yield "vision_model.embeddings.patch_embedding.weight", (width, 3, side, side)

@@ -1,8 +1,8 @@
-"""A layout as a table of rules, each saying what one kind of tensor is called on either side.
+"""Layouts as tables of rules; each rule maps one pattern of tensor names from one layout to another.
 
-A pattern is a name in which `{i}` stands for one dotted segment and `{rest*}` for all that are left; what they
-stood for on one side stands in the same places on the other. The first rule that matches a name counts, so an
-exception goes before the general case. All rules but Join make views: nothing is copied, mapped files stay mapped.
+A pattern is a name in which `{i}` matches one dotted segment and `{rest*}` all remaining ones; the matched text is
+inserted at the same placeholder on the other side. The first rule that matches a name is used, so an exception comes
+before the general case. All rules except Join make views: nothing is copied, and mapped files stay mapped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Rename:
 
 @dataclass(frozen=True)
 class Transpose:
-    """A matrix stored the other way round: (a, b) -> (b, a)."""
+    """A matrix that is stored transposed: (a, b) -> (b, a)."""
 
     source: str
     target: str
@@ -51,7 +51,7 @@ class AsLinear:
 
 @dataclass(frozen=True)
 class Split:
-    """One tensor that holds several of equal size, stacked along its first dimension."""
+    """One tensor that contains several of equal size, concatenated along the first dimension."""
 
     source: str
     targets: tuple[str, ...]
@@ -59,7 +59,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Join:
-    """Several tensors stacked along the first dimension into one. The only rule that copies."""
+    """Several tensors, concatenated along the first dimension into one. The only rule that copies."""
 
     sources: tuple[str, ...]
     target: str
@@ -67,7 +67,7 @@ class Join:
 
 @dataclass(frozen=True)
 class Drop:
-    """A tensor that no network needs, and why."""
+    """A tensor that no network needs, with the reason."""
 
     source: str
     reason: str
@@ -78,14 +78,14 @@ Rule: TypeAlias = Rename | Transpose | AsConv | AsLinear | Split | Join | Drop
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one tensor comes from: which to read (`sources`) and what `rule` does to them; `part` of a Split."""
+    """How one tensor is made: read `sources`, apply `rule`; `part` is its index if the rule is a Split."""
 
     rule: Rule
     sources: tuple[str, ...]
     part: int = 0
 
     def shape(self, shapes: Mapping[str, Shape]) -> Shape:
-        """The shape it will have, from the shapes of its sources; ModelError if the rule cannot apply to them."""
+        """Its shape, from the shapes of its sources. Raises ModelError if the rule cannot be applied to them."""
         first = shapes[self.sources[0]]
         match self.rule:
             case Transpose() if len(first) == 2:
@@ -101,10 +101,10 @@ class Origin:
             case Rename():
                 return first
         found = ", ".join(f"{printable(name)} {list(shapes[name])}" for name in self.sources)
-        raise ModelError(f"cannot apply {type(self.rule).__name__} to {found}: the file is not in the layout it seems")
+        raise ModelError(f"cannot apply {type(self.rule).__name__} to {found}: the file mixes layouts or is damaged")
 
     def tensor(self, read: Callable[[str], Tensor]) -> Tensor:
-        """The tensor itself, a view of what `read` gives for its sources (of a Join, a copy)."""
+        """The tensor: a view of what `read` returns for its sources (for a Join, a copy)."""
         tensors = [read(name) for name in self.sources]
         self.shape({name: tuple(tensor.shape) for name, tensor in zip(self.sources, tensors)})
         match self.rule:
@@ -117,7 +117,7 @@ class Origin:
             case Split(targets=targets):
                 return tensors[0].chunk(len(targets))[self.part]
             case Join():
-                import torch  # the one rule that needs it; listing a file must not wait for torch
+                import torch  # only this rule needs it; listing a file must not wait for torch
 
                 return torch.cat(tensors)
             case _:
@@ -126,7 +126,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Plan:
-    """A table applied to the names of one file. `dropped` maps names to reasons; `unnamed` no rule spoke of."""
+    """A table applied to the names of one file: target name -> `Origin`.
+
+    `dropped` maps names to the reason; `unnamed` are the names that no rule matches.
+    """
 
     origins: Mapping[str, Origin]
     dropped: Mapping[str, str]
@@ -134,9 +137,9 @@ class Plan:
 
 
 def plan(rules: Iterable[Rule], names: Iterable[str]) -> Plan:
-    """Which tensor of the target layout comes from which of `names`.
+    """Which tensor of the target layout is made from which of `names`.
 
-    ModelError if two come to the same name, or if some part of a Join is not there.
+    Raises ModelError if two names map to the same target, or if a source of a Join is missing.
     """
     present = set(names)
     find = _finder(rules)
@@ -154,46 +157,47 @@ def plan(rules: Iterable[Rule], names: Iterable[str]) -> Plan:
             continue
         sources = (name,) if len(entry.sources) == 1 else tuple(source.fill(values) for source in entry.sources)
         if absent := [source for source in sources if source not in present]:
-            raise ModelError(f"{printable(name)} stands without {printable(absent[0])}, which it is joined with")
+            raise ModelError(f"{printable(name)} needs {printable(absent[0])}, which is missing")
         for part, pattern in enumerate(entry.targets):
             target = pattern.fill(values)
             origin = Origin(entry.rule, sources, part)
             if origins.setdefault(target, origin) != origin:
                 both = f"{printable(origins[target].sources[0])} and {printable(name)}"
-                raise ModelError(f"{both} are both {printable(target)}: the file mixes two layouts")
+                raise ModelError(f"{both} both map to {printable(target)}: the file mixes two layouts")
     return Plan(origins, dropped, tuple(unnamed))
 
 
 def invert(rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The table read from right to left. What was dropped cannot come back."""
+    """The inverse table, from target to source names. Dropped tensors cannot be restored."""
     return tuple(_inverse(rule) for rule in rules if not isinstance(rule, Drop))
 
 
 def under(prefix: str, rules: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The same table for names that carry `prefix` in front on the left side."""
+    """The same table with `prefix` before all source names."""
 
-    def put(rule: Rule) -> Rule:
+    def add_prefix(rule: Rule) -> Rule:
         if isinstance(rule, Join):
             return replace(rule, sources=tuple(prefix + source for source in rule.sources))
         return replace(rule, source=prefix + rule.source)
 
-    return tuple(put(rule) for rule in rules)
+    return tuple(add_prefix(rule) for rule in rules)
 
 
 def prove(rules: Sequence[Rule], shapes: Mapping[str, Shape]) -> Plan:
-    """The plan for a file of these shapes, if the table names all of it and leads back; else ModelError.
+    """The plan for a file of these shapes. Raises ModelError if the table is not total, injective and invertible.
 
-    Total: every name is spoken of. Injective: no two meet. Round trip: the inverse table gives each name and shape.
+    Total: a rule matches every name. Injective: no two names map to one. Invertible: the inverse table restores each
+    name and shape.
     """
     there = plan(rules, shapes)
     if there.unnamed:
-        raise ModelError(f"no rule names {printable(there.unnamed[0])} (and {len(there.unnamed) - 1} more)")
+        raise ModelError(f"no rule matches {printable(there.unnamed[0])} (and {len(there.unnamed) - 1} more)")
     moved = {target: origin.shape(shapes) for target, origin in there.origins.items()}
     back = plan(invert(rules), moved)
-    again = {name: origin.shape(moved) for name, origin in back.origins.items()}
+    restored = {name: origin.shape(moved) for name, origin in back.origins.items()}
     kept = {name: shape for name, shape in shapes.items() if name not in there.dropped}
-    if odd := sorted(set(again.items()) ^ set(kept.items())) or back.unnamed:
-        raise ModelError(f"the table does not lead back to {printable(str(odd[0]))}")
+    if different := sorted(set(restored.items()) ^ set(kept.items())) or back.unnamed:
+        raise ModelError(f"the inverse table does not restore {printable(str(different[0]))}")
     return there
 
 
@@ -213,7 +217,7 @@ def _inverse(rule: Rename | Transpose | AsConv | AsLinear | Split | Join) -> Rul
 
 @dataclass(frozen=True)
 class _Pattern:
-    """A pattern cut at its first placeholder: a literal head, and the segments that follow."""
+    """A pattern split at its first placeholder into a literal head and the segments after it."""
 
     head: str
     tail: tuple[str, ...]
@@ -224,20 +228,20 @@ class _Pattern:
         return cls(head, tuple((brace + rest).split(".")) if brace else ())
 
     def match(self, name: str) -> dict[str, str] | None:
-        """What each placeholder stands for in `name`, which begins with the head; None if the rest differs."""
+        """The text that each placeholder matches in `name`, which begins with the head; None if the rest differs."""
         if not self.tail:
             return {} if len(name) == len(self.head) else None
         segments = name[len(self.head) :].split(".")
         values: dict[str, str] = {}
-        for index, wanted in enumerate(self.tail):
+        for index, expected in enumerate(self.tail):
             if index >= len(segments):
                 return None
-            if wanted.endswith("*}"):
-                values[wanted] = ".".join(segments[index:])
+            if expected.endswith("*}"):
+                values[expected] = ".".join(segments[index:])
                 return values
-            if wanted.startswith("{"):
-                values[wanted] = segments[index]
-            elif wanted != segments[index]:
+            if expected.startswith("{"):
+                values[expected] = segments[index]
+            elif expected != segments[index]:
                 return None
         return values if len(segments) == len(self.tail) else None
 
@@ -247,7 +251,7 @@ class _Pattern:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A rule under one of its sources, its patterns parsed; `order` is its place in the table."""
+    """A rule, indexed by one of its sources, with parsed patterns; `order` is its position in the table."""
 
     order: int
     pattern: _Pattern
@@ -257,9 +261,9 @@ class _Entry:
 
 
 def _finder(rules: Iterable[Rule]) -> Callable[[str], tuple[_Entry, dict[str, str]] | None]:
-    """A function from a name to the first rule that matches it.
+    """A function that returns the first rule that matches a name, with the values of its placeholders.
 
-    Rules are kept by the literal head of their source, so that a name is compared with the few that begin like it.
+    Rules are indexed by the literal head of their source, so a name is compared only with those of its prefixes.
     """
     table: dict[str, list[_Entry]] = {}
     for order, rule in enumerate(rules):

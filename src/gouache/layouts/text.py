@@ -1,7 +1,7 @@
-"""The text tower under its several names, to those of Transformers that `ClipText` carries.
+"""Maps the tensor names of text encoders in several layouts to those of Transformers, which `ClipText` uses.
 
-OpenCLIP (SD2, SDXL's second encoder) fuses query, key and value into one tensor and keeps the projection as a
-parameter applied from the right, `x @ P`, which is the transpose of a linear layer's weight.
+OpenCLIP (SD2, SDXL's second encoder) fuses query, key and value into one tensor and stores the projection as a
+parameter P that is applied as `x @ P`; it is the transpose of a linear layer's weight.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from gouache.layouts.rules import Drop, Rename, Rule, Split, Transpose
 
 _POSITION_IDS = "the numbers 0 to 76, which merging tools damage and nothing needs"
-_TEMPERATURE = "the temperature of CLIP's contrastive loss, of no use in painting"
-_IMAGE_TOWER = "CLIP's image tower, of no use in reading prompts"
+_TEMPERATURE = "the temperature of CLIP's contrastive loss, which generation does not use"
+_IMAGE_TOWER = "CLIP's image encoder, which encoding prompts does not use"
 
 
 def openclip_blocks(model: str) -> tuple[Rule, ...]:
-    """The blocks of an OpenCLIP tower, text or image, as the layers of Transformers' `model`."""
+    """Rules that map the blocks of an OpenCLIP text or image encoder to the layers of Transformers' `model`."""
     block, layer = "transformer.resblocks.{i}", f"{model}.encoder.layers.{{i}}"
     split = (
         Split(
@@ -37,7 +37,7 @@ OPENCLIP: tuple[Rule, ...] = (
     Rename("ln_final.{leaf}", "text_model.final_layer_norm.{leaf}"),
     Transpose("text_projection", "text_projection.weight"),
     Drop("logit_scale", _TEMPERATURE),
-    Drop("attn_mask", "the causal mask, which is made where it is needed"),
+    Drop("attn_mask", "the causal mask, which is computed when needed"),
     Drop("visual.{rest*}", _IMAGE_TOWER),
 )
 
@@ -56,11 +56,11 @@ BARE: tuple[Rule, ...] = (
     Rename("final_layer_norm.{leaf}", "text_model.final_layer_norm.{leaf}"),
     Rename("text_projection.weight", "text_projection.weight"),
 )
-"""Transformers' names without `text_model.`: SD1 files of the first weeks, and folders saved by transformers 5."""
+"""Transformers' names without `text_model.`, as in the earliest SD1 files and in folders saved by transformers 5."""
 
 
 def text_layout(names: Iterable[str]) -> tuple[str, tuple[Rule, ...]] | None:
-    """The name of the layout and its table, told by the first name that only one of them has; else None."""
+    """The name of the layout and its table, decided by the first name that occurs in only one layout; else None."""
     for name in names:
         if name.startswith(("transformer.resblocks.", "token_embedding.", "ln_final.", "positional_embedding")):
             return "openclip", OPENCLIP

@@ -1,8 +1,8 @@
-"""TAESD's files: both towers under diffusers' names, or a file for each as its author published them.
+"""Tensor names of TAESD: encoder and decoder in one file, or one file for each as its author published them.
 
-encoder.layers.0.weight       diffusers
-taesd_decoder.1.weight        both in one, ComfyUI
-0.weight, 1.conv.0.weight     a tower alone; the decoder's numbers are one higher, for it begins with the clamp
+encoder.layers.0.weight       diffusers, both in one file
+taesd_decoder.1.weight        ComfyUI, both in one file
+0.weight, 1.conv.0.weight     encoder or decoder only; the decoder's numbers are one higher because of its clamp layer
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import re
 from collections.abc import Iterable
 
 _NAME = re.compile(r"(?:(?:taesd_)?(encoder|decoder)\.(?:layers\.)?)?(\d{1,3})\.((?:conv\.[024]\.)?(?:weight|bias))")
-_CLAMPED = 1  # the number of the author's decoder's first convolution
+_CLAMPED = 1  # number of the decoder's first convolution in the author's file, after the clamp
 
 
 def tiny_names(names: Iterable[str]) -> dict[str, str] | None:
-    """{`nn.vae_tiny`'s name: the file's}; None where the names are not those of a TAESD."""
+    """{name in `nn.vae_tiny`: name in the file}; None if the names are not those of a TAESD."""
     names = list(names)
     matches = {name: _NAME.fullmatch(name) for name in names}
     if not names or None in matches.values() or not any(".conv." in name for name in names):

@@ -1,6 +1,6 @@
-"""CLIP's image tower under its several names, to those of Transformers that `ClipVision` carries.
+"""Maps the tensor names of CLIP's image encoder in several layouts to those of Transformers, which `ClipVision` uses.
 
-OpenCLIP's form is that of its text tower: fused query, key and value, and a projection applied from the right.
+OpenCLIP's layout is like that of its text encoder: fused query, key and value, and a transposed projection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TRANSFORMERS_VISION: tuple[Rule, ...] = (
 
 
 def vision_layout(names: Iterable[str]) -> tuple[str, tuple[Rule, ...]] | None:
-    """The name of the layout and its table, told by the first name that only one of them has; else None."""
+    """The name of the layout and its table, decided by the first name that occurs in only one layout; else None."""
     for name in names:
         if name.startswith(("transformer.resblocks.", "class_embedding", "ln_pre.")):
             return "openclip", OPENCLIP_VISION

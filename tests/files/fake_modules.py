@@ -1,6 +1,6 @@
-"""Modules made up by hand that pickle like the libraries whose objects honest checkpoints hold.
+"""Fake modules whose objects pickle like those of the libraries that write real checkpoints.
 
-They exist only while a test writes a file (`standing_in`); reading it must not need them.
+They exist only while a test writes a file (`fake_modules`); reading it must not need them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _CLASSES = {
 
 
 @contextmanager
-def standing_in() -> Iterator[dict[str, Any]]:
-    """The classes by name, importable under their modules' names inside the block."""
+def fake_modules() -> Iterator[dict[str, Any]]:
+    """The classes by name; inside the block they can be imported from their modules."""
     made: dict[str, Any] = {}
     modules: dict[str, types.ModuleType] = {}
     for module_name, class_names in _CLASSES.items():
@@ -51,7 +51,7 @@ def standing_in() -> Iterator[dict[str, Any]]:
 
 
 def config(classes: dict[str, Any], value: Any, parent: Any = None) -> Any:
-    """`value` as OmegaConf holds it: containers that point back at their parents, and nodes with metadata."""
+    """`value` as OmegaConf stores it: containers with references to their parents, and nodes with metadata."""
 
     def made(kind: str, **state: Any) -> Any:
         node = classes[kind]()
