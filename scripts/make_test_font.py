@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Make the small emoji font that the tests of recipes/ draw with: scripts/make_test_font.py NotoColorEmoji.ttf
 
-Takes a full Noto Color Emoji with bitmaps (CBDT, the form that Pillow reads; Debian's package fonts-noto-color-emoji has
-it) and writes to tests/fonts/ the glyphs of some rows of recipes/mini/names.toml, and a list of them. The same input
-gives the same bytes. Needs fonttools, which nothing else here uses, so a throw-away environment is enough:
+Takes a full Noto Color Emoji with bitmaps (CBDT, the form that Pillow reads; Debian's package fonts-noto-color-emoji
+has it) and writes to tests/fonts/ the glyphs of some rows of recipes/mini/names.toml, and a list of them. The same
+input gives the same bytes. Needs fonttools, which nothing else here uses, so a throw-away environment is enough:
 
     python3 -m venv /tmp/fonttools && /tmp/fonttools/bin/pip install fonttools
     /tmp/fonttools/bin/python scripts/make_test_font.py /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf

@@ -1,4 +1,4 @@
-"""The three small adapters: a short run of each writes a file that goes onto `mini` whole and changes its pictures."""
+"""The three small adapters: a short run of each writes a file that attaches in full and changes mini's pictures."""
 
 from __future__ import annotations
 
@@ -11,15 +11,9 @@ import torch
 from PIL import Image
 
 import gouache
-from gouache.errors import GouacheError
-from recipes.mini.rendering import find_font
-from recipes.splices import fit
-from recipes.splices.pictures import character, night
-
-try:
-    find_font()
-except GouacheError:
-    pytest.skip("the emoji font is not installed", allow_module_level=True)
+from recipes.adapters import fit
+from recipes.adapters.pictures import character, night
+from tests.recipes.subset import FONT, THINGS
 
 
 @pytest.mark.parametrize(
@@ -30,27 +24,30 @@ except GouacheError:
         ("rosy", "rosy.pt", "hypernetwork"),
     ],
 )
-def test_each_is_written_in_a_form_that_attaches_in_full(name: str, file: str, kind: str, tmp_path: Path):
+def test_each_adapter_attaches_in_full_and_detaches(
+    name: str, file: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     torch.set_num_threads(1)
-    assert fit.main([str(tmp_path), "--only", name, "--steps", "2", "--scenes", "8"]) == 0
+    monkeypatch.setattr(fit, "load_things", lambda: THINGS)
+    assert fit.main([str(tmp_path), "--only", name, "--steps", "2", "--scenes", "8", "--font", str(FONT)]) == 0
     model = gouache.load("mini", device="cpu", dtype="fp32")
     knobs = {"steps": 2, "seed": 1}
     plain = next(model.paint("a zorblax on a red background", **knobs))
 
-    on = model.attach(tmp_path / file)
+    attached = model.attach(tmp_path / file)
 
-    assert (on.kind, on.unmatched, on.wrong_shape) == (kind, {}, {}) and on.matched
+    assert (attached.kind, attached.unmatched, attached.wrong_shape) == (kind, {}, {}) and attached.matched
     assert not torch.equal(next(model.paint("a zorblax on a red background", **knobs)).latent, plain.latent)
-    on.detach()
+    attached.detach()
     assert torch.equal(next(model.paint("a zorblax on a red background", **knobs)).latent, plain.latent)
 
 
-def test_the_character_is_where_its_caption_says(tmp_path: Path):
+def test_the_character_is_inside_the_frame_and_in_its_caption():
     for seed in range(20):
-        picture, said = character(Random(seed), 128)
+        picture, caption = character(Random(seed), 128)
         pixels = np.asarray(picture, np.int16)
         violet = np.abs(pixels - (138, 66, 196)).max(2) < 20
-        assert "zorblax" in said and 0.05 < violet.mean() < 0.5
+        assert "zorblax" in caption and 0.05 < violet.mean() < 0.5
         assert not violet[:8].any() and not violet[-8:].any()
 
 
