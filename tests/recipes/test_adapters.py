@@ -29,7 +29,7 @@ def test_each_adapter_attaches_in_full_and_detaches(
 ):
     torch.set_num_threads(1)
     monkeypatch.setattr(fit, "load_things", lambda: THINGS)
-    assert fit.main([str(tmp_path), "--only", name, "--steps", "2", "--scenes", "8", "--font", str(FONT)]) == 0
+    assert fit.main([str(tmp_path), "--only", name, "--steps", "2", "--scenes", "4", "--font", str(FONT)]) == 0
     model = gouache.load("mini", device="cpu", dtype="fp32")
     knobs = {"steps": 2, "seed": 1}
     plain = next(model.paint("a zorblax on a red background", **knobs))
