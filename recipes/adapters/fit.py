@@ -28,6 +28,7 @@ from gouache.images import pixels
 from gouache.layouts.modules import kohya_names
 from gouache.training.denoising import Captioned, Denoising
 from recipes.adapters.pictures import CHARACTER, character, night, rosy
+from recipes.mini.command import run_command
 from recipes.mini.dataset import sample
 from recipes.mini.names import Thing, load_things
 from recipes.mini.rendering import Glyphs, render
@@ -63,13 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in a usual font folder")
     options = parser.parse_args(arguments)
+    return run_command(lambda: fit_adapters(options))
+
+
+def fit_adapters(options: argparse.Namespace) -> None:
     things, glyphs = load_things(), Glyphs(options.font)
     options.folder.mkdir(parents=True, exist_ok=True)
     for name in (options.only,) if options.only else tuple(STEPS):
         model = gouache.load(options.model, device="cpu", dtype="fp32")
         fit = {"night": fit_lora, "zorblax": fit_embedding, "rosy": fit_hypernetwork}[name]
         print(fit(Run(model, options.folder, options.steps or STEPS[name], options.scenes, things, glyphs)))
-    return 0
 
 
 def fit_lora(run: Run) -> Path:

@@ -42,6 +42,13 @@ def test_each_adapter_attaches_in_full_and_detaches(
     assert torch.equal(next(model.paint("a zorblax on a red background", **knobs)).latent, plain.latent)
 
 
+def test_a_missing_font_is_an_error_of_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert fit.main([str(tmp_path / "out"), "--font", str(tmp_path / "missing.ttf")]) == 2
+
+    assert capsys.readouterr().err.startswith("error: font: there is no file ")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_character_is_inside_the_frame_and_in_its_caption():
     for seed in range(20):
         picture, caption = character(Random(seed), 128)
