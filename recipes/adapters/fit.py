@@ -176,27 +176,25 @@ def encoded_scenes(run: Run, make_picture: Callable[[Scene], Image.Image]) -> tu
     """(latents, contexts) of scenes as the embedded model's, with pictures from `make_picture`."""
     samples = [sample(SEED, index, run.things, SINGLE_THING) for index in range(run.scenes)]
     latents = encode_pictures(run.model, [make_picture(each.scene) for each in samples])
-    contexts = [encode_captions(run.model, [each.caption]).clone() for each in samples]
+    with torch.no_grad():
+        contexts = [encode_captions(run.model, [each.caption]) for each in samples]
     return latents, torch.cat(contexts)
 
 
+@torch.no_grad()
 def encode_pictures(model: gouache.Model, pictures: list[Image.Image]) -> Tensor:
-    rows = [model.encode(pixels.to_tensor([picture])).clone() for picture in with_progress(pictures, "encoding")]
+    rows = [model.encode(pixels.to_tensor([picture])) for picture in with_progress(pictures, "encoding")]
     return torch.cat(rows)
 
 
 def encode_captions(model: gouache.Model, texts: list[str]) -> Tensor:
-    """Contexts with gradients for an embedding, unlike those of `encode_prompts`."""
-    from gouache.prompts.encode import encode
-
-    return encode(
-        texts, model.tokenizer, model.text_encoders, model.text_recipe, embeddings=model.embeddings, emphasis="ignore"
-    ).context
+    """Contexts (B, 77, D), with gradients for the vectors of an embedding."""
+    return model.encode_prompts(texts, emphasis="ignore").context
 
 
 def objective(model: gouache.Model, dropout: float) -> Denoising:
     unconditional = Conditioning(encode_captions(model, [""]).detach())
-    return Denoising(model.unet, model.schedule, model.prediction, unconditional, SEED, dropout)
+    return Denoising(model.denoiser, {"unet": model.unet}, unconditional, SEED, dropout)
 
 
 def step_loss(model: gouache.Model, latents: Tensor, contexts: Tensor, dropout: float) -> StepLoss:

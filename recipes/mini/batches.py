@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gouache.prompts.tokenizer import Tokenizer
-from gouache.training.objective import chance
+from gouache.training.objective import step_generator
 from recipes.mini import init_vae
 from recipes.mini.dataset import TRAINING_SEED, Sample, sample
 from recipes.mini.names import COLOURS, Thing, load_things
@@ -60,7 +60,7 @@ class SceneData:
 
     def contrastive_samples(self, seed: int, number: int, count: int) -> list[Sample]:
         """`count` scenes that differ in their things only: one thing each, all different, on one colour."""
-        order = torch.randperm(len(self.things), generator=chance(seed, number))[:count].tolist()
+        order = torch.randperm(len(self.things), generator=step_generator(seed, number))[:count].tolist()
         colour = (COLOURS[number // 2 % len(COLOURS)],)
         return [
             sample(seed, number * count + index, (self.things[thing],), SINGLE_THING, colour)

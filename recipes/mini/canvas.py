@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gouache.nn.clip_text import ClipText
 from gouache.training.contrastive import Contrast
-from gouache.training.objective import Group, by_decay
+from gouache.training.objective import Group, Json, by_decay
 
 FIRST = 32  # index of the first canvas token
 SIDE = 4  # patches along a side
@@ -88,6 +89,8 @@ class CanvasObjective:
     channel_weights: Tensor
     autocast: bool = False
 
+    changeable: ClassVar[frozenset[str]] = frozenset()
+
     @property
     def networks(self) -> Mapping[str, nn.Module]:
         return {**self.contrast.networks, "canvas": self.canvas}
@@ -96,8 +99,13 @@ class CanvasObjective:
     def text(self) -> ClipText:
         return self.contrast.text
 
-    def groups(self) -> list[Group]:
+    def parameter_groups(self) -> list[Group]:
         return by_decay(self.networks)
+
+    def config(self) -> Mapping[str, Json]:
+        # Six digits: the last bits of the weights, which are measured on pictures, may depend on the processor.
+        weights = [float(f"{weight:.6g}") for weight in self.channel_weights.tolist()]
+        return {"type": "canvas", "channel_weights": weights, "autocast": self.autocast, "base": None}
 
     def losses(self, batch: CaptionedLatents, step: int) -> Mapping[str, Tensor]:
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.autocast):
@@ -107,7 +115,7 @@ class CanvasObjective:
         losses = {"canvas": (self.channel_weights * errors).mean(), "position": self.canvas.position_loss(states)}
         losses["loss"] = losses["canvas"] + 0.3 * losses["position"]
         if batch.images is not None:
-            matched = self.contrast.matched(encoded.pooled.float(), batch.images)
-            losses["contrast"], losses["found"] = matched["loss"], matched["found"]
+            contrast = self.contrast.feature_losses(encoded.pooled.float(), batch.images)
+            losses["contrast"], losses["accuracy"] = contrast["loss"], contrast["accuracy"]
             losses["loss"] = losses["loss"] + 0.2 * losses["contrast"]
         return losses

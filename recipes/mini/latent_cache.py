@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gouache.diffusion.conditioning import Conditioning
 from gouache.training.denoising import Captioned
-from gouache.training.objective import chance
+from gouache.training.objective import step_generator
 
 
 class LatentCache:
@@ -35,11 +35,13 @@ class LatentCache:
             self._block = None  # free the old block's memory before the new one is allocated
             self._block, self._number = self._compute(block), block
         repeat, index = divmod(within, batches_per_pass)
-        order = torch.randperm(self.SCENES, generator=chance(self.seed, block * self.REPEATS + repeat))
+        order = torch.randperm(self.SCENES, generator=step_generator(self.seed, block * self.REPEATS + repeat))
         rows = order[index * self.batch : (index + 1) * self.batch]
         latents, contexts = self._block
         return Captioned(latents[rows], Conditioning(contexts[rows].float()))
 
     def _compute(self, block: int) -> tuple[Tensor, Tensor]:
         parts = [self.captioned(block * self.SCENES + first, 64) for first in range(0, self.SCENES, 64)]
-        return torch.cat([part.latents for part in parts]), torch.cat([part.said.context.bfloat16() for part in parts])
+        return torch.cat([part.latents for part in parts]), torch.cat(
+            [part.conditioning.context.bfloat16() for part in parts]
+        )

@@ -34,7 +34,7 @@ from gouache.training.autoencoder import Pictures, Reconstruction, psnr
 from gouache.training.contrastive import Contrast
 from gouache.training.denoising import Captioned, Denoising
 from gouache.training.loop import Progress, Result, train
-from gouache.training.objective import chance
+from gouache.training.objective import step_generator
 from gouache.training.settings import Settings, read
 from recipes.mini import init_text, init_unet_canvas, init_unet_positions, init_unet_whitening, init_vae
 from recipes.mini.batches import NEUTRAL, SIZE, SceneData
@@ -75,15 +75,18 @@ def train_vae(data: SceneData, settings: Settings, folder: Path, seconds: float,
     vae = new_vae(colours)
     if start is not None:
         load_weights(vae, start("vae"), may_lack=("encoder.", "quant_conv."))
-    objective = Reconstruction(vae, settings.seed, autocast=True, own_groups=tuple(init_vae.groups(vae, encoder=False)))
+    objective = Reconstruction(vae, settings.seed, autocast=True, groups=tuple(init_vae.groups(vae, encoder=False)))
 
     def batches(number: int) -> Pictures:
         whole, _ = data.batch(TRAINING_SEED, number * settings.batch, settings.batch)
-        corners = torch.randint(0, (SIZE - CROP) // 8 + 1, (len(whole), 2), generator=chance(settings.seed, number)) * 8
+        corners = (
+            torch.randint(0, (SIZE - CROP) // 8 + 1, (len(whole), 2), generator=step_generator(settings.seed, number))
+            * 8
+        )
         images = torch.stack([image[:, y : y + CROP, x : x + CROP] for image, (y, x) in zip(whole, corners.tolist())])
         latents = init_vae.latents(images, colours)
         # A U-Net's latents never equal the encoder's exactly: the decoder is trained with noise on them.
-        generator = chance(settings.seed, -1 - number)
+        generator = step_generator(settings.seed, -1 - number)
         amount = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator) / init_vae.LATENT_SCALE
         return Pictures(images, latents + amount * torch.randn(latents.shape, generator=generator))
 
@@ -136,7 +139,7 @@ def train_text(data: SceneData, settings: Settings, folder: Path, seconds: float
     objective = CanvasObjective(Contrast(text, vision), canvas, init_vae.channel_weights(colours), autocast=True)
 
     def batch(seed: int, number: int) -> CaptionedLatents:
-        generator = chance(seed, number)
+        generator = step_generator(seed, number)
         contrastive = number % 4 == 1
         if contrastive:
             samples = data.contrastive_samples(seed, number, settings.batch)
@@ -158,7 +161,7 @@ def train_text(data: SceneData, settings: Settings, folder: Path, seconds: float
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
         losses = [objective.losses(each, 0) for each in unseen]
-        by_name = {name: [each[name] for each in losses if name in each] for name in ("canvas", "position", "found")}
+        by_name = {name: [each[name] for each in losses if name in each] for name in ("canvas", "position", "accuracy")}
         means = {name: float(torch.stack(values).mean()) for name, values in by_name.items()}
         return {"loss": means["canvas"], **means}
 
@@ -193,12 +196,12 @@ def initialise_unet(
     unet: UNet, canvas: CanvasHead, captioned: Callable[[int], Captioned], schedule: Schedule, seed: int
 ) -> None:
     """Set the U-Net's initial weights, with statistics of the batches `captioned(0)` to `captioned(63)`."""
-    init_unet_whitening.initialise(unet, torch.cat([captioned(number).said.context for number in range(8)]))
+    init_unet_whitening.initialise(unet, torch.cat([captioned(number).conditioning.context for number in range(8)]))
     init_unet_positions.initialise(unet)
     init_unet_canvas.initialise(unet, canvas)
 
     def noised(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        batch, generator = captioned(number), chance(seed, number)
+        batch, generator = captioned(number), step_generator(seed, number)
         times = torch.randint(len(schedule.sigmas), (len(batch.latents),), generator=generator)
         inputs: list[Tensor] = []
 
@@ -208,7 +211,7 @@ def initialise_unet(
 
         noise = torch.randn(batch.latents.shape, generator=generator)
         _, target = Denoiser(record, schedule, PREDICTION).loss_terms(batch.latents, noise, schedule.sigma(times))
-        return inputs[0], inputs[1], batch.said.context, target
+        return inputs[0], inputs[1], batch.conditioning.context, target
 
     init_unet_canvas.fit_output_conv(unet, noised, 64)
 
@@ -223,7 +226,7 @@ def train_unet(data: SceneData, settings: Settings, folder: Path, seconds: float
 
     def captioned(seed: int, first: int, count: int) -> Captioned:
         images, captions = data.batch(seed, first, count, distribution=distribution_for(seed))
-        tokens = data.augment(data.tokens(captions, TEXT.positions), chance(seed, first))
+        tokens = data.augment(data.tokens(captions, TEXT.positions), step_generator(seed, first))
         return Captioned(init_vae.latents(images, colours) * init_vae.LATENT_SCALE, encode(tokens))
 
     torch.manual_seed(3)
@@ -237,20 +240,26 @@ def train_unet(data: SceneData, settings: Settings, folder: Path, seconds: float
         load_weights(canvas, trained_weights(folder.parent / "text", "canvas"))
         initialise_unet(unet, canvas, lambda number: captioned(TRAINING_SEED, 64 * number, 64), schedule, settings.seed)
     init_unet_canvas.disable_self_attention(unet)
+
+    def denoiser(conditioning: Conditioning) -> Denoiser:
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            return unet(x, time, conditioning.context).to(x.dtype)
+
+        return Denoiser(network, schedule, PREDICTION)
+
     objective = Denoising(
-        unet,
-        schedule,
-        PREDICTION,
+        denoiser,
+        {"unet": unet},
         encode(data.tokens([""], TEXT.positions)),
         settings.seed,
         weighting="velocity",
-        counts=init_vae.channel_weights(colours),
+        channel_weights=init_vae.channel_weights(colours),
         autocast=True,
     )
 
     # Unseen scenes, eight fixed timesteps in turn, fixed noise.
     unseen = captioned(VALIDATION_SEED, 0, 256)
-    noise = torch.randn(unseen.latents.shape, generator=chance(settings.seed, -1))
+    noise = torch.randn(unseen.latents.shape, generator=step_generator(settings.seed, -1))
     times = (torch.arange(8) * 125 + 62).repeat(32)
     drop = torch.zeros(len(times), dtype=torch.bool)
 

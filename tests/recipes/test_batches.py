@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from gouache.training.objective import chance
+from gouache.training.objective import step_generator
 from recipes.mini.batches import NEUTRAL, SceneData
 from recipes.mini.rendering import Glyphs
 
@@ -21,7 +21,7 @@ def data(glyphs: Glyphs) -> SceneData:
 
 def test_neutral_tokens_shift_the_others_and_some_captions_lose_their_function_words(data: SceneData) -> None:
     tokens = data.tokens([CAPTION] * 400, 40)
-    augmented = data.augment(tokens, chance(0, 0))
+    augmented = data.augment(tokens, step_generator(0, 0))
     words = data.tokenizer.encode(CAPTION)
     content = [word for word in words if word not in data.function_tokens]
     assert 0 < len(content) < len(words)
@@ -39,7 +39,7 @@ def test_without_function_words_colours_keep_their_positions(data: SceneData) ->
     tokens = data.tokens(["a green rocket on a red background"], 40)
     green, rocket, red = (encode(word)[0] for word in ("green", "rocket", "red"))
     for number in range(200):
-        row = data.augment(tokens, chance(1, number))[0]
+        row = data.augment(tokens, step_generator(1, number))[0]
         index = {word: int(torch.nonzero(row == word)[0]) for word in (green, rocket, red)}
         assert index[green] < index[rocket] < index[red] - 1
 

@@ -32,7 +32,7 @@ def test_every_scene_is_used_repeatedly_and_keeps_its_caption(cache: LatentCache
         scenes = Counter(torch.cat([batch.latents for batch in part]).flatten().tolist())
         assert scenes == Counter(dict.fromkeys(range(first, first + 128), LatentCache.REPEATS))
     for batch in batches:
-        assert torch.equal(batch.latents.flatten().bfloat16(), batch.said.context.flatten().bfloat16())
+        assert torch.equal(batch.latents.flatten().bfloat16(), batch.conditioning.context.flatten().bfloat16())
     assert len({tuple(batch.latents.flatten().tolist()) for batch in batches}) == len(batches)
 
 
