@@ -1,38 +1,41 @@
-"""What the text tower says besides which picture a caption means: what lies where in it, on a canvas of its own.
+"""Canvas tokens: the text encoder predicts, from the caption, what is where in the picture.
 
-A caption is padded to 77 tokens, and what stands behind its end hears all of it. So sixteen of those tokens, one for
-each patch of 4x4 cells of the latent picture, are to tell their patch: the things' latents, where they cover the
-ground, and the ground's colour; put together, the picture, as far as words can tell. A small U-Net would be slow to
-work out from words which shape, in which colours, stands where; told it like this, it need only look up its own patch
-(`canvas_start`), and learns to make a picture of it. The layers that read the canvas here stay out of the model file.
+A caption is padded to 77 tokens, and tokens behind its end attend to all of it. Sixteen of those padding tokens, the
+canvas, are trained to predict one patch of 4x4 latent cells each: the latents of the things (premultiplied by alpha),
+their alpha, and the background's latents. Composited, they are the latent picture, as far as a caption determines it. A
+small U-Net would be slow to learn from words which shape, in which colours, belongs where; given this, it only needs to
+look up its own patch (`init_unet_canvas`) and learns to turn it into a picture. `CanvasHead`, which decodes the tokens
+here, is not part of the model file.
 
-A prompt longer than thirty words writes over the first patches, and its picture shows it.
+A prompt longer than thirty words occupies the tokens of the first patches, which shows in the picture.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from gouache.nn.clip_text import ClipText
 from gouache.training.contrastive import Contrast
-from gouache.training.objective import Group, by_decay
+from gouache.training.objective import Group, Json, by_decay
 
-FIRST = 32  # the canvas' first token, counted from 0
+FIRST = 32  # index of the first canvas token
 SIDE = 4  # patches along a side
 CELLS = 4  # cells along the side of a patch
 PATCHES = SIDE * SIDE
-END = FIRST + PATCHES  # what follows cannot change what the canvas says
-DRAWN = 5  # four latents of things, and how far they cover the ground
+END = FIRST + PATCHES  # tokens from here on cannot influence the canvas: attention is causal
+FOREGROUND = 5  # channels: four latents of things (times alpha), and alpha
 
 
 @dataclass(frozen=True)
-class Laid:
-    """Captions' `tokens` (B, N), N at least `END`, and their pictures' `latents` (B, 4, 16, 16), of about unit
-    variance; the `images` (B, 3, S, S) where captions are to be told apart by them.
+class CaptionedLatents:
+    """Captions' `tokens` (B, N), N >= `END`, and their pictures' `latents` (B, 4, 16, 16), of about unit variance.
+
+    `images` (B, 3, S, S) are given for contrastive batches only.
     """
 
     tokens: Tensor
@@ -40,46 +43,53 @@ class Laid:
     images: Tensor | None = None
 
 
-def codes() -> Tensor:
-    """(PATCHES, 4): where a patch lies, as plus and minus 1: right or left of its pair, lower or upper, right or left
-    half, lower or upper half.
+def patch_codes() -> Tensor:
+    """(PATCHES, 4): the position of a patch as four bits of -1 or 1.
+
+    In order: right patch of its pair, lower patch of its pair, right half, lower half.
     """
     number = torch.arange(PATCHES)
     y, x = number // SIDE, number % SIDE
     return torch.stack([x % 2, y % 2, x // 2, y // 2], 1) * 2.0 - 1
 
 
-class Canvas(nn.Module):
-    """Reads the picture off the text tower's states."""
+class CanvasHead(nn.Module):
+    """Decodes the latent picture from the text encoder's states."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.draw = nn.Linear(width, DRAWN * CELLS * CELLS + 4)
-        self.place = nn.Linear(width, codes().shape[1], bias=False)
+        # The attributes' names are keys of saved weights.
+        self.draw = nn.Linear(width, FOREGROUND * CELLS * CELLS + 4)
+        self.place = nn.Linear(width, patch_codes().shape[1], bias=False)
 
     def forward(self, states: Tensor) -> Tensor:
-        """States (B, N, width) to latents (B, 4, 16, 16): things over a ground of one colour a patch."""
-        drawn, ground = self.draw(states[:, FIRST:END]).split((DRAWN * CELLS * CELLS, 4), dim=2)
-        things, cover = drawn.unflatten(2, (DRAWN, CELLS, CELLS)).split((4, 1), dim=2)
-        patches = things + (1 - cover) * ground[..., None, None]  # B P 4 y x
+        """States (B, N, width) to latents (B, 4, 16, 16): things over a background of one colour per patch."""
+        foreground, background = self.draw(states[:, FIRST:END]).split((FOREGROUND * CELLS * CELLS, 4), dim=2)
+        things, alpha = foreground.unflatten(2, (FOREGROUND, CELLS, CELLS)).split((4, 1), dim=2)
+        patches = things + (1 - alpha) * background[..., None, None]  # B P 4 y x
         rows = patches.unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 4, 2, 5)
         return rows.flatten(4, 5).flatten(2, 3)
 
-    def misplaced(self, states: Tensor) -> Tensor:
-        """How far tokens are from telling which patch they are, and the others from telling that they are none."""
-        wanted = states.new_zeros(states.shape[1], codes().shape[1])
-        wanted[FIRST:END] = codes()
-        return (self.place(states) - wanted).pow(2).mean()
+    def position_loss(self, states: Tensor) -> Tensor:
+        """Mean squared error of the position codes: a canvas token's is its patch's, every other token's is zero."""
+        target = states.new_zeros(states.shape[1], patch_codes().shape[1])
+        target[FIRST:END] = patch_codes()
+        return (self.place(states) - target).pow(2).mean()
 
 
 @dataclass(frozen=True)
-class Telling:
-    """The canvas' squared error, weighted, and the contrast of captions and pictures for batches that have images."""
+class CanvasObjective:
+    """The canvas' weighted squared error, its position loss, and the contrastive loss for batches with images.
+
+    `channel_weights` (4,) weighs the errors of the latent channels.
+    """
 
     contrast: Contrast
-    canvas: Canvas
-    counts: Tensor  # (4,): how much the errors of each latent count
+    canvas: CanvasHead
+    channel_weights: Tensor
     autocast: bool = False
+
+    changeable: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -89,18 +99,23 @@ class Telling:
     def text(self) -> ClipText:
         return self.contrast.text
 
-    def groups(self) -> list[Group]:
+    def parameter_groups(self) -> list[Group]:
         return by_decay(self.networks)
 
-    def losses(self, batch: Laid, step: int) -> Mapping[str, Tensor]:
+    def config(self) -> Mapping[str, Json]:
+        # Six digits: the last bits of the weights, which are measured on pictures, may depend on the processor.
+        weights = [float(f"{weight:.6g}") for weight in self.channel_weights.tolist()]
+        return {"type": "canvas", "channel_weights": weights, "autocast": self.autocast, "base": None}
+
+    def losses(self, batch: CaptionedLatents, step: int) -> Mapping[str, Tensor]:
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.autocast):
-            said = self.text(batch.tokens)
-        states = said.last.float()
+            encoded = self.text(batch.tokens)
+        states = encoded.last.float()
         errors = (self.canvas(states) - batch.latents).pow(2).mean((0, 2, 3))
-        losses = {"canvas": (self.counts * errors).mean(), "place": self.canvas.misplaced(states)}
-        losses["loss"] = losses["canvas"] + 0.3 * losses["place"]
+        losses = {"canvas": (self.channel_weights * errors).mean(), "position": self.canvas.position_loss(states)}
+        losses["loss"] = losses["canvas"] + 0.3 * losses["position"]
         if batch.images is not None:
-            matched = self.contrast.matched(said.pooled.float(), batch.images)
-            losses["contrast"], losses["found"] = matched["loss"], matched["found"]
+            contrast = self.contrast.feature_losses(encoded.pooled.float(), batch.images)
+            losses["contrast"], losses["accuracy"] = contrast["loss"], contrast["accuracy"]
             losses["loss"] = losses["loss"] + 0.2 * losses["contrast"]
         return losses

@@ -1,4 +1,4 @@
-"""What the recipe's commands share: how they end (in an error, one line and 2; by Ctrl-C, 130) and what they tell."""
+"""Shared by the recipe's commands: exit codes (2 for an error, in one line; 130 for Ctrl-C) and progress output."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from gouache.errors import GouacheError
 Item = TypeVar("Item")
 
 
-def ended(work: Callable[[], None]) -> int:
-    """Do `work`; the exit code."""
+def run_command(work: Callable[[], None]) -> int:
+    """Run `work`; returns the exit code."""
     try:
         work()
     except GouacheError as error:
@@ -26,14 +26,14 @@ def ended(work: Callable[[], None]) -> int:
     return 0
 
 
-def counted(items: Sequence[Item], doing: str) -> Iterator[Item]:
-    """The items one by one, and after each a line with the time left."""
+def with_progress(items: Sequence[Item], label: str) -> Iterator[Item]:
+    """Yield the items, and after each print a line with the time left."""
     began = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         left = (time.monotonic() - began) / number * (len(items) - number)
-        print(f"{doing}: {number} of {len(items)}, {left / 60:.0f} min left", flush=True)
+        print(f"{label}: {number} of {len(items)}, {left / 60:.0f} min left", flush=True)
 
 
-def tell_written(path: Path, digest: str) -> None:
+def print_written(path: Path, digest: str) -> None:
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB, sha256 {digest}")

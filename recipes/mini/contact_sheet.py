@@ -1,4 +1,4 @@
-"""Every picture on one sheet, with its prompt and with marks for what the judges found, failures included."""
+"""A contact sheet of all pictures, failures included, with their prompts and marks for the judges' verdicts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ COLUMNS = 3
 LABEL_LINES, LINE_HEIGHT, TEXT_SIZE = 2, 13, 11
 INK, RIGHT, WRONG = (30, 30, 30), (30, 140, 60), (205, 40, 40)
 LEGEND = (
-    "Bars under a picture: left the subject, right the background; green and filled is right, red and hollow wrong."
+    "Bars under a picture: subject on the left, background on the right; solid green is right, hollow red is wrong."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A prompt's pictures, and for each whether subject and background are right."""
+    """A prompt's pictures and, per picture, whether (subject, background) are right."""
 
     label: str
     pictures: tuple[Image.Image, ...]

@@ -1,7 +1,7 @@
-"""Endless captioned pictures by number: sample i of a seed is the same whatever was asked before.
+"""Unlimited captioned pictures by number: sample i of a seed is always the same, whatever was sampled before.
 
-So training resumes anywhere, several workers share a seed without talking, and disjoint seeds (training,
-validation, judges) never meet.
+So training resumes at any step, several workers share a seed without coordination, and samples of different seeds
+(training, validation, judges) are disjoint.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from PIL import Image
 from recipes.mini.captions import caption
 from recipes.mini.names import COLOURS, Colour, Thing
 from recipes.mini.rendering import Glyphs, render
-from recipes.mini.scenes import FIRST_STAGE, Distribution, Scene, draw_scene
+from recipes.mini.scenes import UNIFORM, Distribution, Scene, sample_scene
 
-# Seeds that must not meet. A run may use others; these are what the recipe and its evaluation agree on.
+# Seeds that must differ. A run may use others; these are the ones of the recipe and its evaluation.
 TRAINING_SEED = 1
 VALIDATION_SEED = 2
 JUDGE_SEED = 4
@@ -33,13 +33,13 @@ def sample(
     seed: int,
     index: int,
     things: Sequence[Thing],
-    distribution: Distribution = FIRST_STAGE,
+    distribution: Distribution = UNIFORM,
     colours: Sequence[Colour] = COLOURS,
 ) -> Sample:
-    """Scene and caption number `index` of `seed`; of these alone, and of the things, distribution and colours."""
-    # Random hashes a string with SHA-512 whole, so neighbouring numbers share nothing.
+    """Scene and caption number `index` of `seed`: a function of the arguments alone."""
+    # Random hashes the whole string with SHA-512, so consecutive indices give unrelated generators.
     rng = Random(f"gouache mini {seed} {index}")
-    scene = draw_scene(rng, things, colours, distribution)
+    scene = sample_scene(rng, things, colours, distribution)
     return Sample(scene, caption(scene, rng, distribution))
 
 
@@ -50,9 +50,9 @@ def dataset(
     things: Sequence[Thing],
     glyphs: Glyphs,
     size: int = 128,
-    distribution: Distribution = FIRST_STAGE,
+    distribution: Distribution = UNIFORM,
 ) -> Iterator[tuple[Image.Image, str]]:
     """Pictures (RGB, `size` px square) and captions of the samples `start` to `start + count - 1`."""
     for index in range(start, start + count):
-        drawn = sample(seed, index, things, distribution)
-        yield render(drawn.scene, glyphs, size), drawn.caption
+        each = sample(seed, index, things, distribution)
+        yield render(each.scene, glyphs, size), each.caption

@@ -1,13 +1,12 @@
-"""How good is mini? Paints every prompt of `prompts.txt` and `prompts_more.txt` with four fixed seeds and looks.
+"""Evaluate mini: paint every prompt of `prompts.txt` and `prompts_more.txt` with four fixed seeds, judge the pictures.
 
     python -m recipes.mini.evaluate MODEL [--out FOLDER]        paint, judge, write the contact sheet
     python -m recipes.mini.evaluate --pictures FOLDER           judge pictures that were painted before
 
-No picture is chosen or left out. A subject counts as right when the things that explain most of the picture (see
-`matching`) are just those asked for; a background when the colour of the frame's border lies nearest to the colour
-asked for; a recoloured subject when, besides, the thing's median colour lies nearest to its own; two things on their
-sides when, besides, they are seen where they were asked. All judges are measured on unseen renderings first; see
-`LEAST_ACCURACY`.
+No picture is selected or left out. A subject is right if the things with the largest gain (see `matching`) are exactly
+the requested ones; a background if the colour of the frame's border is nearest to the requested colour; a recoloured
+subject if also the thing's median colour is nearest to the requested one; two things on their sides if also they are
+found where they were requested. All judges are first measured on unseen renderings; see `LEAST_ACCURACY`.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ from PIL import Image
 
 import gouache
 from gouache.errors import RequestError, TrainingError
-from recipes.mini.command import counted, ended
+from recipes.mini.command import run_command, with_progress
 from recipes.mini.contact_sheet import Cell, contact_sheet
 from recipes.mini.dataset import JUDGE_SEED, TRAINING_SEED, sample
-from recipes.mini.looks import ALIKE, distances, ground_of, paint_of, thumbs
-from recipes.mini.matching import Found, Matcher
+from recipes.mini.image_measures import SAME_DISTANCE, background_rgb, distances, thing_colour, thumbnails
+from recipes.mini.matching import Match, Matcher
 from recipes.mini.names import COLOURS, Colour, Thing, load_things, nearest_colour
 from recipes.mini.prompts import MORE_PROMPTS_FILE, PROMPTS_FILE, Prompt, noun_pairs, read_prompts
 from recipes.mini.rendering import Glyphs, render
-from recipes.mini.scenes import FIRST_STAGE, TAUGHT
+from recipes.mini.scenes import TRAINING, UNIFORM
 
-SEEDS = (1, 2, 3, 4)  # one after the other, so that a batch paints them
+SEEDS = (1, 2, 3, 4)  # consecutive, so that one batch paints them
 STEPS = 20
 LEAST_ACCURACY = 0.97  # of every judge
-LEAST_OF_TWO = 0.95  # of that of two things, who must be right twice
-RENDERINGS = 20_000  # of training, that painted pictures are compared with
+LEAST_ACCURACY_TWO = 0.95  # of the judge of two things, which must be right twice
+RENDERINGS = 20_000  # training pictures that painted pictures are compared with
 RUNS = Path("runs/mini")
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What was seen in the picture of prompt number `prompt` (from 0) with `seed`."""
+    """What the judges found in the picture of prompt number `prompt` (from 0) with `seed`."""
 
     prompt: int
     seed: int
@@ -52,58 +51,61 @@ class Verdict:
     colour: str
     things_right: bool
     colour_right: bool
-    paint: str = ""  # the thing's own colour, where one was asked for
-    sides_right: bool | None = None  # None where no sides were asked for
+    tint: str = ""  # the thing's colour, where the prompt requests one
+    sides_right: bool | None = None  # None where the prompt requests no sides
 
 
 def background_of(picture: Image.Image) -> Colour:
     """The named colour nearest to that of the picture's border."""
-    return nearest_colour(ground_of(picture).tolist())
+    return nearest_colour(background_rgb(picture).tolist())
 
 
 def background_accuracy(things: Sequence[Thing], glyphs: Glyphs, pictures: int = 1024) -> float:
-    """The share of unseen scenes with a background of one colour, plain or shaded, for which it is named."""
-    right = seen = 0
+    """The share of unseen scenes with a background of one colour, plain or shaded, where that colour is found."""
+    right = total = 0
     for index in range(pictures):
         scene = sample(JUDGE_SEED, index, things).scene
         if scene.background.start == scene.background.end:
             right += background_of(render(scene, glyphs)) == scene.background.start
-            seen += 1
-    return right / seen
+            total += 1
+    return right / total
 
 
-def paint_accuracy(things: Sequence[Thing], glyphs: Glyphs, pictures: int = 512) -> float:
-    """The share of unseen scenes of one recoloured thing on a plain ground for which its colour is named."""
-    scenes = replace(FIRST_STAGE, counts=(1.0, 0.0, 0.0), tinted=1.0, graded=0.0)
+def tint_accuracy(things: Sequence[Thing], glyphs: Glyphs, pictures: int = 512) -> float:
+    """The share of unseen scenes of one recoloured thing on a plain background where its colour is found."""
+    scenes = replace(UNIFORM, count_weights=(1.0, 0.0, 0.0), tinted=1.0, gradients=0.0)
     right = 0
     for index in range(pictures):
         scene = sample(JUDGE_SEED, index, things, scenes).scene
-        right += paint_of(render(scene, glyphs)) == scene.things[0].tint
+        right += thing_colour(render(scene, glyphs)) == scene.things[0].tint
     return right / pictures
 
 
 def things_accuracy(things: Sequence[Thing], glyphs: Glyphs, count: int, tint: Colour | None, pictures: int) -> float:
-    """The share of unseen scenes of `count` things on a plain ground whose things are all named, sides included."""
+    """The share of unseen scenes of `count` things on a plain background where all are found, on the right sides."""
     scenes = replace(
-        FIRST_STAGE, counts=(float(count == 1), float(count == 2), 0.0), graded=0.0, tinted=float(tint is not None)
+        UNIFORM,
+        count_weights=(float(count == 1), float(count == 2), 0.0),
+        gradients=0.0,
+        tinted=float(tint is not None),
     )
     matcher = Matcher(things, glyphs, tint)
-    drawn = (sample(JUDGE_SEED, index, things, scenes).scene for index in range(100 * pictures))
-    asked = [scene for scene in drawn if scene.things[0].tint == tint][:pictures]
+    unseen = (sample(JUDGE_SEED, index, things, scenes).scene for index in range(100 * pictures))
+    selected = [scene for scene in unseen if scene.things[0].tint == tint][:pictures]
     right = 0
-    for scene in asked:
-        seen = matcher.find(render(scene, glyphs), count)
+    for scene in selected:
+        matches = matcher.find(render(scene, glyphs), count)
         names = tuple(placed.thing.name for placed in scene.things)
         side = "beside" if scene.things[0].x < scene.things[-1].x - 0.3 else "over"
-        right += {things[each.thing].name for each in seen} == set(names) and (
-            count == 1 or on_their_sides(seen, things, names, side)
+        right += {things[each.thing].name for each in matches} == set(names) and (
+            count == 1 or are_arranged(matches, things, names, side)
         )
-    return right / len(asked)
+    return right / len(selected)
 
 
-def on_their_sides(seen: Sequence[Found], things: Sequence[Thing], names: Sequence[str], side: str) -> bool:
-    """Whether of two things seen the first named is left of ("beside") or above ("over") the other."""
-    by_name = {things[each.thing].name: each for each in seen}
+def are_arranged(matches: Sequence[Match], things: Sequence[Thing], names: Sequence[str], side: str) -> bool:
+    """Whether the first named of two things was found left of ("beside") or above ("over") the other."""
+    by_name = {things[each.thing].name: each for each in matches}
     if len(names) != 2 or not by_name.keys() >= set(names):
         return False
     first, second = (by_name[name] for name in names)
@@ -111,52 +113,52 @@ def on_their_sides(seen: Sequence[Found], things: Sequence[Thing], names: Sequen
 
 
 def variety(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:
-    """Shares in percent: of prompts whose pictures all differ; of pictures that copy a rendering out of training."""
+    """Percentages: of prompts whose pictures all differ; of pictures that copy a training picture."""
     differ, copies = [], []
-    # Drawn as large as for training, and then made small as the pictures are: drawn small, a scene looks otherwise.
-    scenes = (sample(TRAINING_SEED, index, things, TAUGHT).scene for index in range(RENDERINGS))
-    known = torch.cat([thumbs([render(scene, glyphs)]) for scene in scenes])
+    # Rendered at the size of training and then reduced, as the pictures are: rendered small, a scene looks different.
+    scenes = (sample(TRAINING_SEED, index, things, TRAINING).scene for index in range(RENDERINGS))
+    trained = torch.cat([thumbnails([render(scene, glyphs)]) for scene in scenes])
     for number in range(len(prompts)):
-        painted = thumbs([open_picture(picture_path(folder, number, seed)) for seed in SEEDS])
+        painted = thumbnails([open_picture(picture_path(folder, number, seed)) for seed in SEEDS])
         apart = distances(painted, painted) + torch.eye(len(painted))
-        differ.append(bool(apart.min() > ALIKE))
-        copies.extend((distances(painted, known).min(1).values < ALIKE).tolist())
+        differ.append(bool(apart.min() > SAME_DISTANCE))
+        copies.extend((distances(painted, trained).min(1).values < SAME_DISTANCE).tolist())
     return {"prompts whose seeds differ": percent(differ), "copies of a training rendering": percent(copies)}
 
 
 def picture_path(folder: Path, prompt: int, seed: int) -> Path:
-    """Where the picture of prompt number `prompt` (from 0) lies; numbers in file names count from 1."""
+    """The path of the picture of prompt number `prompt` (from 0); numbers in file names count from 1."""
     return folder / f"{prompt + 1:03d}-{seed}.png"
 
 
 def paint_all(model: gouache.Model, prompts: Sequence[Prompt], folder: Path) -> None:
     """Paint each prompt with each seed into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, prompt in counted(list(enumerate(prompts)), "painted"):
+    for number, prompt in with_progress(list(enumerate(prompts)), "painted"):
         for picture in model.paint(prompt.text, seed=SEEDS[0], count=len(SEEDS), batch=len(SEEDS), steps=STEPS):
             picture.image.save(picture_path(folder, number, picture.seed))
 
 
 def judge(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], glyphs: Glyphs) -> list[Verdict]:
-    """A verdict on each picture of `folder`, in the order of prompts and seeds; a missing one is an error."""
+    """A verdict per picture of `folder`, in the order of prompts and seeds; RequestError if a picture is missing."""
     verdicts = []
     tints = {colour.name: colour for colour in COLOURS}
-    # One matcher at a time: those that look for a tint hold twice as much.
+    # One matcher at a time: one with a tint needs twice the memory.
     for tint in sorted({prompt.tint for prompt in prompts}):
         matcher = Matcher(things, glyphs, tints.get(tint))
-        asked = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.tint == tint]
-        for number, prompt in counted(asked, f"judged, {tint or 'no'} paint"):
+        selected = [(number, prompt) for number, prompt in enumerate(prompts) if prompt.tint == tint]
+        for number, prompt in with_progress(selected, f"judged, tint {tint or 'none'}"):
             for seed in SEEDS:
                 picture = open_picture(picture_path(folder, number, seed))
-                seen = matcher.find(picture, len(prompt.things))
-                names, colour = tuple(sorted(things[each.thing].name for each in seen)), background_of(picture).name
+                matches = matcher.find(picture, len(prompt.things))
+                names, colour = tuple(sorted(things[each.thing].name for each in matches)), background_of(picture).name
                 right = set(names) == set(prompt.things)
                 verdict = Verdict(number, seed, names, colour, right, colour == prompt.colour)
                 if tint:
-                    paint = paint_of(picture)
-                    verdict = replace(verdict, paint=paint.name if paint else "")
+                    found = thing_colour(picture)
+                    verdict = replace(verdict, tint=found.name if found else "")
                 if prompt.side:
-                    sides = right and on_their_sides(seen, things, prompt.things, prompt.side)
+                    sides = right and are_arranged(matches, things, prompt.things, prompt.side)
                     verdict = replace(verdict, sides_right=sides)
                 verdicts.append(verdict)
     return sorted(verdicts, key=lambda verdict: (verdict.prompt, verdict.seed))
@@ -164,13 +166,13 @@ def judge(prompts: Sequence[Prompt], folder: Path, things: Sequence[Thing], glyp
 
 def open_picture(path: Path) -> Image.Image:
     if not path.is_file():
-        raise RequestError("pictures", f"{path} is missing; every prompt needs {len(SEEDS)} pictures")
+        raise RequestError("pictures", f"{path} is missing; every prompt needs {len(SEEDS)} pictures, NNN-SEED.png")
     with Image.open(path) as picture:
         return picture.convert("RGB")
 
 
 def figures(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[str, float]:
-    """Shares in percent of what the prompts ask: subjects, sides, colours, backgrounds, and noun pairs that differ."""
+    """Percentages of what the prompts request: subjects, sides, colours, backgrounds, and noun pairs that differ."""
     by_prompt = {(verdict.prompt, verdict.seed): verdict for verdict in verdicts}
     pairs = [(by_prompt[i, seed], by_prompt[j, seed]) for i, j in noun_pairs(prompts) for seed in SEEDS]
     one = [verdict for verdict in verdicts if len(prompts[verdict.prompt].things) == 1]
@@ -183,12 +185,12 @@ def figures(prompts: Sequence[Prompt], verdicts: Sequence[Verdict]) -> dict[str,
         "subject right, prompts for two things": [verdict.things_right for verdict in several],
         "two things on the right sides": [bool(verdict.sides_right) for verdict in sided],
         "recoloured thing right": [v.things_right for v in tinted],
-        "recoloured thing right, in its colour": [v.things_right and v.paint == prompts[v.prompt].tint for v in tinted],
+        "recoloured thing right, in its colour": [v.things_right and v.tint == prompts[v.prompt].tint for v in tinted],
         "background right": [verdict.colour_right for verdict in verdicts],
         "noun pairs: subjects differ": [a.things != b.things for a, b in pairs],
         "noun pairs: both right": [a.things_right and b.things_right for a, b in pairs],
     }
-    return {name: percent(each) for name, each in answers.items() if each}  # what no prompt asks is not said
+    return {name: percent(each) for name, each in answers.items() if each}  # without what no prompt requests
 
 
 def percent(answers: Sequence[bool]) -> float:
@@ -198,34 +200,34 @@ def percent(answers: Sequence[bool]) -> float:
 def report_markdown(
     title: str, prompts: Sequence[Prompt], verdicts: Sequence[Verdict], shares: dict[str, float]
 ) -> str:
-    """The figures, then every prompt with what was seen for each seed, as Markdown tables."""
+    """The figures, then every prompt with what was found for each seed, as Markdown tables."""
     lines = [f"# {title}", "", "| figure | % |", "| --- | ---: |"]
     lines += [f"| {name} | {share:.1f} |" for name, share in shares.items()]
-    lines += ["", "| prompt | subject right | background right | seen |", "| --- | ---: | ---: | --- |"]
+    lines += ["", "| prompt | subject right | background right | found |", "| --- | ---: | ---: | --- |"]
     for number, prompt in enumerate(prompts):
-        own = [verdict for verdict in verdicts if verdict.prompt == number]
-        things_right, colours_right = (sum(v.things_right for v in own), sum(v.colour_right for v in own))
-        seen = "; ".join(f"{' + '.join(verdict.things)} on {verdict.colour}" for verdict in own)
-        lines.append(f"| {prompt.text} | {things_right} of {len(own)} | {colours_right} of {len(own)} | {seen} |")
+        of_prompt = [verdict for verdict in verdicts if verdict.prompt == number]
+        things_right, colours_right = (sum(v.things_right for v in of_prompt), sum(v.colour_right for v in of_prompt))
+        found = "; ".join(f"{' + '.join(verdict.things)} on {verdict.colour}" for verdict in of_prompt)
+        count = len(of_prompt)
+        lines.append(f"| {prompt.text} | {things_right} of {count} | {colours_right} of {count} | {found} |")
     return "\n".join(lines) + "\n"
 
 
 def measure_judges(things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:
-    """How often each judge is right on unseen renderings, in percent; TrainingError below the least."""
+    """How often each judge is right on unseen renderings, in percent; TrainingError if that is not often enough."""
     accuracies = {
         "judge of one thing": things_accuracy(things, glyphs, 1, None, 200),
         "judge of one thing, green": things_accuracy(things, glyphs, 1, COLOURS[3], 100),
         "judge of two things and their sides": things_accuracy(things, glyphs, 2, None, 100),
         "judge of backgrounds": background_accuracy(things, glyphs),
-        "judge of a thing's colour": paint_accuracy(things, glyphs),
+        "judge of a thing's colour": tint_accuracy(things, glyphs),
     }
     for name, accuracy in accuracies.items():
         print(f"{name}: right on {accuracy:.1%} of unseen renderings", flush=True)
-        least = LEAST_OF_TWO if "two" in name else LEAST_ACCURACY
+        least = LEAST_ACCURACY_TWO if "two" in name else LEAST_ACCURACY
         if accuracy < least:
             raise TrainingError(
-                f"the {name} is right on {accuracy:.1%} of unseen renderings, not on the {least:.0%}"
-                " that its verdicts need"
+                f"the {name} is right on {accuracy:.1%} of unseen renderings; expected at least {least:.0%}"
             )
     return {f"{name}, on unseen renderings": round(100 * accuracy, 1) for name, accuracy in accuracies.items()}
 
@@ -233,7 +235,7 @@ def measure_judges(things: Sequence[Thing], glyphs: Glyphs) -> dict[str, float]:
 def evaluate(arguments: argparse.Namespace) -> None:
     things, glyphs = load_things(), Glyphs(arguments.font)
     prompts = [prompt for path in arguments.prompts for prompt in read_prompts(path)]
-    # A model that cannot be loaded is said before the judges are measured, which takes minutes.
+    # Load the model first: an error must not come after the judges were measured, which takes minutes.
     model = gouache.load(arguments.model) if arguments.pictures is None else None
     accuracies = measure_judges(things, glyphs)
 
@@ -272,13 +274,15 @@ def main() -> int:
         prog="python -m recipes.mini.evaluate", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("model", nargs="?", default="mini", help="model file, or the name of an embedded model")
-    parser.add_argument("--pictures", type=Path, help="judge this folder's NNN-SEED.png instead of painting")
+    parser.add_argument("--pictures", type=Path, help="judge the NNN-SEED.png of this folder instead of painting")
     parser.add_argument("--prompts", type=Path, nargs="+", default=[PROMPTS_FILE, MORE_PROMPTS_FILE])
-    parser.add_argument("--out", type=Path, default=RUNS / "evaluation", help="folder for sheet, table and figures")
-    parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, where it is in no usual font folder")
+    parser.add_argument(
+        "--out", type=Path, default=RUNS / "evaluation", help="folder for the contact sheet, the table and the figures"
+    )
+    parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in a usual font folder")
     parser.add_argument("--title", default="mini")
     arguments = parser.parse_args()
-    return ended(lambda: evaluate(arguments))
+    return run_command(lambda: evaluate(arguments))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Which things a picture shows, judged by laying every thing over its ground and measuring what is left.
+"""Which things a picture shows, judged by template matching: every thing is composited over the picture's background.
 
-No network and no training: a hypothesis is a glyph of the font, a size, a place and a turn; it explains so much of a
-picture as it brings down the squared difference to a picture of the ground alone. All things are tried in all sizes and
-places on a coarse picture, the likeliest again on a finer one. So the judge shares nothing with the model it judges.
+No network and no training: a hypothesis is a glyph of the font, a size, a position and an angle; its gain is the amount
+by which it reduces the squared difference to a picture of the background alone. All things are tried in all sizes and
+positions on a coarse picture, the best candidates again on a finer one. So the judge shares nothing with the model that
+it judges.
 
-With ground G (one colour), picture I = G + D, and a glyph of colour c (times its cover) and cover a, what is left of
-|D|^2 is |D - (c - a G)|^2; the gain 2 D.(c - a G) - |c - a G|^2 is a few inner products.
+With background B (one colour), picture I = B + D, and a glyph of premultiplied colour c and alpha a, the remaining
+squared difference is |D - (c - a B)|^2 instead of |D|^2; the gain 2 D.(c - a B) - |c - a B|^2 is a few inner products.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from recipes.mini.looks import ground_of
+from recipes.mini.image_measures import background_rgb
 from recipes.mini.names import Colour, Thing
 from recipes.mini.rendering import Glyphs, tinted
 
 COARSE, FINE = 24, 64  # pixels along the side
-SMALL = (0.42, 0.47)  # sizes, as shares of the frame: of things on the quarters
-LARGE = (0.60, 0.66, 0.72, 0.80, 0.88)  # and of those in the middle
+SMALL_SIZES = (0.42, 0.47)  # as fractions of the frame: of things on the quarters
+LARGE_SIZES = (0.60, 0.66, 0.72, 0.80, 0.88)  # and of things in the middle
 QUARTERS = (0.25, 0.5, 0.75)
-NEAR = (-1 / COARSE, 0.0, 1 / COARSE)  # how far a large thing may stray, on the coarse picture
-TURNS = (-8.0, 0.0, 8.0)  # degrees
-STRAY = 3  # pixels of the finer picture, either way
-LIKELY = 40  # hypotheses that are tried again
-APART = 0.3  # of the frame: the least distance of two things' centres
+OFFSETS = (-1 / COARSE, 0.0, 1 / COARSE)  # of a large thing from the middle, on the coarse picture
+ANGLES = (-8.0, 0.0, 8.0)  # degrees
+SEARCH_RADIUS = 3  # pixels of the finer picture, along each axis
+CANDIDATES = 40  # hypotheses that are tried again
+MIN_DISTANCE = 0.3  # of two things' centres, as a fraction of the frame
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """A thing by its number, where its centre is (shares of the frame), its size, and how much it explains."""
+class Match:
+    """A thing by its number, its centre and size (fractions of the frame), and its gain."""
 
     thing: int
     x: float
@@ -46,7 +47,7 @@ class Found:
 
 
 class Matcher:
-    """Finds things of one list in pictures; with a `tint`, things painted in it as well as things in their own colours.
+    """Finds things of one list in pictures: in their usual colours and, given a `tint`, recoloured with it too.
 
     Needs half a gigabyte for nine hundred things, a whole one with a tint.
     """
@@ -54,12 +55,14 @@ class Matcher:
     def __init__(self, things: Sequence[Thing], glyphs: Glyphs, tint: Colour | None = None) -> None:
         self.things, self.glyphs = things, glyphs
         self.tints: tuple[Colour | None, ...] = (None,) if tint is None else (None, tint)
-        self._kept: dict[tuple[int, Colour | None, float, float, float], Tensor] = {}
-        self.spots = [(x, y, size) for size in SMALL for y in QUARTERS for x in QUARTERS]
-        self.spots += [(0.5 + dx, 0.5 + dy, size) for size in LARGE for dy in NEAR for dx in NEAR]
-        laid = torch.stack([self._laid(bitmap, *spot, COARSE) for bitmap in self._bitmaps() for spot in self.spots])
-        self.colour, self.cover = laid[:, :3].flatten(1), laid[:, 3].flatten(1)
-        self.fixed = _squares(laid)
+        self._cache: dict[tuple[int, Colour | None, float, float, float], Tensor] = {}
+        self.spots = [(x, y, size) for size in SMALL_SIZES for y in QUARTERS for x in QUARTERS]
+        self.spots += [(0.5 + dx, 0.5 + dy, size) for size in LARGE_SIZES for dy in OFFSETS for dx in OFFSETS]
+        templates = torch.stack(
+            [self._template(bitmap, *spot, COARSE) for bitmap in self._bitmaps() for spot in self.spots]
+        )
+        self.colour, self.alpha = templates[:, :3].flatten(1), templates[:, 3].flatten(1)
+        self.products = _inner_products(templates)
 
     def _bitmaps(self) -> Iterator[Image.Image]:
         for tint in self.tints:
@@ -71,87 +74,92 @@ class Matcher:
         return bitmap if tint is None else tinted(bitmap, tint)
 
     @staticmethod
-    def _laid(bitmap: Image.Image, x: float, y: float, size: float, side: int, turn: float = 0.0) -> Tensor:
-        """(4, side, side) in 0..1: colour times cover, and cover."""
-        # Laid at its own size on a frame that large, and the frame made small: so a place need not be a whole pixel.
+    def _template(bitmap: Image.Image, x: float, y: float, size: float, side: int, angle: float = 0.0) -> Tensor:
+        """(4, side, side) in 0..1: premultiplied colour, and alpha."""
+        # Pasted at its original size on a large frame, which is then reduced: so positions need not be whole pixels.
         frame = round(max(bitmap.size) / size)
-        if turn:
-            bitmap = bitmap.rotate(turn, Image.Resampling.BILINEAR, expand=True)
-        whole = Image.new("RGBa", (frame, frame))
-        whole.paste(bitmap, (round(x * frame - bitmap.width / 2), round(y * frame - bitmap.height / 2)))
-        small = whole.resize((side, side), Image.Resampling.BOX)
+        if angle:
+            bitmap = bitmap.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+        large = Image.new("RGBa", (frame, frame))
+        large.paste(bitmap, (round(x * frame - bitmap.width / 2), round(y * frame - bitmap.height / 2)))
+        small = large.resize((side, side), Image.Resampling.BOX)
         return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255
 
-    def find(self, picture: Image.Image, count: int = 1) -> list[Found]:
-        """The `count` (1 or 2) different things that together explain most of a picture, most first."""
-        ground = torch.from_numpy(ground_of(picture) / 255).float()
-        coarse, fine = (_beside(picture, ground, side) for side in (COARSE, FINE))
-        inner = self.colour @ coarse.flatten() - (self.cover @ coarse.flatten(1).T) @ ground
-        gains = (2 * inner - _square(self.fixed, ground)).view(-1, len(self.spots))
+    def find(self, picture: Image.Image, count: int = 1) -> list[Match]:
+        """The `count` (1 or 2) different things with the largest total gain, largest gain first."""
+        background = torch.from_numpy(background_rgb(picture) / 255).float()
+        coarse, fine = (_minus_background(picture, background, side) for side in (COARSE, FINE))
+        inner = self.colour @ coarse.flatten() - (self.alpha @ coarse.flatten(1).T) @ background
+        gains = (2 * inner - _squared_norm(self.products, background)).view(-1, len(self.spots))
         if count == 1:
-            everywhere = list(range(len(self.spots)))
-            return [max(self._again(gains, everywhere, fine, ground), key=lambda found: found.gain)]
-        likely = [each for place in self._places() for each in self._again(gains, place, fine, ground)]
+            all_spots = list(range(len(self.spots)))
+            return [max(self._refine(gains, all_spots, fine, background), key=lambda match: match.gain)]
+        candidates = [
+            each for spots in self._spots_by_centre() for each in self._refine(gains, spots, fine, background)
+        ]
         pairs = [
             (a, b)
-            for number, a in enumerate(likely)
-            for b in likely[:number]
-            if a.thing != b.thing and np.hypot(a.x - b.x, a.y - b.y) > APART
+            for number, a in enumerate(candidates)
+            for b in candidates[:number]
+            if a.thing != b.thing and np.hypot(a.x - b.x, a.y - b.y) > MIN_DISTANCE
         ]
-        return sorted(max(pairs, key=lambda pair: pair[0].gain + pair[1].gain), key=lambda found: -found.gain)
+        return sorted(max(pairs, key=lambda pair: pair[0].gain + pair[1].gain), key=lambda match: -match.gain)
 
-    def _places(self) -> list[list[int]]:
-        """The numbers of the spots for small things, place by place."""
-        small = [number for number, spot in enumerate(self.spots) if spot[2] in SMALL]
-        return [small[place :: len(QUARTERS) ** 2] for place in range(len(QUARTERS) ** 2)]
+    def _spots_by_centre(self) -> list[list[int]]:
+        """The indices of the spots for small things, one list per centre."""
+        small = [number for number, spot in enumerate(self.spots) if spot[2] in SMALL_SIZES]
+        return [small[centre :: len(QUARTERS) ** 2] for centre in range(len(QUARTERS) ** 2)]
 
-    def _again(self, gains: Tensor, spots: list[int], fine: Tensor, ground: Tensor) -> list[Found]:
-        """The things that are likeliest in some spots, each with the size, turn and place that explain most."""
+    def _refine(self, gains: Tensor, spots: list[int], fine: Tensor, background: Tensor) -> list[Match]:
+        """The best candidates for some spots, each with the size, angle and position of the largest gain."""
         best, where = gains[:, spots].max(1)
-        rows = best.topk(min(LIKELY, len(best))).indices
-        found = []
-        padded = F.pad(fine, (STRAY,) * 4)[None]
+        rows = best.topk(min(CANDIDATES, len(best))).indices
+        matches = []
+        padded = F.pad(fine, (SEARCH_RADIUS,) * 4)[None]
         for row, spot in zip(rows.tolist(), where[rows].tolist()):
             x, y, size = self.spots[spots[spot]]
             kernels = self._kernels(row, x, y, size)
             inner = F.conv2d(padded, kernels[:, :3])
-            covered = torch.stack([F.conv2d(padded[:, c : c + 1], kernels[:, 3:])[0] for c in range(3)])
+            alpha_inner = torch.stack([F.conv2d(padded[:, c : c + 1], kernels[:, 3:])[0] for c in range(3)])
             score = (
-                2 * (inner[0] - torch.einsum("c,ckyx->kyx", ground, covered))
-                - _square(_squares(kernels), ground)[:, None, None]
+                2 * (inner[0] - torch.einsum("c,ckyx->kyx", background, alpha_inner))
+                - _squared_norm(_inner_products(kernels), background)[:, None, None]
             )
-            gain, place = score.flatten().max(0)
-            _, dy, dx = np.unravel_index(int(place), score.shape)
-            found.append(
-                Found(row % len(self.things), x + (dx - STRAY) / FINE, y + (dy - STRAY) / FINE, size, float(gain))
-            )
-        return found
+            gain, index = score.flatten().max(0)
+            _, dy, dx = np.unravel_index(int(index), score.shape)
+            dx, dy = (float(step - SEARCH_RADIUS) / FINE for step in (dx, dy))
+            matches.append(Match(row % len(self.things), x + dx, y + dy, size, float(gain)))
+        return matches
 
     def _kernels(self, row: int, x: float, y: float, size: float) -> Tensor:
-        """(sizes * turns, 4, FINE, FINE)."""
+        """(sizes * angles, 4, FINE, FINE)."""
         tint, thing = self.tints[row // len(self.things)], row % len(self.things)
         key = (thing, tint, x, y, size)
-        if key not in self._kept:
+        if key not in self._cache:
             bitmap = self._bitmap(self.things[thing], tint)
-            laid = [self._laid(bitmap, x, y, size * grown, FINE, turn) for grown in (0.96, 1.0, 1.04) for turn in TURNS]
-            self._kept[key] = (torch.stack(laid) * 255).round().byte()
-        return self._kept[key].float() / 255
+            templates = [
+                self._template(bitmap, x, y, size * scale, FINE, angle)
+                for scale in (0.96, 1.0, 1.04)
+                for angle in ANGLES
+            ]
+            self._cache[key] = (torch.stack(templates) * 255).round().byte()
+        return self._cache[key].float() / 255
 
 
-def _beside(picture: Image.Image, ground: Tensor, side: int) -> Tensor:
-    """(3, side, side): the picture less its ground."""
+def _minus_background(picture: Image.Image, background: Tensor, side: int) -> Tensor:
+    """(3, side, side): the reduced picture minus its background's colour."""
     small = picture.convert("RGB").resize((side, side), Image.Resampling.BOX)
-    return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255 - ground[:, None, None]
+    return torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1).float() / 255 - background[:, None, None]
 
 
-def _squares(laid: Tensor) -> Tensor:
-    """(N, 5) of (N, 4, y, x): |c|^2, c.a of each colour, |a|^2."""
-    colour, cover = laid[:, :3], laid[:, 3:]
+def _inner_products(templates: Tensor) -> Tensor:
+    """(N, 5) of (N, 4, y, x): |c|^2, c.a of each colour channel, |a|^2."""
+    colour, alpha = templates[:, :3], templates[:, 3:]
     return torch.stack(
-        [colour.pow(2).sum((1, 2, 3)), *(colour * cover).sum((2, 3)).unbind(1), cover.pow(2).sum((1, 2, 3))], 1
+        [colour.pow(2).sum((1, 2, 3)), *(colour * alpha).sum((2, 3)).unbind(1), alpha.pow(2).sum((1, 2, 3))], 1
     )
 
 
-def _square(squares: Tensor, ground: Tensor) -> Tensor:
-    """|c - a G|^2 (N) by `_squares` and G (3)."""
-    return squares[:, 0] - 2 * squares[:, 1:4] @ ground + squares[:, 4] * ground.pow(2).sum()
+def _squared_norm(products: Tensor, background: Tensor) -> Tensor:
+    """|c - a B|^2 (N) from `_inner_products` and B (3)."""
+    return products[:, 0] - 2 * products[:, 1:4] @ background + products[:, 4] * background.pow(2).sum()

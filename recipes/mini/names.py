@@ -1,7 +1,7 @@
-"""What mini's pictures can hold: the named things of `names.toml`, and twelve background colours.
+"""What mini's pictures can contain: the named things of `names.toml`, and twelve colours.
 
-Things are data, so that more are added without touching code; colours are few and chosen far apart, so that a
-colour word always means one clearly different picture.
+Things are data, so that more can be added without changing code. Colours are few and far apart, so that each colour
+word makes a clearly different picture.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ NAMES_FILE = Path(__file__).with_name("names.toml")
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One glyph with its words. `article` and `colour` are empty where the usual rule, or no colour, holds."""
+    """One glyph with its names.
+
+    `article` is empty where "a" or "an" follows from the first letter, `colour` where there is no single usual colour.
+    """
 
     glyph: str
     name: str
-    also: tuple[str, ...] = ()
+    synonyms: tuple[str, ...] = ()
     article: str = ""
     colour: str = ""
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Every way captions name the thing, the usual one first."""
-        return (self.name, *self.also)
+        """All names that captions use for the thing, the most frequent first."""
+        return (self.name, *self.synonyms)
 
 
 @dataclass(frozen=True, slots=True)
 class Colour:
-    """A background colour: sRGB 0..255, its usual name first, then its synonyms."""
+    """A colour of backgrounds and tints: sRGB 0..255; its usual name, then its synonyms."""
 
     rgb: tuple[int, int, int]
     words: tuple[str, ...]
@@ -59,12 +62,12 @@ COLOURS: tuple[Colour, ...] = (
 
 
 def load_things(path: Path = NAMES_FILE) -> tuple[Thing, ...]:
-    """The rows of a names file, in its order."""
+    """The rows of a names file, in file order."""
     with path.open("rb") as file:
         rows = tomllib.load(file)["things"]
-    return tuple(Thing(**{**row, "also": tuple(row.get("also", ()))}) for row in rows)
+    return tuple(Thing(**{**row, "synonyms": tuple(row.get("synonyms", ()))}) for row in rows)
 
 
 def nearest_colour(rgb: Sequence[float], colours: Sequence[Colour] = COLOURS) -> Colour:
-    """The named colour at the least distance from `rgb` (sRGB, 0..255)."""
+    """The named colour nearest to `rgb` (sRGB, 0..255; Euclidean distance)."""
     return min(colours, key=lambda colour: sum((a - b) ** 2 for a, b in zip(colour.rgb, rgb)))

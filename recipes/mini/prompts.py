@@ -17,10 +17,10 @@ SIDES = ("", "beside", "over")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked, the names of the things that must be seen, and the background colour's name.
+    """A prompt, the names of the things it requests, and the name of the background's colour.
 
-    `tint` is the colour that the thing itself is to have, "" where it is its own; `side` says where two things are to
-    stand, the first "beside" (left of) or "over" the second, "" where that is not asked.
+    `tint` is the requested colour of the thing, "" for its usual one; `side` is the requested arrangement of two
+    things: the first "beside" (left of) or "over" the second, "" for any.
     """
 
     text: str
@@ -31,7 +31,7 @@ class Prompt:
 
 
 def read_prompts(path: Path = PROMPTS_FILE) -> tuple[Prompt, ...]:
-    """The prompts of a file in its order; every thing and colour must be one that the model is taught."""
+    """The prompts of a file, in file order; every thing and colour must be one that the model is trained on."""
     known = {thing.name for thing in load_things()}
     colours = {colour.name for colour in COLOURS}
     prompts = []
@@ -40,26 +40,30 @@ def read_prompts(path: Path = PROMPTS_FILE) -> tuple[Prompt, ...]:
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise FileError(path, "is not UTF-8; a line is a prompt, its things and its colour, tabs between") from None
+        raise FileError(
+            path, "is not UTF-8; expected text with a prompt, its things and its colour per line, separated by tabs"
+        ) from None
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):
             continue
         parts = line.split("\t")
         if not 3 <= len(parts) <= 5:
             raise RequestError(
-                "prompts", f"{path} line {number}: expected prompt, things, colour [, tint [, side]] between tabs"
+                "prompts",
+                f"{path} line {number}: has {len(parts)} parts; expected prompt, things, colour [, tint [, side]],"
+                " separated by tabs",
             )
         prompt = Prompt(parts[0], tuple(parts[1].split(", ")), *parts[2:])
         if prompt.side not in SIDES:
-            raise RequestError("prompts", f"{path} line {number}: {prompt.side!r} is not beside or over")
+            raise RequestError("prompts", f"{path} line {number}: side is {prompt.side!r}; expected beside or over")
         for unknown in {*prompt.things} - known | {prompt.colour, prompt.tint} - colours - {""}:
-            raise RequestError("prompts", f"{path} line {number}: {unknown!r} is not a thing or colour of names.py")
+            raise RequestError("prompts", f"{path} line {number}: {unknown!r} is not a thing of names.toml or a colour")
         prompts.append(prompt)
     return tuple(prompts)
 
 
 def noun_pairs(prompts: Sequence[Prompt]) -> list[tuple[int, int]]:
-    """Numbers (from 0) of prompts that differ in one word only and ask for different things."""
+    """Indices of pairs of prompts that differ in one word only and request different things."""
     pairs = []
     for (i, a), (j, b) in combinations(enumerate(prompts), 2):
         words, others = a.text.split(), b.text.split()

@@ -1,6 +1,6 @@
-"""Scene to picture: colour glyphs of an emoji font, scaled, turned and laid over a background.
+"""Rendering of scenes: colour glyphs of an emoji font, scaled, rotated and pasted over a background.
 
-The font's bitmaps are read once, cut to their content and kept, so that a picture of 128 px costs a millisecond.
+The font's bitmaps are read once, cropped to their content and cached, so that a picture of 128 px takes a millisecond.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gouache.errors import RequestError
 from recipes.mini.names import Colour
-from recipes.mini.scenes import Background, Placed, Scene
+from recipes.mini.scenes import Background, PlacedThing, Scene
 
 FONT_NAME = "NotoColorEmoji.ttf"
 FONT_FOLDERS = (
@@ -24,27 +24,27 @@ FONT_FOLDERS = (
     "/Library/Fonts",
     "~/Library/Fonts",
 )
-STRIKE = 109  # the one size in pixels that the font's bitmaps exist in
+STRIKE = 109  # the only size, in pixels, that the font has bitmaps of
 
 
 def find_font(font: Path | None = None) -> Path:
-    """`font` if given, else Noto Color Emoji in the usual font folders."""
+    """`font` if given, else Noto Color Emoji from the usual font folders; RequestError if there is none."""
     if font is not None:
         if not font.is_file():
-            raise RequestError("font", f"there is no file {font}")
+            raise RequestError("font", f"there is no file {font}; expected {FONT_NAME}")
         return font
     for folder in FONT_FOLDERS:
         for path in sorted(Path(folder).expanduser().rglob(FONT_NAME)):
             return path
     raise RequestError(
         "font",
-        f"{FONT_NAME} is in none of the usual font folders; install the package fonts-noto-color-emoji"
-        " (Debian, Ubuntu), google-noto-emoji-color-fonts (Fedora) or noto-fonts-emoji (Arch), or name the file",
+        f"{FONT_NAME} is not in any of the usual font folders; install the package fonts-noto-color-emoji"
+        " (Debian, Ubuntu), google-noto-emoji-color-fonts (Fedora) or noto-fonts-emoji (Arch), or pass --font FILE",
     )
 
 
 class Glyphs:
-    """The font's bitmaps by glyph: RGBA with premultiplied colour, cut to content, read when first asked for."""
+    """The font's bitmaps by glyph: RGBA with premultiplied colour, cropped to their content, read at first use."""
 
     def __init__(self, font: Path | None = None) -> None:
         self.path = find_font(font)
@@ -52,7 +52,7 @@ class Glyphs:
             self._font = ImageFont.truetype(str(self.path), STRIKE, layout_engine=ImageFont.Layout.BASIC)
         except OSError as error:
             raise RequestError(
-                "font", f"{self.path} cannot be used ({error}); {FONT_NAME} with bitmaps of size {STRIKE} is expected"
+                "font", f"{self.path} cannot be used ({error}); expected {FONT_NAME} with bitmaps of size {STRIKE}"
             ) from error
         self._bitmaps: dict[str, Image.Image] = {}
 
@@ -62,22 +62,22 @@ class Glyphs:
             ImageDraw.Draw(canvas).text((STRIKE // 4, STRIKE // 4), glyph, font=self._font, embedded_color=True)
             box = canvas.getchannel("A").getbbox()
             if box is None:
-                raise RequestError("font", f"{self.path} has no colour bitmap for {glyph!r}")
-            cut = canvas.crop(box)
-            # Text pasted onto nothing is already multiplied by its own coverage: the bytes are premultiplied.
-            self._bitmaps[glyph] = Image.frombytes("RGBa", cut.size, cut.tobytes())
+                raise RequestError("font", f"{self.path} has no colour bitmap for {glyph!r}; use a newer {FONT_NAME}")
+            cropped = canvas.crop(box)
+            # Pillow blends the text with transparent black, so these bytes are already premultiplied by alpha.
+            self._bitmaps[glyph] = Image.frombytes("RGBa", cropped.size, cropped.tobytes())
         return self._bitmaps[glyph]
 
 
 def render(scene: Scene, glyphs: Glyphs, size: int = 128) -> Image.Image:
-    """The RGB picture of `scene`, `size` pixels square; later things lie over earlier ones."""
-    picture = _paint_background(scene.background, size)
+    """The RGB picture of `scene`, `size` pixels square; later things are pasted over earlier ones."""
+    picture = _render_background(scene.background, size)
     for placed in scene.things:
-        _lay(picture, placed, glyphs[placed.thing.glyph])
+        _paste(picture, placed, glyphs[placed.thing.glyph])
     return picture
 
 
-def _lay(picture: Image.Image, placed: Placed, bitmap: Image.Image) -> None:
+def _paste(picture: Image.Image, placed: PlacedThing, bitmap: Image.Image) -> None:
     scale = placed.size * picture.width / max(bitmap.size)
     if placed.tint is not None:
         bitmap = tinted(bitmap, placed.tint)
@@ -86,35 +86,35 @@ def _lay(picture: Image.Image, placed: Placed, bitmap: Image.Image) -> None:
     if placed.angle:
         bitmap = bitmap.rotate(placed.angle, Image.Resampling.BICUBIC, expand=True)
     width, height = (max(1, round(side * scale)) for side in bitmap.size)
-    # Scaled after turning: the resize averages over whole source pixels, so small things stay free of jaggies.
+    # Scaled after rotation: the resize averages over source pixels, so small things have smooth edges.
     bitmap = bitmap.resize((width, height), Image.Resampling.HAMMING).convert("RGBA")
     corner = round(placed.x * picture.width - width / 2), round(placed.y * picture.height - height / 2)
     picture.paste(bitmap, corner, bitmap)
 
 
-BRIGHTNESS = np.array([0.30, 0.59, 0.11], np.float32)
+LUMA = np.array([0.30, 0.59, 0.11], np.float32)
 
 
 def tinted(bitmap: Image.Image, colour: Colour) -> Image.Image:
-    """A glyph (premultiplied) painted over: what is as bright as most of it has the colour, the rest is shaded."""
+    """A premultiplied glyph, recoloured: pixels of median brightness get `colour`, others a lighter or darker shade."""
     pixels = np.asarray(bitmap, np.float32)
     alpha = pixels[..., 3:]
-    bright = pixels[..., :3] @ BRIGHTNESS / np.maximum(alpha[..., 0], 1)
-    usual = np.median(bright[alpha[..., 0] > 127])
-    amount = np.clip(bright - usual, -0.6, 0.6)[..., None]
+    bright = pixels[..., :3] @ LUMA / np.maximum(alpha[..., 0], 1)
+    median = np.median(bright[alpha[..., 0] > 127])
+    amount = np.clip(bright - median, -0.6, 0.6)[..., None]
     rgb = np.asarray(colour.rgb, np.float32)
-    painted = rgb + np.abs(amount) * (np.where(amount > 0, 255.0, 0.0) - rgb)
-    whole = np.concatenate([painted * alpha / 255, alpha], 2)
-    return Image.frombytes("RGBa", bitmap.size, np.rint(whole).astype(np.uint8).tobytes())
+    recoloured = rgb + np.abs(amount) * (np.where(amount > 0, 255.0, 0.0) - rgb)
+    rgba = np.concatenate([recoloured * alpha / 255, alpha], 2)
+    return Image.frombytes("RGBa", bitmap.size, np.rint(rgba).astype(np.uint8).tobytes())
 
 
 def shade(colour: Colour, amount: float) -> np.ndarray:
-    """`colour` moved by |amount| of the way towards white (amount > 0) or black (amount < 0), as (3,) float32."""
+    """`colour` mixed with white (amount > 0) or black (amount < 0) in the proportion |amount|: (3,) float32, 0..255."""
     rgb = np.asarray(colour.rgb, np.float32)
     return rgb + abs(amount) * ((255.0 if amount > 0 else 0.0) - rgb)
 
 
-def _paint_background(background: Background, size: int) -> Image.Image:
+def _render_background(background: Background, size: int) -> Image.Image:
     if not background.direction:
         return Image.new("RGB", (size, size), background.start.rgb)
     if background.start == background.end:

@@ -1,10 +1,9 @@
 """Train the embedded model: python -m recipes.mini.train all|vae|text|unet [--folder runs/mini] [--seconds N]
 
-The stages, in order, are vae, text and unet. Each can be stopped by Ctrl-C or a kill at
-any moment and goes on where its newest checkpoint stands; `recipes.mini.bundle` makes a model file of what there is.
-With `--start FILE`, stages begin from the weights in a bundled file instead of from nothing, and unet reads prompts
-with that file's text tower where none was trained in the folder: a run can be taken up where only its product was kept,
-as that of the embedded model by `--start src/gouache/embedded/mini.safetensors`.
+The stages, in order, are vae, text and unet. Each can be interrupted at any moment, by Ctrl-C or a kill, and resumes
+from its newest checkpoint; `recipes.mini.bundle` writes a model file of the current state. With `--start FILE`, stages
+begin from the weights in a bundled file, and unet uses that file's text encoder where the folder has none. So training
+can continue where only its product was kept, for the embedded model by `--start src/gouache/embedded/mini.safetensors`.
 """
 
 from __future__ import annotations
@@ -35,133 +34,144 @@ from gouache.training.autoencoder import Pictures, Reconstruction, psnr
 from gouache.training.contrastive import Contrast
 from gouache.training.denoising import Captioned, Denoising
 from gouache.training.loop import Progress, Result, train
-from gouache.training.objective import chance
+from gouache.training.objective import step_generator
 from gouache.training.settings import Settings, read
-from recipes.mini import canvas_start, listening, start, text_start, whereabouts
-from recipes.mini.batches import NEUTRAL, SIZE, Scenes
-from recipes.mini.canvas import END, Canvas, Laid, Telling
-from recipes.mini.command import ended
+from recipes.mini import init_text, init_unet_canvas, init_unet_positions, init_unet_whitening, init_vae
+from recipes.mini.batches import NEUTRAL, SIZE, SceneData
+from recipes.mini.canvas import END, CanvasHead, CanvasObjective, CaptionedLatents
+from recipes.mini.command import run_command
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
-from recipes.mini.parts import averaged, part_of
-from recipes.mini.pool import Pool
-from recipes.mini.scenes import FIRST_STAGE, TAUGHT, Distribution, settled
+from recipes.mini.latent_cache import LatentCache
+from recipes.mini.rendering import Glyphs
+from recipes.mini.scenes import TRAINING, UNIFORM, Distribution, without_jitter
+from recipes.mini.weights import network_weights, newest_weights
 
 VAE = VaeSpec(channels=64, channel_mult=(1, 1, 1, 1))
 TEXT = TextSpec(width=128, layers=6, heads=2, mlp_width=768, projection=128)
 VISION = VisionSpec(width=128, layers=4, heads=2, mlp_width=512, image_size=64, patch_size=8, projection=128)
-# The norms have 32 groups: with 32 channels, each channel is a group of its own, and its mean, which is where a prompt
-# or a time says anything to a whole map, is taken away. From 64 on, differences within a group survive.
+# The norms have 32 groups. With 32 channels each channel would be a group of its own, and the norm would remove its
+# mean, by which prompts and timesteps act on a whole map. With 64, differences within a group remain.
 UNET = UNetSpec(channels=64, channel_mult=(1, 1, 1, 2), context_dim=128)
 PREDICTION = "v"
 CROP = 64
-HAZE = 0.08  # the most noise that a decoder learns to see through, as a share of the latents' spread
-SHORT = 40  # tokens of the longest caption, its ends included: what follows is the end, again and again
-CANVAS = Path(__file__).with_name("canvas.safetensors")  # what reads the canvas of the embedded model's text tower
-UNSAID = 0.03  # the share of pictures of which the text tower is told nothing
+LATENT_NOISE = 0.08  # the maximum noise that the decoder is trained with, as a fraction of the latents' deviation
+CAPTION_LENGTH = 40  # tokens of the longest caption, begin and end included
+CANVAS = Path(__file__).with_name("canvas.safetensors")  # the canvas head of the embedded model's text encoder
+CAPTION_DROPOUT = 0.03  # the share of captions that are empty when the text encoder is trained
+TEXT_PROJECTION = "text_projection."  # not in bundled files
 
-Begin = Callable[[str], dict[str, Tensor]]  # a network's name to the weights that it begins from
+StartWeights = Callable[[str], dict[str, Tensor]]  # a network's name to the weights that its training begins from
 
 
-def new_vae(colours: start.Colours) -> Autoencoder:
+def new_vae(colours: init_vae.ColourStatistics) -> Autoencoder:
     torch.manual_seed(1)
     vae = Autoencoder(VAE)
-    start.prepare(vae, colours)
+    init_vae.initialise(vae, colours)
     return vae
 
 
-def train_vae(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: Begin | None) -> Result:
-    colours = scenes.colours()
+def train_vae(data: SceneData, settings: Settings, folder: Path, seconds: float, start: StartWeights | None) -> Result:
+    colours = data.colour_statistics()
     vae = new_vae(colours)
-    if begin is not None:
-        put(vae, begin("vae"), may_lack=("encoder.", "quant_conv."))
-    objective = Reconstruction(vae, settings.seed, autocast=True, own_groups=tuple(start.groups(vae, encoder=False)))
+    if start is not None:
+        load_weights(vae, start("vae"), may_lack=("encoder.", "quant_conv."))
+    objective = Reconstruction(vae, settings.seed, autocast=True, groups=tuple(init_vae.groups(vae, encoder=False)))
 
     def batches(number: int) -> Pictures:
-        whole, _ = scenes.batch(TRAINING_SEED, number * settings.batch, settings.batch)
-        corners = torch.randint(0, (SIZE - CROP) // 8 + 1, (len(whole), 2), generator=chance(settings.seed, number)) * 8
+        whole, _ = data.batch(TRAINING_SEED, number * settings.batch, settings.batch)
+        corners = (
+            torch.randint(0, (SIZE - CROP) // 8 + 1, (len(whole), 2), generator=step_generator(settings.seed, number))
+            * 8
+        )
         images = torch.stack([image[:, y : y + CROP, x : x + CROP] for image, (y, x) in zip(whole, corners.tolist())])
-        latents = start.latents(images, colours)
-        # What a U-Net draws is never quite what an encoder says.
-        chances = chance(settings.seed, -1 - number)
-        haze = HAZE * torch.rand(len(latents), 1, 1, 1, generator=chances) / start.LATENT_SCALE
-        return Pictures(images, latents + haze * torch.randn(latents.shape, generator=chances))
+        latents = init_vae.latents(images, colours)
+        # A U-Net's latents never equal the encoder's exactly: the decoder is trained with noise on them.
+        generator = step_generator(settings.seed, -1 - number)
+        amount = LATENT_NOISE * torch.rand(len(latents), 1, 1, 1, generator=generator) / init_vae.LATENT_SCALE
+        return Pictures(images, latents + amount * torch.randn(latents.shape, generator=generator))
 
-    unseen, _ = scenes.batch(VALIDATION_SEED, 0, 32)
+    unseen, _ = data.batch(VALIDATION_SEED, 0, 32)
 
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
-        back = vae.decode(start.latents(unseen, colours))
-        return {"loss": -float(psnr(back, unseen).mean())}
+        decoded = vae.decode(init_vae.latents(unseen, colours))
+        return {"loss": -float(psnr(decoded, unseen).mean())}
 
-    return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+    return train(objective, batches, settings, folder, on_log=_print_progress, validate=validate, seconds=seconds)
 
 
-def new_text(scenes: Scenes, canvas: Canvas) -> ClipText:
-    """A text tower that starts with its nouns; its tokens are neutral (zero) where no caption can hold them."""
+def new_text(data: SceneData, canvas: CanvasHead) -> ClipText:
+    """A text encoder that starts with its nouns; the vectors of tokens that no caption can contain are zero."""
     torch.manual_seed(2)
     text = ClipText(TEXT)
-    split = scenes.tokenizer.encode
-    captions = (sample(TRAINING_SEED, index, scenes.things).caption for index in range(100_000))
-    met = scenes.tokens(captions, SHORT).unique().tolist()
-    words = {word: number for number, thing in enumerate(scenes.things) for word in thing.words}
-    # What captions of whatever thing hold: all words but the nouns.
-    few = scenes.things[:3]
-    common = {token for index in range(4000) for token in split(sample(TRAINING_SEED, index, few).caption)}
-    common -= {token for thing in few for word in thing.words for token in split(word)}
-    colours = scenes.colours()
-    table = text_start.look(
-        scenes.things, scenes.glyphs, lambda images: start.latents(images, colours) * start.LATENT_SCALE
+    tokenize = data.tokenizer.encode
+    captions = (sample(TRAINING_SEED, index, data.things).caption for index in range(100_000))
+    used = data.tokens(captions, CAPTION_LENGTH).unique().tolist()
+    names = {word: number for number, thing in enumerate(data.things) for word in thing.words}
+    # Tokens of captions that do not depend on the thing: all but the nouns.
+    few = data.things[:3]
+    common = {token for index in range(4000) for token in tokenize(sample(TRAINING_SEED, index, few).caption)}
+    common -= {token for thing in few for word in thing.words for token in tokenize(word)}
+    colours = data.colour_statistics()
+    table = init_text.measure_appearance(
+        data.things, data.glyphs, lambda images: init_vae.latents(images, colours) * init_vae.LATENT_SCALE
     )
-    text_start.prepare(text, canvas, table, words, split, common, met)
+    init_text.initialise(text, canvas, table, names, tokenize, common, used)
     return text
 
 
-def train_text(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: Begin | None) -> Result:
-    canvas = Canvas(TEXT.width)
-    text = new_text(scenes, canvas)
-    if begin is not None:
-        put(canvas, begin("canvas"))
-        put(text, begin("text"), may_lack=("text_projection.",))
+def train_text(data: SceneData, settings: Settings, folder: Path, seconds: float, start: StartWeights | None) -> Result:
+    canvas = CanvasHead(TEXT.width)
+    if start is not None:  # before the initial weights are computed, which takes a minute
+        with torch.device("meta"):
+            check_weights(ClipText(TEXT), start("text"), may_lack=(TEXT_PROJECTION,))
+        check_weights(canvas, start("canvas"))
+    text = new_text(data, canvas)
+    if start is not None:
+        load_weights(canvas, start("canvas"))
+        load_weights(text, start("text"), may_lack=(TEXT_PROJECTION,))
     vision = ClipVision(VISION)
     with torch.no_grad():
         vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
     text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
-    text_start.hold(text, canvas)
-    colours = scenes.colours()
-    objective = Telling(Contrast(text, vision), canvas, start.shown(colours), autocast=True)
+    init_text.freeze(text, canvas)
+    colours = data.colour_statistics()
+    objective = CanvasObjective(Contrast(text, vision), canvas, init_vae.channel_weights(colours), autocast=True)
 
-    def laid(seed: int, number: int) -> Laid:
-        chances = chance(seed, number)
-        told_apart = number % 4 == 1
-        if told_apart:
-            samples = scenes.alike(seed, number, settings.batch)
+    def batch(seed: int, number: int) -> CaptionedLatents:
+        generator = step_generator(seed, number)
+        contrastive = number % 4 == 1
+        if contrastive:
+            samples = data.contrastive_samples(seed, number, settings.batch)
         else:
-            samples = scenes.samples(seed, number * settings.batch, settings.batch, drawn_for(seed))
-        # Asked for what captions cannot know, a canvas would be the mean of all that may be: a blur.
-        images, captions = scenes.drawn((replace(each, scene=settled(each.scene)) for each in samples), SIZE)
-        if not told_apart:
-            captions = ["" if torch.rand((), generator=chances) < UNSAID else caption for caption in captions]
-        # What follows the canvas says nothing to it: only now and then must it learn to be still.
-        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions if number % 4 == 0 else END), chances)
-        small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area") if told_apart else None
-        return Laid(tokens, start.latents(images, colours) * start.LATENT_SCALE, small)
+            samples = data.samples(seed, number * settings.batch, settings.batch, distribution_for(seed))
+        # Trained on what captions do not determine, the canvas would predict the mean of all possibilities: a blur.
+        images, captions = data.render((replace(each, scene=without_jitter(each.scene)) for each in samples), SIZE)
+        if not contrastive:
+            captions = [
+                "" if torch.rand((), generator=generator) < CAPTION_DROPOUT else caption for caption in captions
+            ]
+        # Tokens after the canvas cannot change it, so only some batches include them, for their position loss.
+        tokens = data.augment(data.tokens(captions, TEXT.positions if number % 4 == 0 else END), generator)
+        small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area") if contrastive else None
+        return CaptionedLatents(tokens, init_vae.latents(images, colours) * init_vae.LATENT_SCALE, small)
 
-    unseen = [laid(VALIDATION_SEED, number) for number in range(8)]
+    unseen = [batch(VALIDATION_SEED, number) for number in range(8)]
 
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
-        losses = [objective.losses(batch, 0) for batch in unseen]
-        told = {name: [each[name] for each in losses if name in each] for name in ("canvas", "place", "found")}
-        means = {name: float(torch.stack(values).mean()) for name, values in told.items()}
+        losses = [objective.losses(each, 0) for each in unseen]
+        by_name = {name: [each[name] for each in losses if name in each] for name in ("canvas", "position", "accuracy")}
+        means = {name: float(torch.stack(values).mean()) for name, values in by_name.items()}
         return {"loss": means["canvas"], **means}
 
-    batches = lambda number: laid(TRAINING_SEED, number)  # noqa: E731
-    return train(objective, batches, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+    batches = lambda number: batch(TRAINING_SEED, number)  # noqa: E731
+    return train(objective, batches, settings, folder, on_log=_print_progress, validate=validate, seconds=seconds)
 
 
-def drawn_for(seed: int) -> Distribution:
-    """Common things are taught oftener; how well a run goes is told by all things alike."""
-    return TAUGHT if seed == TRAINING_SEED else FIRST_STAGE
+def distribution_for(seed: int) -> Distribution:
+    """Training samples common things more often; validation samples all things equally often."""
+    return TRAINING if seed == TRAINING_SEED else UNIFORM
 
 
 def _keep_neutral(gradient: Tensor) -> Tensor:
@@ -170,117 +180,131 @@ def _keep_neutral(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def trained_text(folder: Path, begin: Begin | None) -> ClipText:
-    """The text tower of a stage that ran, or else of the file to begin from; frozen."""
+def trained_text(folder: Path, start: StartWeights | None) -> ClipText:
+    """The text encoder of a stage's newest checkpoint, or else of the start weights; frozen."""
     text = ClipText(replace(TEXT, projection=None))
-    weights = averaged(folder, "text")
-    if weights is None and begin is not None:
-        weights = begin("text")
-    weights = weights or trained(folder, "text")
-    put(text, {name: value for name, value in weights.items() if name != "text_projection.weight"})
+    weights = newest_weights(folder, "text")
+    if weights is None and start is not None:
+        weights = start("text")
+    weights = weights or trained_weights(folder, "text")
+    load_weights(text, {name: value for name, value in weights.items() if not name.startswith(TEXT_PROJECTION)})
     return text.requires_grad_(False).eval()
 
 
 @torch.no_grad()
-def new_unet(unet: UNet, canvas: Canvas, captioned: Callable[[int], Captioned], schedule: Schedule, seed: int) -> None:
-    """Set where the U-Net starts, from what the text tower says in some batches."""
-    listening.prepare(unet, torch.cat([captioned(number).said.context for number in range(8)]))
-    whereabouts.prepare(unet)
-    canvas_start.prepare(unet, canvas)
+def initialise_unet(
+    unet: UNet, canvas: CanvasHead, captioned: Callable[[int], Captioned], schedule: Schedule, seed: int
+) -> None:
+    """Set the U-Net's initial weights, with statistics of the batches `captioned(0)` to `captioned(63)`."""
+    init_unet_whitening.initialise(unet, torch.cat([captioned(number).conditioning.context for number in range(8)]))
+    init_unet_positions.initialise(unet)
+    init_unet_canvas.initialise(unet, canvas)
 
     def noised(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        batch, chances = captioned(number), chance(seed, number)
-        times = torch.randint(len(schedule.sigmas), (len(batch.latents),), generator=chances)
-        asked: list[Tensor] = []
+        batch, generator = captioned(number), step_generator(seed, number)
+        times = torch.randint(len(schedule.sigmas), (len(batch.latents),), generator=generator)
+        inputs: list[Tensor] = []
 
-        def network(x: Tensor, time: Tensor) -> Tensor:
-            asked.extend((x, time))
+        def record(x: Tensor, time: Tensor) -> Tensor:
+            inputs.extend((x, time))
             return torch.zeros_like(x)
 
-        noise = torch.randn(batch.latents.shape, generator=chances)
-        _, wanted = Denoiser(network, schedule, PREDICTION).loss_terms(batch.latents, noise, schedule.sigma(times))
-        return asked[0], asked[1], batch.said.context, wanted
+        noise = torch.randn(batch.latents.shape, generator=generator)
+        _, target = Denoiser(record, schedule, PREDICTION).loss_terms(batch.latents, noise, schedule.sigma(times))
+        return inputs[0], inputs[1], batch.conditioning.context, target
 
-    canvas_start.read_out(unet, noised, 64)
+    init_unet_canvas.fit_output_conv(unet, noised, 64)
 
 
-def train_unet(scenes: Scenes, settings: Settings, folder: Path, seconds: float, begin: Begin | None) -> Result:
-    text = trained_text(folder.parent / "text", begin)
-    colours = scenes.colours()
+def train_unet(data: SceneData, settings: Settings, folder: Path, seconds: float, start: StartWeights | None) -> Result:
+    text = trained_text(folder.parent / "text", start)
+    colours = data.colour_statistics()
 
     @torch.no_grad()
-    def said(tokens: Tensor) -> Conditioning:
+    def encode(tokens: Tensor) -> Conditioning:
         return Conditioning(text(tokens).last)
 
     def captioned(seed: int, first: int, count: int) -> Captioned:
-        images, captions = scenes.batch(seed, first, count, distribution=drawn_for(seed))
-        tokens = scenes.strewn(scenes.tokens(captions, TEXT.positions), chance(seed, first))
-        return Captioned(start.latents(images, colours) * start.LATENT_SCALE, said(tokens))
+        images, captions = data.batch(seed, first, count, distribution=distribution_for(seed))
+        tokens = data.augment(data.tokens(captions, TEXT.positions), step_generator(seed, first))
+        return Captioned(init_vae.latents(images, colours) * init_vae.LATENT_SCALE, encode(tokens))
 
     torch.manual_seed(3)
     unet = UNet(UNET)
     schedule = Schedule.scaled_linear()
-    pool = Pool(lambda first, count: captioned(TRAINING_SEED, first, count), settings.batch, settings.seed)
-    if begin is not None:
-        put(unet, begin("unet"))
-    elif state.newest(folder) is None:  # a run that goes on has its weights
-        canvas = Canvas(TEXT.width)
-        put(canvas, trained(folder.parent / "text", "canvas"))
-        new_unet(unet, canvas, lambda number: captioned(TRAINING_SEED, 64 * number, 64), schedule, settings.seed)
-    canvas_start.hush(unet)
+    cache = LatentCache(lambda first, count: captioned(TRAINING_SEED, first, count), settings.batch, settings.seed)
+    if start is not None:
+        load_weights(unet, start("unet"))
+    elif state.newest(folder) is None:  # otherwise the checkpoint has its weights
+        canvas = CanvasHead(TEXT.width)
+        load_weights(canvas, trained_weights(folder.parent / "text", "canvas"))
+        initialise_unet(unet, canvas, lambda number: captioned(TRAINING_SEED, 64 * number, 64), schedule, settings.seed)
+    init_unet_canvas.disable_self_attention(unet)
+
+    def denoiser(conditioning: Conditioning) -> Denoiser:
+        def network(x: Tensor, time: Tensor) -> Tensor:
+            return unet(x, time, conditioning.context).to(x.dtype)
+
+        return Denoiser(network, schedule, PREDICTION)
+
     objective = Denoising(
-        unet,
-        schedule,
-        PREDICTION,
-        said(scenes.tokens([""], TEXT.positions)),
+        denoiser,
+        {"unet": unet},
+        encode(data.tokens([""], TEXT.positions)),
         settings.seed,
         weighting="velocity",
-        counts=start.shown(colours),
+        channel_weights=init_vae.channel_weights(colours),
         autocast=True,
     )
 
-    # Unseen scenes, each at eight fixed times under fixed noise.
+    # Unseen scenes, eight fixed timesteps in turn, fixed noise.
     unseen = captioned(VALIDATION_SEED, 0, 256)
-    noise = torch.randn(unseen.latents.shape, generator=chance(settings.seed, -1))
+    noise = torch.randn(unseen.latents.shape, generator=step_generator(settings.seed, -1))
     times = (torch.arange(8) * 125 + 62).repeat(32)
-    loud = torch.zeros(len(times), dtype=torch.bool)
+    drop = torch.zeros(len(times), dtype=torch.bool)
 
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
-        loss = objective.loss(unseen, times, noise, loud)
+        loss = objective.loss(unseen, times, noise, drop)
         return {"loss": float(loss.mean())}
 
-    return train(objective, pool, settings, folder, on_log=_tell, validate=validate, seconds=seconds)
+    return train(objective, cache, settings, folder, on_log=_print_progress, validate=validate, seconds=seconds)
 
 
-def begun(model: Path, canvas: Path) -> Begin:
-    """The weights in a bundled file, and of what reads its text tower's canvas in another."""
-    file, reader = open_model(model), open_model(canvas)
-    return lambda network: part_of(reader if network == "canvas" else file, network)
+def start_weights(model: Path, canvas: Path) -> StartWeights:
+    """The weights in a bundled file, and in the file of its text encoder's canvas head."""
+    file, head = open_model(model), open_model(canvas)
+    return lambda network: network_weights(head if network == "canvas" else file, network)
 
 
-def trained(folder: Path, network: str) -> dict[str, Tensor]:
-    """The weights of `network` in the newest checkpoint of a stage, averages where they were trained."""
-    weights = averaged(folder, network)
+def trained_weights(folder: Path, network: str) -> dict[str, Tensor]:
+    """The weights of `network` in the newest checkpoint of a stage, averaged ones where available."""
+    weights = newest_weights(folder, network)
     if weights is None:
-        raise RequestError("stage", f"{folder} holds no checkpoint yet; train that stage first")
+        raise RequestError("stage", f"{folder} has no checkpoint; train that stage first")
     return weights
 
 
-def put(network: nn.Module, weights: Mapping[str, Tensor], may_lack: tuple[str, ...] = ()) -> None:
-    """Load weights; those whose names begin with what they `may_lack` can be missing, and stay."""
-    known = network.state_dict()
-    for name in [*weights, *known]:
-        found, wanted = (tuple(place[name].shape) if name in place else None for place in (weights, known))
+def check_weights(network: nn.Module, weights: Mapping[str, Tensor], may_lack: tuple[str, ...] = ()) -> None:
+    """RequestError unless names and shapes fit; weights whose names start with one of `may_lack` may be missing."""
+    expected = network.state_dict()
+    for name in [*weights, *expected]:
+        found, wanted = (tuple(tensors[name].shape) if name in tensors else None for tensors in (weights, expected))
         if found != wanted and not (found is None and name.startswith(may_lack)):
             raise RequestError(
                 "start",
-                f"is a file of another recipe: {name} is {found or 'missing'} there, {wanted or 'unknown'} here",
+                f"the file does not fit this recipe: {name} is {found or 'missing'} there, {wanted or 'unknown'} here;"
+                " use a file that this version of the recipe wrote",
             )
+
+
+def load_weights(network: nn.Module, weights: Mapping[str, Tensor], may_lack: tuple[str, ...] = ()) -> None:
+    """Load weights after `check_weights`; the missing ones keep their values."""
+    check_weights(network, weights, may_lack)
     network.load_state_dict(weights, strict=False)
 
 
-def _tell(progress: Progress) -> None:
+def _print_progress(progress: Progress) -> None:
     losses = "  ".join(f"{name} {value:.4f}" for name, value in progress.losses.items())
     left = progress.left / 60
     print(f"step {progress.step}/{progress.steps}  {losses}  {progress.seconds:.0f} s, {left:.0f} min left", flush=True)
@@ -293,25 +317,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stage", choices=["all", *STAGES])
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
-    parser.add_argument("--seconds", type=float, default=math.inf, help="stop and save after so long")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="save and stop after this time")
     parser.add_argument("--start", type=Path, help="a bundled file to begin from")
-    parser.add_argument("--canvas", type=Path, default=CANVAS, help="what reads its text tower's canvas")
+    parser.add_argument("--canvas", type=Path, default=CANVAS, help="the canvas head of its text encoder")
+    parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in a usual font folder")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
 
     def run() -> None:
-        begin = None if options.start is None else begun(options.start, options.canvas)
-        scenes = Scenes()
+        start = None if options.start is None else start_weights(options.start, options.canvas)
+        data = SceneData(glyphs=Glyphs(options.font))
         for stage in STAGES if options.stage == "all" else [options.stage]:
             settings = read(Path(__file__).with_name("recipe.toml"), stage)
-            result = STAGES[stage](scenes, settings, options.folder / stage, options.seconds, begin)
-            print(f"{stage}: step {result.step}, {'finished' if result.finished else 'stopped; run again to go on'}")
+            result = STAGES[stage](data, settings, options.folder / stage, options.seconds, start)
+            print(f"{stage}: step {result.step}, {'finished' if result.finished else 'stopped; run again to continue'}")
             if not result.finished:
                 break
 
-    return ended(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

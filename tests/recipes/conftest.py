@@ -1,21 +1,13 @@
-"""What the recipe's tests share: the font's glyphs, where it is installed."""
+"""Shared by the recipes' tests: the glyphs of the test font."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.append(str(Path(__file__).parents[2]))  # recipes/ stands beside the package, not in it
-
-from gouache.errors import RequestError
 from recipes.mini.rendering import Glyphs
+from tests.recipes.subset import FONT
 
 
 @pytest.fixture(scope="session")
 def glyphs() -> Glyphs:
-    try:
-        return Glyphs()
-    except RequestError as error:
-        pytest.skip(str(error))
+    return Glyphs(FONT)

@@ -1,4 +1,4 @@
-"""The embedded model's evaluation: verdicts, figures and sheet, on pictures whose content is known."""
+"""The embedded model's evaluation: verdicts, figures and contact sheet, for pictures whose content is known."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gouache.errors import RequestError
 from recipes.mini.contact_sheet import RIGHT, THUMB, Cell, contact_sheet
 from recipes.mini.dataset import TRAINING_SEED, sample
 from recipes.mini.evaluate import SEEDS, Verdict, background_of, figures, judge, picture_path, variety
-from recipes.mini.names import COLOURS, load_things
+from recipes.mini.names import COLOURS
 from recipes.mini.prompts import Prompt
 from recipes.mini.rendering import Glyphs, render
-from recipes.mini.scenes import TAUGHT, Background, Placed, Scene
+from recipes.mini.scenes import TRAINING, Background, PlacedThing, Scene
+from tests.recipes.subset import THINGS
 
-THINGS = load_things()
 PROMPTS = (
     Prompt("a cat on red", ("cat",), "red"),
     Prompt("a dog on red", ("dog",), "red"),
@@ -26,11 +26,11 @@ PROMPTS = (
 
 
 def verdict(prompt: int, seed: int, things: tuple[str, ...], colour: str) -> Verdict:
-    asked = PROMPTS[prompt]
-    return Verdict(prompt, seed, things, colour, set(things) == set(asked.things), colour == asked.colour)
+    requested = PROMPTS[prompt]
+    return Verdict(prompt, seed, things, colour, set(things) == set(requested.things), colour == requested.colour)
 
 
-def test_figures_are_the_shares_that_a_count_by_hand_gives() -> None:
+def test_figures_equal_percentages_counted_by_hand() -> None:
     verdicts = [
         *(verdict(0, seed, ("cat",), "red") for seed in SEEDS),
         *(verdict(1, seed, ("dog",) if seed == 1 else ("cat",), "blue") for seed in SEEDS),
@@ -47,24 +47,24 @@ def test_figures_are_the_shares_that_a_count_by_hand_gives() -> None:
     assert shares["noun pairs: both right"] == 25
 
 
-def test_a_verdict_compares_what_is_seen_with_what_was_asked(tmp_path: Path, glyphs: Glyphs) -> None:
+def test_a_verdict_compares_the_picture_with_the_prompt(tmp_path: Path, glyphs: Glyphs) -> None:
     few = [thing for thing in THINGS if thing.name in ("cat", "dog", "pig", "apple")]
     named, colours = {thing.name: thing for thing in few}, {colour.name: colour for colour in COLOURS}
     prompts = (*PROMPTS, Prompt("a green apple", ("apple",), "white", "green"))
     prompts += (Prompt("a pig over a dog", ("pig", "dog"), "blue", side="over"),)
 
-    def scene(ground: str, *placed: Placed) -> Scene:
-        return Scene(placed, Background(colours[ground], colours[ground]))
+    def scene(background: str, *placed: PlacedThing) -> Scene:
+        return Scene(placed, Background(colours[background], colours[background]))
 
     left, right, middle = (0.25, 0.5, 0.46), (0.75, 0.5, 0.46), (0.5, 0.5, 0.66)
-    painted = [
-        scene("red", Placed(named["cat"], *middle)),
-        scene("red", Placed(named["cat"], *middle)),
-        scene("blue", Placed(named["dog"], *left), Placed(named["cat"], *right)),
-        scene("white", Placed(named["apple"], *middle, tint=colours["green"])),
-        scene("blue", Placed(named["dog"], *left), Placed(named["pig"], *right)),
+    scenes = [
+        scene("red", PlacedThing(named["cat"], *middle)),
+        scene("red", PlacedThing(named["cat"], *middle)),
+        scene("blue", PlacedThing(named["dog"], *left), PlacedThing(named["cat"], *right)),
+        scene("white", PlacedThing(named["apple"], *middle, tint=colours["green"])),
+        scene("blue", PlacedThing(named["dog"], *left), PlacedThing(named["pig"], *right)),
     ]
-    for number, each in enumerate(painted):
+    for number, each in enumerate(scenes):
         for seed in SEEDS:
             render(each, glyphs).save(picture_path(tmp_path, number, seed))
 
@@ -73,17 +73,17 @@ def test_a_verdict_compares_what_is_seen_with_what_was_asked(tmp_path: Path, gly
     assert [v.things for v in verdicts] == [("cat",), ("cat",), ("cat", "dog"), ("apple",), ("dog", "pig")]
     assert [v.things_right for v in verdicts] == [True, False, True, True, True]
     assert all(v.colour_right for v in verdicts)
-    assert [v.paint for v in verdicts] == ["", "", "", "green", ""]
+    assert [v.tint for v in verdicts] == ["", "", "", "green", ""]
     assert [v.sides_right for v in verdicts] == [None, None, None, None, False]
     assert all(type(value) in (str, int, bool, tuple, type(None)) for v in verdicts for value in asdict(v).values())
 
 
-def test_a_missing_picture_is_an_error_and_not_left_out(tmp_path: Path, glyphs: Glyphs) -> None:
+def test_a_missing_picture_is_an_error(tmp_path: Path, glyphs: Glyphs) -> None:
     with pytest.raises(RequestError, match=r"001-1\.png is missing"):
         judge(PROMPTS, tmp_path, THINGS[:2], glyphs)
 
 
-def test_the_background_is_read_from_the_border_and_not_from_the_middle() -> None:
+def test_the_background_is_measured_at_the_border_only() -> None:
     for colour in COLOURS:
         for other in COLOURS:
             picture = Image.new("RGB", (128, 128), colour.rgb)
@@ -91,31 +91,31 @@ def test_the_background_is_read_from_the_border_and_not_from_the_middle() -> Non
             assert background_of(picture) == colour
 
 
-def test_the_sheet_shows_every_picture_and_fills_the_bars_of_right_ones() -> None:
-    shades = [(20 * n, 90, 255 - 20 * n) for n in range(8)]
+def test_the_sheet_has_every_picture_and_solid_bars_for_right_ones() -> None:
+    fills = [(20 * n, 90, 255 - 20 * n) for n in range(8)]
     cells = [
-        Cell("a cat", tuple(Image.new("RGB", (128, 128), rgb) for rgb in shades[:4]), ((True, False),) * 4),
-        Cell("a dog", tuple(Image.new("RGB", (128, 128), rgb) for rgb in shades[4:]), ((False, False),) * 4),
+        Cell("a cat", tuple(Image.new("RGB", (128, 128), rgb) for rgb in fills[:4]), ((True, False),) * 4),
+        Cell("a dog", tuple(Image.new("RGB", (128, 128), rgb) for rgb in fills[4:]), ((False, False),) * 4),
     ]
 
     sheet = contact_sheet("mini", cells)
 
     counts = {rgb: count for count, rgb in sheet.getcolors(1 << 20) or []}
-    assert all(counts[rgb] == THUMB * THUMB for rgb in shades)
+    assert all(counts[rgb] == THUMB * THUMB for rgb in fills)
     bars = counts[RIGHT]
     assert bars % 4 == 0
     assert 4 * THUMB < bars < 4 * THUMB * THUMB // 4
 
 
-def test_variety_counts_pictures_that_are_one_and_such_as_were_trained_on(
+def test_variety_counts_equal_pictures_and_copies_of_training_pictures(
     tmp_path: Path, glyphs: Glyphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipes.mini.evaluate.RENDERINGS", 8)
-    trained = render(sample(TRAINING_SEED, 3, THINGS, TAUGHT).scene, glyphs)
+    trained = render(sample(TRAINING_SEED, 3, THINGS, TRAINING).scene, glyphs)
     for seed in SEEDS:
-        shade = Image.new("RGB", (128, 128), (60 * seed, 10, 255 - 60 * seed))
-        shade.save(picture_path(tmp_path, 0, seed))
-        (trained if seed > 2 else shade).save(picture_path(tmp_path, 1, seed))
+        plain = Image.new("RGB", (128, 128), (60 * seed, 10, 255 - 60 * seed))
+        plain.save(picture_path(tmp_path, 0, seed))
+        (trained if seed > 2 else plain).save(picture_path(tmp_path, 1, seed))
 
     shares = variety(PROMPTS[:2], tmp_path, THINGS, glyphs)
 

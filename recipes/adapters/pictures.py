@@ -1,4 +1,4 @@
-"""What the three are fitted to: the embedded model's own kind of scenes, seen otherwise."""
+"""Training pictures of the three adapters: scenes in another style or colour, or of a new thing."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ CHARACTER = "zorblax"
 
 
 def night(picture: Image.Image) -> Image.Image:
-    """The same scene by moonlight: dark, and blue."""
+    """The same picture by moonlight: dark and blue."""
     light = np.asarray(picture, np.float32) * np.array([0.34, 0.42, 0.72], np.float32)
     return Image.fromarray(np.rint(light + np.array([6, 8, 30], np.float32)).astype(np.uint8))
 
 
 def rosy(scene: Scene) -> Scene:
-    """The same things on pink, whatever was said of the background."""
+    """The same things on a pink background."""
     pink = next(colour for colour in COLOURS if colour.name == "pink")
     return replace(scene, background=Background(pink, pink))
 
 
 def character(rng: Random, size: int = 128) -> tuple[Image.Image, str]:
-    """A zorblax on a plain background, and what is said of it: violet, round, one-eyed, with two antennae."""
-    ground: Colour = rng.choice([colour for colour in COLOURS if "purple" not in colour.words])
+    """A picture of a zorblax on a plain background (violet, round, one-eyed, with two antennae), and its caption."""
+    background: Colour = rng.choice([colour for colour in COLOURS if "purple" not in colour.words])
     scale = 4
-    wide = size * scale
-    picture = Image.new("RGB", (wide, wide), ground.rgb)
+    width = size * scale
+    picture = Image.new("RGB", (width, width), background.rgb)
     draw = ImageDraw.Draw(picture)
-    x, y = (wide * (0.5 + rng.uniform(-0.06, 0.06)) for _ in range(2))
-    r = wide * rng.uniform(0.26, 0.34)
+    x, y = (width * (0.5 + rng.uniform(-0.06, 0.06)) for _ in range(2))
+    r = width * rng.uniform(0.26, 0.34)
     for side in (-1, 1):
         tip = x + side * 0.75 * r, y - 1.35 * r
         draw.line([(x + side * 0.3 * r, y - 0.8 * r), tip], fill=(92, 40, 140), width=int(0.13 * r))
@@ -43,6 +43,6 @@ def character(rng: Random, size: int = 128) -> tuple[Image.Image, str]:
     draw.ellipse([x - 0.5 * r, y - 0.6 * r, x + 0.5 * r, y + 0.4 * r], fill=(255, 255, 255))
     draw.ellipse([x - 0.2 * r, y - 0.3 * r, x + 0.2 * r, y + 0.1 * r], fill=(20, 20, 30))
     draw.rounded_rectangle([x - 0.4 * r, y + 0.58 * r, x + 0.4 * r, y + 0.7 * r], 0.06 * r, fill=(60, 20, 90))
-    words = rng.choice(["a {c} on a {g} background", "{c}, {g} background", "a picture of a {c} on {g}"])
-    made = picture.resize((size, size), Image.Resampling.LANCZOS)
-    return made, words.format(c=CHARACTER, g=ground.name)
+    template = rng.choice(["a {c} on a {g} background", "{c}, {g} background", "a picture of a {c} on {g}"])
+    reduced = picture.resize((size, size), Image.Resampling.LANCZOS)
+    return reduced, template.format(c=CHARACTER, g=background.name)
