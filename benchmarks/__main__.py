@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import attach, workshop
 from benchmarks.report import log, machine, store
 from benchmarks.tasks import TASKS
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 HERE = Path(__file__).parent
 SIDES = ("gouache", "diffusers")
@@ -97,8 +97,9 @@ def median(result: dict[str, Any]) -> float:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: a ratio below 1 means that Gouache is faster."""
     options, computer = result["options"], result["machine"]
+    rounds = plural(options["rounds"], "round")
     lines = [
-        f"{options['dtype']}, medians of {counted(options['rounds'], 'round')}, both sides alternately, in new processes. "
+        f"{options['dtype']}, medians of {rounds}, both sides alternately, in new processes. "
         f"{computer['cpu']}, {computer['cores']} cores, Python {computer['python']}, torch {computer['torch']}, "
         f"diffusers {computer['diffusers']}. Matrix product ceiling {result['ceiling_gflops']:.0f} GFLOP/s.",
         "",

@@ -46,7 +46,10 @@ def timed(work: Callable[[], object], count: int) -> list[float]:
 
 
 def make(folder: Path, quick: bool) -> dict[str, Any]:
-    """Write two diffusers pipelines with random weights: one of SD1.5's width (`quick`: a tenth), one for cold starts."""
+    """Write two diffusers pipelines with random weights.
+
+    The first has the width of SD1.5 (`quick`: a tenth of it), the second is tiny and serves cold starts.
+    """
     _pipeline(folder / "model", quick)
     _pipeline(folder / "tiny", True)
     return {}

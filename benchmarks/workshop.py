@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import lines, log, machine, store
 from benchmarks.tasks import watched
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = {"sd1": "sd15_emaonly", "sdxl": "sdxl_base"}
@@ -220,11 +220,12 @@ def memory() -> str:
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
     options, computer = result["options"], result["machine"]
+    rounds = plural(options["rounds"], "round")
     text = [
-        f"{options['family']} in {options['dtype']}, medians of {counted(options['rounds'], 'round')}, each in a new process, "
-        f"alternately with a raw copy. {computer['cpu']}, {computer['cores']} cores, {computer['memory']} of memory, "
-        f"Python {computer['python']}, torch {computer['torch']}. Files were read once before each run, so they were "
-        "in the page cache as far as memory allows.",
+        f"{options['family']} in {options['dtype']}, medians of {rounds}, each in a new process, alternately with a "
+        f"raw copy. {computer['cpu']}, {computer['cores']} cores, {computer['memory']} of memory, Python "
+        f"{computer['python']}, torch {computer['torch']}. Files were read once before each run, so they were in the "
+        "page cache as far as memory allows.",
         "",
         "| task | reads, GB | writes, GB | gouache, s | raw copy, s | ratio | private MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

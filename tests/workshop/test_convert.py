@@ -331,7 +331,7 @@ def test_a_round_trip_restores_every_tensor(narrow: Narrows, line: str, tmp_path
 
     assert_equal(load_file(tmp_path / "again.safetensors"), load_file(file))
     assert_equal(torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"], load_file(file))
-    assert sum(done.kept_beside.values()) == len(load_file(tmp_path / "folder" / "leftovers.safetensors")) > 0
+    assert sum(done.leftovers.values()) == len(load_file(tmp_path / "folder" / "leftovers.safetensors")) > 0
 
 
 @pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])

@@ -288,10 +288,10 @@ def test_one_component_can_be_written_as_a_folder(file: Path, folder: Path, tmp_
 
 
 MISSING = {
-    "input_blocks.1.0.time_mixer.mix_factor": (UNET, "no usable unet: 1 of 1428 tensors missing, the first is"),
-    "decoder.up.3.block.2.mix_factor": (FIRST_STAGE, "no usable vae: 1 of 374 tensors missing, the first is"),
-    "quant_conv.bias": (FRAME_VAE, "no usable vae: 1 of 374 tensors missing, the first is"),
-    "ln_pre.weight": (VISUAL, "no usable image_encoder: 1 of 56 tensors missing, the first is vision_model"),
+    "input_blocks.1.0.time_mixer.mix_factor": (UNET, "no usable unet: 1 of 1428 tensors are missing, the first is"),
+    "decoder.up.3.block.2.mix_factor": (FIRST_STAGE, "no usable vae: 1 of 374 tensors are missing, the first is"),
+    "quant_conv.bias": (FRAME_VAE, "no usable vae: 1 of 374 tensors are missing, the first is"),
+    "ln_pre.weight": (VISUAL, "no usable image_encoder: 1 of 56 tensors are missing, the first is vision_model"),
     "": (FRAME_VAE, f"it has no tensors under {FRAME_VAE}"),
 }
 
@@ -323,7 +323,7 @@ def test_unknown_tensors_are_saved_as_leftovers_and_restored(file: Path, tmp_pat
     done = convert(tmp_path / "model.safetensors", tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "again.safetensors")
 
-    assert done.kept_beside["diffusers folders have no place for it"] >= 2
+    assert done.leftovers["diffusers folders have no place for it"] >= 2
     assert_equal(load_file(tmp_path / "again.safetensors"), tensors)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 
 def convert(
@@ -49,12 +49,12 @@ def convert(
     if as_json:
         print(json.dumps({"path": str(target), **asdict(done)}))
         return
-    size = f"{counted(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
+    size = f"{plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     print(f"{target}: {size}, verified: {_verified(done.rounded_to, dtype)}")
-    for reason, count in done.kept_beside.items():
-        print(f"saved in its leftovers.safetensors  {counted(count, 'tensor')}: {reason}")
+    for reason, count in done.leftovers.items():
+        print(f"saved in its leftovers.safetensors  {plural(count, 'tensor')}: {reason}")
     for reason, count in done.left_out.items():
-        print(f"left out  {count:,} {reason}")
+        print(f"left out  {reason}: {count}")
 
 
 def _verified(rounded_to: str | None, dtype: str | None) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 app = Typer(help="Combine textual inversion embeddings.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -45,4 +45,4 @@ def merge(
         print(json.dumps({"path": str(target), **asdict(done)}))
         return
     widths = " and ".join(map(str, done.widths.values()))
-    print(f"{target}: {counted(done.vectors, 'vector')} of width {widths}")
+    print(f"{target}: {plural(done.vectors, 'vector')} of width {widths}")

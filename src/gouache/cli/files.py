@@ -10,7 +10,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 
 def hash_(
@@ -106,7 +106,7 @@ def diff(
                 more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
                 print(f"{title} ({len(lines)}): {'; '.join(lines[:5])}{more}")
         for part in found.parts:
-            line = f"{part.name:16} {part.same} of {counted(part.tensors, 'tensor')} equal"
+            line = f"{part.name:16} {part.same} of {plural(part.tensors, 'tensor')} equal"
             print(line if part.same == part.tensors else f"{line}; relative difference {part.relative:.3g}")
         for each in found.furthest:
             print(f"  {each.name}: relative difference {each.relative:.3g}, largest difference {each.largest:.3g}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 if TYPE_CHECKING:
     from gouache.workshop.inspect import Report
@@ -71,10 +71,12 @@ def inspect(
 
 
 def _page(report: Report) -> str:
-    lines = [f"{report.path}  ({report.format}, {report.size / 1e6:,.1f} MB, {counted(report.count, 'tensor')})"]
+    lines = [f"{report.path}  ({report.format}, {report.size / 1e6:,.1f} MB, {plural(report.count, 'tensor')})"]
     for fact in report.facts:
-        if fact.value == "unknown":  # the certainty of not knowing would only confuse
-            lines.append(f"  {fact.name:14} not recognised ({fact.evidence})")
+        if fact.value == "unknown":  # a confidence would be confusing here
+            missing = "not recognised"
+            text = fact.evidence if fact.evidence.startswith(missing) else f"{missing} ({fact.evidence})"
+            lines.append(f"  {fact.name:14} {text}")
         else:
             lines.append(f"  {fact.name:14} {fact.value:24} {fact.sure}: {fact.evidence}")
     for detail in report.details:
@@ -88,16 +90,16 @@ def _page(report: Report) -> str:
     for name, reason in report.missing.items():
         lines.append(f"missing  {name}: {reason}")
     for reason, names in report.leftovers.items():
-        count = counted(len(names), "tensor")
+        count = plural(len(names), "tensor")
         lines.append(f"not needed  {count}, {names[0]}{', ...' if len(names) > 1 else ''}: {reason}")
     if report.unknown:
-        lines.append(f"not recognised  {counted(len(report.unknown), 'tensor')}:")
+        lines.append(f"not recognised  {plural(len(report.unknown), 'tensor')}:")
         for name, near in list(report.unknown.items())[:5]:
             lines.append(f"  {name}{f', most similar to {near}' if near else ''}")
     for key, value in report.metadata.items():
         lines.append(f"metadata  {key}: {value}")
     if report.faults is not None:
-        found = f"in {counted(len(report.faults), 'tensor')}:" if report.faults else "none found"
+        found = f"in {plural(len(report.faults), 'tensor')}:" if report.faults else "none found"
         lines.append(f"damage  {found}")
         lines += [
             f"  {fault.tensor} {fault.what}{'' if fault.serious else ' (harmless)'}" for fault in report.faults[:20]

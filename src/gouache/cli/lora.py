@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 if TYPE_CHECKING:
     from gouache.workshop.lora.write import Made
@@ -93,8 +93,8 @@ def bake(
         return
     print(target)
     for path, (modules, unmatched) in counts.items():
-        names = f", {counted(unmatched, 'name')} without a matching module" if unmatched else ""
-        print(f"  {path}: {counted(modules, 'module')} changed{names}")
+        names = f", {plural(unmatched, 'name')} without a matching module" if unmatched else ""
+        print(f"  {path}: {plural(modules, 'module')} changed{names}")
 
 
 @app.command()
@@ -181,7 +181,7 @@ def _print(done: Made, target: Path, as_json: bool) -> None:
         return
     low, high = done.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    modules = counted(done.modules, "module")
+    modules = plural(done.modules, "module")
     print(f"{target}: {modules}, {ranks}, {done.nbytes / 1e6:,.1f} MB; {done.held:.1%} of the difference")
     if left_out := _left_out(done.left_out):
         print(left_out)
@@ -193,9 +193,9 @@ def _left_out(counts: Mapping[str, int]) -> str:
 
     parts = []
     if number := counts.get(CONVOLUTIONS):
-        parts.append(f"skipped {counted(number, '3x3 convolution')} (use --conv-rank to include them)")
+        parts.append(f"skipped {plural(number, '3x3 convolution')} (use --conv-rank to include them)")
     if number := counts.get(UNPAIRED):
-        parts.append(f"skipped {counted(number, 'weight')} that BASE does not have in the same shape")
+        parts.append(f"skipped {plural(number, 'weight')} that BASE does not have in the same shape")
     if UNCHANGED in counts and (parts or counts[UNCHANGED]):
-        parts.append(f"{counted(counts[UNCHANGED], 'weight')} unchanged")
+        parts.append(f"{plural(counts[UNCHANGED], 'weight')} unchanged")
     return "; ".join(parts)

@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from gouache.errors import RequestError
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 METHOD_NAMES = (
     "weighted-sum",
@@ -99,8 +99,8 @@ def merge(
     if as_json:
         print(json.dumps({"path": str(target), **asdict(done)}))
         return
-    print(f"{target}: {counted(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB, sha256 {done.sha256}")
+    print(f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB, sha256 {done.sha256}")
     for note in done.notes:
         print(f"note: {note}")
     for reason, count in done.left_out.items():
-        print(f"left out {counted(count, 'tensor')}: {reason}")
+        print(f"left out {plural(count, 'tensor')}: {reason}")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 
 def prune(
@@ -47,9 +47,9 @@ def prune(
     if as_json:
         print(json.dumps({"path": str(target), **asdict(done), "saved": done.saved}))
         return
-    print(f"{target}: {counted(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
+    print(f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
     for reason, (count, nbytes) in done.dropped.items():
-        print(f"dropped  {counted(count, 'tensor')}, {nbytes / 1e6:,.1f} MB: {reason}")
+        print(f"dropped  {plural(count, 'tensor')}, {nbytes / 1e6:,.1f} MB: {reason}")
     if done.cast_saved:
         print(f"cast to {dtype}  {_change(done.cast_saved)}")
     print(f"in all, {_change(done.saved)} than the source")

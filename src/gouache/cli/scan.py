@@ -11,7 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 
 def scan(
@@ -35,8 +35,8 @@ def scan(
         for mention in found.mentions:
             print(f"{'':11}   {mention}")
     if not as_json:
-        counts = ", ".join(f"{count:,} {verdict}" for verdict, count in verdicts.items())
-        print(f"{counted(sum(verdicts.values()), 'file')}" + (f": {counts}" if counts else " to scan"))
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+        print(f"{plural(sum(verdicts.values()), 'file')}" + (f": {counts}" if counts else " to scan"))
     if verdicts["hostile"] or verdicts["suspicious"]:
         sys.exit(1)
     if verdicts["damaged"] or verdicts["not a model"] or verdicts["unreadable"]:

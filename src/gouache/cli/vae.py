@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 app = Typer(help="Replace or extract a model's VAE.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -34,7 +34,7 @@ def bake(
     print(
         json.dumps({"path": str(target), **asdict(done)})
         if as_json
-        else f"{target}: {counted(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
+        else f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )
 
 
@@ -57,5 +57,5 @@ def extract(
     print(
         json.dumps({"path": str(target), **asdict(done)})
         if as_json
-        else f"{target}: {counted(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
+        else f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )

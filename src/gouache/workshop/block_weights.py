@@ -12,7 +12,7 @@ from pathlib import Path
 from gouache.errors import FileError, RequestError
 from gouache.layouts.blocks import Block, block_of, blocks
 from gouache.nn.spec import UNetSpec
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 BASE = "BASE"  # the label of all tensors outside the U-Net
 
@@ -105,7 +105,7 @@ def _from_numbers(text: str, labels: list[str]) -> dict[str, float]:
     if len(numbers) != len(labels) + 1:
         raise RequestError(
             "blocks",
-            f"got {counted(len(numbers), 'number')}; this U-Net needs {len(labels) + 1}: BASE and {len(labels)} blocks",
+            f"got {plural(len(numbers), 'number')}; this U-Net needs {len(labels) + 1}: BASE and {len(labels)} blocks",
         )
     return dict(zip([BASE, *labels], numbers))
 

@@ -30,7 +30,7 @@ OnWork = Callable[[str, int, int], None]
 class Converted:
     """What was written: the number of `tensors`, their `nbytes`, and the `form` of the target.
 
-    `kept_beside` and `left_out` count, by reason, the tensors that the target's layout has no place for: the former are
+    `leftovers` and `left_out` count, by reason, the tensors that the target's layout has no place for: the former are
     saved in its `leftovers.safetensors`, the latter are not saved. `rounded_to` is the dtype that values were rounded
     to, None where all values are exactly those of the source.
     """
@@ -38,7 +38,7 @@ class Converted:
     tensors: int
     nbytes: int
     form: str
-    kept_beside: Mapping[str, int]
+    leftovers: Mapping[str, int]
     left_out: Mapping[str, int]
     rounded_to: str | None = None
 
@@ -106,7 +106,7 @@ def _to_file(
 
     save.write_file(result, target, form, progress("writing", result.nbytes, on_work), check)
     unplaced = [key for key in file.extra if key not in save.plain_values(file.extra)] if not from_folder else []
-    left_out = Counter(f"tensors: {reason}" for reason in found.leftovers.values()) if from_folder else Counter[str]()
+    left_out = Counter(f"tensors ({reason})" for reason in found.leftovers.values()) if from_folder else Counter[str]()
     if unplaced:
         left_out["values of the training state that are not weights"] = len(unplaced)
     return Converted(len(result), result.nbytes, form, {}, left_out)

@@ -15,7 +15,7 @@ from gouache.errors import printable
 from gouache.families.found import Found
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.layouts.adapters import read_adapter, read_embedding, read_hypernetwork, suffix_of
-from gouache.workshop.plural import counted
+from gouache.workshop.plural import plural
 
 _MAX_TAGS = 12  # caption tags that a report lists
 
@@ -49,10 +49,10 @@ def _ranks(file: ModelFile) -> Iterator[Detail]:
     downs = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".hada_w1_b")
     ranks = Counter(info.shape[0] for name, info in file.tensors.items() if name.endswith(downs) and info.shape)
     if ranks:
-        listed = ", ".join(f"{rank} ({counted(count, 'module')})" for rank, count in sorted(ranks.items()))
+        listed = ", ".join(f"{rank} ({plural(count, 'module')})" for rank, count in sorted(ranks.items()))
         yield Detail("rank", listed, "the shapes of the down factors")
     if alpha := file.metadata.get("ss_network_alpha"):
-        yield Detail("alpha", printable(alpha), "metadata: ss_network_alpha")
+        yield Detail("alpha", printable(alpha), "the metadata states ss_network_alpha")
     if any(suffix_of(name) == ".lora_mid.weight" for name in file):
         yield Detail("form", "Tucker", "some convolutions have a core tensor, lora_mid")
 
@@ -79,17 +79,17 @@ def _training_metadata(metadata: Mapping[str, str]) -> Iterator[Detail]:
     for key, name in _TRAINING_KEYS:
         value = metadata.get(key, "")
         if value not in ("", "None"):
-            yield Detail(name, printable(value, 120), f"metadata: {key}")
+            yield Detail(name, printable(value, 120), f"the metadata states {key}")
 
 
 def _trigger_details(metadata: Mapping[str, str]) -> Iterator[Detail]:
     """The adapter's trigger words, and the most frequent tags of its training captions, as far as they are known."""
     if phrase := metadata.get("modelspec.trigger_phrase"):
-        yield Detail("trigger words", printable(phrase), "metadata: modelspec.trigger_phrase")
+        yield Detail("trigger words", printable(phrase), "the metadata states modelspec.trigger_phrase")
     counts = tag_counts(metadata)
     if counts:
         listed = ", ".join(f"{printable(tag, 40)} ({count})" for tag, count in counts.most_common(_MAX_TAGS))
-        yield Detail("captions", listed, f"the most frequent of {counted(len(counts), 'tag')} in ss_tag_frequency")
+        yield Detail("captions", listed, f"the most frequent of {plural(len(counts), 'tag')} in ss_tag_frequency")
 
 
 def trigger_words(metadata: Mapping[str, str], most: int = 5) -> list[str]:
@@ -177,12 +177,12 @@ def _optimizer(state: Any) -> Iterator[Detail]:
                 nbytes += value.nbytes
     groups = [group for group in state.get("param_groups") or [] if isinstance(group, dict)]
     algorithm = _optimizer_name(set(moments), groups)
-    stored = ", ".join(f"{name} of {counted(count, 'weight')}" for name, count in moments.items())
+    stored = ", ".join(f"{name} of {plural(count, 'weight')}" for name, count in moments.items())
     yield Detail("optimizer", f"{algorithm}, {nbytes / 1e6:,.0f} MB", f"its state: {stored or 'no moments'}")
     rates = sorted({group["lr"] for group in groups if isinstance(group.get("lr"), int | float)})
     if rates:
         listed = ", ".join(f"{rate:g}" for rate in rates)
-        yield Detail("learning rate", listed, f"of {counted(len(groups), 'parameter group')}")
+        yield Detail("learning rate", listed, f"of {plural(len(groups), 'parameter group')}")
 
 
 def _optimizer_name(moments: set[str], groups: list[dict[str, Any]]) -> str:

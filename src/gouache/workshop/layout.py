@@ -105,7 +105,7 @@ def _in_folder(file: ModelFile, part: Part) -> ModelFile:
 
 def _family(found: Found) -> Family:
     if found.family.value is None:
-        raise ModelError(f"{printable(str(found.path))}: model family not recognised ({found.family.evidence})")
+        raise ModelError(f"{printable(str(found.path))}: model family {found.family.evidence}")
     return found.family.value
 
 

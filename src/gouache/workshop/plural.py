@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 
-def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """`count` with `noun` in the singular or the plural; `plural` where that is not `noun` with an "s"."""
-    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
+def plural(count: int, noun: str, several: str = "") -> str:
+    """The count with its noun; `several` is an irregular plural."""
+    return f"{count} {noun if count == 1 else several or noun + 's'}"

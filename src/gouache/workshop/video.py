@@ -74,10 +74,10 @@ def _description(
 def _check_complete(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     missing = [name for name in expected if name not in shapes]
     if missing:
-        raise ModelError(f"{len(missing)} of {len(expected)} tensors missing, the first is {missing[0]}")
+        raise ModelError(f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
     for name, shape in expected.items():
         if shapes[name] != shape:
-            raise ModelError(f"{name} has shape {list(shapes[name])}; the other tensors require {list(shape)}")
+            raise ModelError(f"{name} has shape {list(shapes[name])}, but the others require {list(shape)}")
 
 
 def _piece(vae: Component, place: Place, origins: Mapping[str, Origin]) -> Component:

@@ -149,9 +149,7 @@ def rename(
     found = identify(file, family=family)
     line = found.family.value
     if line is None:
-        raise ModelError(
-            f"{source}: the family of the models it is for is not recognised ({found.family.evidence}); give --family"
-        )
+        raise ModelError(f"{source}: model family {found.family.evidence}; give --family")
     specs = {place.component: place.spec for place in line.places if isinstance(place.spec, UNetSpec | TextSpec)}
     adapter = read_lora(file, module_names(specs))
     if not adapter.tensors:
