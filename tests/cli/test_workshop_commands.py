@@ -68,7 +68,8 @@ def test_metadata_is_shown_and_changed(gouache: Command, tmp_path: Path):
     path = random_file(tmp_path / "a.safetensors", 4000)
 
     assert gouache("metadata", path).out == "one: entry\n"
-    assert gouache("metadata", path, "--set", "two=2=2", "--unset", "one").out == "two: 2=2\n"
+    changed = gouache("metadata", path, "--set", "two=2=2", "--unset", "one")
+    assert changed.out == "two: 2=2\n" and changed.err == f"saved in {path}\n"
     assert json.loads(gouache("metadata", path, "--json").out) == {"two": "2=2"}
     refused = gouache("metadata", path, "--set", "no equals sign")
     assert refused.code == 2 and "'no equals sign' is not KEY=VALUE" in refused.err
@@ -91,6 +92,12 @@ def test_diff_exits_with_1_if_weights_differ(gouache: Command, narrow: Narrows, 
     assert same.code == 0 and same.out.endswith("the weights are equal\n")
     assert other.code == 1 and other.out.endswith("the weights differ\n")
     assert not json.loads(gouache("diff", narrow("sd1").file, tuned, "--json").out)["equal"]
+
+
+def test_diff_of_two_layouts_says_that_no_names_are_shared(gouache: Command, narrow: Narrows):
+    result = gouache("diff", narrow("sd1").file, narrow("sd1").folder)
+
+    assert result.code == 1 and result.out.splitlines()[-1].startswith("no tensor names in common; convert")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def metadata(
     texts = pairs("set", put or [])
     if texts or unset or thumbnail:
         texts = change(path, output or path, texts, unset or [], thumbnail)
+        print(f"saved in {output or path}", file=sys.stderr)
     else:
         texts = dict(open_model(path).metadata)
     if as_json:
@@ -110,6 +111,13 @@ def diff(
             print(line if part.same == part.tensors else f"{line}; relative difference {part.relative:.3g}")
         for each in found.furthest:
             print(f"  {each.name}: relative difference {each.relative:.3g}, largest difference {each.largest:.3g}")
-        print("the weights are equal" if found.equal else "the weights differ")
+        if found.equal:
+            print("the weights are equal")
+        elif not found.parts and not found.shapes:
+            print("no tensor names in common; convert one of the models to the layout of the other first")
+        elif all(part.same == part.tensors for part in found.parts):
+            print("the weights with the same name and shape are equal")
+        else:
+            print("the weights differ")
     if not found.equal:
         sys.exit(1)

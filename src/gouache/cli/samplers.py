@@ -24,6 +24,6 @@ def samplers(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = Fa
     print(f"{'sampler':20}{'default schedule':18}aliases")
     for each in SAMPLERS:
         print(f"{each.name:20}{each.spacing:18}{', '.join(each.aliases)}".rstrip())
-    print(f"\n{'schedule':20}aliases\n{AUTOMATIC} (the sampler's default schedule)")
+    print(f"\n{'schedule':20}aliases\n{AUTOMATIC:20}(the sampler's default schedule)")
     for spacing in SPACINGS:
         print(f"{spacing.name:20}{', '.join(spacing.aliases)}".rstrip())

@@ -107,8 +107,8 @@ def _side(path: Path) -> _Side:
     file, found = layout.opened(path)
     if not found.components:
         raise ModelError(
-            f"{printable(str(path))} is {found.kind.value}, not a model or a component of one; for LoRAs use "
-            "`gouache lora`, for embeddings `gouache embedding`"
+            f"{printable(str(path))} is not a model or a component of one (kind: {found.kind.value}); for LoRAs use "
+            "`gouache lora merge`, for embeddings `gouache embedding merge`"
         )
     parts = {name: derive.arrange(file, part.origins) for name, part in found.components.items()}
     return _Side(file, found, parts)

@@ -69,8 +69,11 @@ def prune(
     save.refuse_existing(target, overwrite)
     file, found = layout.opened(source)
     if "unet" not in found.components and not found.ema_names:
-        what = f"it is {found.kind.value}" + (f"; {found.missing['unet']}" if "unet" in found.missing else "")
-        raise ModelError(f"{printable(str(source))} cannot be pruned because it has no complete U-Net: {what}")
+        reason = f"; U-Net: {found.missing['unet']}" if "unet" in found.missing else ""
+        raise ModelError(
+            f"{printable(str(source))} cannot be pruned because it has no complete U-Net (kind: {found.kind.value}"
+            f"{reason})"
+        )
     if keep == "ema" and not found.ema_names:
         hint = found.ema.evidence if found.ema is not None else "no tensor is an EMA weight"
         raise RequestError("keep", f"{printable(str(source))} has no EMA weights ({hint}); use last instead of ema")

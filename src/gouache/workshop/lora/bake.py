@@ -95,7 +95,6 @@ def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> 
     if not adapter.tensors:
         lora = identify(file)
         family = lora.family.value
-        kind = "not recognised" if lora.kind.value == "unknown" else lora.kind.value
-        fits = f", for {family.title}" if family is not None else ""
-        raise ModelError(f"{printable(str(path))} matches no module of {found.path.name}; its kind is {kind}{fits}")
+        kind = lora.kind.value + (f", for {family.title}" if family is not None else "")
+        raise ModelError(f"{printable(str(path))} matches no module of {found.path.name} (kind: {kind})")
     return adapter

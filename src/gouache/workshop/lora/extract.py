@@ -90,7 +90,7 @@ def _sides(path: Path) -> _Side:
     file = open_model(path)
     found = identify(file)
     if "unet" not in found.components:
-        raise ModelError(f"{printable(str(path))} is {found.kind.value}, not a model with a U-Net")
+        raise ModelError(f"{printable(str(path))} is not a model with a complete U-Net (kind: {found.kind.value})")
     parts = {name: derive.arrange(file, part.origins) for name, part in found.components.items()}
     return _Side(found, parts)
 
