@@ -1,1 +1,1 @@
-"""Gouache against diffusers, in one run, with the same weights: python -m benchmarks [--quick] [--dtype bf16]"""
+"""Gouache and diffusers timed in one run with the same weights: python -m benchmarks [--quick] [--dtype bf16]"""

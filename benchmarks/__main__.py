@@ -1,11 +1,11 @@
 """One command: python -m benchmarks [--quick] [--dtype bf16|fp32] [--rounds 3] [--only NAME]
 
-Makes a Stable Diffusion 1.5 of random weights in a temporary folder, then times each task for Gouache and diffusers in
-turns (A B A B), every time in a fresh process, so that a machine whose speed drifts moves both. Needs the test extra,
-6 GB of disk and 8 GB of memory; `--quick` takes a narrow model instead. Results go to benchmarks/results/.
+Writes a Stable Diffusion 1.5 with random weights to a temporary folder, then times each task for Gouache and diffusers
+alternately (A B A B), each time in a new process, so that a drift of the machine's speed affects both. Needs the test
+extra, 6 GB of disk and 8 GB of memory; `--quick` uses a narrow model instead. Results go to benchmarks/results/.
 
-    python -m benchmarks workshop ...    the commands that turn files into files: see benchmarks/workshop.py
-    python -m benchmarks attach ...      an SDXL LoRA put on, changed and taken off: see benchmarks/attach.py
+    python -m benchmarks workshop ...    the commands that convert, merge and prune files: see benchmarks/workshop.py
+    python -m benchmarks attach ...      attaching, changing and detaching an SDXL LoRA: see benchmarks/attach.py
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import attach, workshop
-from benchmarks.report import machine, say, store
+from benchmarks.report import log, machine, store
 from benchmarks.tasks import TASKS
+from gouache.workshop.plural import plural
 
 HERE = Path(__file__).parent
 SIDES = ("gouache", "diffusers")
@@ -34,16 +35,18 @@ def main() -> int:
     if sys.argv[1:2] == ["attach"]:
         return attach.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a narrow model: seconds, and only good for a look")
+    parser.add_argument(
+        "--quick", action="store_true", help="use a narrow model: takes seconds, only to try the benchmark"
+    )
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp32"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=TASKS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        say("making models of random weights")
+        log("writing models with random weights")
         run("make", "both", Path(folder), options)
         ceiling = run("ceiling", "both", Path(folder), options)["flops_per_second"]
-        say(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s for a product of {options.dtype} matrices")
+        log(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s in a product of {options.dtype} matrices")
         rows = [measure(task, Path(folder), options, ceiling) for task in TASKS if options.only in (None, task)]
     result = {
         "machine": machine("torch", "diffusers", "transformers"),
@@ -58,12 +61,12 @@ def main() -> int:
 
 
 def measure(task: str, folder: Path, options: argparse.Namespace, ceiling: float) -> dict[str, Any]:
-    """Both sides in turns; medians of all timed calls, and the median of the ratios round by round."""
+    """Time both sides alternately; medians of all timed calls, and the median of the ratios of each round."""
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     for number in range(options.rounds):
         for side in SIDES:
             found[side].append(run(task, side, folder, options))
-            say(f"{task} {number + 1}/{options.rounds} {side}: {median(found[side][-1]):.3f} s")
+            log(f"{task} {number + 1}/{options.rounds} {side}: {median(found[side][-1]):.3f} s")
     ratios = [median(ours) / median(theirs) for ours, theirs in zip(found["gouache"], found["diffusers"])]
     row: dict[str, Any] = {"task": task, "ratio": statistics.median(ratios), "ratios": ratios}
     for side in SIDES:
@@ -75,7 +78,7 @@ def measure(task: str, folder: Path, options: argparse.Namespace, ceiling: float
 
 
 def run(task: str, side: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One task of one side in a process of its own."""
+    """One task of one side in a new process."""
     command = [sys.executable, "-m", "benchmarks.tasks", task, side, str(folder), options.dtype]
     command += ["--quick"] if options.quick else []
     done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, env={**os.environ, **OFFLINE})
@@ -93,13 +96,14 @@ def median(result: dict[str, Any]) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown: a ratio below 1 means that Gouache is faster."""
-    options, told = result["options"], result["machine"]
+    options, computer = result["options"], result["machine"]
+    rounds = plural(options["rounds"], "round")
     lines = [
-        f"{options['dtype']}, medians of {options['rounds']} rounds, each side in turn in fresh processes. "
-        f"{told['cpu']}, {told['cores']} cores, Python {told['python']}, torch {told['torch']}, "
-        f"diffusers {told['diffusers']}. Matrix ceiling {result['ceiling_gflops']:.0f} GFLOP/s.",
+        f"{options['dtype']}, medians of {rounds}, both sides alternately, in new processes. "
+        f"{computer['cpu']}, {computer['cores']} cores, Python {computer['python']}, torch {computer['torch']}, "
+        f"diffusers {computer['diffusers']}. Matrix product ceiling {result['ceiling_gflops']:.0f} GFLOP/s.",
         "",
-        "| task | gouache, s | diffusers, s | ratio | of the ceiling | private MB | diffusers' |",
+        "| task | gouache, s | diffusers, s | ratio | share of ceiling | gouache, private MB | diffusers, private MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in result["tasks"]:

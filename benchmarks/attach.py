@@ -1,8 +1,8 @@
 """Attaching an SDXL LoRA: python -m benchmarks attach [--dtype bf16|fp32] [--rounds 6]
 
-A LoRA of the official layout (144 MB at the usual rank) on an SDXL of random weights, in turns with the least that
-folding can cost: copying the weights that it touches into fresh memory. The originals are read from a mapped float16
-file. Needs 6 GB of disk and 18 GB of memory (24 GB for fp32).
+A LoRA of the official layout (144 MB at the usual rank) on an SDXL with random weights, alternately with the lower
+bound for folding: copying the weights that it changes to new memory. The original weights are read from a mapped
+float16 file. Needs 6 GB of disk and 18 GB of memory (24 GB for fp32).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from benchmarks.report import machine, say, store
+from benchmarks.report import log, machine, store
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lora.safetensors"
-        say("making a LoRA and networks of random weights")
+        log("writing a LoRA and networks with random weights")
         lora(path)
         rows = measured(path, options.dtype, options.rounds)
     print(table(rows))
@@ -47,15 +47,15 @@ def main(arguments: list[str]) -> int:
 
 
 def lora(path: Path) -> None:
-    """Random weights in the official layout, float16."""
+    """Write a LoRA with random float16 weights in the official layout."""
     import torch
     from safetensors.torch import save_file
 
-    listed = json.loads(gzip.decompress(MANIFEST.read_bytes()))
-    chance = torch.Generator().manual_seed(0)
-    made = {name: (0.01 * torch.randn(shape, generator=chance)).half() for name, (shape, *_) in listed.items()}
-    save_file(made, path)
-    say(f"{len(made)} tensors, {path.stat().st_size / 1e6:.0f} MB")
+    shapes = {name: shape for name, (shape, *_) in json.loads(gzip.decompress(MANIFEST.read_bytes())).items()}
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: (0.01 * torch.randn(shape, generator=generator)).half() for name, shape in shapes.items()}
+    save_file(tensors, path)
+    log(f"{len(tensors)} tensors, {path.stat().st_size / 1e6:.0f} MB")
 
 
 def measured(path: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
@@ -80,8 +80,8 @@ def measured(path: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
         if isinstance(place.spec, UNetSpec | TextSpec):
             specs[place.component] = place.spec
             with torch.device("meta"):
-                built = UNet(place.spec) if isinstance(place.spec, UNetSpec) else ClipText(place.spec)
-            networks[place.component] = built.to(DTYPES[dtype]).to_empty(device="cpu").requires_grad_(False)
+                network = UNet(place.spec) if isinstance(place.spec, UNetSpec) else ClipText(place.spec)
+            networks[place.component] = network.to(DTYPES[dtype]).to_empty(device="cpu").requires_grad_(False)
     adapter = read_lora(open_model(path), module_names(specs))
     model = path.with_name("model.safetensors")
     halves = {}
@@ -95,59 +95,60 @@ def measured(path: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
     file = open_model(model)
 
     def restore(component: str, name: str) -> torch.Tensor:
-        """From the mapped file, cast as it was loaded."""
+        """The original weight from the mapped file, cast as when it was loaded."""
         if f"{component}/{name}" not in file:
             return networks[component].get_parameter(name).data
         return cast(file.tensor(f"{component}/{name}"), DTYPES[dtype], "cpu")
 
-    def touched() -> list[torch.Tensor]:
+    def changed_weights() -> list[torch.Tensor]:
         return [networks[component].get_submodule(name).weight.data for component, name in adapter.tensors]  # type: ignore
 
-    layers = Layers(networks, restore)
-    size = sum(weight.nbytes for weight in touched())
-    say(f"{len(adapter.tensors)} weights, {size / 1e9:.2f} GB in {dtype}")
+    adapters = Layers(networks, restore)
+    size = sum(weight.nbytes for weight in changed_weights())
+    log(f"{len(adapter.tensors)} weights, {size / 1e9:.2f} GB in {dtype}")
     times: dict[str, list[float]] = {"copy": [], "attach": [], "another strength": [], "detach": []}
 
     def copy() -> None:
-        copies = timed(times["copy"], lambda: [torch.empty_like(weight).copy_(weight) for weight in touched()])
+        copies = timed(times["copy"], lambda: [torch.empty_like(weight).copy_(weight) for weight in changed_weights()])
         del copies
         trim()
 
     def attach() -> None:
-        on = [timed(times["attach"], lambda: layers.attach(adapter, Strength(0.8)))]
-        timed(times["another strength"], lambda: layers.change(on[0], Strength(0.5)))
-        timed(times["detach"], lambda: layers.detach(on.pop()))
+        attached = [timed(times["attach"], lambda: adapters.attach(adapter, Strength(0.8)))]
+        timed(times["another strength"], lambda: adapters.change(attached[0], Strength(0.5)))
+        timed(times["detach"], lambda: adapters.detach(attached.pop()))
         trim()
 
     trim()
     for number in range(rounds):
-        # In turns, each first as often as second: how fast fresh memory comes depends on what was freed just before.
+        # Each is first as often as second: the speed of allocating new memory depends on what was freed just before.
         for work in (copy, attach) if number % 2 else (attach, copy):
             work()
-        say(f"{number + 1}/{rounds}: " + ", ".join(f"{name} {seen[-1]:.2f} s" for name, seen in times.items()))
-    copying = statistics.median(times["copy"])
+        log(f"{number + 1}/{rounds}: " + ", ".join(f"{name} {seconds[-1]:.2f} s" for name, seconds in times.items()))
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     return [
-        {"task": name, "seconds": statistics.median(seen), "ratio": statistics.median(seen) / copying, "bytes": size}
-        for name, seen in times.items()
+        {"task": name, "seconds": median, "ratio": median / medians["copy"], "bytes": size}
+        for name, median in medians.items()
     ]
 
 
 def trim() -> None:
-    """Give freed memory back to the system, so that what comes next gets fresh memory as a first attach does."""
+    """Return freed memory to the system, so that the next task gets new memory, as a first attach does."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def timed(into: list[float], work: Callable[[], T]) -> T:
-    began = time.perf_counter()
+    """Run `work`, append the seconds it takes to `into`, and return its result."""
+    start = time.perf_counter()
     result = work()
-    into.append(time.perf_counter() - began)
+    into.append(time.perf_counter() - start)
     return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    head = ["| task | seconds | of a copy |", "| --- | ---: | ---: |"]
+    head = ["| task | seconds | times a copy |", "| --- | ---: | ---: |"]
     return (
         "\n".join([*head, *(f"| {row['task']} | {row['seconds']:.2f} | {row['ratio']:.2f} |" for row in rows)]) + "\n"
     )

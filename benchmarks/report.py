@@ -1,4 +1,4 @@
-"""What every benchmark tells: on which machine it ran, how far it is, and its results, stored."""
+"""What all benchmarks report: the machine, progress, and stored results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def machine(*packages: str) -> dict[str, str]:
 
 
 def lines(path: str) -> list[str]:
-    """Those of a file of the system, none where it is not there."""
+    """The lines of a system file; [] if it does not exist."""
     try:
         return Path(path).read_text().splitlines()
     except OSError:
@@ -33,12 +33,12 @@ def lines(path: str) -> list[str]:
 
 
 def store(name: str, result: dict[str, Any], table: str) -> None:
-    """Keep a result under today's date, as JSON and as a table."""
+    """Store a result under today's date, as JSON and as a Markdown table."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{time.strftime('%Y-%m-%d')}-{name}"
     path.with_name(f"{path.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     path.with_name(f"{path.name}.md").write_text(table)
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

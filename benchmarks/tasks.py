@@ -1,7 +1,7 @@
-"""The tasks, each for Gouache and for diffusers, run one a process: python -m benchmarks.tasks TASK SIDE FOLDER DTYPE
+"""The tasks, each for Gouache and diffusers, one per process: python -m benchmarks.tasks TASK SIDE FOLDER DTYPE
 
-Prints one line of JSON: the seconds of each timed call after a warm-up, and the peak of private memory (what the
-process owns, mapped files left out).
+Prints one line of JSON: the seconds of each timed call after a warm-up, and the peak of private memory (the process's
+own memory, without mapped files).
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ def timed(work: Callable[[], object], count: int) -> list[float]:
     with torch.inference_mode():
         work()
         for _ in range(count):
-            began = time.perf_counter()
+            start = time.perf_counter()
             work()
-            seconds.append(time.perf_counter() - began)
+            seconds.append(time.perf_counter() - start)
     return seconds
 
 
 def make(folder: Path, quick: bool) -> dict[str, Any]:
-    """A diffusers pipeline of random weights, SD1.5's size or a tenth of its width, and a tiny one for cold starts."""
+    """Write two diffusers pipelines with random weights.
+
+    The first has the width of SD1.5 (`quick`: a tenth of it), the second is tiny and serves cold starts.
+    """
     _pipeline(folder / "model", quick)
     _pipeline(folder / "tiny", True)
     return {}
@@ -96,19 +99,19 @@ def _pipeline(folder: Path, narrow: bool) -> None:
 
 
 def ceiling(dtype: str) -> dict[str, Any]:
-    """The best rate of a square matrix product, plain and through oneDNN's packed weights."""
+    """The highest rate of a square matrix product, with plain weights and with oneDNN's packed weights."""
     import torch
 
-    kind = getattr(torch, DTYPES[dtype])
+    torch_dtype = getattr(torch, DTYPES[dtype])
     size = 2048
-    a, b = torch.randn(size, size).to(kind), torch.randn(size, size).to(kind)
-    ways: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(a, b)]
+    a, b = torch.randn(size, size).to(torch_dtype), torch.randn(size, size).to(torch_dtype)
+    products: list[Callable[[], object]] = [lambda: torch.nn.functional.linear(a, b)]
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(b.to_mkldnn(), size)
-        ways.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
+        products.append(lambda: torch.ops.mkldnn._linear_pointwise(a, packed, None, "none", [], ""))
     except (RuntimeError, AttributeError):
         pass
-    best = min(min(timed(way, 8)) for way in ways)
+    best = min(min(timed(product, 8)) for product in products)
     return {"flops_per_second": 2 * size**3 / best}
 
 
@@ -127,59 +130,59 @@ def text(side: str, folder: Path, dtype: str, quick: bool) -> tuple[Callable[[],
 
 
 def unet(side: str, folder: Path, dtype: str, quick: bool) -> tuple[Callable[[], object], float]:
-    """Batch 2, as guidance needs, 64x64 latents."""
+    """Batch 2, as classifier-free guidance needs, 64x64 latents."""
     import torch
 
-    kind = getattr(torch, DTYPES[dtype])
-    chance = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 4, 64, 64, generator=chance).to(kind)
-    context = torch.randn(2, 77, 64 if quick else 768, generator=chance).to(kind)
+    torch_dtype = getattr(torch, DTYPES[dtype])
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 64, 64, generator=generator).to(torch_dtype)
+    context = torch.randn(2, 77, 64 if quick else 768, generator=generator).to(torch_dtype)
     t = torch.tensor([500.0, 500.0])
     if side == "gouache":
         network = model(folder, dtype).unet
         return lambda: network(x, t, context), counted(lambda: network(x, t, context))
     from diffusers import UNet2DConditionModel
 
-    other = UNet2DConditionModel.from_pretrained(folder / "model/unet", torch_dtype=kind).eval()
-    other = other.to(memory_format=torch.channels_last)  # diffusers' own advice, and faster here
+    other = UNet2DConditionModel.from_pretrained(folder / "model/unet", torch_dtype=torch_dtype).eval()
+    other = other.to(memory_format=torch.channels_last)  # recommended by diffusers, and faster here
     return lambda: other(x, t, context), counted(lambda: other(x, t, context))
 
 
 def vae_decode(side: str, folder: Path, dtype: str, quick: bool) -> tuple[Callable[[], object], float]:
     import torch
 
-    kind = getattr(torch, DTYPES[dtype])
-    latent = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0)).to(kind)
+    torch_dtype = getattr(torch, DTYPES[dtype])
+    latent = torch.randn(1, 4, 64, 64, generator=torch.Generator().manual_seed(0)).to(torch_dtype)
     if side == "gouache":
         vae = model(folder, dtype).vae
         return lambda: vae.decode(latent), counted(lambda: vae.decode(latent))
     from diffusers import AutoencoderKL
 
-    other = AutoencoderKL.from_pretrained(folder / "model/vae", torch_dtype=kind).eval()
+    other = AutoencoderKL.from_pretrained(folder / "model/vae", torch_dtype=torch_dtype).eval()
     other = other.to(memory_format=torch.channels_last)
     return lambda: other.decode(latent), counted(lambda: other.decode(latent))
 
 
 def load(side: str, folder: Path, dtype: str) -> dict[str, Any]:
-    """From the folder to a model whose every weight has been read once; in the file's own dtype, float32."""
+    """Load from the folder and read every weight once, in the files' dtype, float32."""
     import torch
 
     if side == "gouache":
-        import gouache.face  # noqa: F401 - imports are not part of loading
+        import gouache.face  # noqa: F401 - the time of imports is not part of loading
 
-        began = time.perf_counter()
+        start = time.perf_counter()
         loaded = model(folder, "fp32")
         modules = [loaded.unet, loaded.vae, *loaded.text_encoders.values()]
     else:
         from diffusers import StableDiffusionPipeline
 
-        began = time.perf_counter()
+        start = time.perf_counter()
         pipeline = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
         modules = [pipeline.unet, pipeline.vae, pipeline.text_encoder]
     for module in modules:
         for parameter in module.parameters():
-            parameter.detach().as_strided((parameter.numel(),), (1,))[::1024].sum()  # one value a page
-    return {"seconds": [time.perf_counter() - began]}
+            parameter.detach().as_strided((parameter.numel(),), (1,))[::1024].sum()  # one value per page of memory
+    return {"seconds": [time.perf_counter() - start]}
 
 
 COLD = """
@@ -194,7 +197,7 @@ picture.save({out!r})
 
 
 def cold_picture(side: str, folder: Path) -> dict[str, Any]:
-    """A whole process from its start to the PNG: a tiny model, 2 steps, 64x64."""
+    """A whole process, from its start to the saved PNG: a tiny model, 2 steps, 64x64."""
     out = str(folder / f"{side}.png")
     if side == "gouache":
         command = [sys.executable, "-m", "gouache.cli.main", "paint", "a cat", "-m", str(folder / "tiny"), "-o", out,
@@ -205,14 +208,14 @@ def cold_picture(side: str, folder: Path) -> dict[str, Any]:
 
 
 def watched(command: list[str], **options: Any) -> dict[str, Any]:
-    """A process from its start to its end: its seconds, and the peak of its private memory."""
-    began = time.perf_counter()
+    """Run a process and measure its duration in seconds and the peak of its private memory in MB."""
+    start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, private_mb(process.pid))
         time.sleep(0.01)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit((process.stderr.read() if process.stderr else b"").decode()[-2000:])
     return {"seconds": [seconds], "peak_private_mb": peak}
@@ -225,7 +228,7 @@ def model(folder: Path, dtype: str) -> Any:
 
 
 def counted(work: Callable[[], object]) -> float:
-    """Floating-point operations of one call: twice the multiply-adds of products, convolutions and attention."""
+    """Floating-point operations of one call: two per multiply-add of matrix products, convolutions and attention."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -236,7 +239,7 @@ def counted(work: Callable[[], object]) -> float:
 
 
 def private_mb(process: int | str = "self") -> float:
-    """The anonymous memory of a process, in MB; 0 where the system does not tell."""
+    """The anonymous memory of a process in MB; 0 if the system does not report it."""
     try:
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("RssAnon"):
@@ -247,7 +250,7 @@ def private_mb(process: int | str = "self") -> float:
 
 
 class Peak(threading.Thread):
-    """Watches this process's private memory, fifty times a second."""
+    """Records the peak of this process's private memory in MB, sampled 50 times per second."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -263,5 +266,5 @@ if __name__ == "__main__":
     watch = Peak()
     watch.start()
     task, side, folder, dtype = sys.argv[1:5]
-    told = main(task, side, Path(folder), dtype, "--quick" in sys.argv)
-    print(json.dumps({"peak_private_mb": watch.mb, **told}))
+    measured = main(task, side, Path(folder), dtype, "--quick" in sys.argv)
+    print(json.dumps({"peak_private_mb": watch.mb, **measured}))

@@ -1,11 +1,11 @@
-"""The workshop on files of full size: python -m benchmarks workshop [--family sd1|sdxl] [--dtype fp16|fp32] ...
+"""Commands on full-size model files: python -m benchmarks workshop [--family sd1|sdxl] [--dtype fp16|fp32] ...
 
-Makes checkpoints of random weights in a scratch folder, then times each command in turns with a raw copy (A B A B),
-each a process of its own: the copy reads the same files and writes as many bytes as the command did, flushed to the
-disk. Before each of them the files are read once, so that as much of them is in the page cache as memory holds, and
-what is still to be written is written. Hashes are never remembered from the run before.
+Writes checkpoints with random weights to a temporary folder, then times each command alternately with a raw copy
+(A B A B), each in a new process: the copy reads the same files and writes as many bytes as the command did, flushed to
+disk. Before each run the files are read once, so that they are in the page cache as far as memory allows, and pending
+writes are flushed. Cached hashes are deleted between runs.
 
-SD1.5 needs 11 GB of disk and SDXL 32 GB, which is looked at first; everything is deleted again.
+SD1.5 needs 11 GB of disk and SDXL 32 GB, which is checked first; everything is deleted at the end.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import lines, machine, say, store
+from benchmarks.report import lines, log, machine, store
 from benchmarks.tasks import watched
+from gouache.workshop.plural import plural
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = {"sd1": "sd15_emaonly", "sdxl": "sdxl_base"}
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """A command, and the name of what it writes as `{out}`; `{a}`, `{b}` and `{full}` stand for checkpoints."""
+    """A command, and the name of its output `{out}`; `{a}`, `{b}` and `{full}` are replaced by checkpoints."""
 
     command: str
     output: str = ""
@@ -50,7 +51,7 @@ class Task:
         return tuple(name for name in ("a", "b", "full") if f"{{{name}}}" in self.command)
 
 
-# `full` is what training leaves: float32, with averages.
+# `full` is a checkpoint as training writes it: float32, with EMA weights.
 TASKS = {
     "inspect": Task("inspect {a}"),
     "convert to .ckpt": Task("convert {a} {out}", "out.ckpt"),
@@ -66,15 +67,19 @@ def main(arguments: list[str]) -> int:
         prog="benchmarks workshop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--family", default="sd1", choices=tuple(MANIFESTS))
-    parser.add_argument("--dtype", default="fp16", choices=tuple(DTYPES), help="of all but what is pruned")
-    parser.add_argument("--folder", help="where to work: on the disk that is to be measured")
+    parser.add_argument(
+        "--dtype", default="fp16", choices=tuple(DTYPES), help="of all checkpoints except the pruned one"
+    )
+    parser.add_argument("--folder", help="folder for temporary files, on the disk to measure")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=tuple(TASKS))
-    parser.add_argument("--quick", action="store_true", help="of the size of mini: a look at the harness, not a result")
+    parser.add_argument(
+        "--quick", action="store_true", help="use checkpoints of mini's size, only to try the benchmark"
+    )
     options = parser.parse_args(arguments)
     chosen = {name: task for name, task in TASKS.items() if options.only in (None, name)}
     with tempfile.TemporaryDirectory(prefix="gouache-benchmark-", dir=options.folder) as folder:
-        rows = list(measured(chosen, contents(options), Path(folder), options.rounds))
+        rows = list(measured(chosen, checkpoints(options), Path(folder), options.rounds))
     result = {"machine": machine("torch") | {"memory": memory()}, "options": vars(options), "tasks": rows}
     print(table(result))
     if not options.quick and options.only is None:
@@ -83,33 +88,33 @@ def main(arguments: list[str]) -> int:
 
 
 def measured(
-    tasks: Mapping[str, Task], kinds: Mapping[str, Infos], folder: Path, rounds: int
+    tasks: Mapping[str, Task], tensors: Mapping[str, Infos], folder: Path, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """A row for each task; a checkpoint is made when it is first read and deleted after it was last."""
-    sizes = {name: sum(info.nbytes for info in infos.values()) for name, infos in kinds.items()}
+    """A row for each task. A checkpoint is written before the first task that reads it and deleted after the last."""
+    sizes = {name: sum(info.nbytes for info in infos.values()) for name, infos in tensors.items()}
     needed = max(sum(sizes[name] for name in task.reads) for task in tasks.values()) + sizes["a"]  # no task writes more
     free = shutil.disk_usage(folder).free
     if needed + 1e9 > free:
-        sys.exit(f"this takes {needed / 1e9 + 1:.0f} GB of disk, and {free / 1e9:.0f} are free in {folder}")
-    later = list(tasks.values())
+        sys.exit(f"needs {needed / 1e9 + 1:.0f} GB of disk; only {free / 1e9:.0f} GB are free in {folder}")
+    remaining = list(tasks.values())
     for name, task in tasks.items():
         files = [folder / f"{each}.safetensors" for each in task.reads]
         for each, path in zip(task.reads, files):
             if not path.exists():
-                say(f"making {path.name}, {sizes[each] / 1e9:.1f} GB of random weights")
-                make(path, kinds[each], seed=ord(each[0]))
-        yield in_turns(name, task, files, folder, rounds)
-        later.remove(task)
+                log(f"writing {path.name}, {sizes[each] / 1e9:.1f} GB of random weights")
+                make(path, tensors[each], seed=ord(each[0]))
+        yield alternately(name, task, files, folder, rounds)
+        remaining.remove(task)
         for path in files:
-            if not any(path.stem in other.reads for other in later):
+            if not any(path.stem in other.reads for other in remaining):
                 path.unlink()
 
 
-def in_turns(name: str, task: Task, files: list[Path], folder: Path, rounds: int) -> dict[str, Any]:
-    """Command and raw copy in turns; medians, and the median of the ratios round by round."""
+def alternately(name: str, task: Task, files: list[Path], folder: Path, rounds: int) -> dict[str, Any]:
+    """Time command and raw copy alternately; medians, and the median of the ratios of each round."""
     output, copied, cache = folder / task.output, folder / "copy", folder / "cache"
-    words = {"out": output, **{path.stem: path for path in files}}
-    command = ["gouache.cli.main", *(word.format(**words) for word in task.command.split())]
+    paths = {"out": output, **{path.stem: path for path in files}}
+    command = ["gouache.cli.main", *(argument.format(**paths) for argument in task.command.split())]
     found: dict[str, list[dict[str, Any]]] = {side: [] for side in (SIDES if task.output else SIDES[:1])}
     written = 0
     for number in range(rounds):
@@ -124,7 +129,7 @@ def in_turns(name: str, task: Task, files: list[Path], folder: Path, rounds: int
                 written = size_of(output)
                 shutil.rmtree(output) if output.is_dir() else output.unlink()
             copied.unlink(missing_ok=True)
-            say(f"{name} {number + 1}/{rounds} {side}: {runs[-1]['seconds'][0]:.2f} s")
+            log(f"{name} {number + 1}/{rounds} {side}: {runs[-1]['seconds'][0]:.2f} s")
     ours, theirs = ([run["seconds"][0] for run in found.get(side, [])] for side in SIDES)
     return {
         "task": name,
@@ -138,8 +143,8 @@ def in_turns(name: str, task: Task, files: list[Path], folder: Path, rounds: int
     }
 
 
-def contents(options: argparse.Namespace) -> dict[str, Infos]:
-    """What the checkpoints hold, by their names."""
+def checkpoints(options: argparse.Namespace) -> dict[str, Infos]:
+    """{checkpoint: {tensor: shape and dtype}}."""
     from gouache.files.open import open_model
     from gouache.files.record import TensorInfo
 
@@ -148,8 +153,8 @@ def contents(options: argparse.Namespace) -> dict[str, Infos]:
     else:
         from tests.layouts.manifests import manifest
 
-        listed = manifest(MANIFESTS[options.family])
-        plain = {name: TensorInfo(tuple(shape), dtype) for name, (shape, dtype) in listed.items()}
+        entries = manifest(MANIFESTS[options.family])
+        plain = {name: TensorInfo(tuple(shape), dtype) for name, (shape, dtype) in entries.items()}
     trained = [name for name in plain if name.startswith("model.diffusion_model.")]
     averages = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": plain[name] for name in trained}
     small = in_dtype(plain, DTYPES[options.dtype])
@@ -157,26 +162,26 @@ def contents(options: argparse.Namespace) -> dict[str, Infos]:
 
 
 def in_dtype(infos: Infos, dtype: str) -> Infos:
-    """Weights in `dtype`; schedules and positions stay as they are."""
+    """`infos` with weights in `dtype`; noise schedules and position ids keep theirs."""
     weights = {name for name in infos if name.startswith(NETWORKS) and infos[name].dtype in ("F32", "F16", "BF16")}
     return {name: replace(info, dtype=dtype) if name in weights else info for name, info in infos.items()}
 
 
 def make(path: Path, infos: Infos, seed: int) -> None:
-    """A checkpoint of small random weights, written a tensor at a time."""
+    """Write a checkpoint with small random weights, one tensor at a time."""
     import torch
 
     from gouache.files.source import TORCH_NAMES
     from gouache.files.write import stream_safetensors
 
-    chance = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)) * 0.02
+    values = torch.randn(1 << 22, generator=torch.Generator().manual_seed(seed)) * 0.02
 
     def read(name: str) -> torch.Tensor:
         info = infos[name]
-        kind = getattr(torch, TORCH_NAMES[info.dtype])
-        if not kind.is_floating_point:
-            return torch.arange(info.elements).reshape(info.shape).to(kind)
-        pool = chance.to(kind)
+        dtype = getattr(torch, TORCH_NAMES[info.dtype])
+        if not dtype.is_floating_point:
+            return torch.arange(info.elements).reshape(info.shape).to(dtype)
+        pool = values.to(dtype)
         return pool.repeat(math.ceil(info.elements / len(pool)))[: info.elements].reshape(info.shape)
 
     stream_safetensors(path, infos, read)
@@ -194,15 +199,15 @@ def size_of(path: Path) -> int:
 
 
 def copy(target: Path, size: int, files: list[Path]) -> None:
-    """All of `files` read, and `size` bytes of them written, over and over if they are fewer."""
-    left = size
+    """Read all of `files` and write `size` bytes of them to `target`, repeating them if they are fewer."""
+    remaining = size
     with target.open("wb", buffering=0) as out:
         while True:
             for path in files:
                 with path.open("rb", buffering=0) as file:
                     while piece := file.read(PIECE):
-                        left -= out.write(piece[:left]) if left else 0
-            if not left:
+                        remaining -= out.write(piece[:remaining]) if remaining else 0
+            if not remaining:
                 break
         os.fsync(out.fileno())
 
@@ -214,12 +219,13 @@ def memory() -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The result as Markdown."""
-    options, told = result["options"], result["machine"]
+    options, computer = result["options"], result["machine"]
+    rounds = plural(options["rounds"], "round")
     text = [
-        f"{options['family']} in {options['dtype']}, medians of {options['rounds']} rounds, each a fresh process, in "
-        f"turns with a raw copy. {told['cpu']}, {told['cores']} cores, {told['memory']} of memory, Python "
-        f"{told['python']}, torch {told['torch']}. Files were read once before each run: they were in the page cache, "
-        "as far as memory holds them.",
+        f"{options['family']} in {options['dtype']}, medians of {rounds}, each in a new process, alternately with a "
+        f"raw copy. {computer['cpu']}, {computer['cores']} cores, {computer['memory']} of memory, Python "
+        f"{computer['python']}, torch {computer['torch']}. Files were read once before each run, so they were in the "
+        "page cache as far as memory allows.",
         "",
         "| task | reads, GB | writes, GB | gouache, s | raw copy, s | ratio | private MB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

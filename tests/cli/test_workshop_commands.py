@@ -1,8 +1,9 @@
-"""`scan`, `hash`, `metadata`, `diff`, `prune`, `merge`, `vae`: what they print, as JSON too, and how they end."""
+"""`scan`, `hash`, `metadata`, `diff`, `convert`, `prune`, `merge`, `vae`, `lora`: output, JSON and exit codes."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ Narrows = Callable[[str], Narrow]
 
 
 @pytest.mark.parametrize("as_json", [False, True])
-def test_the_command_ends_with_1_for_hostile_files(gouache: Command, tmp_path: Path, as_json: bool):
+def test_scan_exits_with_1_for_hostile_files(gouache: Command, tmp_path: Path, as_json: bool):
     save_file({"a": torch.zeros(2)}, tmp_path / "good.safetensors")
     (tmp_path / "bad.ckpt").write_bytes(b"cposix\nsystem\n(S'touch proof'\ntR.")
     options = ["--json"] if as_json else []
@@ -28,21 +29,22 @@ def test_the_command_ends_with_1_for_hostile_files(gouache: Command, tmp_path: P
 
     assert (good.code, bad.code, missing.code) == (0, 1, 2)
     if as_json:
-        told = json.loads(bad.out)
-        assert told["verdict"] == "hostile" and told["intents"][0]["name"] == "posix.system"
+        found = json.loads(bad.out)
+        assert found["verdict"] == "hostile" and found["intents"][0]["name"] == "posix.system"
     else:
         assert "posix.system('touch proof'): runs a command in a shell" in bad.out
     assert not (tmp_path / "proof").exists()
 
 
-def test_verdicts_are_counted(gouache: Command, tmp_path: Path):
+def test_scan_counts_the_verdicts(gouache: Command, tmp_path: Path):
     for number in range(3):
         save_file({"a": torch.zeros(2)}, tmp_path / f"{number}.safetensors")
 
-    said = gouache("scan", tmp_path)
+    result = gouache("scan", tmp_path)
 
-    assert said.out.splitlines()[-1] == "3 files: 3 safe"
-    assert Counter(line.split()[0] for line in said.out.splitlines())["safe"] == 3
+    assert result.out.splitlines()[-1] == "3 files: 3 safe"
+    assert Counter(line.split()[0] for line in result.out.splitlines())["safe"] == 3
+    assert gouache("scan", tmp_path / "0.safetensors").out.splitlines()[-1] == "1 file: 1 safe"
 
 
 def random_file(path: Path, size: int) -> Path:
@@ -50,7 +52,7 @@ def random_file(path: Path, size: int) -> Path:
     return path
 
 
-def test_the_command_remembers_hashes_until_the_file_changes(gouache: Command, tmp_path: Path):
+def test_hash_caches_hashes_until_the_file_changes(gouache: Command, tmp_path: Path):
     path = random_file(tmp_path / "a.safetensors", 3_000_000)
 
     first = json.loads(gouache("hash", path, "--json").out)
@@ -66,56 +68,112 @@ def test_metadata_is_shown_and_changed(gouache: Command, tmp_path: Path):
     path = random_file(tmp_path / "a.safetensors", 4000)
 
     assert gouache("metadata", path).out == "one: entry\n"
-    assert gouache("metadata", path, "--set", "two=2=2", "--unset", "one").out == "two: 2=2\n"
+    changed = gouache("metadata", path, "--set", "two=2=2", "--unset", "one")
+    assert changed.out == "two: 2=2\n" and changed.err == f"saved in {path}\n"
     assert json.loads(gouache("metadata", path, "--json").out) == {"two": "2=2"}
-    said = gouache("metadata", path, "--set", "no sign")
-    assert said.code == 2 and "not of the form KEY=VALUE" in said.err
+    refused = gouache("metadata", path, "--set", "no equals sign")
+    assert refused.code == 2 and "'no equals sign' is not KEY=VALUE" in refused.err
 
 
 @pytest.fixture(scope="module")
-def moved(narrow: Narrows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(narrow: Narrows, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Narrow SD1 with every weight of its U-Net multiplied by 1.5."""
+
     def change(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.startswith("model.")]:
             tensors[name] = tensors[name] * 1.5
 
-    return altered(narrow("sd1").file, tmp_path_factory.mktemp("moved") / "b.safetensors", change)
+    return altered(narrow("sd1").file, tmp_path_factory.mktemp("tuned") / "b.safetensors", change)
 
 
-def test_diff_ends_with_1_where_weights_differ(gouache: Command, narrow: Narrows, moved: Path):
-    same, other = gouache("diff", narrow("sd1").file, narrow("sd1").file), gouache("diff", narrow("sd1").file, moved)
+def test_diff_exits_with_1_if_weights_differ(gouache: Command, narrow: Narrows, tuned: Path):
+    same, other = gouache("diff", narrow("sd1").file, narrow("sd1").file), gouache("diff", narrow("sd1").file, tuned)
 
     assert same.code == 0 and same.out.endswith("the weights are equal\n")
     assert other.code == 1 and other.out.endswith("the weights differ\n")
-    assert not json.loads(gouache("diff", narrow("sd1").file, moved, "--json").out)["equal"]
+    assert not json.loads(gouache("diff", narrow("sd1").file, tuned, "--json").out)["equal"]
 
 
-def test_prune_says_what_it_dropped(gouache: Command, narrow: Narrows, tmp_path: Path):
+def test_diff_of_two_layouts_says_that_no_names_are_shared(gouache: Command, narrow: Narrows):
+    result = gouache("diff", narrow("sd1").file, narrow("sd1").folder)
+
+    assert result.code == 1 and result.out.splitlines()[-1].startswith("no tensor names in common; convert")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "verified"),
+    [
+        ("", "equal to the source"),
+        ("fp32", "equal to the source, in fp32"),
+        ("bf16", "equal to the source rounded to bf16"),
+        ("fp8_e4m3", "equal to the source rounded to fp8_e4m3 (vectors to fp16)"),
+    ],
+)
+def test_convert_states_what_was_verified(gouache: Command, tmp_path: Path, dtype: str, verified: str):
+    save_file({"a": torch.randn(4, 4).half()}, tmp_path / "a.safetensors")
+
+    options = ["--dtype", dtype] if dtype else []
+    result = gouache("convert", "a.safetensors", "b.safetensors", *options)
+
+    assert result.code == 0 and result.out.startswith("b.safetensors: 1 tensor, ")
+    assert result.out.endswith(f"verified: {verified}\n")
+
+
+def test_prune_lists_dropped_tensors_and_bytes_saved(gouache: Command, narrow: Narrows, tmp_path: Path):
     file = altered(narrow("sd1").file, tmp_path / "a.safetensors", lambda tensors: tensors.update(junk=torch.zeros(10)))
 
-    said = gouache("prune", file, "out.safetensors", "--dtype", "fp16")
-    told = json.loads(gouache("prune", file, "again.safetensors", "--json").out)
+    done = gouache("prune", file, "out.safetensors")
+    as_json = json.loads(gouache("prune", file, "again.safetensors", "--json").out)
 
-    assert said.code == 0 and "dropped  1 tensors" in said.out
-    assert told["saved"] == 40 and told["dropped"] == {"no part of a model has them": [1, 40]}
+    assert done.code == 0 and "dropped  1 tensor, 0.0 MB: not part of any component" in done.out
+    assert as_json["saved"] == 40 and as_json["dropped"] == {"not part of any component": [1, 40]}
 
 
-def test_merge_writes_the_model_and_its_recipe(gouache: Command, narrow: Narrows, moved: Path, tmp_path: Path):
+def test_prune_counts_the_bytes_saved_by_a_narrower_dtype(gouache: Command, narrow: Narrows, tmp_path: Path):
+    file = narrow("sd1").file
+
+    done = gouache("prune", file, "half.safetensors", "--dtype", "fp16")
+    as_json = json.loads(gouache("prune", file, "again.safetensors", "--dtype", "fp16", "--json").out)
+    wider = gouache("prune", "half.safetensors", "wide.safetensors", "--dtype", "fp32")
+
+    before, after = (sum(t.nbytes for t in load_file(path).values()) for path in (file, tmp_path / "half.safetensors"))
+    assert as_json["saved"] == as_json["cast_saved"] == before - after > before // 3
+    assert f"in all, {(before - after) / 1e6:,.1f} MB smaller than the source" in done.out
+    assert f"cast to fp32  {(before - after) / 1e6:,.1f} MB larger" in wider.out
+
+
+def test_merge_writes_the_model_and_its_recipe(gouache: Command, narrow: Narrows, tuned: Path, tmp_path: Path):
     a = narrow("sd1").file
 
-    said = gouache("merge", a, moved, "out.safetensors", "--alpha", "0.25", "--recipe", "r.toml")
+    done = gouache("merge", a, tuned, "out.safetensors", "--alpha", "0.25", "--recipe", "r.toml")
     again = json.loads(gouache("merge", "r.toml", "again.safetensors", "--json").out)
 
     name = "model.diffusion_model.out.2.weight"
     merged, first = load_file(tmp_path / "out.safetensors"), load_file(a)
     torch.testing.assert_close(merged[name], first[name] * 1.125)
-    assert said.code == 0 and again["sha256"] in said.out
+    assert done.code == 0 and again["sha256"] in done.out
     refused = gouache("merge", a)
-    assert refused.code == 2 and "and then the file to write" in refused.err
+    assert refused.code == 2 and "then the file to write" in refused.err
 
 
-def test_a_vae_is_taken_out_and_put_in(gouache: Command, narrow: Narrows, moved: Path, tmp_path: Path):
+def test_lora_extract_reports_skipped_convolutions_apart_from_unchanged_weights(
+    gouache: Command, narrow: Narrows, tuned: Path
+):
+    options = ["--rank", "64", "--no-text"]
+    without = gouache("lora", "extract", tuned, narrow("sd1").file, "a.safetensors", *options)
+    with_convolutions = gouache(
+        "lora", "extract", tuned, narrow("sd1").file, "b.safetensors", *options, "--conv-rank", "16"
+    )
+
+    assert "100.0% of the difference" not in without.out
+    number = re.search(r"skipped (\d+) 3x3 convolutions \(use --conv-rank to include them\); 0 weights", without.out)
+    assert number is not None and int(number[1]) > 10
+    assert "skipped" not in with_convolutions.out and "unchanged" not in with_convolutions.out
+
+
+def test_a_vae_is_extracted_and_baked(gouache: Command, narrow: Narrows, tuned: Path, tmp_path: Path):
     assert gouache("vae", "extract", narrow("sd1").file, "vae.safetensors").code == 0
-    assert gouache("vae", "bake", moved, "vae.safetensors", "out.safetensors").code == 0
+    assert gouache("vae", "bake", tuned, "vae.safetensors", "out.safetensors").code == 0
 
     inside = {name for name in load_file(tmp_path / "out.safetensors") if name.startswith("first_stage_model.")}
     assert {name.removeprefix("first_stage_model.") for name in inside} == load_file(
@@ -123,7 +181,7 @@ def test_a_vae_is_taken_out_and_put_in(gouache: Command, narrow: Narrows, moved:
     ).keys()
 
 
-def test_scanning_needs_no_torch(gouache: Command, tmp_path: Path):
+def test_scan_does_not_import_torch(gouache: Command, tmp_path: Path):
     import subprocess
     import sys
 

@@ -1,4 +1,4 @@
-"""`convert` for Stable Video Diffusion: a single file, a diffusers folder and back, and diffusers on that folder."""
+"""`convert` for Stable Video Diffusion: single file to diffusers folder and back, and diffusers loading that folder."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ from tests.pipelines import save
 UNET, FIRST_STAGE, FRAME_VAE = "model.diffusion_model.", "first_stage_model.", "conditioner.embedders.3.encoder."
 CLIP = "conditioner.embedders.0.open_clip.model."
 VISUAL = f"{CLIP}visual."
-LAYERS = 3  # of the image tower's 32
+LAYERS = 3  # of the image encoder's 32
 
 
 def layer_of(name: str) -> int:
-    """The layer of the image tower that a tensor stands in; 0 for what is in none."""
+    """The layer of the image encoder that a tensor belongs to; 0 for tensors outside its layers."""
     block = f"{VISUAL}transformer.resblocks."
     return int(name.removeprefix(block).split(".")[0]) if name.startswith(block) else 0
 
 
 def narrow_shapes() -> dict[str, tuple[int, ...]]:
-    """The official key list with every width divided, and fewer of the image tower's layers, which are all alike."""
+    """The official key list with all widths divided, and fewer layers of the image encoder, which are all alike."""
 
     def divided(shape: tuple[int, ...], unit: int, by: int) -> tuple[int, ...]:
         return tuple(size // by if size % unit == 0 else size for size in shape)
@@ -64,7 +64,7 @@ def narrow_shapes() -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A narrow single file, in which no two tensors of a size are alike."""
+    """A narrow single file in which no two tensors of the same shape are equal."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: (torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))).half()
@@ -77,31 +77,31 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(file: Path) -> Path:
-    """What `convert` makes of it."""
+    """The folder that `convert` writes from that file."""
     convert(file, file.parent / "folder")
     return file.parent / "folder"
 
 
-def of_folder(folder: Path) -> dict[str, Tensor]:
-    """Every weight of a diffusers folder, called `component/name`."""
+def load_folder(folder: Path) -> dict[str, Tensor]:
+    """Every weight of a diffusers folder, named `component/name`."""
     paths = [path for path in folder.rglob("*.safetensors") if path.parent != folder]
     return {f"{path.parent.name}/{name}": tensor for path in paths for name, tensor in load_file(path).items()}
 
 
-def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys()
-    for name, tensor in theirs.items():
-        assert ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor), name
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-def of_no_folder(name: str) -> bool:
-    """Whether a folder has no place for it: a second encoder and decoder, and what is left of CLIP's text tower."""
+def is_leftover(name: str) -> bool:
+    """Whether a folder has no place for it: the second encoder and decoder, and the rest of CLIP's text encoder."""
     if name.startswith(CLIP):
         return not name.startswith(VISUAL)
     return name.startswith((f"{FIRST_STAGE}encoder.", f"{FRAME_VAE}decoder.", f"{FRAME_VAE}post_quant_conv."))
 
 
-def test_there_and_back_gives_every_tensor_again(file: Path, folder: Path, tmp_path: Path):
+def test_a_round_trip_restores_every_tensor(file: Path, folder: Path, tmp_path: Path):
     """Single file -> folder -> .ckpt -> single file."""
     convert(folder, tmp_path / "back.ckpt")
     convert(tmp_path / "back.ckpt", tmp_path / "again.safetensors")
@@ -110,50 +110,50 @@ def test_there_and_back_gives_every_tensor_again(file: Path, folder: Path, tmp_p
     assert_equal(torch.load(tmp_path / "back.ckpt", weights_only=True)["state_dict"], load_file(file))
 
 
-def test_what_a_folder_has_no_place_for_is_kept_beside(file: Path, folder: Path):
-    left = {name: tensor for name, tensor in load_file(file).items() if of_no_folder(name)}
+def test_tensors_without_a_place_in_a_folder_are_saved_as_leftovers(file: Path, folder: Path):
+    expected = {name: tensor for name, tensor in load_file(file).items() if is_leftover(name)}
 
-    assert_equal(load_file(folder / "leftovers.safetensors"), left)
-
-
-def test_every_tensor_stands_under_the_stated_name(file: Path, folder: Path):
-    """The first frame's encoder among them, and not the one that served to train."""
-    before, after = load_file(file), of_folder(folder)
-    stated = {ours: theirs for ours, theirs in PAIRS.items() if ours in before}
-
-    assert len(stated) == len(PAIRS)
-    for ours, theirs in stated.items():
-        assert torch.equal(after[theirs].flatten(), before[ours].flatten()), (ours, theirs)
+    assert_equal(load_file(folder / "leftovers.safetensors"), expected)
 
 
-def test_the_image_towers_attention_is_split_and_its_projection_turned(file: Path, folder: Path):
-    before, after = load_file(file), of_folder(folder)
+def test_tensors_get_their_diffusers_names(file: Path, folder: Path):
+    """They include the encoder of the first frame, not the one that was only used in training."""
+    before, after = load_file(file), load_folder(folder)
+    pairs = {original: converted for original, converted in PAIRS.items() if original in before}
+
+    assert len(pairs) == len(PAIRS)
+    for original, converted in pairs.items():
+        assert torch.equal(after[converted].flatten(), before[original].flatten()), (original, converted)
+
+
+def test_the_image_encoders_fused_attention_is_split_and_its_projection_transposed(file: Path, folder: Path):
+    before, after = load_file(file), load_folder(folder)
 
     for part, index in (("q", 0), ("k", 1), ("v", 2)):
         for leaf in ("weight", "bias"):
-            ours = after[f"image_encoder/vision_model.encoder.layers.1.self_attn.{part}_proj.{leaf}"]
+            split = after[f"image_encoder/vision_model.encoder.layers.1.self_attn.{part}_proj.{leaf}"]
             fused = before[f"{VISUAL}transformer.resblocks.1.attn.in_proj_{leaf}"]
-            assert torch.equal(ours, fused[80 * index : 80 * (index + 1)])
+            assert torch.equal(split, fused[80 * index : 80 * (index + 1)])
     assert torch.equal(after["image_encoder/visual_projection.weight"], before[f"{VISUAL}proj"].T)
 
 
-def test_diffusers_opens_the_folder_and_finds_nothing_missing_or_left_over(folder: Path):
+def test_diffusers_loads_the_folder_without_missing_or_unexpected_weights(folder: Path):
     pipeline = StableVideoDiffusionPipeline.from_pretrained(str(folder))
 
-    held = {
-        f"{part}/{name}": tensor.half()  # as they are in the folder
+    loaded = {
+        f"{part}/{name}": tensor.half()  # the dtype in the folder
         for part in ("unet", "vae", "image_encoder")
         for name, tensor in getattr(pipeline, part).state_dict().items()
     }
-    assert_equal(held, of_folder(folder))
+    assert_equal(loaded, load_folder(folder))
     assert type(pipeline.scheduler) is EulerDiscreteScheduler
     pipeline.scheduler.set_timesteps(5)
-    levels = pipeline.scheduler.sigmas[:-1].double()
-    # Karras et al. 2022, equation 5, with rho = 7; the network is told ln(sigma) / 4.
+    sigmas = pipeline.scheduler.sigmas[:-1].double()
+    # Karras et al. 2022, equation 5, with rho = 7; the network receives ln(sigma) / 4 as timestep.
     ramp = torch.linspace(0, 1, 5, dtype=torch.float64)
-    wanted = (700 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 700 ** (1 / 7))) ** 7
-    torch.testing.assert_close(levels, wanted, rtol=1e-5, atol=0)
-    torch.testing.assert_close(pipeline.scheduler.timesteps.double(), 0.25 * wanted.log(), rtol=1e-4, atol=1e-5)
+    expected = (700 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 700 ** (1 / 7))) ** 7
+    torch.testing.assert_close(sigmas, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(pipeline.scheduler.timesteps.double(), 0.25 * expected.log(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_folder_is_recognised(folder: Path):
@@ -167,7 +167,7 @@ def test_the_folder_is_recognised(folder: Path):
     assert found.unknown == ()
 
 
-# ---- as diffusers makes them
+# ---- folders written by diffusers
 
 
 @pytest.fixture(scope="module")
@@ -180,51 +180,51 @@ def pipeline() -> Any:
     vae = AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 64, 128, 128), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2
     )
-    tower = CLIPVisionConfig(
+    vision = CLIPVisionConfig(
         hidden_size=80, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1, image_size=28, patch_size=14,
         hidden_act="gelu", projection_dim=48,
     )  # fmt: skip
     return StableVideoDiffusionPipeline(
         vae=scramble(vae, seed=1),
-        image_encoder=scramble(CLIPVisionModelWithProjection(tower), seed=2),
+        image_encoder=scramble(CLIPVisionModelWithProjection(vision), seed=2),
         unet=scramble(unet, seed=3),
         scheduler=EulerDiscreteScheduler(prediction_type="v_prediction", timestep_type="continuous"),
         feature_extractor=CLIPImageProcessor(),
     )
 
 
-def test_a_folder_of_diffusers_goes_to_a_single_file_and_back(pipeline: Any, tmp_path: Path):
-    theirs = of_folder(save(pipeline, tmp_path / "folder"))
+def test_a_diffusers_folder_survives_a_round_trip_through_a_single_file(pipeline: Any, tmp_path: Path):
+    weights = load_folder(save(pipeline, tmp_path / "folder"))
 
     convert(tmp_path / "folder", tmp_path / "model.safetensors")
     convert(tmp_path / "model.safetensors", tmp_path / "again")
 
     written, official = load_file(tmp_path / "model.safetensors"), shapes("svd")
     assert written.keys() <= official.keys()
-    assert {name for name in official.keys() - written.keys() if not of_no_folder(name) and layer_of(name) < 2} == set()
-    assert_equal(of_folder(tmp_path / "again"), theirs)
-    assert load_file(tmp_path / "again" / "leftovers.safetensors") == {}  # it holds metadata alone
+    assert {name for name in official.keys() - written.keys() if not is_leftover(name) and layer_of(name) < 2} == set()
+    assert_equal(load_folder(tmp_path / "again"), weights)
+    assert load_file(tmp_path / "again" / "leftovers.safetensors") == {}  # it holds metadata only
 
 
-def test_the_configs_say_what_diffusers_said(pipeline: Any, tmp_path: Path):
+def test_the_configs_equal_those_of_diffusers(pipeline: Any, tmp_path: Path):
     save(pipeline, tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "model.safetensors")
     convert(tmp_path / "model.safetensors", tmp_path / "again")
 
-    # What tensors do not tell, and the name of the image processor's class, which varies with what is installed.
-    aside = {"sample_size", "num_frames", "dtype", "image_processor_type", "feature_extractor"}
+    # Values that tensors do not show, and the image processor's class, which depends on the installed packages.
+    ignored = {"sample_size", "num_frames", "dtype", "image_processor_type", "feature_extractor"}
     for path in ("unet/config.json", "vae/config.json", "image_encoder/config.json", "model_index.json",
                  "feature_extractor/preprocessor_config.json"):  # fmt: skip
-        said, meant = (json.loads((tmp_path / name / path).read_text()) for name in ("again", "folder"))
-        stated = {key for key in meant if key not in aside and not key.endswith(("_version", "_name_or_path"))}
-        assert {key: said[key] for key in stated} == {key: meant[key] for key in stated}, path
+        config, saved = (json.loads((tmp_path / name / path).read_text()) for name in ("again", "folder"))
+        keys = {key for key in saved if key not in ignored and not key.endswith(("_version", "_name_or_path"))}
+        assert {key: config[key] for key in keys} == {key: saved[key] for key in keys}, path
 
 
-# ---- the released sizes, by names and shapes alone
+# ---- full-size models, by names and shapes alone
 
 
 def official(name: str) -> ModelFile:
-    """The official file as a record that no tensor can be read of."""
+    """The official file as a ModelFile whose tensors cannot be read."""
 
     def read(key: str) -> Tensor:
         raise AssertionError(f"{key} was read, though only names and shapes are needed")
@@ -234,12 +234,12 @@ def official(name: str) -> ModelFile:
 
 
 @pytest.mark.parametrize(("name", "frames"), [("svd", 14), ("svd_xt", 25)])
-def test_the_official_files_have_the_released_folders_shapes_and_configs(name: str, frames: int):
+def test_official_files_convert_to_the_shapes_and_configs_of_the_released_folders(name: str, frames: int):
     file = official(name)
 
-    laid = layout.folder(file, identify(file))
+    folder = layout.folder(file, identify(file))
 
-    extra = laid.file.extra
+    extra = folder.file.extra
     unet, vae = extra["unet/config.json"], extra["vae/config.json"]
     with torch.device("meta"):
         models = {
@@ -247,92 +247,92 @@ def test_the_official_files_have_the_released_folders_shapes_and_configs(name: s
             "vae": AutoencoderKLTemporalDecoder.from_config(vae),
             "image_encoder": CLIPVisionModelWithProjection(CLIPVisionConfig(**extra["image_encoder/config.json"])),
         }
-    wanted = {
+    expected = {
         f"{part}/{key}": tuple(tensor.shape)
         for part, model in models.items()
         for key, tensor in model.state_dict().items()
     }
-    assert {key: info.shape for key, info in laid.file.tensors.items()} == wanted
-    assert {key for key in file if of_no_folder(key)} == set(laid.leftovers)
-    stated = {
+    assert {key: info.shape for key, info in folder.file.tensors.items()} == expected
+    assert {key for key in file if is_leftover(key)} == set(folder.leftovers)
+    released = {
         "block_out_channels": [320, 640, 1280, 1280], "num_attention_heads": [5, 10, 20, 20], "num_frames": frames,
         "cross_attention_dim": 1024, "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 768,
         "transformer_layers_per_block": 1, "sample_size": 96, "in_channels": 8, "out_channels": 4,
     }  # fmt: skip
-    assert {key: unet[key] for key in stated} == stated
+    assert {key: unet[key] for key in released} == released
     assert (vae["scaling_factor"], vae["force_upcast"], vae["sample_size"]) == (0.18215, True, 768)
-    tower = extra["image_encoder/config.json"]
-    assert (tower["num_attention_heads"], tower["image_size"], tower["hidden_act"]) == (16, 224, "gelu")
+    vision = extra["image_encoder/config.json"]
+    assert (vision["num_attention_heads"], vision["image_size"], vision["hidden_act"]) == (16, 224, "gelu")
     scheduler = extra["scheduler/scheduler_config.json"]
-    stated = {"prediction_type": "v_prediction", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True,
-              "timestep_type": "continuous"}  # fmt: skip
-    assert {key: scheduler[key] for key in stated} == stated
+    released = {"prediction_type": "v_prediction", "sigma_min": 0.002, "sigma_max": 700.0, "use_karras_sigmas": True,
+                "timestep_type": "continuous"}  # fmt: skip
+    assert {key: scheduler[key] for key in released} == released
 
 
-# ---- parts, and files that are not whole
+# ---- single components, and incomplete files
 
 
-def test_one_component_alone_as_a_folder(file: Path, folder: Path, tmp_path: Path):
-    whole = of_folder(folder)
+def test_one_component_can_be_written_as_a_folder(file: Path, folder: Path, tmp_path: Path):
+    weights = load_folder(folder)
 
     for only in ("unet", "vae"):
         for source, target in ((file, tmp_path / only), (folder, tmp_path / f"{only} again")):
             convert(source, target, only=only, to="diffusers")
 
-            alone = load_file(target / "diffusion_pytorch_model.safetensors")
-            assert_equal({f"{only}/{name}": tensor for name, tensor in alone.items()},
-                         {name: tensor for name, tensor in whole.items() if name.startswith(f"{only}/")})  # fmt: skip
+            component = load_file(target / "diffusion_pytorch_model.safetensors")
+            assert_equal({f"{only}/{name}": tensor for name, tensor in component.items()},
+                         {name: tensor for name, tensor in weights.items() if name.startswith(f"{only}/")})  # fmt: skip
             assert json.loads((target / "config.json").read_text()) | {"num_frames": 0} == (
                 json.loads((folder / only / "config.json").read_text()) | {"num_frames": 0}
             )
 
 
-LACKING = {
+MISSING = {
     "input_blocks.1.0.time_mixer.mix_factor": (UNET, "no usable unet: 1 of 1428 tensors are missing, the first is"),
     "decoder.up.3.block.2.mix_factor": (FIRST_STAGE, "no usable vae: 1 of 374 tensors are missing, the first is"),
     "quant_conv.bias": (FRAME_VAE, "no usable vae: 1 of 374 tensors are missing, the first is"),
     "ln_pre.weight": (VISUAL, "no usable image_encoder: 1 of 56 tensors are missing, the first is vision_model"),
-    "": (FRAME_VAE, f"nothing stands under {FRAME_VAE}"),
+    "": (FRAME_VAE, f"it has no tensors under {FRAME_VAE}"),
 }
 
 
-@pytest.mark.parametrize("name", LACKING)
-def test_a_file_that_is_not_whole_makes_no_folder(name: str, file: Path, tmp_path: Path):
-    prefix, line = LACKING[name]
+@pytest.mark.parametrize("name", MISSING)
+def test_an_incomplete_file_is_not_converted_to_a_folder(name: str, file: Path, tmp_path: Path):
+    prefix, message = MISSING[name]
     tensors = load_file(file)
     kept = {each: t for each, t in tensors.items() if not each.startswith(prefix + name)}
     assert len(kept) < len(tensors)
     save_file(kept, tmp_path / "model.safetensors")
 
-    with pytest.raises(ModelError, match=line):
+    with pytest.raises(ModelError, match=message):
         convert(tmp_path / "model.safetensors", tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
 
-def test_a_tower_without_pixels_is_refused_in_words(file: Path, tmp_path: Path):
+def test_an_image_encoder_with_empty_patches_is_refused(file: Path, tmp_path: Path):
     save_file(load_file(file) | {f"{VISUAL}conv1.weight": torch.zeros(80, 3, 0, 0)}, tmp_path / "model.safetensors")
 
     with pytest.raises(ModelError, match="no usable image_encoder: its patches are 0 pixels wide"):
         convert(tmp_path / "model.safetensors", tmp_path / "folder")
 
 
-def test_what_no_table_knows_is_kept_beside_and_comes_back(file: Path, tmp_path: Path):
+def test_unknown_tensors_are_saved_as_leftovers_and_restored(file: Path, tmp_path: Path):
     tensors = load_file(file) | {f"{UNET}input_blocks.1.0.camera.weight": torch.ones(3), "note": torch.zeros(2)}
     save_file(tensors, tmp_path / "model.safetensors")
 
     done = convert(tmp_path / "model.safetensors", tmp_path / "folder")
     convert(tmp_path / "folder", tmp_path / "again.safetensors")
 
-    assert done.kept_beside["it has no place in a diffusers folder"] >= 2
+    assert done.leftovers["diffusers folders have no place for it"] >= 2
     assert_equal(load_file(tmp_path / "again.safetensors"), tensors)
 
 
-def test_what_is_made_of_folders_is_what_is_made_of_the_file(file: Path, folder: Path, tmp_path: Path):
-    """The folder's `vae` comes apart again, wherever a folder is read, and what it has no place for comes back."""
+def test_pruning_and_merging_a_folder_gives_the_same_as_the_single_file(file: Path, folder: Path, tmp_path: Path):
+    """Reading a folder splits its `vae` into the two components of the single file and restores the leftovers."""
     for name, source in (("file", file), ("folder", folder)):
         prune(source, tmp_path / f"{name}-pruned.safetensors")
         merge(Recipe(models=(Source(str(source)), Source(str(source)))), tmp_path / f"{name}-merged.safetensors")
 
-    for done in ("pruned", "merged"):
-        one, other = (load_file(tmp_path / f"{name}-{done}.safetensors") for name in ("file", "folder"))
+    for operation in ("pruned", "merged"):
+        one, other = (load_file(tmp_path / f"{name}-{operation}.safetensors") for name in ("file", "folder"))
         assert_equal(other, one)

@@ -1,4 +1,4 @@
-"""`merge` on whole files: what is merged, what is left as it was, what is refused, and that a recipe repeats it."""
+"""`merge` on whole files: merged and copied tensors, refused requests, block weights, and reproduction by recipe."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ Narrows = Callable[[str], Narrow]
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 
 
-def moved(seed: int) -> Callable[[dict[str, Tensor]], None]:
-    """Every float of a file a little away from where it was."""
+def noisy(seed: int) -> Callable[[dict[str, Tensor]], None]:
+    """A function that adds noise to every floating-point tensor of a file."""
 
     def change(tensors: dict[str, Tensor]) -> None:
-        chance = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         for name, tensor in tensors.items():
             if tensor.is_floating_point():
-                tensors[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=chance)
+                tensors[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
 
     return change
 
 
 @pytest.fixture(scope="module")
 def family(narrow: Narrows, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Three models of one family, the second as .ckpt and the third as a folder too."""
-    place = tmp_path_factory.mktemp("family")
+    """Three models of one family, the second also as .ckpt and the third also as a folder."""
+    folder = tmp_path_factory.mktemp("family")
     a = narrow("sd1").file
-    b, c = (altered(a, place / f"{name}.safetensors", moved(seed)) for name, seed in (("b", 1), ("c", 2)))
-    convert(b, place / "b.ckpt")
-    convert(c, place / "c-folder")
-    return {"a": a, "b": b, "c": c, "b.ckpt": place / "b.ckpt", "c-folder": place / "c-folder"}
+    b, c = (altered(a, folder / f"{name}.safetensors", noisy(seed)) for name, seed in (("b", 1), ("c", 2)))
+    convert(b, folder / "b.ckpt")
+    convert(c, folder / "c-folder")
+    return {"a": a, "b": b, "c": c, "b.ckpt": folder / "b.ckpt", "c-folder": folder / "c-folder"}
 
 
 def sources(*paths: Path) -> tuple[Source, ...]:
     return tuple(Source(str(path)) for path in paths)
 
 
-def close(ours: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(ours.double(), expected, atol=1e-6, rtol=0)
+def close(merged: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(merged.double(), expected, atol=1e-6, rtol=0)
 
 
-def test_a_weighted_sum_of_files(family: dict[str, Path], tmp_path: Path):
+def test_a_weighted_sum_of_files_copies_the_first_vae(family: dict[str, Path], tmp_path: Path):
     a, b = load_file(family["a"]), load_file(family["b"])
 
     merge(Recipe(models=sources(family["a"], family["b"]), alpha=0.3), tmp_path / "m.safetensors")
@@ -67,12 +67,12 @@ def test_a_weighted_sum_of_files(family: dict[str, Path], tmp_path: Path):
     assert merged.keys() == a.keys()
     for name, tensor in merged.items():
         if name.startswith(VAE):
-            assert torch.equal(tensor, a[name]), "a VAE is one side's, unless asked"
+            assert torch.equal(tensor, a[name]), "the VAE is copied from A by default"
         else:
             assert close(tensor, 0.7 * a[name].double() + 0.3 * b[name].double()), name
 
 
-def test_files_of_other_layouts_are_the_same_models(family: dict[str, Path], tmp_path: Path):
+def test_the_layout_of_the_models_does_not_matter(family: dict[str, Path], tmp_path: Path):
     recipe = Recipe(method="add-difference", alpha=0.5)
     plain = sources(family["a"], family["b"], family["c"])
     mixed = sources(family["a"], family["b.ckpt"], family["c-folder"])
@@ -85,7 +85,9 @@ def test_files_of_other_layouts_are_the_same_models(family: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize(("vae", "text"), [("b", "merge"), ("merge", "b"), ("c", "a")])
-def test_vae_and_text_come_from_where_they_are_asked(family: dict[str, Path], tmp_path: Path, vae: str, text: str):
+def test_vae_and_text_encoder_are_copied_from_the_requested_model(
+    family: dict[str, Path], tmp_path: Path, vae: str, text: str
+):
     files = {key: load_file(family[key]) for key in "abc"}
     models = sources(family["a"], family["b"], family["c"])
 
@@ -98,8 +100,8 @@ def test_vae_and_text_come_from_where_they_are_asked(family: dict[str, Path], tm
         assert all(close(merged[n], expected[n].double()) for n in merged if n.startswith(prefix))
 
 
-def test_what_is_no_weight_stays_as_it_was(family: dict[str, Path], tmp_path: Path):
-    """Merging tools turn position ids of 76 into 75.99, then 75; and average the noise schedule."""
+def test_tensors_that_are_not_weights_are_copied(family: dict[str, Path], tmp_path: Path):
+    """Other merge tools turn position ids of 76 into 75.99, then 75, and average the noise schedule."""
     ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     average = "model_ema.diffusion_modelout2weight"
 
@@ -117,8 +119,10 @@ def test_what_is_no_weight_stays_as_it_was(family: dict[str, Path], tmp_path: Pa
     assert average not in merged and sum(done.left_out.values()) == 1
 
 
-def test_an_inpainting_model_is_made_of_any_other(narrow: Narrows, family: dict[str, Path], tmp_path: Path):
-    """inpainting + (tuned - base): the channels of mask and picture stay what they were trained to be."""
+def test_add_difference_makes_an_inpainting_model_of_any_other(
+    narrow: Narrows, family: dict[str, Path], tmp_path: Path
+):
+    """inpainting + (tuned - base): the input channels for mask and masked picture keep their weights."""
     first = f"{UNET}input_blocks.0.0.weight"
     inpainting = narrow("sd1-inpainting").file
     models = sources(inpainting, family["b"], family["c"])
@@ -129,43 +133,45 @@ def test_an_inpainting_model_is_made_of_any_other(narrow: Narrows, family: dict[
     assert m[first].shape[1] == 9
     assert torch.equal(m[first][:, 4:], i[first][:, 4:])
     assert close(m[first][:, :4], i[first][:, :4].double() + b[first].double() - c[first].double())
-    with pytest.raises(ModelError, match=r"name the inpainting .* model first"):
+    with pytest.raises(ModelError, match=r"give the inpainting .* model first"):
         merge(Recipe(models=sources(family["a"], inpainting)), tmp_path / "n.safetensors")
 
 
 @pytest.mark.parametrize(
-    ("recipe", "others", "says"),
+    ("recipe", "others", "message"),
     [
-        (Recipe(method="add-difference"), ["b"], "merges 3 models; 2 were given"),
+        (Recipe(method="add-difference"), ["b"], "needs 3 models; got 2"),
         (Recipe(method="ties"), ["b"], "the first of them the base"),
-        (Recipe(method="average"), ["b"], "'average' is not known; there are weighted-sum"),
+        (Recipe(method="average"), ["b"], "'average' is not known; use one of weighted-sum"),
         (Recipe(vae="d"), ["b"], "'d' is not known; use merge, a, b"),
-        (Recipe(blocks={"alpha": "1,2,3"}), ["b"], "3 numbers were given; this U-Net has 25 blocks and a base"),
-        (Recipe(blocks={"alpha": "GRAD_X"}), ["b"], "is no file, no preset"),
-        (Recipe(rules={"alpha": ("no number",)}), ["b"], "not of the form PATTERN=NUMBER"),
+        (Recipe(blocks={"alpha": "1,2,3"}), ["b"], "got 3 numbers; this U-Net needs 26: BASE and 25 blocks"),
+        (Recipe(blocks={"alpha": "GRAD_X"}), ["b"], "is not a file, a preset"),
+        (Recipe(rules={"alpha": ("no number",)}), ["b"], "is not PATTERN=NUMBER"),
         (Recipe(dtype="int8"), ["b"], "'int8' is not known"),
     ],
 )
-def test_what_cannot_be_merged_is_refused_in_a_line(
-    family: dict[str, Path], tmp_path: Path, recipe: Recipe, others: list[str], says: str
+def test_invalid_merges_are_refused_with_a_message_of_one_line(
+    family: dict[str, Path], tmp_path: Path, recipe: Recipe, others: list[str], message: str
 ):
     models = sources(family["a"], *(family[name] for name in others))
 
-    with pytest.raises(GouacheError, match=says) as caught:
+    with pytest.raises(GouacheError, match=message) as caught:
         merge(Recipe(**{**vars(recipe), "models": models}), tmp_path / "m.safetensors")
 
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-def test_models_of_two_families_are_refused_before_any_work(narrow: Narrows, tmp_path: Path):
+def test_models_of_different_families_are_refused_before_any_work(narrow: Narrows, tmp_path: Path):
     models = sources(narrow("sd1").file, narrow("sdxl").file)
 
-    with pytest.raises(ModelError, match=r"Stable Diffusion XL, and .* is Stable Diffusion 1: models of two families"):
+    with pytest.raises(
+        ModelError, match=r"Stable Diffusion XL and .* is Stable Diffusion 1: models of different families"
+    ):
         merge(Recipe(models=models), tmp_path / "m.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_shapes_that_differ_are_refused_with_both(narrow: Narrows, family: dict[str, Path], tmp_path: Path):
+def test_a_vae_of_another_shape_is_refused(narrow: Narrows, family: dict[str, Path], tmp_path: Path):
     def widen(tensors: dict[str, Tensor]) -> None:
         name = f"{VAE}decoder.conv_out.weight"
         tensors[name] = torch.cat([tensors[name], tensors[name]], 1)
@@ -176,7 +182,7 @@ def test_shapes_that_differ_are_refused_with_both(narrow: Narrows, family: dict[
         merge(Recipe(models=sources(family["a"], wide), vae="merge"), tmp_path / "m.safetensors")
 
 
-def test_a_recipe_makes_the_same_bytes_again(family: dict[str, Path], tmp_path: Path):
+def test_a_recipe_reproduces_the_merge_byte_for_byte(family: dict[str, Path], tmp_path: Path):
     recipe = Recipe(
         method="dare", models=sources(family["a"], family["b"], family["c"]), density=0.5, seed=7,
         blocks={"alpha": "GRAD_V"}, rules={"alpha": ("*attn2*=0.9",)},
@@ -191,7 +197,7 @@ def test_a_recipe_makes_the_same_bytes_again(family: dict[str, Path], tmp_path: 
     assert merge(recipes.read(tmp_path / "s.toml"), tmp_path / "three.safetensors").sha256 != first.sha256
 
 
-def test_a_recipe_knows_its_models(family: dict[str, Path], tmp_path: Path):
+def test_a_recipe_checks_the_hashes_of_its_models(family: dict[str, Path], tmp_path: Path):
     merge(Recipe(models=sources(family["a"], family["b"])), tmp_path / "m.safetensors", recipe_file=tmp_path / "r.toml")
     text = (tmp_path / "r.toml").read_text().replace(str(family["b"]), str(family["c"]))
     (tmp_path / "r.toml").write_text(text)
@@ -201,35 +207,35 @@ def test_a_recipe_knows_its_models(family: dict[str, Path], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
-        ("alpha = 'x'", "alpha = 'x'"),
-        ("alfa = 1", "'alfa', which is no part"),
+        ("alpha = 'x'", "alpha = 'x', which is of the wrong type"),
+        ("alfa = 1", "the unknown key 'alfa'"),
         ("[[models]]\nname='x'", "without a path"),
-        ("alpha = ", "is not a recipe"),
+        ("alpha = ", "is not a merge recipe"),
     ],
 )
-def test_a_recipe_that_is_none_is_refused(tmp_path: Path, text: str, says: str):
+def test_an_invalid_recipe_is_refused(tmp_path: Path, text: str, message: str):
     (tmp_path / "r.toml").write_text(text)
 
-    with pytest.raises(GouacheError, match=says):
+    with pytest.raises(GouacheError, match=message):
         recipes.read(tmp_path / "r.toml")
 
 
-def test_ancestors_are_remembered_with_their_hashes(family: dict[str, Path], tmp_path: Path):
+def test_metadata_lists_all_ancestors_with_their_hashes(family: dict[str, Path], tmp_path: Path):
     merge(Recipe(models=sources(family["a"], family["b"])), tmp_path / "m.safetensors")
     merge(Recipe(models=sources(tmp_path / "m.safetensors", family["c"])), tmp_path / "n.safetensors")
 
     with safe_open(tmp_path / "n.safetensors", "pt") as opened:
-        told = opened.metadata()
-    models = json.loads(told["sd_merge_models"])
+        metadata = opened.metadata()
+    models = json.loads(metadata["sd_merge_models"])
     hashes = {open_model(path).sha256() for path in (family["a"], family["b"], family["c"], tmp_path / "m.safetensors")}
     assert hashes == models.keys()
     assert models[open_model(tmp_path / "m.safetensors").sha256()]["sd_merge_recipe"]["method"] == "weighted-sum"
-    assert json.loads(told["sd_merge_recipe"])["type"] == "gouache"
+    assert json.loads(metadata["sd_merge_recipe"])["type"] == "gouache"
 
 
-def test_blocks_and_rules_choose_the_share_of_each_tensor(family: dict[str, Path], tmp_path: Path):
+def test_block_weights_and_rules_set_alpha_per_tensor(family: dict[str, Path], tmp_path: Path):
     numbers = [0.5] + [n / 24 for n in range(25)]
     recipe = Recipe(
         models=sources(family["a"], family["b"]), blocks={"alpha": ",".join(map(str, numbers))},
@@ -239,11 +245,11 @@ def test_blocks_and_rules_choose_the_share_of_each_tensor(family: dict[str, Path
     merge(recipe, tmp_path / "m.safetensors")
 
     a, b, m = load_file(family["a"]), load_file(family["b"]), load_file(tmp_path / "m.safetensors")
-    shares = {"time_embed.0.weight": 0, "input_blocks.4.0.in_layers.2.weight": 4 / 24,
+    alphas = {"time_embed.0.weight": 0, "input_blocks.4.0.in_layers.2.weight": 4 / 24,
               "middle_block.0.in_layers.2.weight": 12 / 24, "output_blocks.11.0.in_layers.2.weight": 1.0,
               "out.2.weight": 1.0, "input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": 1.0}  # fmt: skip
-    for name, share in shares.items():
-        expected = (1 - share) * a[UNET + name].double() + share * b[UNET + name].double()
+    for name, alpha in alphas.items():
+        expected = (1 - alpha) * a[UNET + name].double() + alpha * b[UNET + name].double()
         assert close(m[UNET + name], expected), name
     text = "cond_stage_model.transformer.text_model.final_layer_norm.weight"
     assert close(m[text], 0.5 * a[text].double() + 0.5 * b[text].double())
@@ -254,25 +260,25 @@ SDXL = UNetSpec(channel_mult=(1, 2, 4), attention_depth=(0, 2, 10))
 
 @pytest.mark.parametrize(("spec", "count"), [(UNetSpec(), 25), (SDXL, 19)], ids=["sd1", "sdxl"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_is_a_share_for_every_block(spec: UNetSpec, count: int, preset: str):
+def test_a_preset_has_a_weight_for_every_block(spec: UNetSpec, count: int, preset: str):
     found = weights(0.9, preset, spec).by_label
 
     assert found is not None and found.keys() == {BASE, *(block.label for block in blocks(spec))}
-    assert len(found) == count + 1 and all(0 <= share <= 1 for share in found.values())
+    assert len(found) == count + 1 and all(0 <= weight <= 1 for weight in found.values())
 
 
-def test_the_presets_have_the_shapes_that_they_are_named_for():
-    shares = {name: list((weights(0.9, name, UNetSpec()).by_label or {}).values())[1:] for name in PRESETS}
+def test_presets_have_the_curves_they_are_named_after():
+    curves = {name: list((weights(0.9, name, UNetSpec()).by_label or {}).values())[1:] for name in PRESETS}
 
-    assert shares["GRAD_V"][0] == shares["GRAD_V"][-1] == 1 and shares["GRAD_V"][12] == 0
-    assert shares["GRAD_A"][0] == shares["GRAD_A"][-1] == 0 and shares["GRAD_A"][12] == 1
-    assert shares["FLAT_25"] == [0.25] * 25
-    assert shares["SMOOTHSTEP"] == sorted(shares["SMOOTHSTEP"])
-    assert shares["COSINE"] == sorted(shares["COSINE"], reverse=True)
-    assert all(a + b + c == 1 for a, b, c in zip(shares["WRAP"], shares["RING"], shares["MID"]))
+    assert curves["GRAD_V"][0] == curves["GRAD_V"][-1] == 1 and curves["GRAD_V"][12] == 0
+    assert curves["GRAD_A"][0] == curves["GRAD_A"][-1] == 0 and curves["GRAD_A"][12] == 1
+    assert curves["FLAT_25"] == [0.25] * 25
+    assert curves["SMOOTHSTEP"] == sorted(curves["SMOOTHSTEP"])
+    assert curves["COSINE"] == sorted(curves["COSINE"], reverse=True)
+    assert all(a + b + c == 1 for a, b, c in zip(curves["WRAP"], curves["RING"], curves["MID"]))
 
 
-def test_a_file_of_labels_may_leave_blocks_out(tmp_path: Path):
+def test_a_file_of_labels_can_leave_blocks_out(tmp_path: Path):
     (tmp_path / "w.toml").write_text("IN04 = 0.25\nBASE = 1.0\n")
 
     found = weights(0.9, str(tmp_path / "w.toml"), UNetSpec())
@@ -285,21 +291,23 @@ def test_a_file_of_labels_may_leave_blocks_out(tmp_path: Path):
         weights(0.9, str(tmp_path / "w.toml"), UNetSpec())
 
 
-def test_large_tensors_are_merged_in_pieces(family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gouache.workshop import merge as room
+def test_large_tensors_are_merged_in_blocks_of_rows(
+    family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gouache.workshop import merge as merge_module
 
     recipe = Recipe(models=sources(family["a"], family["b"]), alpha=0.3)
     merge(recipe, tmp_path / "whole.safetensors")
-    monkeypatch.setattr(room, "_AT_ONCE", 1000)
-    merge(recipe, tmp_path / "pieces.safetensors")
+    monkeypatch.setattr(merge_module, "_AT_ONCE", 1000)
+    merge(recipe, tmp_path / "blocks.safetensors")
 
-    whole, pieces = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "pieces"))
-    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    whole, in_blocks = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "blocks"))
+    assert all(torch.equal(whole[name], in_blocks[name]) for name in whole)
 
 
-def test_an_existing_file_is_not_overwritten_unasked(family: dict[str, Path], tmp_path: Path):
+def test_an_existing_file_is_not_overwritten_by_default(family: dict[str, Path], tmp_path: Path):
     (tmp_path / "m.safetensors").write_text("older")
 
-    with pytest.raises(RequestError, match="exists already"):
+    with pytest.raises(RequestError, match="already exists"):
         merge(Recipe(models=sources(family["a"], family["b"])), tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").read_text() == "older"

@@ -1,4 +1,4 @@
-"""`scan`: the corpus of hostile files gets its verdicts, honest files theirs, and each call is said in words."""
+"""`scan`: verdicts on the corpus of hostile files and on harmless files, and descriptions of the calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from gouache.workshop.effects import effect_of
 from gouache.workshop.scan import Scanned, scan
 from tests.files.corpus import DAMAGED, FILE, NOT_A_MODEL, UNSAFE, Case, write_corpus
 
-VERDICTS = {UNSAFE: {"hostile", "suspicious"}, DAMAGED: {"damaged"}, NOT_A_MODEL: {"no model"}, FILE: {"unreadable"}}
+VERDICTS = {
+    UNSAFE: {"hostile", "suspicious"},
+    DAMAGED: {"damaged"},
+    NOT_A_MODEL: {"not a model"},
+    FILE: {"unreadable"},
+}
 
 
 class Calls:
@@ -37,25 +42,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Case, Sc
     return found
 
 
-def test_every_file_of_the_corpus_gets_its_verdict(corpus: dict[str, tuple[Case, Scanned]]):
+def test_every_corpus_file_gets_the_expected_verdict(corpus: dict[str, tuple[Case, Scanned]]):
     wrong = {name: (c.verdict, s.verdict) for name, (c, s) in corpus.items() if s.verdict not in VERDICTS[c.verdict]}
 
     assert wrong == {}
     assert not any(found.verdict == "safe" for _, found in corpus.values())
 
 
-def test_what_fires_under_a_trusting_loader_is_hostile_and_its_calls_are_listed(
+def test_files_that_run_code_in_an_unsafe_loader_are_hostile_and_their_calls_are_listed(
     corpus: dict[str, tuple[Case, Scanned]],
 ):
-    live = [found for case, found in corpus.values() if case.fires and case.name.startswith("call-")]
+    harmful = [found for case, found in corpus.values() if case.fires and case.name.startswith("call-")]
 
-    assert len(live) > 20
-    for found in live:
+    assert len(harmful) > 20
+    for found in harmful:
         assert found.verdict == "hostile" and found.intents, found
         assert all(intent.effect and "\n" not in intent.effect for intent in found.intents)
 
 
-def test_a_call_is_told_with_its_place_its_arguments_and_its_effect(tmp_path: Path):
+def test_a_call_is_reported_with_its_offset_arguments_and_effect(tmp_path: Path):
     (tmp_path / "b.ckpt").write_bytes(b"cposix\nsystem\n(S'touch proof'\ntR.")
 
     found = next(scan([tmp_path / "b.ckpt"]))
@@ -66,7 +71,7 @@ def test_a_call_is_told_with_its_place_its_arguments_and_its_effect(tmp_path: Pa
     assert intent.effect == "runs a command in a shell"
 
 
-def test_honest_files_are_safe(tmp_path: Path):
+def test_harmless_files_are_safe(tmp_path: Path):
     tensors = {"a": torch.zeros(2, 3), "b": torch.ones(4).half()}
     save_file(tensors, tmp_path / "a.safetensors")
     torch.save({"state_dict": tensors, "epoch": 3}, tmp_path / "b.ckpt")
@@ -75,7 +80,7 @@ def test_honest_files_are_safe(tmp_path: Path):
     assert [found.verdict for found in scan([tmp_path])] == ["safe"] * 3
 
 
-def test_a_folder_is_searched_by_content_too(tmp_path: Path):
+def test_a_folder_is_also_searched_by_content(tmp_path: Path):
     (tmp_path / "inner").mkdir()
     (tmp_path / "inner" / "notes.txt").write_text("nothing to see")
     (tmp_path / "inner" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
@@ -84,10 +89,10 @@ def test_a_folder_is_searched_by_content_too(tmp_path: Path):
 
     found = {Path(each.path).name: each.verdict for each in scan([tmp_path])}
 
-    assert found == {"weights.dat": "hostile", "web.ckpt": "no model"}
+    assert found == {"weights.dat": "hostile", "web.ckpt": "not a model"}
 
 
-def test_effects_are_said_even_for_what_is_not_listed():
+def test_functions_that_are_not_listed_have_an_effect_too():
     assert effect_of("os.system") != effect_of("os.chmod") != effect_of("somebody.function")
-    assert "no weights need" in effect_of("somebody.function")
+    assert "weights do not need" in effect_of("somebody.function")
     assert Asked("a", 1).arguments == ()

@@ -1,4 +1,4 @@
-"""Hashes, metadata and differences of files, against other implementations and against what was put in."""
+"""`hash`, `metadata` and `diff`, compared with other implementations and with known contents."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from gouache.files.open import open_model
 from gouache.workshop.diff import diff
 from gouache.workshop.hashes import hashes
 from gouache.workshop.metadata import change
+from gouache.workshop.plural import plural
 from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]
@@ -37,7 +38,7 @@ def random_file(path: Path, size: int = 3_000_000) -> Path:
 # ---- hashes
 
 
-def test_hashes_are_those_of_their_definitions(tmp_path: Path):
+def test_hashes_match_their_definitions(tmp_path: Path):
     path = random_file(tmp_path / "a.safetensors")
     content = path.read_bytes()
     header = int.from_bytes(content[:8], "little")
@@ -51,7 +52,7 @@ def test_hashes_are_those_of_their_definitions(tmp_path: Path):
     assert int(found.crc32, 16) == zlib.crc32(content)
 
 
-def test_a_file_of_another_kind_has_no_autov3(tmp_path: Path):
+def test_a_ckpt_file_has_no_autov3(tmp_path: Path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "a.ckpt")
 
     found = hashes(tmp_path / "a.ckpt")
@@ -62,7 +63,7 @@ def test_a_file_of_another_kind_has_no_autov3(tmp_path: Path):
 # ---- metadata
 
 
-def test_metadata_changes_and_nothing_else(tmp_path: Path):
+def test_only_the_metadata_changes(tmp_path: Path):
     path = random_file(tmp_path / "a.safetensors")
     before, tensors = hashes(path), load_file(path)
 
@@ -76,7 +77,7 @@ def test_metadata_changes_and_nothing_else(tmp_path: Path):
     assert open_model(path).metadata["two"] == "2"
 
 
-def test_a_thumbnail_is_a_small_picture_in_the_header(tmp_path: Path):
+def test_a_thumbnail_is_stored_as_a_small_jpeg_in_the_header(tmp_path: Path):
     path = random_file(tmp_path / "a.safetensors")
     Image.linear_gradient("L").resize((900, 600)).save(tmp_path / "p.png")
 
@@ -88,12 +89,12 @@ def test_a_thumbnail_is_a_small_picture_in_the_header(tmp_path: Path):
     assert kind == "data:image/jpeg;base64" and picture.size == (256, 171)
 
 
-def test_metadata_of_what_has_none_is_refused(tmp_path: Path):
+def test_invalid_metadata_changes_are_refused(tmp_path: Path):
     torch.save({"a": torch.zeros(3)}, tmp_path / "a.ckpt")
     path = random_file(tmp_path / "a.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(path.read_bytes()[:-5])
 
-    with pytest.raises(RequestError, match="which has no metadata; convert it first"):
+    with pytest.raises(RequestError, match=r"which has no metadata; convert it to \.safetensors first"):
         change(tmp_path / "a.ckpt", tmp_path / "b.ckpt", {"a": "b"})
     with pytest.raises(RequestError, match="'three' is not in the metadata"):
         change(path, path, {}, ["three"])
@@ -104,7 +105,7 @@ def test_metadata_of_what_has_none_is_refused(tmp_path: Path):
 # ---- differences
 
 
-def test_a_file_does_not_differ_from_itself(narrow: Narrows):
+def test_a_file_equals_itself(narrow: Narrows):
     file = open_model(narrow("sd1").file)
 
     found = diff(file, file)
@@ -113,16 +114,16 @@ def test_a_file_does_not_differ_from_itself(narrow: Narrows):
     assert {part.name for part in found.parts} == {"unet", "vae", "text_encoder"}
 
 
-def test_differences_are_measured_and_placed(narrow: Narrows, tmp_path: Path):
+def test_differences_are_measured_per_tensor_and_component(narrow: Narrows, tmp_path: Path):
     name = "model.diffusion_model.middle_block.0.in_layers.2.weight"
 
-    def moved(tensors: dict[str, Tensor]) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
         tensors[name] = tensors[name] * 1.5
         tensors["extra"] = torch.zeros(1)
         tensors["first_stage_model.quant_conv.bias"] = tensors["first_stage_model.quant_conv.bias"].half()
         del tensors["first_stage_model.post_quant_conv.bias"]
 
-    other = altered(narrow("sd1").file, tmp_path / "b.safetensors", moved)
+    other = altered(narrow("sd1").file, tmp_path / "b.safetensors", change)
 
     found = diff(open_model(narrow("sd1").file), open_model(other))
 
@@ -141,3 +142,11 @@ def test_the_same_values_in_another_dtype_are_equal(tmp_path: Path):
     found = diff(open_model(tmp_path / "a.safetensors"), open_model(tmp_path / "b.safetensors"))
 
     assert found.equal and found.dtypes == ("a: F32, F16",)
+
+
+# ---- counted nouns
+
+
+def test_counted_nouns_are_singular_for_one_only():
+    assert [plural(n, "file") for n in (0, 1, 2)] == ["0 files", "1 file", "2 files"]
+    assert [plural(n, "entry", "entries") for n in (1, 2)] == ["1 entry", "2 entries"]

@@ -1,4 +1,4 @@
-"""Files that go between Gouache and diffusers, both ways, without a change in what they paint."""
+"""Files exchanged between Gouache and diffusers, in both directions, give the same pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gouache.diffusion.noise import Noise
 from tests.pipelines import Narrow, save, scheduler
 
 LINES = ("sd1", "sd2", "sdxl")
-FORMS: dict[str, tuple[dict[str, Any], str]] = {  # how to save, and how the names of all weights then end
+FORMS: dict[str, tuple[dict[str, Any], str]] = {  # options of save_pretrained, and the suffix of all weight files
     "whole": ({}, "model.safetensors"),
     "bin": ({"safe_serialization": False}, "model.bin"),
     "fp16 variant": ({"variant": "fp16"}, "model.fp16.safetensors"),
@@ -27,14 +27,14 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {  # how to save, and how the nam
 }
 
 
-def gouache_paints(model: Model) -> Tensor:
-    """(C, h, w): three steps of Euler."""
-    knobs: dict[str, Any] = {"steps": 3, "seed": 1, "size": (64, 64), "sampler": "Euler", "negative": "dog"}
-    return next(model.paint("a cat", **knobs)).latent
+def gouache_latent(model: Model) -> Tensor:
+    """The latent (C, h, w) after three Euler steps in Gouache."""
+    settings: dict[str, Any] = {"steps": 3, "seed": 1, "size": (64, 64), "sampler": "Euler", "negative": "dog"}
+    return next(model.paint("a cat", **settings)).latent
 
 
-def diffusers_paints(pipeline: Any, line: str) -> Tensor:
-    """The same by diffusers."""
+def diffusers_latent(pipeline: Any, line: str) -> Tensor:
+    """The same latent from diffusers."""
     pipeline.scheduler = scheduler("Euler", line)
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {"width": 64, "height": 64, "guidance_scale": 7.0, "output_type": "latent"}
@@ -43,12 +43,12 @@ def diffusers_paints(pipeline: Any, line: str) -> Tensor:
 
 
 def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    """To 1e-4 of the latents' spread: the levels of three steps are the same in both to the last bits."""
+    """Equal to 1e-4 of the latents' standard deviation: the sigmas of the three steps agree to the last bits."""
     torch.testing.assert_close(ours / theirs.std(), theirs / theirs.std(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("line", [*LINES, "sd1-inpainting"])
-def test_diffusers_opens_the_single_file_and_paints_the_same(
+def test_diffusers_loads_the_single_file_and_paints_the_same(
     line: str, narrow: Callable[[str], Narrow], loaded: Callable[[str], Model]
 ):
     model = narrow(line)
@@ -63,7 +63,7 @@ def test_diffusers_opens_the_single_file_and_paints_the_same(
             assert after.keys() == before.state_dict().keys()
             assert all(torch.equal(after[key], weight) for key, weight in before.state_dict().items())
     if line in LINES:
-        assert_same(gouache_paints(loaded(line)), diffusers_paints(opened, line))
+        assert_same(gouache_latent(loaded(line)), diffusers_latent(opened, line))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -72,7 +72,7 @@ def test_a_folder_saved_by_diffusers_paints_the_same_in_gouache(
     line: str, form: str, narrow: Callable[[str], Narrow], settings: Settings, tmp_path: Path
 ):
     pipeline = narrow(line).pipeline
-    options, ending = FORMS[form]
+    options, suffix = FORMS[form]
     if form == "fp16 variant":
         pipeline = copy.deepcopy(pipeline).to(torch.float16)
     folder = save(pipeline, tmp_path / "folder", **options)
@@ -82,13 +82,13 @@ def test_a_folder_saved_by_diffusers_paints_the_same_in_gouache(
     model = gouache.load(folder, settings=settings)
 
     weights = [path.name for path in model.file.files if path.suffix != ".json"]
-    assert all(name.endswith(ending) for name in weights)
+    assert all(name.endswith(suffix) for name in weights)
     assert len(weights) > 4 * 2 if form == "shards" else len(weights) in (3, 4)
-    assert_same(gouache_paints(model), diffusers_paints(pipeline.to(torch.float32), line))
+    assert_same(gouache_latent(model), diffusers_latent(pipeline.to(torch.float32), line))
 
 
 def pickle_text_encoders(folder: Path) -> None:
-    """In place of the .safetensors that Transformers writes now, the .bin that it wrote for years."""
+    """Replace the .safetensors files that Transformers writes now with the .bin files of its earlier releases."""
     for path in folder.glob("text_encoder*/model.safetensors"):
         torch.save(load_file(path), path.with_name("pytorch_model.bin"))
         path.unlink()

@@ -9,26 +9,31 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.workshop.plural import plural
+
 
 def convert(
     source: Annotated[
-        str, Argument(metavar="IN", help="Any file, folder or model name that can be read.", show_default=False)
+        str, Argument(metavar="IN", help="A model: any readable file, folder or name.", show_default=False)
     ],
     target: Annotated[
-        Path, Argument(metavar="OUT", help="A .safetensors or .ckpt file, or a folder to make.", show_default=False)
+        Path, Argument(metavar="OUT", help="The .safetensors or .ckpt file, or folder, to write.", show_default=False)
     ],
     to: Annotated[
-        str | None, Option(help="safetensors, ckpt or diffusers.", show_default="what OUT is named like")
+        str | None,
+        Option(help="Output format: safetensors, ckpt or diffusers.", show_default="from OUT's extension"),
     ] = None,
-    dtype: Annotated[str | None, Option(help="fp32, bf16, fp16 or fp8_e4m3.", show_default="as they are")] = None,
-    only: Annotated[str | None, Option(help="One component alone: unet, vae or text.", show_default="all")] = None,
+    dtype: Annotated[
+        str | None, Option(help="Cast weights to fp32, bf16, fp16 or fp8_e4m3.", show_default="unchanged")
+    ] = None,
+    only: Annotated[str | None, Option(help="Write one component: unet, vae or text.", show_default="all")] = None,
     metadata: Annotated[
-        list[str] | None, Option(help="KEY=VALUE for the header; may be given several times.", show_default=False)
+        list[str] | None, Option(help="Metadata to add as KEY=VALUE; can be repeated.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Convert any model between .safetensors, .ckpt and diffusers folders, without running code from it."""
+    """Convert between .safetensors, .ckpt and diffusers folders. Code in the source is never run."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.pairs import pairs
@@ -44,8 +49,17 @@ def convert(
     if as_json:
         print(json.dumps({"path": str(target), **asdict(done)}))
         return
-    print(f"{target}: {done.tensors} tensors, {done.nbytes / 1e6:,.1f} MB, read back and found equal to the source")
-    for reason, count in done.kept_beside.items():
-        print(f"kept in its leftovers.safetensors  {count} tensors: {reason}")
+    size = f"{plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
+    print(f"{target}: {size}, verified: {_verified(done.rounded_to, dtype)}")
+    for reason, count in done.leftovers.items():
+        print(f"saved in its leftovers.safetensors  {plural(count, 'tensor')}: {reason}")
     for reason, count in done.left_out.items():
-        print(f"left out  {count} {reason}")
+        print(f"left out  {reason}: {count}")
+
+
+def _verified(rounded_to: str | None, dtype: str | None) -> str:
+    """What the comparison with the source has shown."""
+    if rounded_to is None:
+        return "equal to the source" if dtype is None else f"equal to the source, in {dtype}"
+    vectors = " (vectors to fp16)" if rounded_to.startswith("fp8") else ""
+    return f"equal to the source rounded to {rounded_to}{vectors}"

@@ -9,12 +9,14 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-app = Typer(help="Combine textual inversions.", no_args_is_help=True, rich_markup_mode=None)
+from gouache.workshop.plural import plural
+
+app = Typer(help="Combine textual inversion embeddings.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.callback()
 def group() -> None:
-    """Combine textual inversions."""
+    """Combine textual inversion embeddings."""
 
 
 @app.command()
@@ -23,21 +25,24 @@ def merge(
         list[str],
         Argument(metavar="FILE[:STRENGTH]... OUT", help="Embeddings, then the file to write.", show_default=False),
     ],
-    how: Annotated[str, Option(help="join (all vectors in turn) or mean.")] = "join",
+    how: Annotated[
+        str, Option(help="join (concatenate all vectors) or mean (average them, weighted by strength).")
+    ] = "join",
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Make one embedding of several."""
+    """Combine several embeddings into one."""
     from gouache.app.settings import read
     from gouache.cli.strengths import strengths
     from gouache.errors import RequestError
     from gouache.workshop.embedding import combine
 
     if len(embeddings) < 3:
-        raise RequestError("embeddings", "name at least two embeddings, and then the file to write")
+        raise RequestError("embeddings", "name at least two embeddings, then the file to write")
     target = Path(embeddings[-1])
     done = combine(strengths(embeddings[:-1], read()), target, how, overwrite=overwrite)
     if as_json:
         print(json.dumps({"path": str(target), **asdict(done)}))
         return
-    print(f"{target}: {done.vectors} vectors, {' and '.join(map(str, done.widths.values()))} wide")
+    widths = " and ".join(map(str, done.widths.values()))
+    print(f"{target}: {plural(done.vectors, 'vector')} of width {widths}")

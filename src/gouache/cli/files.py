@@ -1,4 +1,4 @@
-"""`gouache hash`, `gouache metadata`, `gouache diff`: what is in a file, and what of it can be changed."""
+"""`gouache hash`, `gouache metadata`, `gouache diff`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.workshop.plural import plural
+
 
 def hash_(
     files: Annotated[list[str], Argument(metavar="FILE...", help="Files or model names.", show_default=False)],
-    as_json: Annotated[bool, Option("--json", help="Print JSON, an object a file.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, one object per file.")] = False,
 ) -> None:
-    """Print the hashes by which sites and programs know a file: SHA-256, AutoV1, AutoV2, AutoV3, CRC32."""
+    """Print a file's hashes: SHA-256, AutoV1, AutoV2, AutoV3, CRC32."""
     from gouache.app.hashes import hashes
     from gouache.app.names import resolve
     from gouache.app.settings import read
@@ -31,24 +33,24 @@ def hash_(
             continue
         print(path)
         for kind, digest in asdict(found).items():
-            print(f"  {kind:8} {digest or '- (no safetensors file)'}")
+            print(f"  {kind:8} {digest or '- (only for .safetensors files)'}")
 
 
 def metadata(
     file: Annotated[str, Argument(help="A .safetensors file, or a model's name.", show_default=False)],
     put: Annotated[
-        list[str] | None, Option("--set", help="KEY=VALUE; may be given several times.", show_default=False)
+        list[str] | None, Option("--set", help="Metadata to set as KEY=VALUE; can be repeated.", show_default=False)
     ] = None,
     unset: Annotated[
-        list[str] | None, Option(help="A KEY to remove; may be given several times.", show_default=False)
+        list[str] | None, Option(help="A key to remove, KEY; can be repeated.", show_default=False)
     ] = None,
-    thumbnail: Annotated[Path | None, Option(help="A picture to show in browsers of models.")] = None,
+    thumbnail: Annotated[Path | None, Option(help="A picture to embed as thumbnail for model browsers.")] = None,
     output: Annotated[
-        Path | None, Option("--output", "-o", help="Where to write.", show_default="in place of FILE")
+        Path | None, Option("--output", "-o", help="The file to write.", show_default="FILE itself")
     ] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the text in a file's header, or change it. Weights, and hashes of the weights alone, stay as they are."""
+    """Show or change the metadata in a file's header. Weights, and hashes of the weights alone, do not change."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.pairs import pairs
@@ -59,6 +61,7 @@ def metadata(
     texts = pairs("set", put or [])
     if texts or unset or thumbnail:
         texts = change(path, output or path, texts, unset or [], thumbnail)
+        print(f"saved in {output or path}", file=sys.stderr)
     else:
         texts = dict(open_model(path).metadata)
     if as_json:
@@ -77,7 +80,10 @@ def diff(
     b: Annotated[str, Argument(help="Another.", show_default=False)],
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Tell what two models differ in: names, shapes, dtypes, values. Exit code 1 if their weights differ."""
+    """Compare the weights of two models. Lists names, shapes, dtypes and values that differ, tensor by tensor.
+
+    Tensors are paired by name: convert one of the models first if their layouts differ. Exit code 1 if weights differ.
+    """
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
@@ -94,16 +100,24 @@ def diff(
     else:
         for title, lines in (
             ("only in the first", found.only_a), ("only in the second", found.only_b),
-            ("of another shape", found.shapes), ("of another dtype", found.dtypes), ("metadata", found.metadata),
+            ("different shape", found.shapes), ("different dtype", found.dtypes),
+            ("different metadata", found.metadata),
         ):  # fmt: skip
             if lines:
                 more = f" and {len(lines) - 5} more" if len(lines) > 5 else ""
                 print(f"{title} ({len(lines)}): {'; '.join(lines[:5])}{more}")
         for part in found.parts:
-            how = "equal" if part.same == part.tensors else f"{part.relative:.3g} apart, relative to the first"
-            print(f"{part.name:16} {part.same} of {part.tensors} tensors equal; {how}")
+            line = f"{part.name:16} {part.same} of {plural(part.tensors, 'tensor')} equal"
+            print(line if part.same == part.tensors else f"{line}; relative difference {part.relative:.3g}")
         for each in found.furthest:
-            print(f"  {each.name}: {each.relative:.3g} apart, one number by {each.largest:.3g}")
-        print("the weights are equal" if found.equal else "the weights differ")
+            print(f"  {each.name}: relative difference {each.relative:.3g}, largest difference {each.largest:.3g}")
+        if found.equal:
+            print("the weights are equal")
+        elif not found.parts and not found.shapes:
+            print("no tensor names in common; convert one of the models to the layout of the other first")
+        elif all(part.same == part.tensors for part in found.parts):
+            print("the weights with the same name and shape are equal")
+        else:
+            print("the weights differ")
     if not found.equal:
         sys.exit(1)

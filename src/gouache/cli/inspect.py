@@ -1,4 +1,4 @@
-"""`gouache inspect`. Needs no torch unless SD2's prediction has to be read off a weight, or weights are asked for."""
+"""`gouache inspect`. Needs torch only to detect SD2's prediction type from a weight, and for `--deep`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
+
+from gouache.workshop.plural import plural
 
 if TYPE_CHECKING:
     from gouache.workshop.inspect import Report
@@ -17,13 +19,19 @@ def inspect(
         list[str],
         Argument(metavar="FILE|FOLDER...", help="Model files, folders, or names of models.", show_default=False),
     ],
-    prediction: Annotated[str | None, Option(help="eps or v, where the file does not tell.")] = None,
-    family: Annotated[str | None, Option(help="sd1, sd2, sdxl, ..., where the file does not tell.")] = None,
+    prediction: Annotated[
+        str | None, Option(help="Prediction type, eps or v.", show_default="detected from the file")
+    ] = None,
+    family: Annotated[
+        str | None, Option(help="Model family: sd1, sd2, sdxl, ...", show_default="detected from the file")
+    ] = None,
     keys: Annotated[bool, Option("--keys", help="List every tensor with its dtype and shape.")] = False,
-    deep: Annotated[bool, Option("--deep", help="Read the weights too: damage, fingerprints, hashes.")] = False,
-    as_json: Annotated[bool, Option("--json", help="Print JSON: an object, or of several files a list.")] = False,
+    deep: Annotated[bool, Option("--deep", help="Also read the weights: damage, fingerprints, hashes.")] = False,
+    as_json: Annotated[
+        bool, Option("--json", help="Print JSON: an object, or a list if several files are given.")
+    ] = False,
 ) -> None:
-    """Tell what a model file is: kind, family, parts, prediction, dtypes, training; each with its evidence."""
+    """Show what a model file is, with the evidence: kind, family, components, prediction, dtypes, training."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
@@ -33,7 +41,7 @@ def inspect(
 
     settings = read()
     paths = [path for name in files for path in files_of(resolve(name, settings))]
-    told: list[Report] = []
+    reports: list[Report] = []
     failed = 0
     for path in paths:
         try:
@@ -48,52 +56,58 @@ def inspect(
             print(f"error: {error}", file=sys.stderr)
             failed += 1
             continue
-        told.append(each)
+        reports.append(each)
         if not as_json:
             print(_page(each), flush=True)
     if as_json:
-        pages = [each.to_json() for each in told]
+        pages = [each.to_json() for each in reports]
         print(json.dumps(pages[0] if len(paths) == 1 else pages, indent=1, ensure_ascii=False))
     else:
-        pairs = [(each.file, each.found) for each in told if each.file is not None and each.found is not None]
+        pairs = [(each.file, each.found) for each in reports if each.file is not None and each.found is not None]
         for line in compare(pairs):
-            print(f"of these, {line}")
+            print(f"of these models, {line}")
     if failed:
         sys.exit(2)
 
 
-def _page(told: Report) -> str:
-    lines = [f"{told.path}  ({told.format}, {told.size / 1e6:,.1f} MB, {told.count} tensors)"]
-    for fact in told.facts:
-        lines.append(f"  {fact.name:14} {fact.value:24} {fact.sure}: {fact.evidence}")
-    for detail in told.details:
+def _page(report: Report) -> str:
+    lines = [f"{report.path}  ({report.format}, {report.size / 1e6:,.1f} MB, {plural(report.count, 'tensor')})"]
+    for fact in report.facts:
+        if fact.value == "unknown":  # a confidence would be confusing here
+            missing = "not recognised"
+            text = fact.evidence if fact.evidence.startswith(missing) else f"{missing} ({fact.evidence})"
+            lines.append(f"  {fact.name:14} {text}")
+        else:
+            lines.append(f"  {fact.name:14} {fact.value:24} {fact.sure}: {fact.evidence}")
+    for detail in report.details:
         lines.append(f"  {detail.name:14} {detail.value:24} {detail.evidence}")
-    if told.components:
-        lines.append("parts")
-        for part in told.components:
-            seal = f"  {part.fingerprint}" if part.fingerprint else ""
-            lines.append(
-                f"  {part.name:16} {part.parameters / 1e6:9.2f} M  {part.dtype:6} {part.layout}: {part.evidence}{seal}"
-            )
-    for name, reason in told.missing.items():
+    if report.components:
+        lines.append("components")
+        for part in report.components:
+            fingerprint = f"  {part.fingerprint}" if part.fingerprint else ""
+            size = f"{part.parameters / 1e6:9.2f} M"
+            lines.append(f"  {part.name:16} {size}  {part.dtype:6} {part.layout}: {part.evidence}{fingerprint}")
+    for name, reason in report.missing.items():
         lines.append(f"missing  {name}: {reason}")
-    for reason, names in told.leftovers.items():
-        lines.append(f"not needed  {len(names)} tensors, {names[0]}{', ...' if len(names) > 1 else ''}: {reason}")
-    if told.unknown:
-        lines.append(f"unknown  {len(told.unknown)} tensors:")
-        for name, near in list(told.unknown.items())[:5]:
-            lines.append(f"  {name}{f', most like {near}' if near else ''}")
-    for key, value in told.metadata.items():
+    for reason, names in report.leftovers.items():
+        count = plural(len(names), "tensor")
+        lines.append(f"not needed  {count}, {names[0]}{', ...' if len(names) > 1 else ''}: {reason}")
+    if report.unknown:
+        lines.append(f"not recognised  {plural(len(report.unknown), 'tensor')}:")
+        for name, near in list(report.unknown.items())[:5]:
+            lines.append(f"  {name}{f', most similar to {near}' if near else ''}")
+    for key, value in report.metadata.items():
         lines.append(f"metadata  {key}: {value}")
-    if told.faults is not None:
-        lines.append("damage  none found" if not told.faults else f"damage  {len(told.faults)} tensors:")
+    if report.faults is not None:
+        found = f"in {plural(len(report.faults), 'tensor')}:" if report.faults else "none found"
+        lines.append(f"damage  {found}")
         lines += [
-            f"  {fault.tensor} {fault.what}{'' if fault.serious else ' (harmless)'}" for fault in told.faults[:20]
+            f"  {fault.tensor} {fault.what}{'' if fault.serious else ' (harmless)'}" for fault in report.faults[:20]
         ]
-    if told.hashes is not None:
-        lines += [f"hash  {kind:7} {digest}" for kind, digest in vars(told.hashes).items() if digest]
-    lines += [f"note  {note}" for note in told.notes]
-    lines += [f"advice  {hint}" for hint in told.advice]
-    if told.keys is not None:
-        lines += [f"tensor  {name}: {kind}" for name, kind in told.keys.items()]
+    if report.hashes is not None:
+        lines += [f"hash  {kind:7} {digest}" for kind, digest in vars(report.hashes).items() if digest]
+    lines += [f"note  {note}" for note in report.notes]
+    lines += [f"advice  {hint}" for hint in report.advice]
+    if report.keys is not None:
+        lines += [f"tensor  {name}: {info}" for name, info in report.keys.items()]
     return "\n".join(lines)

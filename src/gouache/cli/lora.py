@@ -3,41 +3,46 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
+from gouache.workshop.plural import plural
+
 if TYPE_CHECKING:
     from gouache.workshop.lora.write import Made
 
-app = Typer(help="Make, change and bake LoRAs.", no_args_is_help=True, rich_markup_mode=None)
+app = Typer(help="Extract, change and bake LoRAs.", no_args_is_help=True, rich_markup_mode=None)
 
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")]
 AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 Dtype = Annotated[str, Option(help="fp32, bf16 or fp16.")]
-Energy = Annotated[float | None, Option(help="Keep as few directions as hold this share of the squared difference.")]
-Ratio = Annotated[float | None, Option(help="Keep directions at least this many times weaker than the strongest.")]
+Energy = Annotated[
+    float | None, Option(help="Keep only as many directions as hold this share of the squared difference (0 to 1).")
+]
+Ratio = Annotated[float | None, Option(help="Drop directions more than RATIO times weaker than the strongest.")]
 Out = Annotated[Path, Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)]
 
 
 @app.command()
 def extract(
-    tuned: Annotated[str, Argument(help="The tuned model.", show_default=False)],
-    base: Annotated[str, Argument(help="What it was tuned from.", show_default=False)],
+    tuned: Annotated[str, Argument(help="The fine-tuned model.", show_default=False)],
+    base: Annotated[str, Argument(help="The model it was fine-tuned from.", show_default=False)],
     target: Out,
-    rank: Annotated[int, Option(help="The most directions of a module.")] = 64,
-    conv_rank: Annotated[int, Option(help="The same for convolutions of 3x3; 0 leaves them out.")] = 0,
+    rank: Annotated[int, Option(help="Maximum rank of each module.")] = 64,
+    conv_rank: Annotated[int, Option(help="Maximum rank of 3x3 convolutions; 0 skips them.")] = 0,
     energy: Energy = None,
     ratio: Ratio = None,
-    text: Annotated[bool, Option("--text/--no-text", help="Whether text encoders are taken too.")] = True,
+    text: Annotated[bool, Option("--text/--no-text", help="Include the text encoders.")] = True,
     dtype: Dtype = "fp16",
-    naming: Annotated[str, Option(help="Whose names: kohya or peft.")] = "kohya",
+    naming: Annotated[str, Option(help="Naming of the modules: kohya or peft.")] = "kohya",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write what TUNED has over BASE as a LoRA."""
+    """Write the difference of the models TUNED and BASE as a LoRA."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
@@ -50,7 +55,7 @@ def extract(
             resolve(tuned, settings), resolve(base, settings), target, size, dtype=dtype, naming=naming, text=text,
             overwrite=overwrite, on_work=bar.show,
         )  # fmt: skip
-    _tell(done, target, as_json)
+    _print(done, target, as_json)
 
 
 @app.command()
@@ -59,11 +64,11 @@ def bake(
     loras: Annotated[
         list[str], Argument(metavar="LORA[:STRENGTH]... OUT", help="LoRAs, then the file to write.", show_default=False)
     ],
-    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="that of the model")] = None,
+    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="the model's dtype")] = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Add LoRAs to a model's weights for good."""
+    """Add LoRAs to a model's weights permanently."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
@@ -72,7 +77,7 @@ def bake(
     from gouache.workshop.lora.bake import bake as service
 
     if len(loras) < 2:
-        raise RequestError("loras", "name the LoRAs, and then the file to write")
+        raise RequestError("loras", "name at least one LoRA, then the file to write")
     settings, target = read(), Path(loras[-1])
     with bytes_bar() as bar:
         counts = service(
@@ -88,16 +93,17 @@ def bake(
         return
     print(target)
     for path, (modules, unmatched) in counts.items():
-        print(f"  {path}: {modules} modules changed, {unmatched} names without a module")
+        names = f", {plural(unmatched, 'name')} without a matching module" if unmatched else ""
+        print(f"  {path}: {plural(modules, 'module')} changed{names}")
 
 
 @app.command()
 def resize(
     source: Annotated[str, Argument(metavar="IN", help="The LoRA.", show_default=False)],
     target: Out,
-    rank: Annotated[int, Option(help="The most directions of a module.")] = 16,
+    rank: Annotated[int, Option(help="Maximum rank of each module.")] = 16,
     conv_rank: Annotated[
-        int | None, Option(help="The same for convolutions of 3x3; 0 leaves them out.", show_default="as --rank")
+        int | None, Option(help="Maximum rank of 3x3 convolutions; 0 skips them.", show_default="same as --rank")
     ] = None,
     energy: Energy = None,
     ratio: Ratio = None,
@@ -105,7 +111,7 @@ def resize(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a LoRA with other ranks."""
+    """Reduce the ranks of a LoRA."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
@@ -115,7 +121,7 @@ def resize(
     size = Size(rank, rank if conv_rank is None else conv_rank, energy, ratio)
     with Bar() as bar:
         done = service(resolve(source, read()), target, size, dtype=dtype, overwrite=overwrite, on_work=bar.show)
-    _tell(done, target, as_json)
+    _print(done, target, as_json)
 
 
 @app.command()
@@ -123,12 +129,14 @@ def merge(
     loras: Annotated[
         list[str], Argument(metavar="LORA[:STRENGTH]... OUT", help="LoRAs, then the file to write.", show_default=False)
     ],
-    rank: Annotated[int | None, Option(help="Merge by SVD, to this rank.", show_default="by concatenation")] = None,
+    rank: Annotated[
+        int | None, Option(help="Merge by SVD, with this maximum rank.", show_default="concatenate")
+    ] = None,
     dtype: Dtype = "fp16",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make one LoRA of several: by concatenation, which is exact, or to a rank by SVD."""
+    """Merge several LoRAs into one: exactly, by concatenation, or to a maximum rank, by SVD."""
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
     from gouache.cli.strengths import strengths
@@ -137,40 +145,57 @@ def merge(
     from gouache.workshop.lora.factors import Size
 
     if len(loras) < 3:
-        raise RequestError("loras", "name at least two LoRAs, and then the file to write")
+        raise RequestError("loras", "name at least two LoRAs, then the file to write")
     size = Size(rank, rank) if rank is not None else None
     with Bar() as bar:
         done = service(
             strengths(loras[:-1], read()), Path(loras[-1]), size, dtype=dtype, overwrite=overwrite, on_work=bar.show
         )
-    _tell(done, Path(loras[-1]), as_json)
+    _print(done, Path(loras[-1]), as_json)
 
 
 @app.command()
 def rename(
     source: Annotated[str, Argument(metavar="IN", help="The LoRA.", show_default=False)],
     target: Out,
-    to: Annotated[str, Option(help="Whose names: kohya or peft.")] = "kohya",
-    family: Annotated[str | None, Option(help="sd1, sd2, sdxl, where the file does not tell.")] = None,
+    to: Annotated[str, Option(help="Naming of the modules: kohya or peft.")] = "kohya",
+    family: Annotated[
+        str | None, Option(help="Model family: sd1, sd2 or sdxl.", show_default="detected from the file")
+    ] = None,
     dtype: Dtype = "fp16",
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a LoRA under the names of kohya's tools, or of PEFT and diffusers."""
+    """Rename a LoRA's modules to kohya's naming, or to that of PEFT and diffusers."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.workshop.lora.change import rename as service
 
     done = service(resolve(source, read()), target, to, family, dtype=dtype, overwrite=overwrite)
-    _tell(done, target, as_json)
+    _print(done, target, as_json)
 
 
-def _tell(done: Made, target: Path, as_json: bool) -> None:
+def _print(done: Made, target: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"path": str(target), **asdict(done)}))
         return
     low, high = done.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
-    print(f"{target}: {done.modules} modules, {ranks}, {done.nbytes / 1e6:,.1f} MB; {done.held:.1%} of the difference")
-    for reason, count in done.left_out.items():
-        print(f"left out {count} weights: {reason}")
+    modules = plural(done.modules, "module")
+    print(f"{target}: {modules}, {ranks}, {done.nbytes / 1e6:,.1f} MB; {done.held:.1%} of the difference")
+    if left_out := _left_out(done.left_out):
+        print(left_out)
+
+
+def _left_out(counts: Mapping[str, int]) -> str:
+    """One line on the weights that are not in the LoRA; "" where there is nothing to report."""
+    from gouache.workshop.lora.write import CONVOLUTIONS, UNCHANGED, UNPAIRED
+
+    parts = []
+    if number := counts.get(CONVOLUTIONS):
+        parts.append(f"skipped {plural(number, '3x3 convolution')} (use --conv-rank to include them)")
+    if number := counts.get(UNPAIRED):
+        parts.append(f"skipped {plural(number, 'weight')} that BASE does not have in the same shape")
+    if UNCHANGED in counts and (parts or counts[UNCHANGED]):
+        parts.append(f"{plural(counts[UNCHANGED], 'weight')} unchanged")
+    return "; ".join(parts)

@@ -8,11 +8,11 @@ from gouache.errors import RequestError
 
 
 def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
-    """{"a": "1"} of ["a=1"]. Raises RequestError for one without a sign of equality, or without a key."""
-    found = dict[str, str]()
+    """["a=1"] -> {"a": "1"}. Raises RequestError for a text without an equals sign or a key."""
+    values = dict[str, str]()
     for text in texts:
-        key, sign, value = text.partition("=")
-        if not sign or not key.strip():
-            raise RequestError(option, f"{text!r} is not of the form KEY=VALUE")
-        found[key.strip()] = value
-    return found
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise RequestError(option, f"{text!r} is not KEY=VALUE")
+        values[key.strip()] = value
+    return values

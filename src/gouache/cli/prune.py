@@ -9,19 +9,31 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.workshop.plural import plural
+
 
 def prune(
     source: Annotated[str, Argument(metavar="IN", help="A checkpoint: file, folder or name.", show_default=False)],
-    target: Annotated[Path, Argument(metavar="OUT", help="The .safetensors or .ckpt file.", show_default=False)],
-    keep: Annotated[str | None, Option(help="ema, last or both.", show_default="ema, where there are averages")] = None,
-    dtype: Annotated[str | None, Option(help="fp32, bf16, fp16 or fp8_e4m3.", show_default="as they are")] = None,
+    target: Annotated[
+        Path, Argument(metavar="OUT", help="The .safetensors or .ckpt file to write.", show_default=False)
+    ],
+    keep: Annotated[
+        str | None,
+        Option(
+            help="Weights to keep: ema (EMA weights), last (trained weights) or both.",
+            show_default="ema if the file has EMA weights, else last",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, Option(help="Cast weights to fp32, bf16, fp16 or fp8_e4m3.", show_default="unchanged")
+    ] = None,
     drop: Annotated[
-        list[str] | None, Option(help="vae or text; may be given several times.", show_default=False)
+        list[str] | None, Option(help="Component to drop, vae or text; can be repeated.", show_default=False)
     ] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Leave out what use does not need: optimizer, losses, averages or the weights they average, other dtypes."""
+    """Shrink a checkpoint to what inference needs. Drops the optimizer, losses, and either EMA or trained weights."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
@@ -35,7 +47,13 @@ def prune(
     if as_json:
         print(json.dumps({"path": str(target), **asdict(done), "saved": done.saved}))
         return
-    print(f"{target}: {done.tensors} tensors, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
+    print(f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
     for reason, (count, nbytes) in done.dropped.items():
-        print(f"dropped  {count} tensors, {nbytes / 1e6:,.1f} MB: {reason}")
-    print(f"{done.saved / 1e6:,.1f} MB saved by that")
+        print(f"dropped  {plural(count, 'tensor')}, {nbytes / 1e6:,.1f} MB: {reason}")
+    if done.cast_saved:
+        print(f"cast to {dtype}  {_change(done.cast_saved)}")
+    print(f"in all, {_change(done.saved)} than the source")
+
+
+def _change(saved: int) -> str:
+    return f"{abs(saved) / 1e6:,.1f} MB {'larger' if saved < 0 else 'smaller'}"

@@ -9,21 +9,21 @@ from typer import Option
 
 
 def samplers(as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
-    """List samplers and schedules, with the other names they answer to."""
+    """List the samplers and schedules, with their aliases."""
     from gouache.diffusion.samplers.catalog import SAMPLERS
     from gouache.diffusion.spacing import AUTOMATIC, SPACINGS
 
     if as_json:
-        listed = [
+        entries = [
             {"name": s.name, "automatic": s.spacing, "aliases": s.aliases, "settings": s.knobs, "noise": s.uses_noise}
             for s in SAMPLERS
         ]
         schedules = [{"name": AUTOMATIC, "aliases": ()}, *({"name": s.name, "aliases": s.aliases} for s in SPACINGS)]
-        print(json.dumps({"samplers": listed, "schedules": schedules}, indent=1))
+        print(json.dumps({"samplers": entries, "schedules": schedules}, indent=1))
         return
-    print(f"{'sampler':20}{'Automatic means':18}also called")
+    print(f"{'sampler':20}{'default schedule':18}aliases")
     for each in SAMPLERS:
         print(f"{each.name:20}{each.spacing:18}{', '.join(each.aliases)}".rstrip())
-    print(f"\n{'schedule':20}also called\n{AUTOMATIC}")
+    print(f"\n{'schedule':20}aliases\n{AUTOMATIC:20}(the sampler's default schedule)")
     for spacing in SPACINGS:
         print(f"{spacing.name:20}{', '.join(spacing.aliases)}".rstrip())

@@ -11,12 +11,14 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.workshop.plural import plural
+
 
 def scan(
     paths: Annotated[list[Path], Argument(metavar="PATH...", help="Files, or folders to search.", show_default=False)],
-    as_json: Annotated[bool, Option("--json", help="Print JSON, an object a file.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON, one object per file.")] = False,
 ) -> None:
-    """Tell which files are safe to open, and what the others would have done. Exit code 1 if any is hostile."""
+    """Check files for hostile code without running it. Shows what it would do. Exit code 1 if any file is hostile."""
     from gouache.workshop.scan import scan as service
 
     verdicts = Counter[str]()
@@ -25,16 +27,17 @@ def scan(
         if as_json:
             print(json.dumps(asdict(found), ensure_ascii=False), flush=True)
             continue
-        print(f"{found.verdict:10}  {found.path}: {found.reason}", flush=True)
+        print(f"{found.verdict:11} {found.path}: {found.reason}", flush=True)
         for intent in found.intents:
-            given = f"({', '.join(map(repr, intent.arguments))})" if intent.arguments else ""
-            where = "" if intent.byte is None else f"byte {intent.byte}: "
-            print(f"{'':10}    {where}{intent.name}{given}: {intent.effect}")
-        for name in found.mentions:
-            print(f"{'':10}    {name}")
+            arguments = f"({', '.join(map(repr, intent.arguments))})" if intent.arguments else ""
+            offset = "" if intent.byte is None else f"byte {intent.byte}: "
+            print(f"{'':11}   {offset}{intent.name}{arguments}: {intent.effect}")
+        for mention in found.mentions:
+            print(f"{'':11}   {mention}")
     if not as_json:
-        print(f"{sum(verdicts.values())} files: " + (", ".join(f"{n} {v}" for v, n in verdicts.items()) or "none"))
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+        print(f"{plural(sum(verdicts.values()), 'file')}" + (f": {counts}" if counts else " to scan"))
     if verdicts["hostile"] or verdicts["suspicious"]:
         sys.exit(1)
-    if verdicts["damaged"] or verdicts["no model"] or verdicts["unreadable"]:
+    if verdicts["damaged"] or verdicts["not a model"] or verdicts["unreadable"]:
         sys.exit(2)

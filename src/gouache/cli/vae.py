@@ -9,18 +9,20 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-app = Typer(help="Exchange or take out a model's autoencoder.", no_args_is_help=True, rich_markup_mode=None)
+from gouache.workshop.plural import plural
+
+app = Typer(help="Replace or extract a model's VAE.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @app.command()
 def bake(
     model: Annotated[str, Argument(help="The model: file, folder or name.", show_default=False)],
-    vae: Annotated[str, Argument(help="The VAE: a file of one, or any model that has one.", show_default=False)],
+    vae: Annotated[str, Argument(help="A VAE file, or any model that has a VAE.", show_default=False)],
     target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Put another VAE into a model."""
+    """Replace a model's VAE with another one."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
@@ -32,7 +34,7 @@ def bake(
     print(
         json.dumps({"path": str(target), **asdict(done)})
         if as_json
-        else f"{target}: {done.tensors} tensors, {done.nbytes / 1e6:,.1f} MB"
+        else f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )
 
 
@@ -40,11 +42,11 @@ def bake(
 def extract(
     model: Annotated[str, Argument(help="The model: file, folder or name.", show_default=False)],
     target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
-    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="as it is")] = None,
+    dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="unchanged")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Write a model's VAE as a file of its own."""
+    """Extract a model's VAE to a file."""
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
@@ -55,5 +57,5 @@ def extract(
     print(
         json.dumps({"path": str(target), **asdict(done)})
         if as_json
-        else f"{target}: {done.tensors} tensors, {done.nbytes / 1e6:,.1f} MB"
+        else f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )

@@ -1,1 +1,1 @@
-"""Files in, files out, a tensor at a time: no network is ever built here."""
+"""Commands that read model files and write model files, one tensor at a time. No network is built here."""

@@ -1,4 +1,5 @@
-"""What to do with a file: paint or train, with which size, clip skip and VAE; and which of several for what."""
+"""Advice on how to use a file: for painting or training, at which size, clip skip and VAE; and which of several files
+to choose."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from gouache.families.found import Found
 from gouache.files.record import ModelFile
 
 _VAES = {
-    "sd1": "any VAE of Stable Diffusion 1 or 2, such as vae-ft-mse-840000",
-    "sd2": "any VAE of Stable Diffusion 1 or 2, such as vae-ft-mse-840000",
-    "sdxl": "a VAE of SDXL, such as sdxl_vae or, for float16, sdxl-vae-fp16-fix",
-    "sdxl-refiner": "a VAE of SDXL, such as sdxl_vae or, for float16, sdxl-vae-fp16-fix",
+    "sd1": "any Stable Diffusion 1 or 2 VAE, such as vae-ft-mse-840000",
+    "sd2": "any Stable Diffusion 1 or 2 VAE, such as vae-ft-mse-840000",
+    "sdxl": "an SDXL VAE, such as sdxl_vae or, for float16, sdxl-vae-fp16-fix",
+    "sdxl-refiner": "an SDXL VAE, such as sdxl_vae or, for float16, sdxl-vae-fp16-fix",
 }
 
 
@@ -21,12 +22,13 @@ def advice(file: ModelFile, found: Found) -> list[str]:
     if kind in ("checkpoint", "diffusers folder"):
         return list(_for_model(file, found))
     if kind == "vae":
-        return ["it fits SD1 and SD2 if made for them, SDXL if made for that: nothing in the file tells; try it with "
+        return ["it was made either for SD1 and SD2 or for SDXL; nothing in the file says which; try it with "
                 "`gouache vae bake`"]  # fmt: skip
     if kind == "unknown":
         return []
-    fits = f"models of {family.title}" if family is not None else "no family that could be told from its widths"
-    return [f"it fits {fits}"]
+    if family is None:
+        return ["its widths match no known model family, so which models it fits is unknown"]
+    return [f"it fits {family.title} models"]
 
 
 def _for_model(file: ModelFile, found: Found) -> Iterator[str]:
@@ -34,55 +36,55 @@ def _for_model(file: ModelFile, found: Found) -> Iterator[str]:
     if family is None:
         return
     if found.size is not None:
-        yield f"paint at {found.size.value[0]}x{found.size.value[1]} or near it"
+        yield f"paint at about {found.size.value[0]}x{found.size.value[1]}"
     if found.missing:
         for name in found.missing:
-            fit = f"; it takes {_VAES[family.name]}" if name == "vae" and family.name in _VAES else ""
-            yield f"it cannot paint without its {name.replace('_', ' ')}{fit}"
+            compatible = f"; use {_VAES[family.name]}" if name == "vae" and family.name in _VAES else ""
+            yield f"it cannot paint because its {name.replace('_', ' ')} is missing{compatible}"
     if family.name == "sd1":
-        yield "clip skip 1, or 2 if it descends from NovelAI's model, as most anime models do"
+        yield "use clip skip 1, or 2 if it is based on NovelAI's model, as most anime models are"
     ema = found.ema.value if found.ema is not None else "none"
     if ema.startswith("both"):
-        yield "to paint, its averages are better: `gouache prune` makes a file of them, smaller by a U-Net"
-        yield "to fine-tune, keep it as it is: it holds the weights and their averages"
+        yield "for painting, its EMA weights are better: `gouache prune` writes a file of them, smaller by a U-Net"
+        yield "for fine-tuning, keep the file as it is: it holds the trained and the EMA weights"
     elif ema == "counters":
-        yield "it is made for painting: its weights are averages; to fine-tune, a file with both is better"
+        yield "for painting, use it as it is: its weights are EMA weights; for fine-tuning, a file with both is better"
     if file.format.startswith(("torch", "pickle")):
-        yield "as .safetensors it loads faster and anywhere: `gouache convert`"
+        yield "as .safetensors it loads faster and in more programs: `gouache convert`"
     dtypes = {component.dtype.value for component in found.components.values()}
     if "F32" in dtypes and file.nbytes > 1e9:
-        yield "in float16 it is half the size and paints the same but for rounding: `gouache prune --dtype fp16`"
+        yield "in float16 it has half the size and paints the same except for rounding: `gouache prune --dtype fp16`"
 
 
 def compare(found: Sequence[tuple[ModelFile, Found]]) -> list[str]:
-    """Which of several models to paint with, and which to fine-tune from; nothing where the choice is not between
-    forms of one family."""
+    """Which of several models to paint with, and which to fine-tune from; [] unless at least two models of the same
+    family are given."""
     models = [(file, each) for file, each in found if each.kind.value in ("checkpoint", "diffusers folder")]
     families = {each.family.value for _, each in models}
     if len(models) < 2 or len(families) != 1 or None in families:
         return []
-    whole = [(file, each) for file, each in models if not each.missing]
-    if not whole:
-        return ["none of them is whole"]
-    paint = min(whole, key=lambda pair: (_rank_to_paint(pair[1]), pair[0].nbytes))
-    train = min(whole, key=lambda pair: (_rank_to_train(pair[1]), -pair[0].nbytes))
+    complete = [(file, each) for file, each in models if not each.missing]
+    if not complete:
+        return ["none is complete"]
+    paint = min(complete, key=lambda pair: (_rank_for_painting(pair[1]), pair[0].nbytes))
+    train = min(complete, key=lambda pair: (_rank_for_training(pair[1]), -pair[0].nbytes))
     return [
-        f"to paint: {paint[0].path.name} ({_why(paint[1])}; {paint[0].nbytes / 1e6:,.0f} MB)",
-        f"to fine-tune: {train[0].path.name} ({_why(train[1])}; {train[0].nbytes / 1e6:,.0f} MB)",
+        f"best for painting: {paint[0].path.name} ({_weights_held(paint[1])}; {paint[0].nbytes / 1e6:,.0f} MB)",
+        f"best for fine-tuning: {train[0].path.name} ({_weights_held(train[1])}; {train[0].nbytes / 1e6:,.0f} MB)",
     ]
 
 
-def _rank_to_paint(found: Found) -> int:
+def _rank_for_painting(found: Found) -> int:
     return {"counters": 0, "none": 1}.get(found.ema.value if found.ema is not None else "none", 2)
 
 
-def _rank_to_train(found: Found) -> int:
+def _rank_for_training(found: Found) -> int:
     ema = found.ema.value if found.ema is not None else "none"
     return 0 if ema.startswith("both") else 1 if ema == "none" else 2
 
 
-def _why(found: Found) -> str:
+def _weights_held(found: Found) -> str:
     ema = found.ema.value if found.ema is not None else "none"
     if ema.startswith("both"):
-        return "weights and their averages"
-    return "its weights are averages" if ema == "counters" else "weights without averages"
+        return "trained and EMA weights"
+    return "EMA weights" if ema == "counters" else "weights without EMA"

@@ -1,4 +1,4 @@
-"""A weight for each block of the U-Net: as a list of numbers, by label, or as one of the usual curves."""
+"""Block weights: one number for each block of the U-Net, as a list of numbers, by label, or as a preset curve."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from pathlib import Path
 from gouache.errors import FileError, RequestError
 from gouache.layouts.blocks import Block, block_of, blocks
 from gouache.nn.spec import UNetSpec
+from gouache.workshop.plural import plural
 
-BASE = "BASE"  # the label of what is no part of the U-Net
+BASE = "BASE"  # the label of all tensors outside the U-Net
 
-# Curves over the blocks, from the first (0) to the last (1); the base has the weight 0 in all but the flat ones.
+# Curves over the blocks, x running from 0 (first block) to 1 (last). BASE has the weight 0 in all but the flat presets.
 PRESETS: Mapping[str, Callable[[float], float]] = {
     "ALL_A": lambda x: 0.0,
     "ALL_B": lambda x: 1.0,
@@ -41,7 +42,10 @@ _FLAT = ("ALL_B", "FLAT_25", "FLAT_50", "FLAT_75")
 
 @dataclass(frozen=True)
 class Weights:
-    """What a number (alpha, say) is for each tensor. `rules` are (pattern, value): the last that fits a name wins."""
+    """The value of one setting, such as alpha, for each tensor.
+
+    `plain` applies where neither `by_label` nor a rule does. `rules` are (pattern, value): the last match wins.
+    """
 
     plain: float
     table: tuple[Block, ...] = ()
@@ -49,40 +53,41 @@ class Weights:
     rules: tuple[tuple[str, float], ...] = ()
 
     def of(self, name: str, inside: str | None) -> float:
-        """The value for the tensor `name`, which in the U-Net is called `inside`; None where it is no part of it."""
+        """The value for the tensor `name`; `inside` is its name within the U-Net, None if it is not in the U-Net."""
         value = self.plain
         if self.by_label is not None:
             value = self.by_label[block_of(inside, self.table) if inside is not None else BASE]
-        for pattern, said in self.rules:
+        for pattern, override in self.rules:
             if fnmatchcase(name, pattern) or (inside is not None and fnmatchcase(inside, pattern)):
-                value = said
+                value = override
         return value
 
 
-def weights(plain: float, told: str | None, spec: UNetSpec | None, rules: Sequence[str] = ()) -> Weights:
-    """`told` is a preset's name, numbers with commas between (the base first), or a file of either, or of labels.
+def weights(plain: float, text: str | None, spec: UNetSpec | None, rules: Sequence[str] = ()) -> Weights:
+    """The block weights that `text` describes: the name of a preset, numbers separated by commas (BASE first), or the
+    path of a file that holds numbers or labels.
 
     A file of labels is TOML: `IN04 = 0.3`, `M00 = 1.0`, `BASE = 0.5`; blocks it does not name have `plain`. `rules`
-    are "PATTERN=NUMBER" with `*` and `?`. Raises RequestError or FileError naming what is wrong.
+    are "PATTERN=NUMBER" with the wildcards `*` and `?`. Raises RequestError or FileError for invalid values.
     """
-    parsed = tuple(_rule(text) for text in rules)
-    if told is None:
+    parsed = tuple(_rule(rule) for rule in rules)
+    if text is None:
         return Weights(plain, rules=parsed)
     if spec is None:
-        raise RequestError("blocks", "the models have no U-Net whose blocks could be told apart")
+        raise RequestError("blocks", "the models have no U-Net, so there are no blocks to weight")
     table = blocks(spec)
-    return Weights(plain, table, _labelled(told, table, plain), parsed)
+    return Weights(plain, table, _by_label(text, table, plain), parsed)
 
 
-def _labelled(told: str, table: tuple[Block, ...], plain: float) -> dict[str, float]:
+def _by_label(preset: str, table: tuple[Block, ...], plain: float) -> dict[str, float]:
     labels = [block.label for block in table]
-    if (curve := PRESETS.get(told.upper())) is not None:
+    if (curve := PRESETS.get(preset.upper())) is not None:
         last = len(labels) - 1
-        flat = told.upper() in _FLAT
+        flat = preset.upper() in _FLAT
         return {BASE: curve(0.0) if flat else 0.0} | {label: curve(n / last) for n, label in enumerate(labels)}
-    if "," in told or not Path(told).is_file():
-        return _from_numbers(told, labels)
-    path = Path(told)
+    if "," in preset or not Path(preset).is_file():
+        return _from_numbers(preset, labels)
+    path = Path(preset)
     text = path.read_text(encoding="utf-8")
     return _from_toml(path, text, labels, plain) if "=" in text else _from_numbers(text, labels)
 
@@ -93,28 +98,29 @@ def _from_numbers(text: str, labels: list[str]) -> dict[str, float]:
     except ValueError:
         some = ", ".join(list(PRESETS)[:6])
         raise RequestError(
-            "blocks", f"{text[:60]!r} is no file, no preset ({some}, ...) and no row of numbers"
+            "blocks", f"{text[:60]!r} is not a file, a preset ({some}, ...) or numbers separated by commas"
         ) from None
-    if len(numbers) == len(labels):  # the base is left out now and then
+    if len(numbers) == len(labels):  # some tools leave the number for BASE out
         numbers = [0.0, *numbers]
     if len(numbers) != len(labels) + 1:
         raise RequestError(
-            "blocks", f"{len(numbers)} numbers were given; this U-Net has {len(labels)} blocks and a base"
+            "blocks",
+            f"got {plural(len(numbers), 'number')}; this U-Net needs {len(labels) + 1}: BASE and {len(labels)} blocks",
         )
     return dict(zip([BASE, *labels], numbers))
 
 
 def _from_toml(path: Path, text: str, labels: list[str], plain: float) -> dict[str, float]:
     try:
-        said = tomllib.loads(text)
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise FileError(path, f"is not TOML: {error}") from None
-    for label, value in said.items():
+        raise FileError(path, f"is not valid TOML: {error}") from None
+    for label, value in values.items():
         if label not in (BASE, *labels) or not isinstance(value, int | float) or isinstance(value, bool):
             raise FileError(
-                path, f"says {label} = {value!r}; expected BASE or {labels[0]} to {labels[-1]}, and a number"
+                path, f"has {label} = {value!r}; expected BASE or {labels[0]} to {labels[-1]}, and a number"
             )
-    return {label: float(said.get(label, plain)) for label in (BASE, *labels)}
+    return {label: float(values.get(label, plain)) for label in (BASE, *labels)}
 
 
 def _rule(text: str) -> tuple[str, float]:
@@ -124,4 +130,4 @@ def _rule(text: str) -> tuple[str, float]:
             raise ValueError
         return pattern, float(value)
     except ValueError:
-        raise RequestError("rule", f"{text!r} is not of the form PATTERN=NUMBER") from None
+        raise RequestError("rule", f"{text!r} is not PATTERN=NUMBER") from None

@@ -1,7 +1,7 @@
-"""The JSON files of a diffusers folder, written from what the networks are: for models converted into one.
+"""The JSON files of a diffusers folder, generated from the specs of the networks, for models converted to that layout.
 
-The words are diffusers' and Transformers' own; a value that only repeats one of their defaults is left out unless the
-released folders state it.
+Keys and values are those of diffusers and Transformers. A value that equals their default is left out unless the
+released folders contain it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gouache.families.found import Component, Found
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
 from gouache.prompts.recipe import EncoderRecipe
 
-_VERSION = "0.32.0"  # the diffusers whose words these are
+_VERSION = "0.32.0"  # the diffusers release whose config format this is
 
 _PIPELINES = {
     ("sd1", "base"): "StableDiffusionPipeline",
@@ -32,49 +32,49 @@ _PIPELINES = {
 
 
 def pipeline(found: Found) -> dict[str, Any]:
-    """The files that are no network's own: {path in the folder: content}."""
+    """The files that do not belong to one network: {path in the folder: content}."""
     return {"model_index.json": index(found), "scheduler/scheduler_config.json": scheduler(found)}
 
 
 def index(found: Found) -> dict[str, Any]:
-    """`model_index.json`: which class each folder's content is for. Absent parts are [null, null]."""
+    """`model_index.json`: which class loads each subfolder. Absent components are [null, null]."""
     family = found.family.value
     name = family.name if family is not None else "sd1"
     large = name.startswith("sdxl")
-    listed: dict[str, Any] = {
+    entries: dict[str, Any] = {
         "_class_name": _PIPELINES.get((name, str(found.variant.value)), _PIPELINES[name, "base"]),
         "_diffusers_version": _VERSION,
     }
     if large:
-        listed["force_zeros_for_empty_prompt"] = name == "sdxl"
+        entries["force_zeros_for_empty_prompt"] = name == "sdxl"
         if name == "sdxl-refiner":
-            listed["requires_aesthetics_score"] = True
-        for place in ("text_encoder", "text_encoder_2"):
-            here = place in found.components
-            kind = "CLIPTextModelWithProjection" if place == "text_encoder_2" else "CLIPTextModel"
-            listed[place] = ["transformers", kind] if here else [None, None]
-            listed[place.replace("text_encoder", "tokenizer")] = (
-                ["transformers", "CLIPTokenizer"] if here else [None, None]
+            entries["requires_aesthetics_score"] = True
+        for encoder in ("text_encoder", "text_encoder_2"):
+            present = encoder in found.components
+            class_name = "CLIPTextModelWithProjection" if encoder == "text_encoder_2" else "CLIPTextModel"
+            entries[encoder] = ["transformers", class_name] if present else [None, None]
+            entries[encoder.replace("text_encoder", "tokenizer")] = (
+                ["transformers", "CLIPTokenizer"] if present else [None, None]
             )
     else:
-        listed["text_encoder"] = ["transformers", "CLIPTextModel"]
-        listed["tokenizer"] = ["transformers", "CLIPTokenizer"]
-        listed["safety_checker"] = listed["feature_extractor"] = [None, None]
-        listed["requires_safety_checker"] = False
+        entries["text_encoder"] = ["transformers", "CLIPTextModel"]
+        entries["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        entries["safety_checker"] = entries["feature_extractor"] = [None, None]
+        entries["requires_safety_checker"] = False
     if found.variant.value == "depth":
-        listed["depth_estimator"] = [None, None]
-    listed["unet"] = ["diffusers", "UNet2DConditionModel"]
-    listed["vae"] = ["diffusers", "AutoencoderKL"]
-    listed["scheduler"] = ["diffusers", "EulerDiscreteScheduler" if large else "DDIMScheduler"]
-    return listed
+        entries["depth_estimator"] = [None, None]
+    entries["unet"] = ["diffusers", "UNet2DConditionModel"]
+    entries["vae"] = ["diffusers", "AutoencoderKL"]
+    entries["scheduler"] = ["diffusers", "EulerDiscreteScheduler" if large else "DDIMScheduler"]
+    return entries
 
 
 def scheduler(found: Found) -> dict[str, Any]:
-    """`scheduler/scheduler_config.json`: the noise levels, and what the network predicts."""
+    """`scheduler/scheduler_config.json`: the noise schedule and the prediction type."""
     family = found.family.value
     levels = family.levels if family is not None else Levels()
-    zero = found.zero_snr is not None and found.zero_snr.value
-    said: dict[str, Any] = {
+    zero_snr = found.zero_snr is not None and found.zero_snr.value
+    config: dict[str, Any] = {
         "_class_name": index(found)["scheduler"][1],
         "_diffusers_version": _VERSION,
         "beta_start": levels.low,
@@ -84,29 +84,29 @@ def scheduler(found: Found) -> dict[str, Any]:
         "prediction_type": "v_prediction" if found.prediction and found.prediction.value == "v" else "epsilon",
         "steps_offset": 1,
         "trained_betas": None,
-        # A model whose last level holds nothing but noise must begin at just that level.
-        "timestep_spacing": "trailing" if zero else "leading",
-        "rescale_betas_zero_snr": bool(zero),
+        # Sampling with zero terminal SNR must start exactly at the last timestep, which is pure noise.
+        "timestep_spacing": "trailing" if zero_snr else "leading",
+        "rescale_betas_zero_snr": bool(zero_snr),
     }
-    if said["_class_name"] == "DDIMScheduler":
-        said |= {"clip_sample": False, "set_alpha_to_one": False}
-    return said
+    if config["_class_name"] == "DDIMScheduler":
+        config |= {"clip_sample": False, "set_alpha_to_one": False}
+    return config
 
 
 def unet(spec: UNetSpec, found: Found) -> dict[str, Any]:
     widths = [spec.channels * mult for mult in spec.channel_mult]
     heads = [spec.heads or max(1, width // (spec.head_channels or 64)) for width in widths]
-    attends = [bool(depth) for depth in spec.attention_depth]
-    said: dict[str, Any] = {
+    has_attention = [bool(depth) for depth in spec.attention_depth]
+    config: dict[str, Any] = {
         "_class_name": "UNet2DConditionModel",
         "_diffusers_version": _VERSION,
         "act_fn": "silu",
-        # diffusers calls the number of heads so, for the sake of its first files.
+        # diffusers keeps this misleading name for the number of heads, for compatibility with its first files.
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else heads,
         "block_out_channels": widths,
         "center_input_sample": False,
         "cross_attention_dim": spec.context_dim,
-        "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
+        "down_block_types": ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in has_attention],
         "downsample_padding": 1,
         "flip_sin_to_cos": True,
         "freq_shift": 0,
@@ -117,26 +117,26 @@ def unet(spec: UNetSpec, found: Found) -> dict[str, Any]:
         "norm_num_groups": 32,
         "out_channels": spec.out_channels,
         "sample_size": (found.size.value[0] if found.size else 512) // 8,
-        "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
+        "up_block_types": ["CrossAttnUpBlock2D" if cross else "UpBlock2D" for cross in reversed(has_attention)],
         "use_linear_projection": spec.linear_projection,
     }
     depths = [depth or spec.middle_depth if level == len(widths) - 1 else depth or 1
               for level, depth in enumerate(spec.attention_depth)]  # fmt: skip
     if set(depths) != {1}:
-        said["transformer_layers_per_block"] = depths
+        config["transformer_layers_per_block"] = depths
     if spec.vector_channels:
-        said |= {
+        config |= {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": spec.vector_channels,
         }
-    return said
+    return config
 
 
 def vae(spec: VaeSpec, found: Found) -> dict[str, Any]:
     family = found.family.value
     levels = len(spec.channel_mult)
-    said: dict[str, Any] = {
+    config: dict[str, Any] = {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": _VERSION,
         "act_fn": "silu",
@@ -152,8 +152,8 @@ def vae(spec: VaeSpec, found: Found) -> dict[str, Any]:
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
     if family is not None and family.name.startswith("sdxl"):
-        said["force_upcast"] = True  # its released weights overflow in float16
-    return said
+        config["force_upcast"] = True  # its released weights overflow in float16
+    return config
 
 
 def text_encoder(spec: TextSpec) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def text_encoder(spec: TextSpec) -> dict[str, Any]:
 
 
 def tokenizer(encoder: EncoderRecipe) -> dict[str, Any]:
-    """`tokenizer_config.json`. `encoder` tells which token fills a prompt up."""
+    """`tokenizer_config.json`. `encoder` specifies the padding token."""
     pad = "!" if encoder.pad_token == 0 else "<|endoftext|>"
     return {
         "add_prefix_space": False,
@@ -197,8 +197,8 @@ def tokenizer(encoder: EncoderRecipe) -> dict[str, Any]:
 
 
 def special_tokens(encoder: EncoderRecipe) -> dict[str, Any]:
-    words = tokenizer(encoder)
-    return {key: words[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    config = tokenizer(encoder)
+    return {key: config[key] for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
 
 
 def component(part: Component, found: Found) -> dict[str, Any]:
@@ -212,5 +212,5 @@ def component(part: Component, found: Found) -> dict[str, Any]:
 
 
 def text_of(value: Mapping[str, Any]) -> bytes:
-    """A JSON file as these libraries write it."""
+    """The bytes of a JSON file, formatted as diffusers and Transformers write it."""
     return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -1,6 +1,6 @@
-"""The JSON files of a diffusers folder of Stable Video Diffusion, written from what its networks are.
+"""The JSON files of a Stable Video Diffusion folder in diffusers' layout, generated from the specs of its networks.
 
-As in `configs`, the words are diffusers' and Transformers' own, and the values those of the released folders.
+As in `configs`, keys are those of diffusers and Transformers, and values those of the released folders.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from gouache.families.family import Levels
 from gouache.families.found import Found
 from gouache.nn.spec import UNetSpec, VaeSpec, VisionSpec
 
-_VERSION = "0.32.0"  # the diffusers whose words these are
+_VERSION = "0.32.0"  # the diffusers release whose config format this is
 
 
 def pipeline(found: Found) -> dict[str, Any]:
-    """The files that are no network's own."""
+    """The files that do not belong to one network: {path in the folder: content}."""
     return {
         "model_index.json": {
             "_class_name": "StableVideoDiffusionPipeline",
@@ -33,7 +33,8 @@ def pipeline(found: Found) -> dict[str, Any]:
 
 
 def scheduler(found: Found) -> dict[str, Any]:
-    """Every noise level between two ends, spaced as Karras et al. 2022 do; the betas are of no effect then."""
+    """`scheduler/scheduler_config.json`: continuous sigmas between two limits, spaced as in Karras et al. 2022. The
+    betas have no effect in that case."""
     levels = found.levels.value if found.levels is not None else Levels("edm", 0.002, 700.0)
     return {
         "_class_name": "EulerDiscreteScheduler",
@@ -55,7 +56,7 @@ def scheduler(found: Found) -> dict[str, Any]:
 
 
 def feature_extractor() -> dict[str, Any]:
-    """How CLIP is shown a picture: its mean and spread are those of the pictures that OpenAI trained on."""
+    """CLIP's image preprocessing, with the mean and standard deviation of OpenAI's training pictures."""
     return {
         "crop_size": {"height": 224, "width": 224},
         "do_center_crop": True,
@@ -74,15 +75,15 @@ def feature_extractor() -> dict[str, Any]:
 
 def unet(spec: UNetSpec, found: Found) -> dict[str, Any]:
     widths = [spec.channels * mult for mult in spec.channel_mult]
-    attends = [bool(depth) for depth in spec.attention_depth]
+    has_attention = [bool(depth) for depth in spec.attention_depth]
     depths = [depth or 1 for depth in spec.attention_depth]
     return {
         "_class_name": "UNetSpatioTemporalConditionModel",
         "_diffusers_version": _VERSION,
-        "addition_time_embed_dim": spec.vector_channels // 3,  # frames a second, motion, noise on the first frame
+        "addition_time_embed_dim": spec.vector_channels // 3,  # frames per second, motion, noise on the first frame
         "block_out_channels": widths,
         "cross_attention_dim": spec.context_dim,
-        "down_block_types": [f"{'CrossAttn' * here}DownBlockSpatioTemporal" for here in attends],
+        "down_block_types": [f"{'CrossAttn' * cross}DownBlockSpatioTemporal" for cross in has_attention],
         "in_channels": spec.in_channels,
         "layers_per_block": spec.res_blocks,
         "num_attention_heads": [max(1, width // 64) for width in widths],
@@ -91,12 +92,12 @@ def unet(spec: UNetSpec, found: Found) -> dict[str, Any]:
         "projection_class_embeddings_input_dim": spec.vector_channels,
         "sample_size": 96,
         "transformer_layers_per_block": depths[0] if len(set(depths)) == 1 else depths,
-        "up_block_types": [f"{'CrossAttn' * here}UpBlockSpatioTemporal" for here in reversed(attends)],
+        "up_block_types": [f"{'CrossAttn' * cross}UpBlockSpatioTemporal" for cross in reversed(has_attention)],
     }
 
 
 def _frames(name: str) -> int:
-    """The frames it was trained on, of which only a file's name tells: 14, or 25 for XT and where it says nothing."""
+    """The number of frames it was trained on, which only the file name shows: 14, or 25 for XT and unclear names."""
     return 14 if re.search(r"svd|img2vid", name, re.IGNORECASE) and "xt" not in name.lower() else 25
 
 

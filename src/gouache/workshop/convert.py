@@ -1,9 +1,9 @@
-"""Any readable file or folder -> a single file, a diffusers folder, or one component of it; a tensor at a time.
+"""Convert any readable file or folder to a single file, a diffusers folder, or one component; one tensor at a time.
 
-    open -> identify -> (another dtype) -> (one component, or another layout) -> write -> lead back, compare
+    open -> identify -> (cast) -> (one component, or another layout) -> write -> convert back, compare
 
-Nothing of the source is run, the target appears whole or not at all, and before it does, what was written is taken
-back to the source's names and compared with it, bit by bit.
+No code in the source is run. The target appears complete or not at all: before it gets its name, the written file is
+converted back to the source's names and compared with the source, bit by bit.
 """
 
 from __future__ import annotations
@@ -23,22 +23,24 @@ from gouache.workshop.modelspec import describe
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 OnWork = Callable[[str, int, int], None]
-"""Told of progress: what is being done, how many bytes of how many."""
+"""Progress callback: (what is being done, units done, units in all); the units are bytes unless stated otherwise."""
 
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written: `tensors`, `nbytes` of them, as which `form`.
+    """What was written: the number of `tensors`, their `nbytes`, and the `form` of the target.
 
-    `kept_beside` and `left_out` count what has no place in the target by the reason why: the first stands in its
-    `leftovers.safetensors`, the second is not there.
+    `leftovers` and `left_out` count, by reason, the tensors that the target's layout has no place for: the former are
+    saved in its `leftovers.safetensors`, the latter are not saved. `rounded_to` is the dtype that values were rounded
+    to, None where all values are exactly those of the source.
     """
 
     tensors: int
     nbytes: int
     form: str
-    kept_beside: Mapping[str, int]
+    leftovers: Mapping[str, int]
     left_out: Mapping[str, int]
+    rounded_to: str | None = None
 
 
 def convert(
@@ -52,86 +54,90 @@ def convert(
     overwrite: bool = False,
     on_work: OnWork | None = None,
 ) -> Converted:
-    """Write `source` as `target`: a .safetensors or .ckpt file, or a diffusers folder, by its name or by `to`.
+    """Write `source` as `target`: a .safetensors or .ckpt file, or a diffusers folder, by its extension or by `to`.
 
-    `dtype` ("fp32", "bf16", "fp16", "fp8_e4m3") casts floating tensors. `only` ("unet", "vae", "text") writes that
-    component alone, under its network's own names. `metadata` is added to the header. Raises FileError where the
-    source cannot be read or the target not written, RequestError for settings that cannot be met, ModelError where
-    the model does not allow it.
+    `dtype` ("fp32", "bf16", "fp16", "fp8_e4m3") casts floating-point tensors. `only` ("unet", "vae", "text") writes
+    that component alone, under the names of its network. `metadata` is added to the header. Raises FileError if the
+    source cannot be read or the target cannot be written, RequestError for invalid settings, ModelError if the model
+    cannot be converted that way.
     """
     form = save.form_of(target, to)
     save.refuse_existing(target, overwrite)
     if dtype is not None and dtype not in derive.DTYPES:
         raise RequestError("dtype", f"{dtype!r} is not known; use {', '.join(derive.DTYPES)}")
     if metadata and form != "safetensors":
-        raise RequestError("metadata", f"is kept in .safetensors files alone, and {target} is none")
+        raise RequestError("metadata", f"can only be stored in a .safetensors file, and {target} is not one")
     file = open_model(source)
     if not len(file):
         raise ModelError(f"{printable(str(source))} holds no tensors; there is nothing to convert")
     found = identify(file)
-    # Buffers of the noise schedule and the like would only be damaged: nothing computes with them.
+    # Casting buffers of the noise schedule and the like would only damage them: no network computes with them.
     exempt = {name for name in found.leftovers if len(file.tensors[name].shape) < 2}
+    source_infos = file.tensors
     file = derive.cast(file, dtype, exempt)
     if only is not None:
-        return _component(file, found, only, target, form, on_work)
-    if form == "diffusers":
-        return _to_folder(file, found, target, on_work)
-    return _to_file(file, found, target, form, metadata or {}, on_work)
+        done = _component(file, found, only, target, form, on_work)
+    elif form == "diffusers":
+        done = _to_folder(file, found, target, on_work)
+    else:
+        done = _to_file(file, found, target, form, metadata or {}, on_work)
+    return replace(done, rounded_to=dtype if derive.is_rounded(source_infos, file.tensors) else None)
 
 
 def _to_file(
-    file: ModelFile, found: Found, target: Path, form: save.Form, more: Mapping[str, str], on_work: OnWork | None
+    file: ModelFile, found: Found, target: Path, form: save.Form, metadata: Mapping[str, str], on_work: OnWork | None
 ) -> Converted:
     result, from_folder = file, found.kind.value == "diffusers folder"
     if from_folder:
         found = video.as_single(found)
         result = layout.single_file(file, found, layout.leftovers_of(file.path))
     numbers = {key: str(value) for key, value in file.extra.items() if isinstance(value, int | float | str)}
-    result = save.with_metadata(result, {**numbers, **describe(found), **result.metadata, **more})
+    result = save.with_metadata(result, {**numbers, **describe(found), **result.metadata, **metadata})
 
     def check(path: Path) -> None:
         written = open_model(path)
         save.compare(written, result, progress("checking", result.nbytes, on_work))
         if from_folder:
-            for name, part in _as(found, written).components.items():
+            for name, part in _identify_like(found, written).components.items():
                 source = derive.arrange(file, found.component(name).origins)
-                # What came out of the leftovers is more than the folder holds.
+                # Tensors from the leftovers are in the written file, but not in the folder's components.
                 back = derive.keep(derive.arrange(written, part.origins), source)
                 save.compare(back, source)
 
     save.write_file(result, target, form, progress("writing", result.nbytes, on_work), check)
     unplaced = [key for key in file.extra if key not in save.plain_values(file.extra)] if not from_folder else []
-    left_out = Counter(f"tensors: {reason}" for reason in found.leftovers.values()) if from_folder else Counter[str]()
+    left_out = Counter(f"tensors ({reason})" for reason in found.leftovers.values()) if from_folder else Counter[str]()
     if unplaced:
-        left_out["values of the state of the training, which are no weights"] = len(unplaced)
+        left_out["values of the training state that are not weights"] = len(unplaced)
     return Converted(len(result), result.nbytes, form, {}, left_out)
 
 
 def _to_folder(file: ModelFile, found: Found, target: Path, on_work: OnWork | None) -> Converted:
     family = found.family.value
     if found.kind.value == "diffusers folder":
-        laid = layout.Laid(file, derive.keep(replace(file, metadata={}), ()))
+        folder = layout.Folder(file, derive.keep(replace(file, metadata={}), ()))
     else:
-        laid = layout.folder(file, found)
+        folder = layout.folder(file, found)
 
     def check(path: Path) -> None:
         written = open_model(path)
-        save.compare(written, laid.file, progress("checking", laid.file.nbytes, on_work))
-        if laid.file is not file:
-            save.compare(layout.single_file(written, _as(found, written), layout.leftovers_of(path)), file)
+        save.compare(written, folder.file, progress("checking", folder.file.nbytes, on_work))
+        if folder.file is not file:
+            back = layout.single_file(written, _identify_like(found, written), layout.leftovers_of(path))
+            save.compare(back, file)
 
-    total = laid.file.nbytes + laid.leftovers.nbytes
+    total = folder.file.nbytes + folder.leftovers.nbytes
     tokenizers = family.text.encoders if family is not None and family.text is not None else ()
-    save.write_folder(laid.file, target, tokenizers, laid.leftovers, progress("writing", total, on_work), check)
-    unnamed = "it has no place in a diffusers folder"
-    kept = Counter(found.leftovers.get(name, unnamed) for name in laid.leftovers)
-    return Converted(len(laid.file), laid.file.nbytes, "diffusers", kept, {})
+    save.write_folder(folder.file, target, tokenizers, folder.leftovers, progress("writing", total, on_work), check)
+    unnamed = "diffusers folders have no place for it"
+    kept = Counter(found.leftovers.get(name, unnamed) for name in folder.leftovers)
+    return Converted(len(folder.file), folder.file.nbytes, "diffusers", kept, {})
 
 
 def _component(
     file: ModelFile, found: Found, only: str, target: Path, form: save.Form, on_work: OnWork | None
 ) -> Converted:
-    part = found.component(_which(found, only))
+    part = found.component(_component_name(found, only))
     inner = derive.arrange(file, part.origins)
     result = replace(inner, metadata=describe(found, part.name), extra={})
     if form == "diffusers":
@@ -146,35 +152,36 @@ def _component(
     else:
         save.write_file(result, target, form, writing, check)
     return Converted(
-        len(result), result.nbytes, form, {}, {"tensors that are no part of it": len(file) - len(_taken(part))}
+        len(result), result.nbytes, form, {}, {"tensors of other components": len(file) - len(_sources(part))}
     )
 
 
-def _which(found: Found, only: str) -> str:
+def _component_name(found: Found, only: str) -> str:
     texts = [name for name in found.components if name.startswith("text_encoder")]
     if only == "text" and len(texts) == 1:
         return texts[0]
     if only == "text" and len(texts) > 1:
-        raise RequestError("only", f"text: there are two text encoders; say {' or '.join(texts)}")
+        raise RequestError("only", f"the model has two text encoders; use {' or '.join(texts)} instead of text")
     name = "text_encoder" if only == "text" else only
     if name not in COMPONENTS:
         raise RequestError("only", f"{only!r} is not known; use unet, vae or text")
     return name
 
 
-def _taken(part: Component) -> set[str]:
+def _sources(part: Component) -> set[str]:
+    """The names in the file of all tensors of `part`."""
     return {source for origin in part.origins.values() for source in origin.sources}
 
 
-def _as(found: Found, file: ModelFile) -> Found:
-    """What `file` is, told what the model that it was made of is: its names alone may say less."""
+def _identify_like(found: Found, file: ModelFile) -> Found:
+    """Identify `file` with the family and prediction of the model it was made from, which its names may not show."""
     family = found.family.value
     prediction = found.prediction.value if found.prediction is not None else None
     return identify(file, family=family.name if family is not None else None, prediction=prediction)
 
 
 def progress(what: str, total: int, on_work: OnWork | None) -> Callable[[int], None] | None:
-    """From the bytes of one tensor after the other to what `on_work` is told."""
+    """A callback that receives the bytes of one tensor after the other and reports their sum to `on_work`."""
     if on_work is None:
         return None
     done = 0

@@ -1,4 +1,4 @@
-"""What is wrong with the weights themselves: looked for tensor by tensor, which takes reading them all."""
+"""Damaged weights, and fingerprints of components. Both read every tensor of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OnBytes = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with one tensor. `serious`: it spoils what is painted; else it is only untidy."""
+    """A defect of one tensor. `serious`: it affects pictures; otherwise it is harmless."""
 
     tensor: str
     what: str
@@ -24,10 +24,10 @@ class Fault:
 
 
 def faults(file: ModelFile, found: Found, on_bytes: OnBytes | None = None) -> list[Fault]:
-    """NaN, infinite and all-zero weights, position ids that are not 0 to 76."""
+    """NaN, infinite and all-zero weights, and position ids that are not 0 to 76."""
     import torch
 
-    known = {
+    used_names = {
         source
         for component in found.components.values()
         for origin in component.origins.values()
@@ -36,27 +36,28 @@ def faults(file: ModelFile, found: Found, on_bytes: OnBytes | None = None) -> li
     results = list[Fault]()
     for name, info in file.tensors.items():
         tensor = file.tensor(name)
-        shown, used = printable(name), name in known or not found.components
+        shown, used = printable(name), name in used_names or not found.components
         if name.endswith("position_ids"):
             if not torch.equal(tensor.flatten().double(), torch.arange(info.elements, dtype=torch.float64)):
-                results.append(Fault(shown, "is not 0, 1, 2, ...: merged, or cast; nothing here reads it", False))
+                what = "is not 0, 1, 2, ...: a merge or a cast changed it; Gouache does not use it"
+                results.append(Fault(shown, what, False))
         elif tensor.is_floating_point() and info.elements:
             values = tensor.float() if tensor.dtype.itemsize < 4 else tensor
-            strange = int((~torch.isfinite(values)).sum())
-            if strange:
-                kind = "NaN" if bool(torch.isnan(values).any()) else "infinite"
-                results.append(Fault(shown, f"has {strange} of {info.elements} numbers {kind}", used))
+            non_finite = int((~torch.isfinite(values)).sum())
+            if non_finite:
+                what = "NaN" if bool(torch.isnan(values).any()) else "infinite"
+                results.append(Fault(shown, f"has {non_finite} of {info.elements} values {what}", used))
             elif len(info.shape) > 1 and not bool(values.any()):
-                results.append(Fault(shown, "is zero throughout", used))
+                results.append(Fault(shown, "is all zeros", used))
         if on_bytes is not None:
             on_bytes(info.nbytes)
     return results
 
 
 def fingerprints(file: ModelFile, found: Found, on_bytes: OnBytes | None = None) -> dict[str, str]:
-    """{component: 12 digits} that are equal where the same weights are, whatever the file's layout, in float16.
+    """{component: 12 hexadecimal digits}: a hash of the component's weights in float16, independent of the layout.
 
-    By them a VAE or text encoder is recognised in another file.
+    It identifies the same VAE or text encoder in different files.
     """
     import torch
 

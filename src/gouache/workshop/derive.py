@@ -1,6 +1,6 @@
-"""Files made of files: each function takes a ModelFile and gives another, of which no tensor exists until it is read.
+"""Derived files: each function takes a ModelFile and returns another, whose tensors are computed when they are read.
 
-So operations are put one behind another, and what is written at the end passes through all of them a tensor at a time.
+Operations can therefore be chained: writing the last file computes one tensor at a time through the whole chain.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 
 
 def keep(file: ModelFile, names: Iterable[str]) -> ModelFile:
-    """`file` with these of its tensors alone, in its own order."""
+    """`file` with only the tensors in `names`, in its own order."""
     wanted = set(names)
     return replace(file, tensors={name: info for name, info in file.tensors.items() if name in wanted})
 
 
 def rename(file: ModelFile, names: Mapping[str, str]) -> ModelFile:
-    """`file` with the tensors that `names` lists, each under what it maps to the old name: {new: old}."""
+    """`file` with the tensors in `names` ({new name: old name}) under their new names."""
     return replace(
         file,
         tensors={new: file.tensors[old] for new, old in names.items()},
@@ -38,7 +38,7 @@ def rename(file: ModelFile, names: Mapping[str, str]) -> ModelFile:
 
 
 def arrange(file: ModelFile, origins: Mapping[str, Origin]) -> ModelFile:
-    """`file` in another layout: `origins` says where each tensor comes from (`layouts.rules.plan`)."""
+    """`file` in another layout: `origins` maps each tensor to its sources in `file` (see `layouts.rules.plan`)."""
     shapes = {name: info.shape for name, info in file.tensors.items()}
     infos = {
         name: TensorInfo(origin.shape(shapes), file.tensors[origin.sources[0]].dtype)
@@ -48,36 +48,37 @@ def arrange(file: ModelFile, origins: Mapping[str, Origin]) -> ModelFile:
 
 
 def join(file: ModelFile, *others: ModelFile) -> ModelFile:
-    """All tensors of all of them; `file` says everything else. ModelError where two have a name in common."""
-    homes: dict[str, ModelFile] = {}
+    """The tensors of all files, with everything else from `file`. ModelError if two files have a name in common."""
+    owners: dict[str, ModelFile] = {}
     for each in (file, *others):
         for name in each:
-            if name in homes:
-                raise ModelError(f"{printable(name)} stands in {printable(str(homes[name].path))} and in {each.path}")
-            homes[name] = each
+            if name in owners:
+                raise ModelError(f"{printable(name)} is in both {printable(str(owners[name].path))} and {each.path}")
+            owners[name] = each
     return replace(
         file,
-        tensors={name: home.tensors[name] for name, home in homes.items()},
-        read=lambda name: homes[name].read(name),
+        tensors={name: owner.tensors[name] for name, owner in owners.items()},
+        read=lambda name: owners[name].read(name),
         files=tuple(dict.fromkeys(path for each in (file, *others) for path in each.files)),
     )
 
 
 def prefix(file: ModelFile, text: str) -> ModelFile:
-    """`file` with `text` in front of each name."""
+    """`file` with `text` prepended to each name."""
     return rename(file, {text + name: name for name in file})
 
 
 def make(file: ModelFile, tensors: Mapping[str, TensorInfo], read: Callable[[str], Tensor]) -> ModelFile:
-    """`file`'s path and metadata with other tensors."""
+    """A file with the path and metadata of `file` and other tensors."""
     return replace(file, tensors=tensors, read=read)
 
 
 def cast(file: ModelFile, dtype: str | None, exempt: Container[str] = ()) -> ModelFile:
-    """`file` with its floating tensors in `dtype` ("fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"); None leaves them.
+    """`file` with its floating-point tensors in `dtype` ("fp32", "bf16", "fp16", "fp8_e4m3", "fp8_e5m2"); None keeps
+    their dtypes.
 
-    In eight bits stand matrices and filters alone, as in the files that are in use; vectors, of which every value
-    counts, are put in float16. ModelError, at the tensor, where a value is too large for the dtype: nothing becomes
+    Only matrices and convolution kernels become fp8, as in common fp8 files; vectors, which are sensitive to rounding,
+    become float16. Raises ModelError when a tensor is read that has values too large for the dtype: nothing becomes
     infinite silently.
     """
     if dtype is None:
@@ -96,13 +97,28 @@ def cast(file: ModelFile, dtype: str | None, exempt: Container[str] = ()) -> Mod
     return replace(file, tensors=infos, read=lambda name: _cast(name, file.read(name), infos[name].dtype))
 
 
+# What each dtype can represent exactly, besides itself.
+_EXACT: Mapping[str, tuple[str, ...]] = {
+    "F64": FLOATS,
+    "F32": ("F16", "BF16", *_EIGHT_BITS),
+    "BF16": _EIGHT_BITS,
+    "F16": _EIGHT_BITS,
+}
+
+
+def is_rounded(before: Mapping[str, TensorInfo], after: Mapping[str, TensorInfo]) -> bool:
+    """Whether a cast from the dtypes of `before` to those of `after` can change values."""
+    pairs = ((before[name].dtype, info.dtype) for name, info in after.items())
+    return any(old != new and old not in _EXACT.get(new, ()) for old, new in pairs)
+
+
 def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite: either shows in the extremes, which take a tenth of `isfinite`'s time."""
+    """Whether no value is NaN or infinite. Checks minimum and maximum, which takes a tenth of `isfinite`'s time."""
     import torch
 
     if tensor.numel() == 0:
         return True
-    values = tensor.float() if tensor.itemsize == 1 else tensor  # fp8 has no arithmetic of its own
+    values = tensor.float() if tensor.itemsize == 1 else tensor  # PyTorch has no arithmetic on fp8
     return all(math.isfinite(float(extreme)) for extreme in torch.aminmax(values))
 
 
@@ -118,5 +134,5 @@ def _cast(name: str, tensor: Tensor, dtype: str) -> Tensor:
     result = convert(tensor, target, "cpu")
     if dtype != "F32" and not all_finite(result) and all_finite(tensor):
         largest = float(tensor.float().abs().max())
-        raise ModelError(f"{printable(name)} has values up to {largest:g}, which {dtype} cannot hold; use bf16")
+        raise ModelError(f"{printable(name)} has values up to {largest:g}, too large for {dtype}; use bf16")
     return result

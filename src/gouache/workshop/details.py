@@ -1,6 +1,6 @@
-"""What there is to say of a file beyond its parts: ranks and words, layers, the state of a training.
+"""Details of a file beyond its components: ranks, trigger words, hypernetwork layers, training state.
 
-From names, shapes and metadata alone, like everything that is said without `--deep`.
+They come from names, shapes and metadata alone, like all of the report without `--deep`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from gouache.errors import printable
 from gouache.families.found import Found
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.layouts.adapters import read_adapter, read_embedding, read_hypernetwork, suffix_of
+from gouache.workshop.plural import plural
 
-_MOST_WORDS = 12
+_MAX_TAGS = 12  # caption tags that a report lists
 
 
 @dataclass(frozen=True)
 class Detail:
-    """A statement under its name, in words, with where it stands."""
+    """A named statement as text, with the evidence for it."""
 
     name: str
     value: str
@@ -29,17 +30,17 @@ class Detail:
 
 
 def details(file: ModelFile, found: Found) -> list[Detail]:
-    """What is particular to the kind of file that this is."""
+    """The details that apply to this kind of file."""
     shapes = {name: info.shape for name, info in file.tensors.items()}
     if read_adapter(shapes) is not None:
-        return [*_ranks(file), *_trained(file.metadata), *_words(file.metadata)]
+        return [*_ranks(file), *_training_metadata(file.metadata), *_trigger_details(file.metadata)]
     if read_hypernetwork(shapes) is not None:
         return list(_hypernetwork(file))
     if (embedding := read_embedding(shapes, file.extra)) is not None:
         widths = " and ".join(map(str, embedding.widths.values()))
         return [
-            Detail("vectors", str(embedding.vectors), f"each {widths} wide, in the form {embedding.format}"),
-            *_embedding_words(file, embedding.format),
+            Detail("vectors", str(embedding.vectors), f"each {widths} wide, in {embedding.format} format"),
+            *_embedding_trigger(file, embedding.format),
         ]
     return list(_training(file.extra))
 
@@ -48,15 +49,15 @@ def _ranks(file: ModelFile) -> Iterator[Detail]:
     downs = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".hada_w1_b")
     ranks = Counter(info.shape[0] for name, info in file.tensors.items() if name.endswith(downs) and info.shape)
     if ranks:
-        told = ", ".join(f"{rank} ({count} modules)" for rank, count in sorted(ranks.items()))
-        yield Detail("rank", told, "the shapes of its inner factors")
+        listed = ", ".join(f"{rank} ({plural(count, 'module')})" for rank, count in sorted(ranks.items()))
+        yield Detail("rank", listed, "the shapes of the down factors")
     if alpha := file.metadata.get("ss_network_alpha"):
-        yield Detail("alpha", printable(alpha), "the metadata says ss_network_alpha")
+        yield Detail("alpha", printable(alpha), "the metadata states ss_network_alpha")
     if any(suffix_of(name) == ".lora_mid.weight" for name in file):
-        yield Detail("form", "Tucker", "some of its convolutions have a core, lora_mid")
+        yield Detail("form", "Tucker", "some convolutions have a core tensor, lora_mid")
 
 
-_SAID = (
+_TRAINING_KEYS = (
     ("ss_network_module", "made by"),
     ("ss_base_model_version", "base model"),
     ("ss_sd_model_name", "trained on"),
@@ -74,32 +75,32 @@ _SAID = (
 )
 
 
-def _trained(metadata: Mapping[str, str]) -> Iterator[Detail]:
-    for key, name in _SAID:
+def _training_metadata(metadata: Mapping[str, str]) -> Iterator[Detail]:
+    for key, name in _TRAINING_KEYS:
         value = metadata.get(key, "")
         if value not in ("", "None"):
-            yield Detail(name, printable(value, 120), f"the metadata says {key}")
+            yield Detail(name, printable(value, 120), f"the metadata states {key}")
 
 
-def _words(metadata: Mapping[str, str]) -> Iterator[Detail]:
-    """The words that call the adapter up: stated, or those that its training captions used most."""
+def _trigger_details(metadata: Mapping[str, str]) -> Iterator[Detail]:
+    """The adapter's trigger words, and the most frequent tags of its training captions, as far as they are known."""
     if phrase := metadata.get("modelspec.trigger_phrase"):
-        yield Detail("trigger words", printable(phrase), "the metadata says modelspec.trigger_phrase")
+        yield Detail("trigger words", printable(phrase), "the metadata states modelspec.trigger_phrase")
     counts = tag_counts(metadata)
     if counts:
-        told = ", ".join(f"{printable(word, 40)} ({count})" for word, count in counts.most_common(_MOST_WORDS))
-        yield Detail("captions", told, f"the commonest of {len(counts)} tags in ss_tag_frequency")
+        listed = ", ".join(f"{printable(tag, 40)} ({count})" for tag, count in counts.most_common(_MAX_TAGS))
+        yield Detail("captions", listed, f"the most frequent of {plural(len(counts), 'tag')} in ss_tag_frequency")
 
 
 def trigger_words(metadata: Mapping[str, str], most: int = 5) -> list[str]:
-    """What calls an adapter up: the words that its author states, else the commonest tags of its training captions."""
+    """An adapter's trigger words as its author states them, else the most frequent tags of its training captions."""
     if phrase := metadata.get("modelspec.trigger_phrase", "").strip():
         return [printable(phrase, 80)]
-    return [printable(word, 60) for word, _ in tag_counts(metadata).most_common(most)]
+    return [printable(tag, 60) for tag, _ in tag_counts(metadata).most_common(most)]
 
 
 def tag_counts(metadata: Mapping[str, str]) -> Counter[str]:
-    """How often the training captions used each tag, all folders together; empty where it is not said."""
+    """How often each tag is in the training captions, over all folders; empty if the metadata does not say."""
     try:
         folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
     except (ValueError, RecursionError):
@@ -112,28 +113,28 @@ def tag_counts(metadata: Mapping[str, str]) -> Counter[str]:
     return counts
 
 
-def _embedding_words(file: ModelFile, form: str) -> Iterator[Detail]:
+def _embedding_trigger(file: ModelFile, form: str) -> Iterator[Detail]:
     name = file.extra.get("name")
     placeholder = next(iter(file), "") if form == "diffusers" else ""
     if placeholder:
-        yield Detail("trigger word", printable(placeholder), "the tensor is called so; A1111 takes the file's name")
+        yield Detail("trigger word", printable(placeholder), "the tensor's name; A1111 uses the file's name instead")
     else:
-        evidence = f"embeddings are called up by their file's name; inside, it is called {printable(str(name))}"
+        evidence = f"the file's name, which prompts use; the name stored inside is {printable(str(name))}"
         yield Detail("trigger word", printable(file.path.stem), evidence if name else "the file's name")
     for key, title in (("step", "steps"), ("sd_checkpoint_name", "trained on")):
         if isinstance(value := file.extra.get(key), int | str) and value != "":
-            yield Detail(title, printable(str(value)), f"the file says {key}")
+            yield Detail(title, printable(str(value)), f"stored in the file: {key}")
 
 
 def _hypernetwork(file: ModelFile) -> Iterator[Detail]:
     shapes = {name: info.shape for name, info in file.tensors.items()}
     widths = read_hypernetwork(shapes) or (1,)
-    yield Detail("widths", ", ".join(map(str, widths)), "a pair of networks, for keys and values, for each")
+    yield Detail("widths", ", ".join(map(str, widths)), "for each, a network for keys and one for values")
     structure = file.extra.get("layer_structure")
     first = [shape for name, shape in shapes.items() if name.startswith(f"{widths[0]}.0.") and len(shape) == 2]
-    counted = [round(shape[0] / widths[0], 2) for shape in first]
-    evidence = "the file says layer_structure" if structure else "counted from the shapes of its layers"
-    yield Detail("layers", str(structure or [1, *counted]), evidence)
+    ratios = [round(shape[0] / widths[0], 2) for shape in first]
+    evidence = "stored in the file: layer_structure" if structure else "computed from the shapes of its layers"
+    yield Detail("layers", str(structure or [1, *ratios]), evidence)
     for key, title, absent in (
         ("activation_func", "activation", "linear"), ("is_layer_norm", "layer norm", False),
         ("use_dropout", "dropout", False), ("activate_output", "activates its output", True),
@@ -141,27 +142,27 @@ def _hypernetwork(file: ModelFile) -> Iterator[Detail]:
     ):  # fmt: skip
         value = file.extra.get(key, absent)
         if value is not None:
-            said = f"the file says {key}" if key in file.extra else "what A1111 takes where the file does not say"
-            yield Detail(title, printable(str(value)), said)
+            evidence = f"stored in the file: {key}" if key in file.extra else "A1111's default; the file does not say"
+            yield Detail(title, printable(str(value)), evidence)
 
 
-# ---- a training that can go on
+# ---- training state, from which a run can be resumed
 
 
 def _training(extra: Mapping[str, Any]) -> Iterator[Detail]:
     states = extra.get("optimizer_states") or extra.get("optimizer") or extra.get("optimizer_state_dict")
     progress = {key: extra[key] for key in ("epoch", "global_step", "step") if isinstance(extra.get(key), int)}
     if progress:
-        told = ", ".join(f"{key} {value}" for key, value in progress.items())
-        yield Detail("progress", told, "counters beside the weights")
+        listed = ", ".join(f"{key} {value}" for key, value in progress.items())
+        yield Detail("progress", listed, "counters stored next to the weights")
     if metrics := _metrics(extra):
-        told = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
-        yield Detail("metrics", printable(told), "the callbacks' scores")
+        listed = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+        yield Detail("metrics", printable(listed), "scores of the training callbacks")
     for state in states if isinstance(states, list) else [states] if isinstance(states, dict) else []:
         yield from _optimizer(state)
     schedulers = extra.get("lr_schedulers")
     if isinstance(schedulers, list) and schedulers:
-        yield Detail("schedules", str(len(schedulers)), "lr_schedulers: how the learning rate goes on")
+        yield Detail("schedules", str(len(schedulers)), "lr_schedulers: the learning rate schedules")
 
 
 def _optimizer(state: Any) -> Iterator[Detail]:
@@ -175,17 +176,18 @@ def _optimizer(state: Any) -> Iterator[Detail]:
                 moments[str(key)] += 1
                 nbytes += value.nbytes
     groups = [group for group in state.get("param_groups") or [] if isinstance(group, dict)]
-    kind = _kind_of_optimizer(set(moments), groups)
-    kept = ", ".join(f"{name} of {count}" for name, count in moments.items()) or "no moments"
-    yield Detail("optimizer", f"{kind}, {nbytes / 1e6:,.0f} MB", f"it keeps {kept} weights")
+    algorithm = _optimizer_name(set(moments), groups)
+    stored = ", ".join(f"{name} of {plural(count, 'weight')}" for name, count in moments.items())
+    yield Detail("optimizer", f"{algorithm}, {nbytes / 1e6:,.0f} MB", f"its state: {stored or 'no moments'}")
     rates = sorted({group["lr"] for group in groups if isinstance(group.get("lr"), int | float)})
     if rates:
-        told = ", ".join(f"{rate:g}" for rate in rates)
-        yield Detail("learning rate", told, f"of {len(groups)} groups of parameters")
+        listed = ", ".join(f"{rate:g}" for rate in rates)
+        yield Detail("learning rate", listed, f"of {plural(len(groups), 'parameter group')}")
 
 
-def _kind_of_optimizer(moments: set[str], groups: list[dict[str, Any]]) -> str:
-    """By what it remembers; Adam and AdamW remember the same, and by convention differ in their weight decay."""
+def _optimizer_name(moments: set[str], groups: list[dict[str, Any]]) -> str:
+    """The algorithm, from the names of its state. Adam and AdamW have the same; the convention is that AdamW is the one
+    with weight decay."""
     decay = max((g["weight_decay"] for g in groups if isinstance(g.get("weight_decay"), int | float)), default=0)
     if {"exp_avg", "exp_avg_sq"} <= moments:
         return "AdamW" if decay else "Adam or AdamW"
@@ -197,13 +199,11 @@ def _kind_of_optimizer(moments: set[str], groups: list[dict[str, Any]]) -> str:
         return "Prodigy"
     if "exp_avg" in moments:
         return "Lion"
-    return (
-        "SGD with momentum" if "momentum_buffer" in moments else "an optimizer without moments" if groups else "unknown"
-    )
+    return "SGD with momentum" if "momentum_buffer" in moments else "optimizer without moments" if groups else "unknown"
 
 
 def _metrics(extra: Mapping[str, Any]) -> dict[str, float]:
-    """Scores that callbacks of a training keep, as far as they are plain numbers."""
+    """Scores stored by training callbacks, as far as they are plain numbers."""
     found: dict[str, float] = {}
     stack = [extra.get("callbacks"), extra.get("metrics")]
     while stack:

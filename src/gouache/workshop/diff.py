@@ -1,4 +1,4 @@
-"""What two models differ in: names, shapes, dtypes, and how far their weights are apart, part by part."""
+"""The differences of two models: names, shapes, dtypes, and the distances of their weights, component by component."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Apart:
-    """How far one tensor is from its counterpart: the largest difference of two elements, and |a - b| / |a|."""
+class TensorDifference:
+    """The difference of one tensor and its counterpart: the largest of two elements, and |a - b| / |a| of the whole."""
 
     name: str
     largest: float
@@ -27,7 +27,7 @@ class Apart:
 
 @dataclass(frozen=True)
 class Part:
-    """A component: `same` of its `tensors` are equal in value; `relative` is |a - b| / |a| over all of them."""
+    """A component: `same` of its `tensors` have equal values; `relative` is |a - b| / |a| over all of them."""
 
     name: str
     tensors: int
@@ -37,8 +37,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Difference:
-    """`only_a`, `only_b`: names that the other has not. `shapes`, `dtypes`: "name: a's, b's". `parts` and `furthest`
-    (the tensors that are furthest apart, relatively) compare values, in float64.
+    """`only_a`, `only_b`: names that are missing in the other model. `shapes`, `dtypes`: "name: a's, b's". `parts` and
+    `furthest` (the tensors with the largest relative difference) compare values, in float64.
     """
 
     only_a: tuple[str, ...]
@@ -47,24 +47,24 @@ class Difference:
     dtypes: tuple[str, ...]
     metadata: tuple[str, ...]
     parts: tuple[Part, ...]
-    furthest: tuple[Apart, ...]
+    furthest: tuple[TensorDifference, ...]
 
     @property
     def equal(self) -> bool:
-        """Whether both hold the same tensors with the same values; dtypes and metadata aside."""
+        """Whether both hold the same tensors with the same values; dtypes and metadata may differ."""
         return not (self.only_a or self.only_b or self.shapes) and all(part.same == part.tensors for part in self.parts)
 
 
 def diff(a: ModelFile, b: ModelFile, on_bytes: Callable[[int], None] | None = None, most: int = 10) -> Difference:
-    """What `a` and `b` differ in. Layouts are not translated: convert one of them first."""
+    """The differences of `a` and `b`. Tensors are paired by name: convert one of the files first if layouts differ."""
     import torch
 
     common = [name for name in a if name in b]
     shapes = [name for name in common if a.tensors[name].shape != b.tensors[name].shape]
     dtypes = [name for name in common if a.tensors[name].dtype != b.tensors[name].dtype]
-    home = _homes(identify(a))
+    component_of = _component_of(identify(a))
     sums: dict[str, list[float]] = {}
-    apart = list[Apart]()
+    unequal = list[TensorDifference]()
     for name in common:
         if name in shapes:
             continue
@@ -79,19 +79,19 @@ def diff(a: ModelFile, b: ModelFile, on_bytes: Callable[[int], None] | None = No
             equal = distance == 0
         elif x.is_floating_point():
             length = float(x.float().pow(2).sum())
-        total = sums.setdefault(home.get(name, "the rest"), [0, 0, 0.0, 0.0])
-        for place, amount in enumerate((1, equal, distance, length)):
-            total[place] += amount
+        total = sums.setdefault(component_of.get(name, "other tensors"), [0, 0, 0.0, 0.0])
+        for index, amount in enumerate((1, equal, distance, length)):
+            total[index] += amount
         if not equal:
-            apart.append(Apart(printable(name), largest, _ratio(distance, length)))
+            unequal.append(TensorDifference(printable(name), largest, _ratio(distance, length)))
         if on_bytes is not None:
             on_bytes(a.tensors[name].elements * ITEM_SIZE[a.tensors[name].dtype])
-    apart.sort(key=lambda each: -each.relative if each.relative == each.relative else -math.inf)
+    unequal.sort(key=lambda each: -each.relative if each.relative == each.relative else -math.inf)
     return Difference(
         only_a=tuple(printable(name) for name in a if name not in b),
         only_b=tuple(printable(name) for name in b if name not in a),
-        shapes=tuple(_two(name, a.tensors[name].shape, b.tensors[name].shape) for name in shapes),
-        dtypes=tuple(_two(name, a.tensors[name].dtype, b.tensors[name].dtype) for name in dtypes),
+        shapes=tuple(_both(name, a.tensors[name].shape, b.tensors[name].shape) for name in shapes),
+        dtypes=tuple(_both(name, a.tensors[name].dtype, b.tensors[name].dtype) for name in dtypes),
         metadata=tuple(
             printable(key) for key in sorted({*a.metadata, *b.metadata}) if a.metadata.get(key) != b.metadata.get(key)
         ),
@@ -99,7 +99,7 @@ def diff(a: ModelFile, b: ModelFile, on_bytes: Callable[[int], None] | None = No
             Part(name, int(count), int(same), _ratio(distance, length))
             for name, (count, same, distance, length) in sums.items()
         ),
-        furthest=tuple(apart[:most]),
+        furthest=tuple(unequal[:most]),
     )
 
 
@@ -113,8 +113,8 @@ def _ratio(distance: float, length: float) -> float:
     return math.sqrt(distance / length) if length else (0.0 if not distance else math.inf)
 
 
-def _homes(found: Found) -> dict[str, str]:
-    """Which component each tensor of the file belongs to."""
+def _component_of(found: Found) -> dict[str, str]:
+    """{name of a tensor in the file: name of its component}."""
     return {
         source: component.name
         for component in found.components.values()
@@ -123,5 +123,5 @@ def _homes(found: Found) -> dict[str, str]:
     }
 
 
-def _two(name: str, first: object, second: object) -> str:
+def _both(name: str, first: object, second: object) -> str:
     return f"{printable(name)}: {first}, {second}"

@@ -1,4 +1,4 @@
-"""Textual inversions combined: vectors of several, one behind another, or mixed into as many as one has."""
+"""Combine textual inversions: concatenate their vectors, or average them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ How = Literal["join", "mean"]
 
 @dataclass(frozen=True)
 class Combined:
-    """What was written: how many vectors, and how wide, for each encoder."""
+    """What was written: the number of vectors, and {text encoder: width of its vectors}."""
 
     vectors: int
     widths: Mapping[str, int]
@@ -30,33 +30,35 @@ class Combined:
 def combine(
     embeddings: Sequence[tuple[Path, float]], target: Path, how: str = "join", *, overwrite: bool = False
 ) -> Combined:
-    """Write several embeddings as one. "join": all vectors in turn, each times its strength. "mean": the mean of the
-    first vectors, of the second ones, ..., weighted by the strengths; shorter ones end earlier.
+    """Write several embeddings as one. `how` "join" concatenates all vectors, each multiplied by its strength. "mean"
+    averages the first vectors, the second ones, and so on, weighted by the strengths; an embedding with fewer vectors
+    takes part in fewer means.
 
-    Raises RequestError for settings, ModelError for embeddings of different widths.
+    Raises RequestError for invalid settings, ModelError for embeddings of different widths.
     """
     if how not in ("join", "mean"):
         raise RequestError("how", f"{how!r} is not known; use join or mean")
     if len(embeddings) < 2:
-        raise RequestError("embeddings", "name at least two to combine")
+        raise RequestError("embeddings", "name at least two embeddings to combine")
     if target.suffix.lower() != ".safetensors":
-        raise RequestError("out", f"{target} does not end in .safetensors, which is what embeddings are written as")
+        raise RequestError("out", f"{target} does not end in .safetensors, the only format embeddings are written in")
     save.refuse_existing(target, overwrite)
     read = [(vectors_of(open_model(path)), strength, path) for path, strength in embeddings]
     widths = {encoder: each.shape[1] for encoder, each in read[0][0].items()}
     for vectors, _, path in read[1:]:
         if (other := {encoder: each.shape[1] for encoder, each in vectors.items()}) != widths:
             raise ModelError(
-                f"{path} is {_wide(other)} wide, and {read[0][2]} is {_wide(widths)} wide: for different models"
+                f"{path} has vectors of width {_listed(other)} and {read[0][2]} of width {_listed(widths)}: they are "
+                "for different models"
             )
-    made = {encoder: _combined([(v[encoder], strength) for v, strength, _ in read], how) for encoder in widths}
+    combined = {encoder: _combined([(v[encoder], strength) for v, strength, _ in read], how) for encoder in widths}
     names = (
         {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if len(widths) > 1 else {"text_encoder": "emb_params"}
     )
-    said = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": target.stem,
-            "modelspec.merged_from": ", ".join(path.stem for path, _ in embeddings)}  # fmt: skip
-    write_safetensors(target, {names[encoder]: each.contiguous() for encoder, each in made.items()}, said)
-    return Combined(next(iter(made.values())).shape[0], widths)
+    metadata = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": target.stem,
+                "modelspec.merged_from": ", ".join(path.stem for path, _ in embeddings)}  # fmt: skip
+    write_safetensors(target, {names[encoder]: each.contiguous() for encoder, each in combined.items()}, metadata)
+    return Combined(next(iter(combined.values())).shape[0], widths)
 
 
 def _combined(parts: Sequence[tuple[Tensor, float]], how: str) -> Tensor:
@@ -64,13 +66,13 @@ def _combined(parts: Sequence[tuple[Tensor, float]], how: str) -> Tensor:
         return torch.cat([vectors * strength for vectors, strength in parts])
     rows = []
     for index in range(max(len(vectors) for vectors, _ in parts)):
-        here = [(vectors[index], strength) for vectors, strength in parts if index < len(vectors)]
-        total = sum(strength for _, strength in here)
+        row_parts = [(vectors[index], strength) for vectors, strength in parts if index < len(vectors)]
+        total = sum(strength for _, strength in row_parts)
         if not total:
-            raise RequestError("strength", "the strengths add up to 0, of which there is no mean")
-        rows.append(torch.stack([row * strength for row, strength in here]).sum(0) / total)
+            raise RequestError("strength", "the strengths add up to 0, so there is no weighted mean; change one")
+        rows.append(torch.stack([row * strength for row, strength in row_parts]).sum(0) / total)
     return torch.stack(rows)
 
 
-def _wide(widths: Mapping[str, int]) -> str:
+def _listed(widths: Mapping[str, int]) -> str:
     return " and ".join(map(str, widths.values()))

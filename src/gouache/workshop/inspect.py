@@ -1,4 +1,5 @@
-"""What a file is, as a report that can be printed or handed on as JSON: `families.identify` with sizes and reasons."""
+"""A report on a model file, to be printed or written as JSON: the results of `families.identify` with sizes, details
+and advice."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from gouache.workshop.hashes import Hashes, hashes
 
 @dataclass(frozen=True)
 class Statement:
-    """A fact under its name, in words."""
+    """A named fact as text, with its confidence and evidence."""
 
     name: str
     value: str
@@ -34,7 +35,7 @@ class Statement:
 
 @dataclass(frozen=True)
 class Part:
-    """A whole component: parameters counted, dtype as most of its tensors have it."""
+    """A complete component: its number of parameters, and the dtype of most of its tensors."""
 
     name: str
     parameters: int
@@ -46,9 +47,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Report:
-    """`size` in bytes; `leftovers` maps each reason to the names it covers; `unknown` maps names to the nearest known.
+    """`size` is in bytes; `leftovers` maps each reason to names of tensors; `unknown` maps each name that no component
+    has to the most similar known name.
 
-    `faults`, `hashes` and the parts' fingerprints are there in deep reports; `keys` where they were asked for.
+    `faults`, `hashes` and the fingerprints of the components are only in deep reports, `keys` only when requested.
     """
 
     path: str
@@ -71,11 +73,11 @@ class Report:
     found: Found | None = field(default=None, repr=False, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON can say it; `facts` by name."""
+        """The report as plain values for JSON, with `facts` by name."""
         values = {name: value for name, value in vars(self).items() if name not in ("file", "found")}
-        told: dict[str, Any] = {name: _plain(value) for name, value in values.items()}
-        told["facts"] = {each.pop("name"): each for each in told["facts"]}
-        return told
+        plain: dict[str, Any] = {name: _plain(value) for name, value in values.items()}
+        plain["facts"] = {each.pop("name"): each for each in plain["facts"]}
+        return plain
 
 
 def report(
@@ -87,9 +89,9 @@ def report(
     deep: bool = False,
     on_work: OnWork | None = None,
 ) -> Report:
-    """Open `path` and say what it is. `keys` lists every tensor; `deep` reads the weights, for damage and hashes.
+    """Open `path` and report what it is. `keys` lists every tensor; `deep` reads the weights, for damage and hashes.
 
-    Raises FileError where it cannot be read.
+    `prediction` and `family` override what is detected. Raises FileError if the file cannot be read.
     """
     if (training := _training_folder(path)) is not None:
         return training
@@ -104,7 +106,7 @@ def report(
     if deep:
         damage = tuple(faults(file, found, progress("looking for damage", file.nbytes, on_work)))
         parts = sum(part.parameters for part in _parts(file, found, {}))
-        prints = fingerprints(file, found, progress("comparing", 2 * parts, on_work))
+        prints = fingerprints(file, found, progress("computing fingerprints", 2 * parts, on_work))
         if path.is_file():
             digests = hashes(path, progress("hashing", path.stat().st_size, on_work))
     return Report(
@@ -130,7 +132,7 @@ def report(
 
 
 def files_of(path: Path) -> Iterator[Path]:
-    """`path`, or, where it is a folder that is no model itself, the model files and model folders in it."""
+    """`path`, or, if it is a folder that is not itself a model, the model files and model folders in it."""
     if not path.is_dir() or (path / "model_index.json").exists() or _training_folder(path) is not None:
         yield path
         return
@@ -138,40 +140,40 @@ def files_of(path: Path) -> Iterator[Path]:
         open_model(path)
         yield path
     except FileError:
-        inside = [each for each in sorted(path.iterdir()) if _is_a_model(each)]
+        inside = [each for each in sorted(path.iterdir()) if _looks_like_a_model(each)]
         yield from inside or [path]
 
 
-def _is_a_model(path: Path) -> bool:
+def _looks_like_a_model(path: Path) -> bool:
     if path.is_dir():
         return (path / "model_index.json").exists()
     return path.suffix.lower() in (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def _training_folder(path: Path) -> Report | None:
-    """A checkpoint of Gouache's own trainer: a folder of weights, averages, optimizer, and a state in JSON."""
+    """A report on a checkpoint folder of Gouache's trainer: weights, EMA weights, optimizer, and state as JSON."""
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        seals = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-        sizes = {str(name): int(seal["bytes"]) for name, seal in seals.items()}
+        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
+        sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
         settings = dict(state["settings"])
         step = int(state["step"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     rate = settings.get("learning_rate")
-    told = [Detail("progress", f"step {step} of {settings.get('steps')}", "state.json")]
+    found = [Detail("progress", f"step {step} of {settings.get('steps')}", "state.json")]
     if isinstance(state.get("best"), int | float):
-        told.append(Detail("metrics", f"lowest validation loss {state['best']:g}", "state.json"))
+        found.append(Detail("metrics", f"lowest validation loss {state['best']:g}", "state.json"))
     if "optimizer.safetensors" in sizes:
-        told.append(
+        found.append(
             Detail("optimizer", f"AdamW, {sizes['optimizer.safetensors'] / 1e6:,.0f} MB", "optimizer.safetensors")
         )
-        told.append(Detail("learning rate", str(rate), "the run's settings"))
-    told += [Detail(f"file {name}", f"{size / 1e6:,.1f} MB", "manifest.json") for name, size in sizes.items()]
-    kind = Statement("kind", "training checkpoint", "certain", "a folder with the manifest of Gouache's trainer")
-    hints = ("a run goes on from it when it is started again in the folder above",)
+        found.append(Detail("learning rate", str(rate), "the run's settings"))
+    found += [Detail(f"file {name}", f"{size / 1e6:,.1f} MB", "manifest.json") for name, size in sizes.items()]
+    kind = Statement("kind", "training checkpoint", "certain", "a folder with a manifest of Gouache's trainer")
+    hints = ("to resume the run, start it again in the parent folder",)
     return Report(
-        printable(str(path)), "training checkpoint", sum(sizes.values()), len(sizes), (kind,), tuple(told), (), {}, {},
+        printable(str(path)), "training checkpoint", sum(sizes.values()), len(sizes), (kind,), tuple(found), (), {}, {},
         {}, {}, (), hints,
     )  # fmt: skip
 
@@ -186,7 +188,7 @@ def _statements(found: Found) -> list[Statement]:
     for name in ("prediction", "zero_snr", "latent_scale", "size", "ema"):
         fact = getattr(found, name)
         if fact is not None:
-            facts.append((name, fact, _words(fact.value)))
+            facts.append((name, fact, _as_text(fact.value)))
     return [
         Statement(name, printable(value), fact.sure, printable(fact.evidence, 400))
         for name, fact, value in facts
@@ -194,7 +196,7 @@ def _statements(found: Found) -> list[Statement]:
     ]
 
 
-def _words(value: object) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):
@@ -213,7 +215,7 @@ def _parts(file: ModelFile, found: Found, prints: Mapping[str, str]) -> list[Par
 
 
 def _nearest(file: ModelFile, found: Found) -> dict[str, str]:
-    """Names that nothing here knows, each with the known one that is most like it."""
+    """Tensor names that no component has, each with the most similar known name."""
     known = [name for name in file if name not in set(found.unknown)]
     return {
         printable(name): printable(next(iter(difflib.get_close_matches(name, known, n=1)), "")) if index < 20 else ""

@@ -1,7 +1,7 @@
-"""Between the layouts that models are kept in: single files in the original names, and diffusers folders.
+"""Convert between the two layouts of models: single files with the original names, and diffusers folders.
 
-Both directions are made of the tables by which the file was identified, so that going there and back gives every
-tensor again. What a layout has no place for is left over, and kept beside by whoever writes the result.
+Both directions use the tables by which the file was identified, so that a round trip restores every tensor. Tensors
+that a layout has no place for are its leftovers; whoever writes the result saves them next to it.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ from gouache.workshop import configs, configs_video, derive, save, video
 from gouache.workshop.part import Part
 
 _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
-_PLACES = "gouache.places"  # the metadata that says how a file named its components, where that is not the usual way
+_PLACES = "gouache.places"  # metadata key: prefix and layout of components that differ from the family's usual ones
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A model in another layout, and the tensors of the old one that have no place in it."""
+class Folder:
+    """A model in the layout of a diffusers folder, and the tensors of the source that have no place in it."""
 
     file: ModelFile
     leftovers: ModelFile
 
 
 def single_file(file: ModelFile, found: Found, leftovers: ModelFile | None = None) -> ModelFile:
-    """A diffusers folder as a single file: components under the prefixes and names that files of its family have.
+    """A diffusers folder as a single file: components under the usual prefixes and names of its family.
 
-    `leftovers` are what stood in the single file that the folder was made of; they come back under their own names,
-    and say where that file was unlike others of its family.
+    `leftovers` are tensors of the single file that the folder was made from. They keep their names, and their metadata
+    records where that file deviated from the usual names.
     """
     family, found = _family(found), video.as_single(found)
     places = _places(family, found, leftovers)
     parts = [
-        derive.prefix(_named(file, found.component(place.component), place.layout), place.prefix) for place in places
+        derive.prefix(_renamed(file, found.component(place.component), place.layout), place.prefix) for place in places
     ]
     if leftovers is not None:
-        parts = [_restored(part, leftovers) for part in parts] + [leftovers]
+        parts = [_without(part, leftovers) for part in parts] + [leftovers]
     base = replace(file, format="safetensors", extra={}, notes=(), metadata=_metadata(file, leftovers))
     return derive.join(derive.keep(base, ()), *parts)
 
 
 def opened(path: Path, *, prediction: str | None = None, family: str | None = None) -> tuple[ModelFile, Found]:
-    """The model at `path` in the names of a single file, whatever its form; a folder with the leftovers it keeps."""
+    """The model at `path`, file or folder, with the names of a single file; for a folder, with its leftovers."""
     file = open_model(path)
     found = identify(file, prediction=prediction, family=family)
     if found.kind.value != "diffusers folder" or found.family.value is None:
@@ -67,13 +67,13 @@ def opened(path: Path, *, prediction: str | None = None, family: str | None = No
 
 
 def leftovers_of(folder: Path) -> ModelFile | None:
-    """What a folder that we wrote keeps of the single file that it was made of."""
-    beside = folder / save.LEFTOVERS
-    return open_model(beside) if beside.is_file() else None
+    """The leftovers in a folder that Gouache made from a single file; None if there are none."""
+    path = folder / save.LEFTOVERS
+    return open_model(path) if path.is_file() else None
 
 
-def folder(file: ModelFile, found: Found) -> Laid:
-    """Any checkpoint as a diffusers folder: its tensors called `component/name`, and its JSON files in `extra`."""
+def folder(file: ModelFile, found: Found) -> Folder:
+    """A checkpoint in the layout of a diffusers folder: tensors named `component/name`, JSON files in `extra`."""
     family = _family(found)
     names = video.PARTS if family is SVD else [place.component for place in family.places]
     parts = [_part(name, file, found) for name in names]
@@ -81,20 +81,20 @@ def folder(file: ModelFile, found: Found) -> Laid:
         **(configs_video if family is SVD else configs).pipeline(found),
         **{f"{part.name}/config.json": part.config for part in parts},
     }
-    taken = {source for part in parts for origin in part.origins.values() for source in origin.sources}
-    rest = derive.keep(file, (name for name in file if name not in taken))
-    unusual = _unusual(family, found)
+    used = {source for part in parts for origin in part.origins.values() for source in origin.sources}
+    rest = derive.keep(file, (name for name in file if name not in used))
+    unusual = _unusual_places(family, found)
     metadata = {**file.metadata, **({_PLACES: json.dumps(unusual)} if unusual else {})}
     base = replace(derive.keep(file, ()), format="diffusers folder", extra=extra, notes=(), metadata={})
-    moved = [derive.prefix(_in_folder(file, part), f"{part.name}/") for part in parts]
-    return Laid(derive.join(base, *moved), replace(rest, metadata=metadata))
+    renamed = [derive.prefix(_in_folder(file, part), f"{part.name}/") for part in parts]
+    return Folder(derive.join(base, *renamed), replace(rest, metadata=metadata))
 
 
 def component_folder(file: ModelFile, part: Component, found: Found) -> ModelFile:
-    """One component as its folder in a diffusers model."""
-    alone = _part(part.name, file, found)
-    extra = {"config.json": alone.config}
-    return replace(_in_folder(file, alone), format="component folder", extra=extra, notes=(), metadata={})
+    """One component as a folder, as in a diffusers model."""
+    single = _part(part.name, file, found)
+    extra = {"config.json": single.config}
+    return replace(_in_folder(file, single), format="component folder", extra=extra, notes=(), metadata={})
 
 
 def _in_folder(file: ModelFile, part: Part) -> ModelFile:
@@ -105,20 +105,20 @@ def _in_folder(file: ModelFile, part: Part) -> ModelFile:
 
 def _family(found: Found) -> Family:
     if found.family.value is None:
-        raise ModelError(f"{printable(str(found.path))}: the family cannot be told ({found.family.evidence})")
+        raise ModelError(f"{printable(str(found.path))}: model family {found.family.evidence}")
     return found.family.value
 
 
-# ---- towards a single file
+# ---- to a single file
 
 
-def _named(file: ModelFile, part: Component, layout: str) -> ModelFile:
-    """One component under the names of `layout`: through the file's own table to the network's, and on from there."""
+def _renamed(file: ModelFile, part: Component, layout: str) -> ModelFile:
+    """One component under the names of `layout`: from the file's names to the network's, then to those of `layout`."""
     return _in_names_of(layout, derive.arrange(file, part.origins))
 
 
 def _in_names_of(layout: str, tensors: ModelFile) -> ModelFile:
-    """`tensors`, in the network's names, under those of `layout`."""
+    """`tensors`, which have the network's names, under the names of `layout`."""
     rules: dict[str, tuple[Rule, ...]] = {
         "openclip": invert(OPENCLIP + OPENCLIP_VISION),
         "transformers without text_model": invert(BARE),
@@ -127,36 +127,36 @@ def _in_names_of(layout: str, tensors: ModelFile) -> ModelFile:
 
 
 def as_in(part: Component, tensors: ModelFile, family: Family | None) -> ModelFile:
-    """`tensors`, in the network's names, under the names and the prefix that `part` has in its file.
+    """`tensors`, which have the network's names, under the names and the prefix that `part` has in its file.
 
-    A folder's component is put where single files of its family keep it.
+    A component of a diffusers folder gets the names and the prefix of its family's single files.
     """
-    prefix, kind = part.prefix, part.layout
-    if family is SVD and part.name == "vae" and kind == "diffusers":
+    prefix, layout = part.prefix, part.layout
+    if family is SVD and part.name == "vae" and layout == "diffusers":
         return derive.join(
             derive.keep(tensors, ()),
             *(as_in(piece, derive.keep(tensors, piece.origins), family) for piece in video.pieces(part)),
         )
-    if kind == "diffusers" or prefix.endswith("/"):
+    if layout == "diffusers" or prefix.endswith("/"):
         place = next((p for p in (family.places if family else ()) if p.component == part.name), None)
-        prefix, kind = (place.prefix, place.layout) if place is not None else ("", "original")
-    return derive.prefix(_in_names_of(kind, tensors), prefix)
+        prefix, layout = (place.prefix, place.layout) if place is not None else ("", "original")
+    return derive.prefix(_in_names_of(layout, tensors), prefix)
 
 
 def _places(family: Family, found: Found, leftovers: ModelFile | None) -> list[Place]:
-    """Where the components go: the family's places, or where the file that the folder was made of had them."""
-    said: dict[str, list[str]] = json.loads(({} if leftovers is None else leftovers.metadata).get(_PLACES, "{}"))
-    known = [place for place in family.places if place.component in found.components or place.component not in said]
+    """Prefix and layout of each component: the family's usual ones, or those of the file the folder was made from."""
+    stored: dict[str, list[str]] = json.loads(({} if leftovers is None else leftovers.metadata).get(_PLACES, "{}"))
+    known = [place for place in family.places if place.component in found.components or place.component not in stored]
     return [
-        replace(place, prefix=said[place.component][0], layout=said[place.component][1])
-        if place.component in said
+        replace(place, prefix=stored[place.component][0], layout=stored[place.component][1])
+        if place.component in stored
         else place
         for place in known
     ]
 
 
-def _restored(part: ModelFile, leftovers: ModelFile) -> ModelFile:
-    """`part` without what stands among the leftovers: there it is whole."""
+def _without(part: ModelFile, leftovers: ModelFile) -> ModelFile:
+    """`part` without the tensors that the leftovers hold too: those in the leftovers are complete."""
     return derive.keep(part, (name for name in part if name not in leftovers))
 
 
@@ -166,11 +166,11 @@ def _metadata(file: ModelFile, leftovers: ModelFile | None) -> Mapping[str, str]
     return {**file.metadata, **kept}
 
 
-# ---- towards a folder
+# ---- to a folder
 
 
 def _part(name: str, file: ModelFile, found: Found) -> Part:
-    """The component `name` as a folder of a diffusers model."""
+    """The component `name` as a subfolder of a diffusers model."""
     family = _family(found)
     if family is SVD:
         return video.part(name, file, found)
@@ -180,10 +180,12 @@ def _part(name: str, file: ModelFile, found: Found) -> Part:
 
 
 def _for_folder(place: Place, part: Component, family: Family) -> Component:
-    """`part` as diffusers keeps it: SD2's text tower without its last block, and no projection where none is read."""
+    """`part` as diffusers stores it: SD2's text encoder without its last block, and no projection that is not used."""
     spec = part.spec
     if spec is None:
-        raise ModelError(f"{family.title} cannot be written as a diffusers folder yet: its {part.name} is not built")
+        raise ModelError(
+            f"{family.title} cannot be written as a diffusers folder yet: its {part.name} is not implemented"
+        )
     if not isinstance(spec, TextSpec):
         return part
     recipe = family.text
@@ -202,7 +204,7 @@ def _for_folder(place: Place, part: Component, family: Family) -> Component:
 
 
 def _folder_rules(part: Component) -> tuple[Rule, ...]:
-    """From the network's names to those in a diffusers folder."""
+    """The table from the network's names to those in a diffusers folder."""
     if isinstance(part.spec, UNetSpec):
         return invert(unet_rules([bool(depth) for depth in part.spec.attention_depth], part.spec.res_blocks))
     if isinstance(part.spec, VaeSpec):
@@ -210,8 +212,8 @@ def _folder_rules(part: Component) -> tuple[Rule, ...]:
     return _SAME
 
 
-def _unusual(family: Family, found: Found) -> dict[str, list[str]]:
-    """Components that the file keeps elsewhere, or names otherwise, than files of its family do: [prefix, layout]."""
+def _unusual_places(family: Family, found: Found) -> dict[str, list[str]]:
+    """{component: [prefix, layout]} of components whose prefix or layout differs from the family's usual ones."""
     unusual = dict[str, list[str]]()
     for place in family.places:
         part = found.components.get(place.component)

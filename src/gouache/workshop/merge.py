@@ -1,9 +1,9 @@
-"""Several models -> one, a tensor at a time, whatever their number and layout.
+"""Merge any number of models of any layout into one, one tensor at a time.
 
-    open -> identify -> components in the networks' own names -> per tensor: read, merge, cast -> single file -> write
+    open -> identify -> components with the networks' names -> per tensor: read, merge, cast -> single file -> write
 
-All that a merge depends on is a `Recipe`, which is written beside the result if asked for, and makes the same bytes
-again. What is no network's weight (position ids, noise schedules) is taken from the first model, untouched.
+A merge depends on nothing but its `Recipe`, which can be written next to the result and reproduces it byte for byte.
+Tensors that are not weights of a network (position ids, noise schedules) are copied from the first model unchanged.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from gouache.workshop.methods import Method
 
 _FIRST_CONVOLUTION = "input_blocks.0.0.weight"
-_AT_ONCE = 2**26  # elements of all models together that are in memory; larger tensors are merged in blocks of rows
+_AT_ONCE = 2**26  # elements in memory at once, all models together; larger tensors are merged in blocks of rows
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written. `sha256` is that of the file; `left_out` counts what was in the first model and is not here."""
+    """What was written. `sha256` is that of the file; `left_out` counts, by reason, tensors of the first model that are
+    not in the result."""
 
     tensors: int
     nbytes: int
@@ -55,17 +56,17 @@ def merge(
     overwrite: bool = False,
     on_work: OnWork | None = None,
 ) -> Merged:
-    """Carry `recipe` out and write the result as `target`, and the recipe, if asked for, as `recipe_file`.
+    """Merge as `recipe` specifies, write the result as `target`, and the recipe as `recipe_file` if that is given.
 
-    `hash_of` gives the SHA-256 of a model file. Raises RequestError, FileError or ModelError, before any work starts,
-    for what cannot be merged: another number of models, other families, shapes that do not fit.
+    `hash_of` returns the SHA-256 of a model file. Raises RequestError, FileError or ModelError before any work starts
+    if the models cannot be merged: wrong number of models, different families, incompatible shapes.
     """
     from gouache.workshop.methods import METHODS
 
     form = save.single_form_of(target)
     save.refuse_existing(target, overwrite)
     if recipe.method not in METHODS:
-        raise RequestError("method", f"{recipe.method!r} is not known; there are {', '.join(METHODS)}")
+        raise RequestError("method", f"{recipe.method!r} is not known; use one of {', '.join(METHODS)}")
     method = METHODS[recipe.method]
     _check_count(recipe, method)
     sides = [_side(Path(model.path)) for model in recipe.models]
@@ -82,7 +83,7 @@ def merge(
     def check(path: Path) -> None:
         written = open_model(path)
         if written.tensors != dict(result.tensors):
-            raise ModelError(f"{target}: what was written does not hold what was merged")
+            raise ModelError(f"{target}: the written file does not hold the merged tensors; the disk or memory failed")
 
     digest = save.write_file(result, target, form, progress("merging", result.nbytes, on_work), check)
     if recipe_file is not None:
@@ -95,7 +96,7 @@ def merge(
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the models: its components in the networks' own names."""
+    """One of the models, with its components under the names of their networks."""
 
     file: ModelFile
     found: Found
@@ -106,8 +107,8 @@ def _side(path: Path) -> _Side:
     file, found = layout.opened(path)
     if not found.components:
         raise ModelError(
-            f"{printable(str(path))} is {found.kind.value}, not a model or a part of one: LoRAs, embeddings and the "
-            "like have commands of their own"
+            f"{printable(str(path))} is not a model or a component of one (kind: {found.kind.value}); for LoRAs use "
+            "`gouache lora merge`, for embeddings `gouache embedding merge`"
         )
     parts = {name: derive.arrange(file, part.origins) for name, part in found.components.items()}
     return _Side(file, found, parts)
@@ -116,9 +117,9 @@ def _side(path: Path) -> _Side:
 def _check_count(recipe: Recipe, method: Method) -> None:
     fewest, most = method.inputs
     if not fewest <= len(recipe.models) <= most:
-        wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
-        order = ", the first of them the base that the others were tuned from" if method.base else ""
-        raise RequestError("models", f"{recipe.method} merges {wanted} models{order}; {len(recipe.models)} were given")
+        needed = str(fewest) if fewest == most else f"{fewest} to {most}"
+        order = ", the first of them the base that the others were fine-tuned from" if method.base else ""
+        raise RequestError("models", f"{recipe.method} needs {needed} models{order}; got {len(recipe.models)}")
 
 
 def _same_family(sides: Sequence[_Side]) -> Family | None:
@@ -127,21 +128,22 @@ def _same_family(sides: Sequence[_Side]) -> Family | None:
         other = side.found.family.value
         if other is not first:
             raise ModelError(
-                f"{side.file.path} is {other.title if other else 'of no known family'}, and {sides[0].file.path} is "
-                f"{first.title if first else 'of no known family'}: models of two families cannot be merged"
+                f"{side.file.path} is {other.title if other else 'of no known family'} and {sides[0].file.path} is "
+                f"{first.title if first else 'of no known family'}: models of different families cannot be merged"
             )
     return first
 
 
 def _notes(sides: Sequence[_Side]) -> list[str]:
-    """What the models differ in that a merge does not mend."""
+    """Differences of the models that a merge does not resolve."""
     notes = list[str]()
     predictions = {side.found.prediction.value for side in sides if side.found.prediction is not None}
     if len(predictions) > 1:
-        notes.append(f"the models predict different things ({', '.join(sorted(predictions))}); the result is doubtful")
+        types = ", ".join(sorted(predictions))
+        notes.append(f"the models have different prediction types ({types}); the merged model may not work")
     for side in sides:
         if side.found.ema_names:
-            notes.append(f"{side.file.path.name}: its averages (EMA) were left out; they mean nothing after a merge")
+            notes.append(f"{side.file.path.name}: its EMA weights were left out; they are meaningless after a merge")
     return notes
 
 
@@ -149,12 +151,13 @@ def _notes(sides: Sequence[_Side]) -> list[str]:
 
 
 def _component(name: str, recipe: Recipe, method: Method, sides: Sequence[_Side]) -> ModelFile:
-    """One component of the result, in the network's names: merged, or one side's own."""
+    """One component of the result under the network's names: merged, or copied from one model."""
     mode = recipe.vae if name == "vae" else recipe.text if name.startswith("text_encoder") else "merge"
     if mode != "merge":
-        chosen = sides[_letter(mode, name, len(sides))]
+        chosen = sides[_model_index(mode, name, len(sides))]
         if name not in chosen.parts:
-            raise ModelError(f"{chosen.file.path} has no usable {name}: {chosen.found.missing.get(name, 'not there')}")
+            reason = chosen.found.missing.get(name, "it is not in the file")
+            raise ModelError(f"{chosen.file.path} has no usable {name}: {reason}")
         return chosen.parts[name]
     absent = [side for side in sides if name not in side.parts]
     if absent:
@@ -185,22 +188,24 @@ def _unet_spec(side: _Side, spec: object) -> UNetSpec | None:
     return part.spec if part is not None and isinstance(part.spec, UNetSpec) else None
 
 
-def _letter(mode: str, name: str, count: int) -> int:
-    number = ord(mode) - ord("a") if len(mode) == 1 else -1
-    if not 0 <= number < count:
-        sides = ", ".join(chr(ord("a") + index) for index in range(count))
-        raise RequestError("vae" if name == "vae" else "text", f"{mode!r} is not known; use merge, {sides}")
-    return number
+def _model_index(letter: str, name: str, count: int) -> int:
+    """The index of the model called `letter` (a, b, ...), from which the component `name` is copied."""
+    index = ord(letter) - ord("a") if len(letter) == 1 else -1
+    if not 0 <= index < count:
+        letters = ", ".join(chr(ord("a") + number) for number in range(count))
+        raise RequestError("vae" if name == "vae" else "text", f"{letter!r} is not known; use merge, {letters}")
+    return index
 
 
 def _check_shapes(component: str, parts: Sequence[ModelFile]) -> None:
-    """ModelError unless all shapes are equal, or differ in the first convolution alone, where the first takes more."""
+    """ModelError unless all shapes are equal, or only the first convolution differs and the first model's has more
+    input channels."""
     first = parts[0]
     for other in parts[1:]:
         if missing := sorted(set(first) ^ set(other)):
             raise ModelError(
-                f"{first.path} and {other.path} cannot be merged: {component} tensor {printable(missing[0])} is in "
-                "one of them only"
+                f"{first.path} and {other.path} cannot be merged: {component} tensor {printable(missing[0])} is only "
+                "in one of them"
             )
         for name, info in first.tensors.items():
             a, b = info.shape, other.tensors[name].shape
@@ -210,12 +215,12 @@ def _check_shapes(component: str, parts: Sequence[ModelFile]) -> None:
                 if a[1] > b[1]:
                     continue
                 raise ModelError(
-                    f"{other.path} takes {b[1]} channels and {first.path} takes {a[1]}: name the inpainting (or edit, "
-                    "or depth) model first, so that the result is one"
+                    f"{other.path} has {b[1]} input channels and {first.path} has {a[1]}: give the inpainting (or "
+                    "edit, or depth) model first, so that the result is one"
                 )
             raise ModelError(
-                f"{first.path} and {other.path} cannot be merged: {component} tensor {printable(name)} is "
-                f"{list(a)} in one and {list(b)} in the other"
+                f"{first.path} and {other.path} cannot be merged: {component} tensor {printable(name)} has shape "
+                f"{list(a)} in the first and {list(b)} in the second"
             )
 
 
@@ -228,7 +233,7 @@ def _merged(
     by_block: Mapping[str, Weights],
     info: TensorInfo,
 ) -> Tensor:
-    """One tensor of the result, in the dtype of the first model's."""
+    """One tensor of the result, in the dtype of the first model."""
     import torch
 
     from gouache.files.source import TORCH_NAMES
@@ -249,7 +254,7 @@ def _merged(
         shared = min(each.shape[1] for each in tensors) if name == _FIRST_CONVOLUTION else None
         extra = None
         if shared is not None and tensors[0].shape[1] > shared:
-            # Channels that only the first model takes (a mask, a picture, a depth) stay as they are there.
+            # Input channels that only the first model has (mask, masked picture, depth) keep its weights.
             extra = tensors[0][:, shared:].float()
             tensors = [each[:, :shared] for each in tensors]
         rows = max(
@@ -270,7 +275,8 @@ def _merged(
             result = torch.cat([result, extra], dim=1)
         if not derive.all_finite(result):
             raise ModelError(
-                f"{printable(name)} comes out as NaN or infinite; look for damage with `gouache inspect --deep`"
+                f"{printable(name)} is NaN or infinite after merging; look for damaged models with "
+                "`gouache inspect --deep`"
             )
         return result.to(getattr(torch, TORCH_NAMES[info.dtype]))
 
@@ -281,19 +287,20 @@ def _merged(
 def _assembled(
     first: _Side, family: Family | None, components: Mapping[str, ModelFile]
 ) -> tuple[ModelFile, dict[str, int]]:
-    """The components under the names that the first model has them, and what else stands in it but averages."""
+    """The components under the first model's names, with its other tensors except EMA weights; and what was left out,
+    counted by reason."""
     parts = [layout.as_in(first.found.components[name], part, family) for name, part in components.items()]
-    taken = {
+    used = {
         source
         for part in first.found.components.values()
         for origin in part.origins.values()
         for source in origin.sources
     }
     averages = {name for name in first.file if name.startswith("model_ema.")}
-    rest = [name for name in first.file if name not in taken and name not in averages]
+    rest = [name for name in first.file if name not in used and name not in averages]
     base = replace(derive.keep(first.file, rest), extra=save.plain_values(first.file.extra))
     result = derive.join(base, *parts)
-    return result, {"averages (EMA), which mean nothing after a merge": len(averages)} if averages else {}
+    return result, {"EMA weights, which are meaningless after a merge": len(averages)} if averages else {}
 
 
 def _check_hashes(recipe: Recipe, hashes: Sequence[str]) -> None:
@@ -301,12 +308,12 @@ def _check_hashes(recipe: Recipe, hashes: Sequence[str]) -> None:
         if model.sha256 and model.sha256 != digest:
             raise ModelError(
                 f"{model.path} is not the file that the recipe was made with: its SHA-256 is {digest[:10]}..., the "
-                f"recipe says {model.sha256[:10]}..."
+                f"recipe has {model.sha256[:10]}..."
             )
 
 
 def _ancestry(recipe: Recipe, sides: Sequence[_Side]) -> dict[str, str]:
-    """The recipe and the models' own ancestors, in the words that A1111 and ModelSpec use."""
+    """The recipe and the models it was made from, with their own ancestors, under A1111's and ModelSpec's keys."""
     models: dict[str, Any] = {}
     for model, side in zip(recipe.models, sides):
         for key in ("sd_merge_models", "sd_merge_recipe"):

@@ -1,4 +1,4 @@
-"""The text in a safetensors header: changed in words, or by a picture to know the model by."""
+"""Edit the metadata in a safetensors header, and add a thumbnail to it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from gouache.files.metadata import write_metadata
 from gouache.files.open import open_model
 from gouache.images import pixels
 
-THUMBNAIL = 256  # pixels along the longer side, as ModelSpec asks
+THUMBNAIL = 256  # pixels along the longer side, as ModelSpec requires
 KEY = "modelspec.thumbnail"
 
 
 def change(
     source: Path, target: Path, put: Mapping[str, str], unset: Sequence[str] = (), thumbnail: Path | None = None
 ) -> dict[str, str]:
-    """Write `source` as `target` (which may be the same) with changed metadata; returns all of it.
+    """Write `source` as `target` (which may be the same path) with changed metadata, and return all of the metadata.
 
-    Raises RequestError for a file of another kind, or a key to remove that is not there.
+    Raises RequestError for a file of another format, or for a key in `unset` that is not in the metadata.
     """
     file = open_model(source)
     if file.format != "safetensors":
         raise RequestError(
-            "file", f"{printable(str(source))} is {file.format}, which has no metadata; convert it first"
+            "file",
+            f"{printable(str(source))} is {file.format}, which has no metadata; convert it to .safetensors first",
         )
     for key in unset:
         if key not in file.metadata:
@@ -39,7 +40,7 @@ def change(
 
 
 def data_url(picture: Path) -> str:
-    """The picture, made small, as the data URL of a JPEG."""
+    """A thumbnail of the picture as a data URL (JPEG)."""
     small = pixels.read(picture, "thumbnail")
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()

@@ -1,8 +1,8 @@
-"""Ways to merge weights: functions of tensors, one tensor of each model at a time.
+"""Merge methods: functions that receive the same tensor of each model and return the merged tensor.
 
-All compute in the dtype they are handed (float32 in `merge`), elementwise or within one tensor, so that models of any
-size stream through. Where a method draws by lot, its chance comes from a seed and the tensor's name alone: the order of
-tensors, and what else is merged, change nothing.
+All compute in the dtype of their inputs (float32 in `merge`), elementwise or within one tensor, so that models of any
+size can be streamed. Random methods seed their generator from the recipe's seed and the tensor's name alone: the order
+of tensors and the other tensors of the merge have no influence.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Knobs:
-    """What steers a method, for one tensor.
+    """The settings of a method for one tensor.
 
-    `alpha`, `beta`: shares, or strengths of a difference. `density`: the share of a difference that is kept. `epsilon`:
-    how far DELLA's chances spread. `rank`: of a truncated difference. `seed` and `name` settle what is drawn by lot.
+    `alpha`, `beta`: weights of models, or strengths of a difference. `density`: the share of a difference's elements
+    that is kept. `epsilon`: the spread of DELLA's drop probabilities. `rank`: the rank that truncated-rank keeps.
+    `seed` and `name` (of the tensor) seed the random generator.
     """
 
     alpha: float = 0.5
@@ -39,15 +40,14 @@ Merge = Callable[[Sequence[Tensor], Knobs], Tensor]
 
 @dataclass(frozen=True)
 class Method:
-    """`inputs`: (fewest, most) models. `base`: whether the first of several is what the others were tuned from.
-
-    `knobs`: those that it heeds.
+    """`inputs`: (fewest, most) models. `knobs`: the settings it uses. `summary`: its formula or description. `base`:
+    whether the first model is the base that the others were fine-tuned from.
     """
 
     merge: Merge
     inputs: tuple[int, int]
     knobs: tuple[str, ...]
-    says: str
+    summary: str
     base: bool = False
 
 
@@ -76,9 +76,9 @@ def triple_sum(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
 
 
 def slerp(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """From A to B along the great circle of the two tensors' directions; lengths are interpolated straight.
+    """Spherical interpolation of the directions of A and B; their norms are interpolated linearly.
 
-    Where they point the same or opposite ways, there is no one circle, and the way is straight.
+    Parallel and opposite tensors do not define a unique great circle; they are interpolated linearly.
     """
     a, b = models
     length_a, length_b = a.norm(), b.norm()
@@ -93,34 +93,34 @@ def slerp(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
 
 
 def cosine_a(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """A where the two agree, B where they do not: the share of A is the cosine along the first dimension, less alpha.
+    """A where the two agree, B where they do not: A's weight is the cosine along the first dimension minus alpha.
 
-    For each column, cos = <a, b> / (|a| |b|) along dimension 0, and A's share is cos - alpha, held between 0 and 1.
+    For each column, cos = <a, b> / (|a| |b|) along dimension 0, and A's weight is cos - alpha, clamped to [0, 1].
     """
     a, b = models
     return _by_similarity(a, b, F.cosine_similarity(a, b, dim=0), knobs.alpha)
 
 
 def cosine_b(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """As cosine A, with the mean of that cosine and the cosine of the whole tensors."""
+    """Like `cosine_a`, with the mean of that cosine and the cosine of the whole tensors."""
     a, b = models
     whole = F.cosine_similarity(a.flatten(), b.flatten(), dim=0)
     return _by_similarity(a, b, (F.cosine_similarity(a, b, dim=0) + whole) / 2, knobs.alpha)
 
 
 def _by_similarity(a: Tensor, b: Tensor, similarity: Tensor, alpha: float) -> Tensor:
-    share = (similarity - alpha).clamp(0, 1)
-    return share * a + (1 - share) * b
+    weight = (similarity - alpha).clamp(0, 1)
+    return weight * a + (1 - weight) * b
 
 
 def train_difference(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """A, as if it had been trained by what made B of C: A + 1.8 alpha s (B - C).
+    """A, as if it had received the training that turned C into B: A + 1.8 alpha s (B - C).
 
-    s = |B - A| / (|B - A| + |B - C|), element by element: little is added where A is already where B is.
+    s = |B - A| / (|B - A| + |B - C|), elementwise: little is added where A is close to B already.
     """
     a, b, c = models
-    there, made = (b - a).abs(), (b - c).abs()
-    scale = torch.where(there + made > 0, there / (there + made), torch.zeros_like(a))
+    to_b, trained = (b - a).abs(), (b - c).abs()
+    scale = torch.where(to_b + trained > 0, to_b / (to_b + trained), torch.zeros_like(a))
     return a + 1.8 * knobs.alpha * scale * (b - c)
 
 
@@ -131,34 +131,35 @@ def smooth_add(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
 
 
 def ties(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """TIES (Yadav et al. 2023): base + alpha times what the differences agree on.
+    """TIES (Yadav et al. 2023): base + alpha times the merged differences.
 
-    Of each difference only the largest elements are kept, a share `density`; the sign of their sum is elected, and
-    those that have it are averaged. Trimming is within each tensor.
+    Each difference is trimmed to the share `density` of its largest elements; for each element, the sign of the sum is
+    elected, and the values with that sign are averaged. Trimming is done within each tensor.
     """
     base, *tuned = models
     return base + knobs.alpha * _elected([trimmed(each - base, knobs.density) for each in tuned])
 
 
 def dare(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """DARE (Yu et al. 2023) before the election of TIES: of each difference a random share `density` is kept, and
-    scaled by its inverse, so that its expectation stays."""
+    """DARE (Yu et al. 2023) followed by TIES' sign election: a random share `density` of each difference's elements is
+    kept and divided by `density`, which preserves the expectation."""
     base, *tuned = models
-    kept = [_dropped(each - base, knobs, number) for number, each in enumerate(tuned)]
+    kept = [_randomly_dropped(each - base, knobs, number) for number, each in enumerate(tuned)]
     return base + knobs.alpha * _elected(kept)
 
 
 def dropout(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
     """DARE with a plain mean: base + alpha mean(kept differences)."""
     base, *tuned = models
-    kept = [_dropped(each - base, knobs, number) for number, each in enumerate(tuned)]
+    kept = [_randomly_dropped(each - base, knobs, number) for number, each in enumerate(tuned)]
     return base + knobs.alpha * torch.stack(kept).mean(0)
 
 
 def della(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """DELLA (Deep et al. 2024): as DARE, but the smaller an element within its row, the likelier it is dropped.
+    """DELLA (Deep et al. 2024): like DARE, but the smaller an element is within its row, the more likely it is dropped.
 
-    The chance of being kept runs from density - epsilon / 2 for the smallest to density + epsilon / 2 for the largest.
+    The probability of keeping an element rises with its rank in the row, from density - epsilon / 2 for the smallest to
+    density + epsilon / 2 for the largest.
     """
     base, *tuned = models
     kept = []
@@ -166,30 +167,30 @@ def della(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
         delta = each - base
         rows = delta.reshape(delta.shape[0], -1) if delta.ndim > 1 else delta.reshape(1, -1)
         rank = rows.abs().argsort(1).argsort(1).to(rows)
-        chance = knobs.density + knobs.epsilon * (rank / max(1, rows.shape[1] - 1) - 0.5)
-        chance = chance.clamp(1e-3, 1)
-        stays = torch.rand(rows.shape, generator=_lots(knobs, number), dtype=torch.float32).to(rows) < chance
-        kept.append((rows * stays / chance).reshape(delta.shape))
+        probability = knobs.density + knobs.epsilon * (rank / max(1, rows.shape[1] - 1) - 0.5)
+        probability = probability.clamp(1e-3, 1)
+        random = torch.rand(rows.shape, generator=_generator(knobs, number), dtype=torch.float32).to(rows)
+        kept.append((rows * (random < probability) / probability).reshape(delta.shape))
     return base + knobs.alpha * _elected(kept)
 
 
 def geometric_median(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """The tensor whose summed distance from all models' is least (Weiszfeld's iteration); outliers hardly move it."""
+    """The tensor with the least sum of distances to all models' tensors (Weiszfeld's iteration); robust to outliers."""
     points = torch.stack([each.flatten() for each in models])
     centre = points.mean(0)
     for _ in range(100):
         distance = (points - centre).norm(dim=1).clamp_min(1e-12)
-        shares = (1 / distance) / (1 / distance).sum()
-        moved = (shares[:, None] * points).sum(0)
-        if (moved - centre).norm() <= 1e-7 * (1 + centre.norm()):
-            centre = moved
+        weights = (1 / distance) / (1 / distance).sum()
+        updated = (weights[:, None] * points).sum(0)
+        if (updated - centre).norm() <= 1e-7 * (1 + centre.norm()):
+            centre = updated
             break
-        centre = moved
+        centre = updated
     return centre.view_as(models[0])
 
 
 def model_stock(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """Model Stock (Jang et al. 2024): between base and mean, the nearer the mean the more the differences agree.
+    """Model Stock (Jang et al. 2024): between base and mean, the closer to the mean the more the differences agree.
 
     t = N cos / (1 + (N - 1) cos), with the mean cosine of two differences; the result is t mean + (1 - t) base.
     """
@@ -199,18 +200,18 @@ def model_stock(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
     unit = F.normalize(deltas, dim=1)
     cosines = unit @ unit.T
     cosine = ((cosines.sum() - cosines.trace()) / (count * (count - 1))).clamp(0, 1)
-    share = count * cosine / (1 + (count - 1) * cosine)
-    return base + share * deltas.mean(0).view_as(base)
+    ratio = count * cosine / (1 + (count - 1) * cosine)
+    return base + ratio * deltas.mean(0).view_as(base)
 
 
 def top_k(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """A + alpha (B - C), of which only the largest elements are added, a share `density` of them."""
+    """A + alpha (B - C), restricted to the share `density` of the difference's largest elements."""
     a, b, c = models
     return a + knobs.alpha * trimmed(b - c, knobs.density)
 
 
 def truncated_rank(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
-    """A + alpha (B - C), of which the best approximation of rank `rank` is added; vectors are added whole."""
+    """A + alpha (B - C), with the difference replaced by its best approximation of rank `rank`; vectors are kept."""
     a, b, c = models
     delta = b - c
     if delta.ndim < 2:
@@ -223,7 +224,7 @@ def truncated_rank(models: Sequence[Tensor], knobs: Knobs) -> Tensor:
 
 
 def trimmed(delta: Tensor, density: float) -> Tensor:
-    """The largest elements of `delta`, a share `density` of them, rounded up; zeros elsewhere."""
+    """`delta` with all but the share `density` (rounded up) of its largest elements set to zero."""
     keep = min(delta.numel(), math.ceil(density * delta.numel()))
     if keep in (0, delta.numel()):
         return delta if keep else torch.zeros_like(delta)
@@ -232,36 +233,36 @@ def trimmed(delta: Tensor, density: float) -> Tensor:
 
 
 def _elected(deltas: Sequence[Tensor]) -> Tensor:
-    """The mean of those elements that have the sign of their sum."""
+    """For each element, the mean of the values that have the sign of their sum."""
     stacked = torch.stack(list(deltas))
     sign = stacked.sum(0).sign()
     agree = (stacked.sign() == sign) & (stacked != 0)
     return (stacked * agree).sum(0) / agree.sum(0).clamp_min(1)
 
 
-def _dropped(delta: Tensor, knobs: Knobs, number: int) -> Tensor:
-    stays = torch.rand(delta.shape, generator=_lots(knobs, number)) < knobs.density
-    return delta * stays / knobs.density
+def _randomly_dropped(delta: Tensor, knobs: Knobs, number: int) -> Tensor:
+    kept = torch.rand(delta.shape, generator=_generator(knobs, number)) < knobs.density
+    return delta * kept / knobs.density
 
 
-def _lots(knobs: Knobs, number: int) -> torch.Generator:
-    """The chance of one tensor of one model. The generator heeds no more than 32 bits of what it is seeded with."""
+def _generator(knobs: Knobs, number: int) -> torch.Generator:
+    """The random generator for one tensor of model `number`. torch's CPU generator uses only 32 bits of its seed."""
     return torch.Generator().manual_seed(zlib.crc32(f"{knobs.seed} {number} {knobs.name}".encode()))
 
 
-# ---- filters over a tensor of any rank, mirrored at its edges with the edge itself repeated
+# ---- filters over a tensor of any rank, with reflected borders (the border element itself repeated)
 
 
 def median(x: Tensor) -> Tensor:
     """The median of each element and its neighbours, 3 along each dimension."""
     if not x.ndim:
         return x
-    padded = _mirrored(x, 1)
+    padded = _reflected(x, 1)
     return torch.cat([_median_of_row(padded[row : row + 3], x.shape[1:]) for row in range(x.shape[0])]).view(x.shape)
 
 
 def _median_of_row(rows: Tensor, shape: torch.Size) -> Tensor:
-    """Of three padded rows, the medians of the middle one: (1, *shape)."""
+    """The medians for the middle one of three padded rows: (1, *shape)."""
     windows = rows
     for dimension in range(1, rows.ndim):
         windows = windows.unfold(dimension, 3, 1)
@@ -270,49 +271,49 @@ def _median_of_row(rows: Tensor, shape: torch.Size) -> Tensor:
 
 
 def gaussian(x: Tensor) -> Tensor:
-    """A Gaussian of sigma 1 along each dimension, cut off at 4."""
+    """A Gaussian filter of sigma 1 along each dimension, truncated at 4."""
     radius = 4
     steps = torch.arange(-radius, radius + 1, dtype=x.dtype)
     kernel = torch.exp(-0.5 * steps**2)
     kernel = kernel / kernel.sum()
     for dimension in range(x.ndim):
         flat = x.movedim(dimension, -1)
-        padded = _mirrored_last(flat.reshape(-1, 1, flat.shape[-1]), radius)
+        padded = _reflected_last(flat.reshape(-1, 1, flat.shape[-1]), radius)
         x = F.conv1d(padded, kernel[None, None]).view(flat.shape).movedim(-1, dimension)
     return x
 
 
-def _mirrored(x: Tensor, by: int) -> Tensor:
+def _reflected(x: Tensor, by: int) -> Tensor:
     for dimension in range(x.ndim):
-        x = _mirrored_last(x.movedim(dimension, -1), by).movedim(-1, dimension)
+        x = _reflected_last(x.movedim(dimension, -1), by).movedim(-1, dimension)
     return x
 
 
-def _mirrored_last(x: Tensor, by: int) -> Tensor:
-    """`x` with `by` more elements at both ends of its last dimension: 1 0 | 0 1 2 | 2 1, as often as it takes."""
+def _reflected_last(x: Tensor, by: int) -> Tensor:
+    """`x` with its last dimension padded by `by` at both ends: 1 0 | 0 1 2 | 2 1, reflected repeatedly if needed."""
     length = x.shape[-1]
-    places = torch.arange(-by, length + by) % (2 * length)
-    return x[..., torch.where(places < length, places, 2 * length - 1 - places)]
+    indices = torch.arange(-by, length + by) % (2 * length)
+    return x[..., torch.where(indices < length, indices, 2 * length - 1 - indices)]
 
 
-_ALPHA, _DRAWN = ("alpha",), ("alpha", "density", "seed")
+_ALPHA, _RANDOM = ("alpha",), ("alpha", "density", "seed")
 METHODS: Mapping[str, Method] = {
     "weighted-sum": Method(weighted_sum, (2, 2), _ALPHA, "(1 - alpha) A + alpha B"),
     "add-difference": Method(add_difference, (3, 3), _ALPHA, "A + alpha (B - C)"),
     "sum-twice": Method(sum_twice, (3, 3), ("alpha", "beta"), "(1 - beta) ((1 - alpha) A + alpha B) + beta C"),
     "triple-sum": Method(triple_sum, (3, 3), ("alpha", "beta"), "(1 - alpha - beta) A + alpha B + beta C"),
-    "slerp": Method(slerp, (2, 2), _ALPHA, "from A to B along a circle"),
+    "slerp": Method(slerp, (2, 2), _ALPHA, "spherical interpolation from A to B"),
     "cosine-a": Method(cosine_a, (2, 2), _ALPHA, "A where the two agree, B elsewhere, column by column"),
-    "cosine-b": Method(cosine_b, (2, 2), _ALPHA, "the same, with the agreement of whole tensors mixed in"),
-    "train-difference": Method(train_difference, (3, 3), _ALPHA, "A, as if trained by what made B of C"),
-    "smooth-add": Method(smooth_add, (3, 3), _ALPHA, "A + alpha (B - C), smoothed"),
-    "ties": Method(ties, (3, 64), ("alpha", "density"), "BASE + alpha (what the tuned ones agree on)", base=True),
-    "dare": Method(dare, (3, 64), _DRAWN, "the same, of randomly thinned differences", base=True),
-    "dropout": Method(dropout, (2, 64), _DRAWN, "BASE + alpha (mean of thinned differences)", base=True),
-    "della": Method(della, (3, 64), (*_DRAWN, "epsilon"), "as dare; small elements are dropped oftener", base=True),
-    "geometric-median": Method(geometric_median, (3, 64), (), "what is nearest to all of them"),
-    "model-stock": Method(model_stock, (3, 64), (), "between BASE and mean, by how much they agree", base=True),
-    "top-k": Method(top_k, (3, 3), ("alpha", "density"), "A + alpha (B - C), its largest elements only"),
-    "truncated-rank": Method(truncated_rank, (3, 3), ("alpha", "rank"), "A + alpha (B - C), of low rank"),
+    "cosine-b": Method(cosine_b, (2, 2), _ALPHA, "cosine-a averaged with the similarity of whole tensors"),
+    "train-difference": Method(train_difference, (3, 3), _ALPHA, "A with the training that turned C into B"),
+    "smooth-add": Method(smooth_add, (3, 3), _ALPHA, "A + alpha (B - C), with the difference smoothed"),
+    "ties": Method(ties, (3, 64), ("alpha", "density"), "BASE + alpha (differences with the elected sign)", base=True),
+    "dare": Method(dare, (3, 64), _RANDOM, "ties with random dropout of the differences", base=True),
+    "dropout": Method(dropout, (2, 64), _RANDOM, "BASE + alpha (mean of differences after dropout)", base=True),
+    "della": Method(della, (3, 64), (*_RANDOM, "epsilon"), "dare, dropping small elements more often", base=True),
+    "geometric-median": Method(geometric_median, (3, 64), (), "the least sum of distances to all models"),
+    "model-stock": Method(model_stock, (3, 64), (), "between BASE and the mean, by agreement", base=True),
+    "top-k": Method(top_k, (3, 3), ("alpha", "density"), "A + alpha (B - C), largest elements only"),
+    "truncated-rank": Method(truncated_rank, (3, 3), ("alpha", "rank"), "A + alpha (B - C), of rank RANK"),
 }
-"""Every method by the name that the command line and recipes use."""
+"""Every method by its name on the command line and in recipes."""

@@ -1,4 +1,4 @@
-"""ModelSpec 1.0.1: the words by which a safetensors header says what a model is (Stability AI's specification)."""
+"""ModelSpec 1.0.1 (Stability AI's specification): metadata in a safetensors header that describes the model."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ ARCHITECTURES = {
 
 
 def describe(found: Found, component: str = "") -> dict[str, str]:
-    """What the names of the tensors do not say, in the words other tools use, so that the next reader need not guess.
+    """Metadata for facts that tensor names do not show, under the keys that other tools use, so that later readers need
+    not guess.
 
-    What is itself no more than a guess stays out. `component` is named where the file holds no more than that.
+    Facts that are themselves guesses are left out. `component` is given if the file holds only that component.
     """
     family = found.family.value
     if family is None or found.prediction is None or family.name not in ARCHITECTURES:
         return {}
-    said = {
+    metadata = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": "/".join(filter(None, (ARCHITECTURES[family.name], component))),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": found.path.stem,
     }
     if found.prediction.sure != "guess":
-        said["modelspec.prediction_type"] = "v" if found.prediction.value == "v" else "epsilon"
+        metadata["modelspec.prediction_type"] = "v" if found.prediction.value == "v" else "epsilon"
     if found.size is not None and found.size.sure == "certain":
-        said["modelspec.resolution"] = "x".join(map(str, found.size.value))
+        metadata["modelspec.resolution"] = "x".join(map(str, found.size.value))
     if found.zero_snr is not None and found.zero_snr.value:
-        said["ss_zero_terminal_snr"] = "True"
-    return said
+        metadata["ss_zero_terminal_snr"] = "True"
+    return metadata

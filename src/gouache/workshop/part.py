@@ -1,4 +1,4 @@
-"""Part: one folder of a diffusers model that is being made."""
+"""Part: one component of a model that is written as a diffusers folder."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gouache.layouts.rules import Origin, Rule
 
 @dataclass(frozen=True)
 class Part:
-    """The folder `name`. `origins` lead from the names that its network carries to the source, `rules` from those names
-    on to diffusers'; `config` is its config.json.
+    """The subfolder `name`. `origins` maps the network's names to tensors of the source, `rules` convert the network's
+    names to diffusers'; `config` is its config.json.
     """
 
     name: str

@@ -1,8 +1,9 @@
-"""A checkpoint without what its use does not need: `pruned` (weights and their averages) or `pruned-emaonly`.
+"""Shrink a checkpoint to what inference or fine-tuning needs, like the released `pruned` (weights and EMA weights) and
+`pruned-emaonly` files.
 
-    open -> identify -> (averages in place of the weights) -> (components dropped) -> (another dtype) -> write
+    open -> identify -> (EMA weights replace the weights) -> (drop components) -> (cast) -> write
 
-Optimizer states, losses and tensors that no part has are always left out; buffers that the released files carry stay.
+Optimizer state, losses and tensors that no component has are always dropped; buffers that released files have are kept.
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ _JUNK = ("loss.", "first_stage_model.loss.", "safety_checker/")
 
 @dataclass(frozen=True)
 class Pruned:
-    """`dropped`: {reason: (tensors, bytes)}. `kept` says whose weights the result holds, in words."""
+    """`dropped`: {reason: (tensors, bytes)}. `kept` describes which weights the result holds. `cast_saved`: bytes saved
+    by the cast to another dtype, negative if that dtype is wider.
+    """
 
     tensors: int
     nbytes: int
     kept: str
     dropped: Mapping[str, tuple[int, int]]
+    cast_saved: int = 0
 
     @property
     def saved(self) -> int:
-        """Bytes that the source held and the result does not, a narrower dtype's aside."""
-        return sum(nbytes for _, nbytes in self.dropped.values())
+        """Bytes of tensors in the source less those in the result."""
+        return sum(nbytes for _, nbytes in self.dropped.values()) + self.cast_saved
 
 
 def prune(
@@ -52,9 +56,9 @@ def prune(
 ) -> Pruned:
     """Write `source`, pruned, as the .safetensors or .ckpt file `target`.
 
-    `keep` "ema" puts the averages in place of the weights, "last" keeps the weights alone, "both" keeps both under
-    their own names; None is "ema" where there are averages. `drop` ("vae", "text") leaves components out. Raises
-    RequestError where that cannot be, ModelError for a file that is no checkpoint.
+    `keep` "ema" replaces the weights with the EMA weights, "last" keeps only the weights, "both" keeps both under their
+    own names; None means "ema" if the file has EMA weights, else "last". `drop` ("vae", "text") leaves components out.
+    Raises RequestError for invalid settings, ModelError for a file that is not a checkpoint.
     """
     if keep is not None and keep not in get_args(Keep):
         raise RequestError("keep", f"{keep!r} is not known; use ema, last or both")
@@ -65,43 +69,46 @@ def prune(
     save.refuse_existing(target, overwrite)
     file, found = layout.opened(source)
     if "unet" not in found.components and not found.ema_names:
-        what = f"it is {found.kind.value}" + (f"; {found.missing['unet']}" if "unet" in found.missing else "")
-        raise ModelError(f"{printable(str(source))} has no U-Net that could be pruned: {what}")
+        reason = f"; U-Net: {found.missing['unet']}" if "unet" in found.missing else ""
+        raise ModelError(
+            f"{printable(str(source))} cannot be pruned because it has no complete U-Net (kind: {found.kind.value}"
+            f"{reason})"
+        )
     if keep == "ema" and not found.ema_names:
-        hint = found.ema.evidence if found.ema is not None else "nothing in it is an average"
-        raise RequestError("keep", f"ema: {printable(str(source))} holds no averages ({hint}); use last")
+        hint = found.ema.evidence if found.ema is not None else "no tensor is an EMA weight"
+        raise RequestError("keep", f"{printable(str(source))} has no EMA weights ({hint}); use last instead of ema")
     chosen = keep or ("ema" if found.ema_names else "last")
 
-    result, dropped = _pruned(file, found, chosen, drop)
-    exempt = {name for name in result if name in found.leftovers and len(result.tensors[name].shape) < 2}
-    result = derive.cast(result, dtype, exempt)
+    kept, dropped = _pruned(file, found, chosen, drop)
+    exempt = {name for name in kept if name in found.leftovers and len(kept.tensors[name].shape) < 2}
+    result = derive.cast(kept, dtype, exempt)
     result = save.with_metadata(result, {**describe(found), **result.metadata})
 
     def check(path: Path) -> None:
         save.compare(open_model(path), result, progress("checking", result.nbytes, on_work))
 
     save.write_file(result, target, form, progress("writing", result.nbytes, on_work), check)
-    return Pruned(len(result), result.nbytes, _words(chosen, found), dropped)
+    return Pruned(len(result), result.nbytes, _description(chosen, found), dropped, kept.nbytes - result.nbytes)
 
 
 def _pruned(
     file: ModelFile, found: Found, keep: str, drop: tuple[str, ...]
 ) -> tuple[ModelFile, dict[str, tuple[int, int]]]:
-    reasons: dict[str, str] = dict.fromkeys(found.unknown, "no part of a model has them")
+    reasons: dict[str, str] = dict.fromkeys(found.unknown, "not part of any component")
     reasons |= {name: found.leftovers[name] for name in found.leftovers if name.startswith(_JUNK)}
     for part in drop:
         for component in _DROPPABLE[part]:
             if component in found.components:
                 sources = _sources(found, component)
-                reasons |= dict.fromkeys(sources, f"the {component.replace('_', ' ')}, as asked")
+                reasons |= dict.fromkeys(sources, f"the {component.replace('_', ' ')} (--drop)")
     averages = set(found.ema_names.values())
-    swapped: dict[str, str] = {}
+    replaced: dict[str, str] = {}
     if keep == "last":
-        reasons |= dict.fromkeys(averages, "the averages (EMA)")
+        reasons |= dict.fromkeys(averages, "EMA weights")
     elif keep == "ema":
-        swapped = _plain_names(found)
-        reasons |= dict.fromkeys(averages, "the weights that the averages took the place of")
-    kept = {name: swapped.get(name, name) for name in file if name not in reasons}
+        replaced = _averages_by_weight(found)
+        reasons |= dict.fromkeys(averages, "weights replaced by EMA weights")
+    kept = {name: replaced.get(name, name) for name in file if name not in reasons}
     result = derive.rename(file, kept)
     result = replace(result, extra={key: value for key, value in file.extra.items() if key in ("global_step", "epoch")})
     dropped: dict[str, tuple[int, int]] = {}
@@ -111,14 +118,14 @@ def _pruned(
     if states := [value for key, value in file.extra.items() if key not in ("global_step", "epoch")]:
         tensors = [info for value in states for info in _tensors_in(value)]
         if tensors:
-            dropped["the state of the training: optimizers, schedules"] = (
+            dropped["training state: optimizers, schedules"] = (
                 len(tensors), sum(info.nbytes for info in tensors)
             )  # fmt: skip
     return result, dropped
 
 
-def _plain_names(found: Found) -> dict[str, str]:
-    """{name of a weight in the file: name of its average}."""
+def _averages_by_weight(found: Found) -> dict[str, str]:
+    """{name of a weight in the file: name of its EMA weight}."""
     trained = found.components["unet" if "unet" in found.components else "vae"]
     return {trained.origins[name].sources[0]: average for name, average in found.ema_names.items()}
 
@@ -141,11 +148,11 @@ def _tensors_in(value: object) -> list[TensorInfo]:
     return found
 
 
-def _words(keep: str, found: Found) -> str:
+def _description(keep: str, found: Found) -> str:
     if keep == "ema":
-        return "the averages (EMA), under the names of the weights: for painting"
+        return "the EMA weights, under the names of the weights (for painting)"
     if keep == "both":
-        return "the weights and their averages (EMA): for fine-tuning"
+        return "the weights and the EMA weights (for fine-tuning)"
     if found.ema is not None and found.ema.value == "counters":
-        return "the weights, which are averages already"
+        return "the weights, which are EMA weights already"
     return "the weights"

@@ -1,4 +1,4 @@
-"""A merge as a value: everything its result depends on. As TOML it can be kept, read, changed and carried out again."""
+"""Recipe: everything that the result of a merge depends on. It can be written as TOML, edited, read and run again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gouache.files.write import write_atomic
 
 @dataclass(frozen=True)
 class Source:
-    """A model of a merge. `sha256`, where it is stated, must be that of the file."""
+    """A model of a merge. `sha256`, if given, must be that of the file."""
 
     path: str
     sha256: str = ""
@@ -23,11 +23,12 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """`method`: a name of `methods.METHODS`; `models` in its order. `alpha`, `beta`: for what no block or rule says.
+    """`method`: a key of `methods.METHODS`; `models` in the order it expects. `alpha`, `beta`: for all tensors without
+    a block weight or a rule.
 
-    `blocks`: {"alpha": preset, row of numbers, or file}, see `block_weights`. `rules`: {"alpha": ("PATTERN=NUMBER",)}.
+    `blocks`: {"alpha": preset, numbers, or file}, see `block_weights`. `rules`: {"alpha": ("PATTERN=NUMBER",)}.
     `density`, `epsilon`, `rank`, `seed`: see `methods.Knobs`. `vae`, `text`: "merge", or the letter of the model from
-    which it is taken whole. `dtype`: of the result, None for that of the first model.
+    which the component is copied. `dtype`: of the result, None for that of the first model.
     """
 
     method: str = "weighted-sum"
@@ -50,16 +51,16 @@ class Recipe:
         return values
 
     def write(self, path: Path) -> None:
-        """As TOML, whole or not at all."""
-        plain = {name: getattr(self, name) for name in (each.name for each in fields(self))}
-        lines = ["# Carried out again by: gouache merge THIS_FILE OUT.safetensors"]
-        for name, value in plain.items():
+        """Write the recipe as TOML, completely or not at all."""
+        values = {name: getattr(self, name) for name in (each.name for each in fields(self))}
+        lines = ["# To run this merge again: gouache merge THIS_FILE OUT.safetensors"]
+        for name, value in values.items():
             if isinstance(value, str | int | float):
                 lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
         for table in ("blocks", "rules"):
-            if plain[table]:
+            if values[table]:
                 lines += ["", f"[{table}]"]
-                lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in plain[table].items()]
+                lines += [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values[table].items()]
         for model in self.models:
             lines += ["", "[[models]]", f"path = {json.dumps(model.path, ensure_ascii=False)}"]
             lines += [f'sha256 = "{model.sha256}"'] if model.sha256 else []
@@ -67,31 +68,31 @@ class Recipe:
 
 
 def read(path: Path) -> Recipe:
-    """The recipe in a TOML file. Raises FileError naming the key that is not known, or not of its kind."""
+    """The recipe in a TOML file. Raises FileError for an unknown key or a value of the wrong type."""
     try:
-        said = tomllib.loads(path.read_text(encoding="utf-8"))
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FileError(path, f"cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(path, f"is not a recipe: {error}") from None
-    kinds: dict[str, Any] = {
+        raise FileError(path, f"is not a merge recipe: {error}") from None
+    types: dict[str, Any] = {
         "method": str, "alpha": (int, float), "beta": (int, float), "density": (int, float), "epsilon": (int, float),
         "rank": int, "seed": int, "vae": str, "text": str, "dtype": str, "blocks": dict, "rules": dict, "models": list,
     }  # fmt: skip
-    for key, value in said.items():
-        if key not in kinds:
-            raise FileError(path, f"says {key!r}, which is no part of a recipe; there are {', '.join(kinds)}")
-        if not isinstance(value, kinds[key]) or isinstance(value, bool):
-            raise FileError(path, f"says {key} = {value!r}, which is not of the kind that belongs there")
-    models = said.pop("models", [])
+    for key, value in values.items():
+        if key not in types:
+            raise FileError(path, f"has the unknown key {key!r}; a recipe's keys are {', '.join(types)}")
+        if not isinstance(value, types[key]) or isinstance(value, bool):
+            raise FileError(path, f"has {key} = {value!r}, which is of the wrong type")
+    models = values.pop("models", [])
     if not all(isinstance(each, dict) and isinstance(each.get("path"), str) for each in models):
-        raise FileError(path, "has a [[models]] without a path")
-    rules = {key: tuple(map(str, value)) for key, value in said.pop("rules", {}).items() if isinstance(value, list)}
-    sources = tuple(Source(_beside(path, each["path"]), str(each.get("sha256", ""))) for each in models)
-    return Recipe(**said, models=sources, rules=rules)
+        raise FileError(path, "has a [[models]] table without a path")
+    rules = {key: tuple(map(str, value)) for key, value in values.pop("rules", {}).items() if isinstance(value, list)}
+    sources = tuple(Source(_model_path(path, each["path"]), str(each.get("sha256", ""))) for each in models)
+    return Recipe(**values, models=sources, rules=rules)
 
 
-def _beside(recipe: Path, model: str) -> str:
-    """Paths are meant from where the command runs; one that is not there, from where the recipe lies."""
-    beside = recipe.parent / model
-    return str(beside) if not Path(model).exists() and beside.exists() else model
+def _model_path(recipe: Path, model: str) -> str:
+    """`model` relative to the working directory, or, if it does not exist there, to the folder of the recipe."""
+    next_to_recipe = recipe.parent / model
+    return str(next_to_recipe) if not Path(model).exists() and next_to_recipe.exists() else model

@@ -1,6 +1,6 @@
-"""A derived file written: as .safetensors, as .ckpt, or as a diffusers folder; whole or not at all, and checked.
+"""Write a derived file as .safetensors, .ckpt or diffusers folder: completely or not at all, and verified.
 
-`compare` reads what was written once more and holds it against what should have been: tensor by tensor, bit by bit.
+`compare` reads the written file back and compares it with the intended tensors, one by one, bit by bit.
 """
 
 from __future__ import annotations
@@ -38,45 +38,47 @@ SUFFIXES: dict[str, Form] = {".safetensors": "safetensors", ".sft": "safetensors
 LEFTOVERS = "leftovers.safetensors"
 
 
-def form_of(target: Path, told: str | None) -> Form:
-    """What to write at `target`: what was told, else what its name says; a name without an ending is a folder's."""
-    said = SUFFIXES.get(target.suffix.lower(), "diffusers")
-    if told is None:
-        if said == "diffusers" and target.suffix:
+def form_of(target: Path, requested: str | None) -> Form:
+    """The form to write `target` in: `requested`, else the one its extension means; no extension means a folder."""
+    implied = SUFFIXES.get(target.suffix.lower(), "diffusers")
+    if requested is None:
+        if implied == "diffusers" and target.suffix:
             raise RequestError(
                 "out", f"{target} ends in neither .safetensors nor .ckpt; for a diffusers folder, add --to diffusers"
             )
-        return said
-    if told not in ("safetensors", "ckpt", "diffusers"):
-        raise RequestError("to", f"{told!r} is not known; use safetensors, ckpt or diffusers")
-    if said != told:
-        means = "a folder" if said == "diffusers" else f"a .{said} file"
-        raise RequestError("to", f"{target} is named like {means}, and {told} was asked for; change one of them")
-    return said
+        return implied
+    if requested not in ("safetensors", "ckpt", "diffusers"):
+        raise RequestError("to", f"{requested!r} is not known; use safetensors, ckpt or diffusers")
+    if implied != requested:
+        name_means = "a folder" if implied == "diffusers" else f"a .{implied} file"
+        raise RequestError("to", f"{requested} does not match {target}, which names {name_means}; change one of them")
+    return implied
 
 
 def single_form_of(target: Path) -> Form:
-    """`form_of` for commands that write single files; RequestError for a folder's name."""
+    """`form_of` for commands that write single files; RequestError for the name of a folder."""
     form = form_of(target, None)
     if form == "diffusers":
-        raise RequestError("out", f"{target} does not end in .safetensors or .ckpt; convert the result for a folder")
+        raise RequestError(
+            "out", f"{target} does not end in .safetensors or .ckpt; for a folder, convert the result afterwards"
+        )
     return form
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """RequestError where `target` is there already. A folder is never overwritten."""
+    """RequestError if `target` exists. A folder is never overwritten."""
     if not (target.exists() or target.is_symlink()):
         return
     if target.is_dir():
-        raise RequestError("out", f"{target} is a folder that exists already; give another name")
+        raise RequestError("out", f"{target} is an existing folder; choose another name")
     if not overwrite:
-        raise RequestError("out", f"{target} exists already; give another name, or --overwrite")
+        raise RequestError("out", f"{target} already exists; choose another name, or add --overwrite")
 
 
 def write_file(
     file: ModelFile, target: Path, form: Form, on_bytes: OnBytes | None = None, check: Check | None = None
 ) -> str:
-    """`file` as one file, which `check` sees before it appears; returns its SHA-256."""
+    """Write `file` as one file and return its SHA-256. `check` receives its path before it gets its final name."""
     if form == "ckpt":
         values = plain_values(file.extra)
         return stream_torch(target, file.tensors, file.read, values, on_bytes=on_bytes, check=check)
@@ -91,10 +93,10 @@ def write_folder(
     on_bytes: OnBytes | None = None,
     check: Check | None = None,
 ) -> None:
-    """`file`, whose tensors are called `component/name`, as a diffusers folder, with `leftovers` kept inside it.
+    """Write `file`, whose tensors are named `component/name`, as a diffusers folder with `leftovers` saved inside it.
 
-    Names without a component are those of one component alone. The folder is filled under another name, shown to
-    `check`, and renamed when all of it is there.
+    If the names have no component, the folder is that of a single component. The folder is written under a temporary
+    name, passed to `check`, and renamed when it is complete.
     """
     rest = leftovers if leftovers is not None else derive.keep(file, ())
     part = _draft(target, file.nbytes + rest.nbytes)
@@ -103,11 +105,11 @@ def write_folder(
         for path, value in file.extra.items():
             (part / path).parent.mkdir(parents=True, exist_ok=True)
             write_atomic(part / path, configs.text_of(value))
-        for component, named in _by_component(file).items():
+        for component, names in _by_component(file).items():
             clip = component.startswith(("text_encoder", "image_encoder"))
-            clip = clip or any(name.startswith("text_model.") for name in named)
+            clip = clip or any(name.startswith("text_model.") for name in names)
             weights = part / component / f"{'model' if clip else 'diffusion_pytorch_model'}.safetensors"
-            inner = derive.rename(file, named)
+            inner = derive.rename(file, names)
             weights.parent.mkdir(exist_ok=True)
             stream_safetensors(weights, inner.tensors, inner.read, {"format": "pt"}, on_bytes=on_bytes)
         for encoder in tokenizers:
@@ -128,23 +130,23 @@ def write_folder(
 
 
 def _draft(target: Path, size: int) -> Path:
-    """The name under which the folder `target` is filled; what killed runs left under such names is removed."""
+    """The temporary name for the folder `target`. Removes what killed runs left under such names."""
     parent = target.parent
     if not parent.is_dir():
-        raise FileError(target, "cannot be written: the folder it should stand in does not exist")
+        raise FileError(target, "cannot be written: its parent folder does not exist")
     remove_litter(parent, ".part")
     free = shutil.disk_usage(parent).free
     if size + 16_000_000 > free:
-        raise FileError(target, f"cannot be written: it takes {size_text(size)}, and {size_text(free)} are free there")
+        raise FileError(target, f"cannot be written: it needs {size_text(size)}, and only {size_text(free)} are free")
     return draft_name(parent, ".part")
 
 
 def _by_component(file: ModelFile) -> dict[str, dict[str, str]]:
-    """{component: {name inside it: name in the file}}; the component of names without one is ""."""
+    """{component: {name inside it: name in the file}}; names without a component are under ""."""
     parts: dict[str, dict[str, str]] = {}
-    for whole in file:
-        component, _, name = whole.rpartition("/")
-        parts.setdefault(component, {})[name] = whole
+    for full_name in file:
+        component, _, name = full_name.rpartition("/")
+        parts.setdefault(component, {})[name] = full_name
     return parts
 
 
@@ -157,13 +159,18 @@ def _write_tokenizer(folder: Path, encoder: EncoderRecipe) -> None:
         write_atomic(folder / name, content)
 
 
-def compare(written: ModelFile, wanted: ModelFile, on_bytes: OnBytes | None = None) -> None:
-    """DamagedFile, naming the first tensor that differs, unless both hold the same tensors to the bit."""
-    if missing := sorted(set(wanted) ^ set(written)):
-        raise DamagedFile(written.path, f"does not lead back to what it was made of: {printable(missing[0])}")
-    for name, info in wanted.tensors.items():
-        if written.tensors[name] != info or not _same_bits(written.read(name), wanted.read(name)):
-            raise DamagedFile(written.path, f"{printable(name)} is not what it was made of: the disk or memory failed")
+def compare(written: ModelFile, expected: ModelFile, on_bytes: OnBytes | None = None) -> None:
+    """Raise DamagedFile naming the first tensor that differs, unless both hold bitwise equal tensors."""
+    if unpaired := sorted(set(expected) ^ set(written)):
+        raise DamagedFile(
+            written.path, f"verification failed: {printable(unpaired[0])} is only in the source or only in the result"
+        )
+    for name, info in expected.tensors.items():
+        if written.tensors[name] != info or not _same_bits(written.read(name), expected.read(name)):
+            raise DamagedFile(
+                written.path,
+                f"verification failed: {printable(name)} differs from the source; the disk or memory failed",
+            )
         if on_bytes is not None:
             on_bytes(info.nbytes)
 
@@ -175,7 +182,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a file's extra values that any file can hold: numbers, text, and lists and dictionaries of them."""
+    """The values that any .ckpt file can hold: numbers, text, None, and lists and dictionaries of them."""
     return {key: value for key, value in values.items() if _is_plain(value)}
 
 
@@ -189,6 +196,6 @@ def _is_plain(value: Any) -> bool:
     )
 
 
-def with_metadata(file: ModelFile, more: Mapping[str, str]) -> ModelFile:
-    """`file` with `more` added to its metadata, over what it said before."""
-    return replace(file, metadata={**file.metadata, **more})
+def with_metadata(file: ModelFile, metadata: Mapping[str, str]) -> ModelFile:
+    """`file` with `metadata` added to its own, overwriting equal keys."""
+    return replace(file, metadata={**file.metadata, **metadata})

@@ -1,7 +1,8 @@
-"""Is a file safe, and if not, what would it have done? Told by the same reader that would load it.
+"""Scan files: whether they are safe, and what hostile ones would have done.
 
-A scanner that reads a file otherwise than the loader can be shown another file than the loader. So there is one
-reader: what it opens is safe to open with it, and what it refuses it lists. Nothing is run either way.
+A scanner that parses a file differently from the loader can be deceived by a file that shows each of them something
+else. So both use the same reader: what it opens is safe to open with it, and what it refuses is listed here. Nothing
+in a file is run.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from gouache.files.open import open_model
 from gouache.files.source import Source
 from gouache.workshop.effects import effect_of
 
-Verdict = Literal["safe", "hostile", "suspicious", "damaged", "no model", "unreadable"]
+Verdict = Literal["safe", "hostile", "suspicious", "damaged", "not a model", "unreadable"]
 SUFFIXES = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".bin", ".joblib")
 
 
 @dataclass(frozen=True)
 class Intent:
-    """A call that a file asked for: its name, the byte, what it was to be handed, and what it would have done."""
+    """A call that a file requests: the function's name, the byte offset, the arguments, and what it would have done."""
 
     name: str
     byte: int | None
@@ -34,11 +35,11 @@ class Intent:
 
 @dataclass(frozen=True)
 class Scanned:
-    """`verdict` on the file at `path`; `reason` in one line.
+    """The `verdict` on the file at `path`, with the `reason` in one line.
 
-    "safe": opened, nothing refused; `mentions` are unknown names that it holds as mere values. "hostile": it asks for
-    calls, the `intents`. "suspicious": no call, but built to exhaust or mislead a reader. "damaged", "no model" and
-    "unreadable" files could not be opened for the reason given, and are not cleared by that.
+    "safe": it was opened and nothing was refused; `mentions` are unknown names that it holds only as values. "hostile":
+    it requests calls, the `intents`. "suspicious": it requests no calls, but is built to exhaust or mislead a reader.
+    "damaged", "not a model" and "unreadable" files could not be opened; that does not mean that they are safe.
     """
 
     path: str
@@ -50,7 +51,7 @@ class Scanned:
 
 
 def scan(paths: list[Path]) -> Iterator[Scanned]:
-    """A verdict on every file of `paths`; of folders, on all that hold weights or pickles, however they are called."""
+    """A verdict on each file in `paths`; in folders, on each file that holds weights or a pickle, whatever its name."""
     for path in paths:
         if not path.is_dir():
             yield _scan_file(path)
@@ -60,16 +61,16 @@ def scan(paths: list[Path]) -> Iterator[Scanned]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Files below `folder` in name order that are called like models, or begin like one."""
-    for where, folders, names in os.walk(folder):
+    """Files in and below `folder`, sorted by name, that have a model's extension or start like a model file."""
+    for parent, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
-            path = Path(where, name)
-            if path.suffix.lower() in SUFFIXES or _begins_like_a_pickle(path):
+            path = Path(parent, name)
+            if path.suffix.lower() in SUFFIXES or _starts_like_a_model(path):
                 yield path
 
 
-def _begins_like_a_pickle(path: Path) -> bool:
+def _starts_like_a_model(path: Path) -> bool:
     try:
         return kind_of(Source(path)) in ("pickle", "safetensors")
     except (GouacheError, OSError):
@@ -87,12 +88,12 @@ def _scan_file(path: Path) -> Scanned:
     except DamagedFile as error:
         return Scanned(shown, "damaged", _reason(error))
     except NotAModel as error:
-        return Scanned(shown, "no model", _reason(error))
+        return Scanned(shown, "not a model", _reason(error))
     except FileError as error:
         return Scanned(shown, "unreadable", _reason(error))
     mentions = tuple(note for note in file.notes if note.startswith("its pickle mentions"))
     pickled = file.format.startswith(("torch", "pickle"))
-    reason = "a pickle that asks for nothing but tensors and plain values" if pickled else "holds no code by its format"
+    reason = "a pickle of tensors and plain values only" if pickled else "its format cannot hold code"
     return Scanned(shown, "safe", reason, file.format, mentions=mentions)
 
 

@@ -1,4 +1,4 @@
-"""The autoencoder of a model exchanged for another."""
+"""Replace the VAE of a model."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from gouache.workshop.modelspec import describe
 
 
 def bake(model: Path, vae: Path, target: Path, *, overwrite: bool = False, on_work: OnWork | None = None) -> Converted:
-    """`model` with the autoencoder of `vae` (a VAE file, or any model that has one) as the file `target`.
+    """Write `model` with the VAE of `vae` (a VAE file, or any model that has one) as the file `target`.
 
-    Raises ModelError where either has none, or the shapes differ.
+    Raises ModelError if one of them has no VAE, or if their shapes differ.
     """
     form = save.single_form_of(target)
     save.refuse_existing(target, overwrite)
     (file, found), other = layout.opened(model), open_model(vae)
     old, new = found.component("vae"), identify(other).component("vae")
     tensors = derive.arrange(other, new.origins)
-    mine, theirs = ({name: info.shape for name, info in each.tensors.items()}
-                    for each in (derive.arrange(file, old.origins), tensors))  # fmt: skip
-    if mine != theirs:
-        odd = next(name for name in sorted({*mine, *theirs}) if mine.get(name) != theirs.get(name))
+    expected, found_shapes = ({name: info.shape for name, info in each.tensors.items()}
+                              for each in (derive.arrange(file, old.origins), tensors))  # fmt: skip
+    if expected != found_shapes:
+        every = sorted({*expected, *found_shapes})
+        name = next(name for name in every if expected.get(name) != found_shapes.get(name))
         raise ModelError(
-            f"{printable(str(vae))} holds an autoencoder of another form than {printable(str(model))}: {odd} is "
-            f"{list(theirs[odd]) if odd in theirs else 'missing'}, expected "
-            f"{list(mine[odd]) if odd in mine else 'no such tensor'}"
+            f"the VAE in {printable(str(vae))} does not fit {printable(str(model))}: {name} is "
+            f"{list(found_shapes[name]) if name in found_shapes else 'missing'}, expected "
+            f"{list(expected[name]) if name in expected else 'no such tensor'}"
         )
-    taken = {source for origin in old.origins.values() for source in origin.sources}
-    rest = derive.keep(file, (name for name in file if name not in taken))
+    replaced = {source for origin in old.origins.values() for source in origin.sources}
+    rest = derive.keep(file, (name for name in file if name not in replaced))
     result = derive.join(rest, layout.as_in(old, tensors, found.family.value))
     baked = {"gouache.vae": f"{vae.name}, sha256 {other.sha256()}"}
     result = replace(result, metadata={**describe(found), **file.metadata, **baked})

@@ -1,7 +1,7 @@
-"""Stable Video Diffusion between its single file and a diffusers folder.
+"""Convert Stable Video Diffusion between its single file and a diffusers folder.
 
-The single file has two autoencoders: `first_stage_model`, whose decoder knows of time, and an ordinary one that encodes
-the first frame. A folder has one `vae`: the decoder of the first and the encoder of the second.
+The single file has two autoencoders: `first_stage_model`, whose decoder has temporal layers, and an ordinary one that
+encodes the first frame. A folder has one `vae`: the decoder of the former and the encoder of the latter.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from gouache.workshop.part import Part
 PARTS = ("unet", "vae", "image_encoder")
 
 _PLACES = {place.component: place for place in SVD.places}
-_ENCODES = ("encoder.", "quant_conv.")  # what an autoencoder encodes with
+_ENCODER = ("encoder.", "quant_conv.")  # the prefixes of an autoencoder's encoding half
 
 
 def part(name: str, file: ModelFile, found: Found) -> Part:
-    """One folder of the three; ModelError where a tensor is missing, or of another shape than the rest asks for."""
+    """One of the three subfolders; ModelError if a tensor is missing or its shape does not fit the others."""
     origins = _vae_origins(file, found) if name == "vae" else found.component(name).origins
     sources = {each: info.shape for each, info in file.tensors.items()}
     try:
         shapes = {each: origin.shape(sources) for each, origin in origins.items()}
-        rules, wanted, config = _described(name, shapes, found)
-        _check_whole(shapes, wanted)
+        rules, expected, config = _description(name, shapes, found)
+        _check_complete(shapes, expected)
     except ModelError as error:
         raise ModelError(f"{printable(str(found.path))} has no usable {name}: {error}") from None
-    return Part(name, {each: origins[each] for each in wanted}, rules, config)
+    return Part(name, {each: origins[each] for each in expected}, rules, config)
 
 
 def as_single(found: Found) -> Found:
-    """`found`, which if it is of a video folder has its `vae` as the two components that a single file has."""
+    """`found`; if it describes a video folder, with its `vae` split into the two components of a single file."""
     vae = found.components.get("vae")
     if found.family.value is not SVD or vae is None or vae.layout != "diffusers":
         return found
@@ -50,16 +50,16 @@ def as_single(found: Found) -> Found:
 
 
 def pieces(vae: Component) -> tuple[Component, Component]:
-    """A folder's `vae` as two components of a single file, `vae` and `frame_vae`, each in part."""
-    encodes = {name: origin for name, origin in vae.origins.items() if name.startswith(_ENCODES)}
-    decodes = {name: origin for name, origin in vae.origins.items() if name not in encodes}
-    return _piece(vae, _PLACES["vae"], decodes), _piece(vae, _PLACES["frame_vae"], encodes)
+    """A folder's `vae` as two components of a single file, `vae` and `frame_vae`, neither of them complete."""
+    encoder = {name: origin for name, origin in vae.origins.items() if name.startswith(_ENCODER)}
+    decoder = {name: origin for name, origin in vae.origins.items() if name not in encoder}
+    return _piece(vae, _PLACES["vae"], decoder), _piece(vae, _PLACES["frame_vae"], encoder)
 
 
-def _described(
+def _description(
     name: str, shapes: Mapping[str, Shape], found: Found
 ) -> tuple[tuple[Rule, ...], dict[str, Shape], dict[str, Any]]:
-    """(the table to diffusers' names, every tensor and shape that there must be, config.json) of a network."""
+    """(table to diffusers' names, {name: shape} of all required tensors, config.json) of a network."""
     if name == "unet":
         unet = unet_spec(shapes)
         rules = video_unet_rules([bool(depth) for depth in unet.attention_depth], unet.res_blocks)
@@ -71,13 +71,13 @@ def _described(
     return (Rename("{name*}", "{name*}"),), vision_shapes(vision), configs_video.image_encoder(vision)
 
 
-def _check_whole(shapes: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> None:
-    missing = [name for name in wanted if name not in shapes]
+def _check_complete(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    missing = [name for name in expected if name not in shapes]
     if missing:
-        raise ModelError(f"{len(missing)} of {len(wanted)} tensors are missing, the first is {missing[0]}")
-    for name, shape in wanted.items():
+        raise ModelError(f"{len(missing)} of {len(expected)} tensors are missing, the first is {missing[0]}")
+    for name, shape in expected.items():
         if shapes[name] != shape:
-            raise ModelError(f"{name} has shape {list(shapes[name])} where the others ask for {list(shape)}")
+            raise ModelError(f"{name} has shape {list(shapes[name])}, but the others require {list(shape)}")
 
 
 def _piece(vae: Component, place: Place, origins: Mapping[str, Origin]) -> Component:
@@ -85,17 +85,17 @@ def _piece(vae: Component, place: Place, origins: Mapping[str, Origin]) -> Compo
 
 
 def _vae_origins(file: ModelFile, found: Found) -> dict[str, Origin]:
-    """Where a folder's `vae` comes from, by the names of `video_vae_rules`."""
+    """The origins of a folder's `vae`, under the names of `video_vae_rules`."""
     vae = found.component("vae")
     if vae.layout == "diffusers":
         return dict(vae.origins)
     prefix = _PLACES["frame_vae"].prefix
-    # Files made of folders hold no more of that autoencoder than what encodes, and so have no whole `frame_vae`.
-    encodes = plan([Rename(f"{prefix}{each}{{rest*}}", f"{each}{{rest*}}") for each in _ENCODES], file.tensors).origins
-    if not encodes:
+    # Files made from folders hold only the encoding half of that autoencoder, so they have no complete `frame_vae`.
+    encoder = plan([Rename(f"{prefix}{each}{{rest*}}", f"{each}{{rest*}}") for each in _ENCODER], file.tensors).origins
+    if not encoder:
         raise ModelError(
-            f"{printable(str(found.path))} cannot be written as a diffusers folder: nothing stands under {prefix}, "
-            "where single files keep what encodes the first frame"
+            f"{printable(str(found.path))} cannot be written as a diffusers folder: it has no tensors under {prefix}, "
+            "where single files have the encoder of the first frame"
         )
-    decodes = {name: origin for name, origin in vae.origins.items() if name.startswith("decoder.")}
-    return {**encodes, **decodes}
+    decoder = {name: origin for name, origin in vae.origins.items() if name.startswith("decoder.")}
+    return {**encoder, **decoder}

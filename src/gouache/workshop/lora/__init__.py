@@ -1,1 +1,1 @@
-"""LoRAs made, changed and put into models. They are small, so they are held in memory; models stream through."""
+"""Extract, change and bake LoRAs. LoRAs are small and held in memory; models are streamed one tensor at a time."""

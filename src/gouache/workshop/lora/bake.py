@@ -1,4 +1,4 @@
-"""LoRAs into a model: their differences added to its weights for good."""
+"""Bake LoRAs into a model: add their differences to its weights permanently."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def bake(
     overwrite: bool = False,
     on_work: OnWork | None = None,
 ) -> dict[str, tuple[int, int]]:
-    """Write `model` with `loras` at their strengths added to its weights; {file: (modules changed, names unmatched)}.
+    """Write `model` with `loras` ((file, strength), ...) added to its weights.
 
-    Raises ModelError for a LoRA none of whose modules is in the model, or whose shapes do not fit; nothing is left.
+    Returns {LoRA file: (modules changed, unmatched names)}. Raises ModelError, and writes nothing, if no module of a
+    LoRA is in the model, or if shapes do not fit.
     """
     form = save.single_form_of(target)
     save.refuse_existing(target, overwrite)
@@ -40,13 +41,13 @@ def bake(
     adapters = [(_read(path, names, found), strength) for path, strength in loras]
     family = found.family.value
     parts = []
-    taken = set[str]()
+    used = set[str]()
     for name, part in found.components.items():
         inner = derive.arrange(base, part.origins)
-        _must_fit(inner, name, adapters)
+        _check_fit(inner, name, adapters)
         parts.append(layout.as_in(part, _patched(inner, name, adapters), family))
-        taken |= {source for origin in part.origins.values() for source in origin.sources}
-    result = derive.join(derive.keep(base, (name for name in base if name not in taken)), *parts)
+        used |= {source for origin in part.origins.values() for source in origin.sources}
+    result = derive.join(derive.keep(base, (name for name in base if name not in used)), *parts)
     result = derive.cast(result, dtype)
     baked = ", ".join(f"{path.name}:{strength:g}" for path, strength in loras)
     result = save.with_metadata(result, {**describe(found), **base.metadata, "gouache.loras": baked})
@@ -57,7 +58,7 @@ def bake(
 
 
 def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, float]]) -> ModelFile:
-    """`part`, in the network's names, with what the adapters do to it."""
+    """`part`, which has the network's names, with the adapters applied."""
 
     def read(name: str) -> Tensor:
         tensor = part.read(name)
@@ -75,8 +76,8 @@ def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, 
     return derive.make(part, part.tensors, read)
 
 
-def _must_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, float]]) -> None:
-    """ModelError for shapes that do not fit, told from the headers alone."""
+def _check_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, float]]) -> None:
+    """ModelError for shapes that do not fit, from the headers alone, before any tensor is read."""
     for adapter, _ in adapters:
         for module in adapter.tensors:
             if module[0] != component:
@@ -92,8 +93,8 @@ def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> 
     file = open_model(path)
     adapter = read_lora(file, names)
     if not adapter.tensors:
-        what = identify(file)
-        family = what.family.value
-        fits = f"it is {what.kind.value}" + (f" for {family.title}" if family is not None else "")
-        raise ModelError(f"{printable(str(path))} changes none of the modules of {found.path.name}: {fits}")
+        lora = identify(file)
+        family = lora.family.value
+        kind = lora.kind.value + (f", for {family.title}" if family is not None else "")
+        raise ModelError(f"{printable(str(path))} matches no module of {found.path.name} (kind: {kind})")
     return adapter

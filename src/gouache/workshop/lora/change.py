@@ -1,4 +1,4 @@
-"""LoRAs out of LoRAs: other ranks, several in one, other names. Whichever model they are for does not matter."""
+"""Resize, merge and rename LoRAs. All but renaming works without knowing which model they are for."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from gouache.layouts.adapters import split_names
 from gouache.layouts.modules import Module, module_names
 from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.workshop.convert import OnWork
-from gouache.workshop.lora.factors import Size, factors
-from gouache.workshop.lora.write import Factors, Made, check_target, write, write_stems
+from gouache.workshop.lora.factors import Size, factors, squared_norm
+from gouache.workshop.lora.write import CONVOLUTIONS, Factors, Made, check_target, write, write_stems
 
 
 def resize(
@@ -31,7 +31,7 @@ def resize(
     overwrite: bool = False,
     on_work: OnWork | None = None,
 ) -> Made:
-    """Write the LoRA `source` with other ranks: the strongest directions of each module. Any format goes in."""
+    """Write the LoRA `source`, of any form, with lower ranks: the strongest directions of each module."""
     return _combined([(source, 1.0)], target, size, dtype, overwrite, on_work, "resized from")
 
 
@@ -44,9 +44,9 @@ def merge(
     overwrite: bool = False,
     on_work: OnWork | None = None,
 ) -> Made:
-    """Several LoRAs as one: by concatenation, which is exact, or, given a `size`, by the SVD of their sum."""
+    """Merge several LoRAs into one: by concatenation, which is exact, or, given a `size`, by an SVD of their sum."""
     if len(loras) < 2:
-        raise RequestError("loras", "name at least two to merge")
+        raise RequestError("loras", "name at least two LoRAs to merge")
     if size is not None:
         return _combined(loras, target, size, dtype, overwrite, on_work, "merged by SVD from")
     check_target(target, dtype, "kohya", overwrite)
@@ -55,7 +55,7 @@ def merge(
     for file, (path, strength) in zip(files, loras):
         for stem, parts in _by_stem(file).items():
             if not {"lora_up.weight", "lora_down.weight"} <= parts.keys() or "lora_mid.weight" in parts:
-                raise ModelError(f"{path}: {printable(stem)} is no plain LoRA; give a rank to merge it by SVD")
+                raise ModelError(f"{path}: {printable(stem)} is not a plain LoRA; give --rank to merge it by SVD")
             up, down = parts["lora_up.weight"], parts["lora_down.weight"]
             alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
             scale = strength * (alpha / down.shape[0] if alpha else 1.0)
@@ -64,9 +64,9 @@ def merge(
     for stem, pairs in stacked.items():
         shapes = {(up.shape[0], *down.shape[1:]) for up, down in pairs}
         if len(shapes) > 1:
-            raise ModelError(f"{printable(stem)} has two shapes in these files: they are for different models")
+            raise ModelError(f"{printable(stem)} has different shapes in these files: they are for different models")
         parts[stem] = (torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]))
-    return write_stems(parts, files[0].metadata, target, dtype, f"merged from {_named(loras)}", 1.0)
+    return write_stems(parts, files[0].metadata, target, dtype, f"merged from {_listed(loras)}", 1.0)
 
 
 def _combined(
@@ -76,50 +76,61 @@ def _combined(
     dtype: str,
     overwrite: bool,
     on_work: OnWork | None,
-    how: str,
+    origin: str,
 ) -> Made:
-    """The sum of LoRAs of any form, module by module, factored anew."""
+    """The sum of LoRAs of any form, factored module by module. `origin` is the first part of the file's comment."""
     check_target(target, dtype, "kohya", overwrite)
     files = [open_model(path) for path, _ in loras]
-    stems = [_by_stem_names(file) for file in files]
-    every = sorted({stem for named in stems for stem in named})
+    stems = [_names_by_stem(file) for file in files]
+    every = sorted({stem for names in stems for stem in names})
     if not every:
-        raise ModelError(f"{loras[0][0]} is no LoRA: none of its names is one of a LoRA's")
+        raise ModelError(f"{loras[0][0]} is not a LoRA: it has no tensor named like one of a LoRA")
     parts: dict[str, Factors] = {}
     held = total = 0.0
+    skipped = 0
     for number, stem in enumerate(every):
         delta: Tensor | None = None
-        for file, named, (path, strength) in zip(files, stems, loras):
-            if stem not in named:
+        for file, names, (path, strength) in zip(files, stems, loras):
+            if stem not in names:
                 continue
-            patch = Patch({part: file.tensor(name).float() for part, name in named[stem].items()})
-            own = strength * _whole(patch, path, stem)
+            patch = Patch({part: file.tensor(name).float() for part, name in names[stem].items()})
+            own = strength * _delta(patch, path, stem)
             if delta is not None and delta.shape != own.shape:
-                raise ModelError(f"{printable(stem)} has two shapes in these files: they are for different models")
+                raise ModelError(
+                    f"{printable(stem)} has different shapes in these files: they are for different models"
+                )
             delta = own if delta is None else delta + own
         assert delta is not None
         rank = size.of(delta)
         if rank and bool(delta.any()):
-            up, down, some, all_of_it = factors(delta, rank, size)
+            up, down, module_held, module_total = factors(delta, rank, size)
             parts[stem] = (up, down)
-            held, total = held + some, total + all_of_it
+            held, total = held + module_held, total + module_total
+        elif bool(delta.any()):
+            skipped += 1
+            total += squared_norm(delta)
         if on_work is not None:
             on_work("factoring", number + 1, len(every))
     share = held / total if total else 1.0
-    return write_stems(parts, files[0].metadata, target, dtype, f"{how} {_named(loras)}", share)
+    left_out = {CONVOLUTIONS: skipped} if skipped else {}
+    return write_stems(parts, files[0].metadata, target, dtype, f"{origin} {_listed(loras)}", share, left_out)
 
 
-def _whole(patch: Patch, path: Path, stem: str) -> Tensor:
-    """The difference that a patch makes, where its weight is not at hand."""
+def _delta(patch: Patch, path: Path, stem: str) -> Tensor:
+    """The difference that a patch adds to its weight, computed without that weight."""
     if {"dora_scale", "dora_rows"} & set(patch.parts):
-        raise ModelError(f"{path}: {printable(stem)} is a DoRA, which is no difference by itself; bake it into a model")
+        raise ModelError(
+            f"{path}: {printable(stem)} is a DoRA, whose difference depends on the model's weights; bake it into a "
+            "model instead"
+        )
     delta = patch.delta()
     if delta is None and patch.form is not None:
         raise ModelError(
-            f"{path}: {printable(stem)} is {patch.form}, which is no difference by itself; bake it into a model"
+            f"{path}: {printable(stem)} is {patch.form}, whose difference depends on the model's weights; bake it into "
+            "a model instead"
         )
     if delta is None:
-        raise ModelError(f"{path}: {printable(stem)} changes a bias, which no LoRA can")
+        raise ModelError(f"{path}: {printable(stem)} changes a bias, which a LoRA cannot do")
     return delta
 
 
@@ -132,29 +143,33 @@ def rename(
     dtype: str | None = None,
     overwrite: bool = False,
 ) -> Made:
-    """The LoRA `source` under kohya's or PEFT's names. `family` says for which models, where the file does not."""
+    """Write the LoRA `source` under kohya's or PEFT's names. `family` overrides the model family that is detected."""
     check_target(target, dtype or "fp16", naming, overwrite)
     file = open_model(source)
     found = identify(file, family=family)
     line = found.family.value
     if line is None:
-        raise ModelError(f"{source}: for which models it is cannot be told ({found.family.evidence}); say --family")
+        raise ModelError(f"{source}: model family {found.family.evidence}; give --family")
     specs = {place.component: place.spec for place in line.places if isinstance(place.spec, UNetSpec | TextSpec)}
     adapter = read_lora(file, module_names(specs))
-    if not adapter.tensors or adapter.unmatched:
-        odd = next(iter(adapter.unmatched), "none of its names")
-        raise ModelError(f"{source}: {printable(odd)} is no module of {line.title} that could be renamed")
+    if not adapter.tensors:
+        raise ModelError(f"{source} cannot be renamed: none of its names is a module of {line.title}")
+    if adapter.unmatched:
+        name = next(iter(adapter.unmatched))
+        raise ModelError(f"{source} cannot be renamed: {printable(name)} is not a module of {line.title}")
     parts: dict[Module, Factors] = {}
-    for module, named in adapter.tensors.items():
+    for module, tensors in adapter.tensors.items():
         pair = adapter.patch(module).factors
-        if pair is None or not named.keys() <= {"lora_up.weight", "lora_down.weight", "alpha"}:
-            raise ModelError(f"{source}: {'.'.join(module)} is no plain LoRA; PEFT and kohya share that form alone")
+        if pair is None or not tensors.keys() <= {"lora_up.weight", "lora_down.weight", "alpha"}:
+            raise ModelError(
+                f"{source}: {'.'.join(module)} is not a plain LoRA, the only form that kohya and PEFT have in common"
+            )
         parts[module] = pair
     return write(parts, specs, found, target, dtype or "fp16", naming, dict(file.metadata), 1.0, {})
 
 
-def _by_stem_names(file: ModelFile) -> dict[str, dict[str, str]]:
-    """{what stands before the suffix: {part: name}}, whichever model the names are for."""
+def _names_by_stem(file: ModelFile) -> dict[str, dict[str, str]]:
+    """{name without its suffix: {part: full name}}, for a LoRA of any model."""
     found: dict[str, dict[str, str]] = {}
     for name, (stem, suffix) in split_names(file).items():
         part = suffix.lstrip("._")
@@ -165,9 +180,9 @@ def _by_stem_names(file: ModelFile) -> dict[str, dict[str, str]]:
 def _by_stem(file: ModelFile) -> dict[str, dict[str, Tensor]]:
     return {
         stem: {part: file.tensor(name).float() for part, name in parts.items()}
-        for stem, parts in _by_stem_names(file).items()
+        for stem, parts in _names_by_stem(file).items()
     }
 
 
-def _named(loras: Sequence[tuple[Path, float]]) -> str:
+def _listed(loras: Sequence[tuple[Path, float]]) -> str:
     return ", ".join(path.stem if strength == 1 else f"{path.stem}:{strength:g}" for path, strength in loras)

@@ -1,4 +1,4 @@
-"""A difference of weights as two thin factors: the strongest directions of its singular value decomposition."""
+"""Factor a difference of weights into a LoRA's up and down matrices by a truncated singular value decomposition."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from torch import Tensor
 
 from gouache.errors import RequestError
 
-_SPARE = 16  # more directions than are asked for make a randomized SVD exact for all but the last of them
+_OVERSAMPLING = 16  # extra directions, which make a randomized SVD exact for nearly all of those requested
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many directions of a module's difference are kept.
+    """How many directions (singular vectors) of a module's difference are kept.
 
-    `rank`: at most so many; `conv_rank` for convolutions of more than one pixel, 0 to leave these out. `energy`: as
-    few as hold this share of the squared difference. `ratio`: those whose strength is at least the largest over this.
+    `rank`: the maximum; `conv_rank`: the maximum for convolutions larger than 1x1, 0 to leave these out. `energy`: only
+    as many as hold this share of the squared difference. `ratio`: only those whose singular value is at least the
+    largest divided by this.
     """
 
     rank: int = 64
@@ -27,19 +28,23 @@ class Size:
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.conv_rank < 0:
-            raise RequestError("rank", f"{self.rank} and {self.conv_rank} for convolutions: ranks count from 1")
+            raise RequestError(
+                "rank", f"got rank {self.rank} and conv rank {self.conv_rank}; expected at least 1 and at least 0"
+            )
         if self.energy is not None and not 0 < self.energy <= 1:
-            raise RequestError("energy", f"{self.energy:g} is no share; it takes numbers above 0, up to 1")
+            raise RequestError("energy", f"got {self.energy:g}; expected a number above 0, at most 1")
         if self.ratio is not None and self.ratio < 1:
-            raise RequestError("ratio", f"{self.ratio:g} would keep nothing; it takes numbers from 1")
+            raise RequestError(
+                "ratio", f"got {self.ratio:g}, which would keep nothing; expected a number of at least 1"
+            )
 
     def of(self, module: Tensor) -> int:
-        """The most for a difference of this shape; 0 for none."""
-        wide = module.ndim == 4 and tuple(module.shape[2:]) != (1, 1)
-        return min(self.conv_rank if wide else self.rank, *module.flatten(1).shape)
+        """The maximum rank for a difference of this shape; 0 if it is left out."""
+        spatial = module.ndim == 4 and tuple(module.shape[2:]) != (1, 1)
+        return min(self.conv_rank if spatial else self.rank, *module.flatten(1).shape)
 
     def cut(self, values: Tensor, total: float) -> int:
-        """How many of the singular values, largest first, of a difference whose squares add up to `total`."""
+        """How many of the singular `values`, largest first, to keep; `total` is the squared norm of the difference."""
         count = len(values)
         if self.energy is not None:
             held = values.double().pow(2).cumsum(0) / max(total, 1e-300)
@@ -49,15 +54,21 @@ class Size:
         return max(1, count)
 
 
-def factors(delta: Tensor, rank: int, size: Size) -> tuple[Tensor, Tensor, float, float]:
-    """(up (out, r), down (r, in, ...), squares held, squares in all) of a difference, r at most `rank`.
+def squared_norm(delta: Tensor) -> float:
+    """The sum of the squares of all elements, in float64."""
+    return float(delta.double().pow(2).sum())
 
-    By randomized SVD (Halko et al. 2011) where that is less work than the whole; both factors get half the strength.
+
+def factors(delta: Tensor, rank: int, size: Size) -> tuple[Tensor, Tensor, float, float]:
+    """(up (out, r), down (r, in, ...), squared norm of their product, squared norm of `delta`), r at most `rank`.
+
+    Uses a randomized SVD (Halko et al. 2011) where that is less work than a full one. Each factor contains the square
+    roots of the singular values.
     """
     matrix = delta.flatten(1)
-    total = float(matrix.double().pow(2).sum())
-    if 4 * (rank + _SPARE) < min(matrix.shape):
-        basis = _range(matrix, rank + _SPARE)
+    total = squared_norm(matrix)
+    if 4 * (rank + _OVERSAMPLING) < min(matrix.shape):
+        basis = _range(matrix, rank + _OVERSAMPLING)
         u, s, v = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
         u = basis @ u
     else:
@@ -69,7 +80,7 @@ def factors(delta: Tensor, rank: int, size: Size) -> tuple[Tensor, Tensor, float
 
 
 def _range(matrix: Tensor, count: int, rounds: int = 4) -> Tensor:
-    """An orthonormal basis (rows, count) of the strongest directions, sharpened by power iteration."""
+    """An orthonormal basis (rows, count) of the strongest directions, refined by power iteration."""
     start = torch.randn(matrix.shape[1], count, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(rounds):

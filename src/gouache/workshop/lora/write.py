@@ -1,4 +1,4 @@
-"""LoRAs as files: under kohya's names or PEFT's, with what readers look for in their headers."""
+"""Write LoRA files under kohya's or PEFT's names, with the metadata that other programs read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from gouache.workshop.modelspec import ARCHITECTURES
 
 Specs = Mapping[str, UNetSpec | TextSpec]
 Factors = tuple[Tensor, Tensor]
-"""(up (out, r), down (r, in, ...)): the difference is their product."""
+"""(up (out, r), down (r, in, ...)); their product is the difference."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMINGS = ("kohya", "peft")
 
+# The keys of `Made.left_out`.
+CONVOLUTIONS = "convolutions with conv_rank 0"
+UNPAIRED = "not in the base model in the same shape"
+UNCHANGED = "unchanged"
+
 
 @dataclass(frozen=True)
 class Made:
-    """A LoRA that was written: its modules, the smallest and largest rank, the share of the difference it holds."""
+    """A LoRA that was written: its number of modules, smallest and largest rank, the share `held` of the squared
+    difference, and the number of weights `left_out` by reason."""
 
     modules: int
     ranks: tuple[int, int]
@@ -42,7 +48,7 @@ def specs_of(found: Found) -> dict[str, UNetSpec | TextSpec]:
 
 def check_target(target: Path, dtype: str, naming: str, overwrite: bool) -> None:
     if target.suffix.lower() != ".safetensors":
-        raise RequestError("out", f"{target} does not end in .safetensors, which is what LoRAs are written as")
+        raise RequestError("out", f"{target} does not end in .safetensors, the only format LoRAs are written in")
     if dtype not in DTYPES:
         raise RequestError("dtype", f"{dtype!r} is not known; use {', '.join(DTYPES)}")
     if naming not in NAMINGS:
@@ -57,19 +63,20 @@ def write(
     target: Path,
     dtype: str,
     naming: str,
-    said: Mapping[str, str],
+    metadata: Mapping[str, str],
     held: float,
     left_out: Mapping[str, int],
 ) -> Made:
+    """Write `parts` as `target` under the names of `naming`, with `metadata` added to the model's description."""
     family = found.family.value
     original = family is not None and family.name.startswith("sdxl")
 
     names = kohya_names(specs, original) if naming == "kohya" else peft_names(specs)
-    more = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": target.stem}
+    description = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": target.stem}
     if family is not None and family.name in ARCHITECTURES:
-        more["modelspec.architecture"] = f"{ARCHITECTURES[family.name]}/lora"
+        description["modelspec.architecture"] = f"{ARCHITECTURES[family.name]}/lora"
     named = {names[module]: pair for module, pair in parts.items()}
-    return write_stems(named, {**more, **said}, target, dtype, None, held, left_out)
+    return write_stems(named, {**description, **metadata}, target, dtype, None, held, left_out)
 
 
 def write_stems(
@@ -81,29 +88,30 @@ def write_stems(
     held: float,
     left_out: Mapping[str, int] | None = None,
 ) -> Made:
-    """(up, down) by the name of each module; a name with dots in it is PEFT's, and has PEFT's endings."""
-    kind = DTYPES[dtype]
+    """Write `parts`, {module name: (up, down)}. Names that contain dots are PEFT's and get PEFT's suffixes."""
+    torch_dtype = DTYPES[dtype]
     tensors: dict[str, Tensor] = {}
     ranks = []
     for stem, (up, down) in parts.items():
         rank = down.shape[0]
         up = up.reshape(up.shape[0], rank, *[1] * (down.ndim - 2))
-        if not (torch.isfinite(up.to(kind)).all() and torch.isfinite(down.to(kind)).all()):
-            raise ModelError(f"{printable(stem)} comes out too large for {dtype}; use bf16 or fp32")
+        up, down = up.to(torch_dtype), down.to(torch_dtype)
+        if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+            raise ModelError(f"{printable(stem)} has values too large for {dtype}; use bf16 or fp32")
         if "." in stem:
-            tensors |= {f"{stem}.lora_A.weight": down.to(kind), f"{stem}.lora_B.weight": up.to(kind)}
+            tensors |= {f"{stem}.lora_A.weight": down, f"{stem}.lora_B.weight": up}
         else:
-            tensors |= {f"{stem}.lora_down.weight": down.to(kind), f"{stem}.lora_up.weight": up.to(kind)}
-            tensors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=kind)
+            tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
+            tensors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=torch_dtype)
         ranks.append(rank)
-    # What described the file before does not describe it now.
+    # Hashes, rank and alpha of the source file do not apply to the new one.
     stale = ("sshs_", "modelspec.hash", "ss_network_dim", "ss_network_alpha")
-    said = {key: value for key, value in metadata.items() if not key.startswith(stale)}
+    kept = {key: value for key, value in metadata.items() if not key.startswith(stale)}
     if not any("." in stem for stem in parts):
-        said |= {"ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks)),
+        kept |= {"ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks)),
                  "ss_network_alpha": str(float(max(ranks)))}  # fmt: skip
     if comment is not None:
-        said["ss_training_comment"] = comment
-    write_safetensors(target, {name: tensor.contiguous() for name, tensor in tensors.items()}, said)
+        kept["ss_training_comment"] = comment
+    write_safetensors(target, {name: tensor.contiguous() for name, tensor in tensors.items()}, kept)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return Made(len(parts), (min(ranks), max(ranks)), held, nbytes, dict(left_out or {}))
