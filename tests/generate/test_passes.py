@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def test_a_refiner_runs_the_last_steps(narrow: Narrows, models: Callable[[str], 
     picture = paint(models("sdxl"), refiner=str(path), refiner_at=0.5)
 
     torch.testing.assert_close(picture.latent, expected, atol=2e-3, rtol=0)
-    assert "Refiner: refiner, Refiner switch at: 0.5" in picture.parameters
+    assert re.search(r"Refiner: refiner \[[0-9a-f]{10}\], Refiner switch at: 0.5", picture.parameters)
     assert picture.recipe["refiner"]["name"] == "refiner"
     assert torch.equal(paint(models("sdxl"), refiner=str(path), refiner_at=1.0).latent, paint(models("sdxl")).latent)
 

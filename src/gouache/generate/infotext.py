@@ -32,7 +32,7 @@ def write(
 ) -> str:
     """`request`, with its size, for the picture of `seed`. `more` follows the usual fields: model, hash, version.
 
-    `hires_sampler` None: there was no hires pass; `refiner`: the model that took over, if one did.
+    `hires_sampler` None: there was no hires pass; `refiner`: the model that took over, if one did, with its short hash.
     """
     assert request.size is not None
     fields: dict[str, object] = {

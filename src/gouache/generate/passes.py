@@ -182,7 +182,7 @@ def _refined(whole: Pass, request: Request, prompts: Prompts, load: Callable[[],
 
 
 def _guides(model: Model, request: Request, prompts: Prompts, source: Source) -> Callable[[int], Guides]:
-    if model.variant == "instruct-pix2pix" and (len(prompts.positive) > 1 or prompts.positive[0][0] != 1):
+    if model.variant == "instruct-pix2pix" and [weight for weight, _ in prompts.positive] != [1]:
         raise RequestError("prompt", "AND and weights of whole prompts do not work with an instruct-pix2pix model")
     return encode_prompts(
         model,

@@ -246,8 +246,14 @@ def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple
         first.schedule,
         more,
         hires_sampler=hires.sampler.name if hires is not None else None,
-        refiner=refiner.file.path.stem if refiner is not None else None,
+        refiner=_title(refiner, hash_of) if refiner is not None else None,
     )
+
+
+def _title(model: Model, hash_of: HashOf) -> str:
+    """A1111's short title: "name [0123456789]"."""
+    sha256 = hash_of(model)
+    return f"{model.file.path.stem} [{sha256[:10]}]" if sha256 else model.file.path.stem
 
 
 def _model(model: Model, sha256: str | None) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gouache.adapters.read import Adapter, read_lora
+from gouache.adapters.read import AdapterFile, read_lora
 from gouache.errors import ModelError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
@@ -57,7 +57,7 @@ def bake(
     }
 
 
-def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, float]]) -> ModelFile:
+def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[AdapterFile, float]]) -> ModelFile:
     """`part`, which has the network's names, with the adapters applied."""
 
     def read(name: str) -> Tensor:
@@ -76,7 +76,7 @@ def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, 
     return derive.make(part, part.tensors, read)
 
 
-def _check_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter, float]]) -> None:
+def _check_fit(part: ModelFile, component: str, adapters: Sequence[tuple[AdapterFile, float]]) -> None:
     """ModelError for shapes that do not fit, from the headers alone, before any tensor is read."""
     for adapter, _ in adapters:
         for module in adapter.tensors:
@@ -85,11 +85,11 @@ def _check_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter
             shapes = {
                 leaf: part.tensors[name].shape for leaf in ("weight", "bias") if (name := f"{module[1]}.{leaf}") in part
             }
-            if why := adapter.misfit(module, shapes):
+            if why := adapter.mismatch(module, shapes):
                 raise ModelError(f"{adapter.file.path} does not fit {component} {module[1]}: {why}")
 
 
-def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> Adapter:
+def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> AdapterFile:
     file = open_model(path)
     adapter = read_lora(file, names)
     if not adapter.tensors:
