@@ -5,7 +5,7 @@
     for picture in model.paint("a cat", steps=20, seed=7):
         picture.save("cat.png")
 
-This module is the public face. It imports nothing until a name is asked for, so that `import gouache` costs nothing.
+These are the public names. Nothing is imported until a name is used, so `import gouache` costs nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +15,27 @@ from typing import TYPE_CHECKING, Any
 from gouache.version import __version__
 
 if TYPE_CHECKING:
-    from gouache.face import Attached, GouacheError, Model, Picture, Request, Strength, identify, load, open_model
+    from gouache.face import (
+        Attached,
+        Conditioning,
+        GouacheError,
+        Model,
+        Noise,
+        Picture,
+        Request,
+        Strength,
+        cfg,
+        identify,
+        load,
+        open_model,
+        sampler,
+        sigmas,
+        to_pictures,
+    )
 
 __all__ = [
-    "Attached", "GouacheError", "Model", "Picture", "Request", "Strength", "__version__", "identify", "load",
-    "open_model",
+    "Attached", "Conditioning", "GouacheError", "Model", "Noise", "Picture", "Request", "Strength", "__version__", "cfg",
+    "identify", "load", "open_model", "sampler", "sigmas", "to_pictures",
 ]  # fmt: skip
 
 

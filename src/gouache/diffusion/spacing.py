@@ -101,6 +101,11 @@ SPACINGS = (
 )
 
 
+def sigmas(schedule: Schedule, steps: int, name: str = "Karras") -> Tensor:
+    """The (steps + 1,) noise levels of a run, by the name of their spacing. Raises RequestError."""
+    return by_name(name).function(schedule, steps)
+
+
 def by_name(name: str) -> Spacing:
     """The spacing called `name`, ignoring case, spaces and underscores. Raises RequestError, also for "Automatic"."""
     for spacing in SPACINGS:

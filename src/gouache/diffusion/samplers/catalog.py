@@ -133,6 +133,11 @@ def find(name: str, schedule: str | None = None) -> tuple[SamplerInfo, str]:
     raise RequestError("sampler", f"{name!r} is not known; {suggestion(name, [info.name for info in SAMPLERS])}")
 
 
+def sampler(name: str) -> Sampler:
+    """The function of the sampler called `name`: (denoise, x, sigmas, *, noise, on_step) -> x. Raises RequestError."""
+    return find(name)[0].function
+
+
 def plan(info: SamplerInfo, spacing: str, schedule: Schedule, steps: int) -> Tensor:
     """The sigmas (steps + 1,) of a run: float32 on the CPU, decreasing to 0, or with `ends_at_lowest` to sigma_min.
 
