@@ -161,20 +161,20 @@ def test_an_interrupt_while_attaching_restores_the_weights(model: Model, tmp_pat
 
 
 def test_an_interrupt_while_detaching_still_detaches(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from gouache.adapters.live import Live
+    from gouache.adapters.live import LivePatch
 
     path = save_kohya(tmp_path / "x.safetensors", model, factors(model))
     plain = seen(model)
     on = model.attach(path, how="live")
-    real_remove, remaining = Live.remove, [4]
+    real_remove, remaining = LivePatch.remove, [4]
 
-    def remove(self: Live) -> None:
+    def remove(self: LivePatch) -> None:
         remaining[0] -= 1
         if remaining[0] == 0:
             raise KeyboardInterrupt
         real_remove(self)
 
-    monkeypatch.setattr(Live, "remove", remove)
+    monkeypatch.setattr(LivePatch, "remove", remove)
     with pytest.raises(KeyboardInterrupt):
         on.detach()
 

@@ -113,7 +113,7 @@ def test_the_name_in_a_prompt_is_replaced_by_the_vectors(model: Model, narrow: C
 
     on = model.attach(tmp_path / "zorblax.safetensors")
 
-    assert (on.kind, on.matched, on.words) == ("embedding", 3, ("zorblax",))
+    assert (on.kind, on.matched, tuple(on.embeddings)) == ("embedding", 3, ("zorblax",))
     ours = model.encode_prompts(["a photo of zorblax, at night"]).context
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     for text in ("a photo of ZORBLAX, at night", "a photo of embedding:zorblax, at night"):
@@ -163,7 +163,7 @@ def test_a_wrong_width_is_reported_in_one_line(model: Model, width: int, family:
     with pytest.raises(ModelError) as refused:
         model.attach(tmp_path / "wide.pt")
 
-    assert "64 wide" in str(refused.value) and family in str(refused.value) and "\n" not in str(refused.value)
+    assert "width 64" in str(refused.value) and family in str(refused.value) and "\n" not in str(refused.value)
     assert not model.embeddings
 
 
@@ -195,5 +195,5 @@ def test_sdxl_embeddings_reach_both_encoders(narrow: Callable[[str], Narrow], tm
         torch.testing.assert_close(part, encoder(tokens, embedded).layers[-2])
     on.detach()
     save_file({"clip_l": both["clip_l"]}, tmp_path / "half.safetensors")
-    with pytest.raises(ModelError, match="64 wide, and this model reads prompts as vectors 64 and 128 wide"):
+    with pytest.raises(ModelError, match="vectors of width 64, but this model's text encoders have width 64 and 128"):
         xl.attach(tmp_path / "half.safetensors")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gouache.adapters.attach import Adapters
-from gouache.adapters.embedding import must_fit, vectors_of
+from gouache.adapters.embedding import check_widths, vectors_of
 from gouache.adapters.hypernetwork import read_hypernetwork
 from gouache.adapters.read import read_lora
 from gouache.families.catalog import FAMILIES
@@ -28,11 +28,11 @@ def networks(family_name: str) -> dict[str, nn.Module]:
     family = next(family for family in FAMILIES if family.name == family_name)
     built: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        for place in family.places:
-            if isinstance(place.spec, UNetSpec):
-                built[place.component] = UNet(place.spec)
-            elif isinstance(place.spec, TextSpec):
-                built[place.component] = ClipText(place.spec)
+        for location in family.places:
+            if isinstance(location.spec, UNetSpec):
+                built[location.component] = UNet(location.spec)
+            elif isinstance(location.spec, TextSpec):
+                built[location.component] = ClipText(location.spec)
     return built
 
 
@@ -91,4 +91,4 @@ def test_official_embeddings_fit_their_families(family_name: str, tmp_path: Path
     file = open_model(tmp_path / "x.safetensors")
     texts = {name: part.spec.width for name, part in networks(family_name).items() if isinstance(part, ClipText)}
 
-    must_fit(file, vectors_of(file), texts)
+    check_widths(file, vectors_of(file), texts)

@@ -29,13 +29,13 @@ def shared_randomness(source: str) -> Iterator[str]:
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
             continue
         owner, name = ast.unparse(node.func.value), node.func.attr
-        given = any(keyword.arg == "generator" for keyword in node.keywords)
+        has_generator = any(keyword.arg == "generator" for keyword in node.keywords)
         on_torch = owner in ("torch", "torch.cuda", "torch.random", "torch.nn.init", "nn.init", "init")
         on_numpy = owner in ("np.random", "numpy.random")
         shared = (
-            (on_torch and name in SAMPLING and not given)
-            or (name in SAMPLING_LIKE and not given)
-            or (name in SAMPLING_IN_PLACE and not given)
+            (on_torch and name in SAMPLING and not has_generator)
+            or (name in SAMPLING_LIKE and not has_generator)
+            or (name in SAMPLING_IN_PLACE and not has_generator)
             or (on_torch and name in GLOBAL_SEEDING)
             or (on_numpy and name not in NUMPY_GENERATORS)
             or (on_numpy and name == "default_rng" and not node.args)
