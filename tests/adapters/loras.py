@@ -1,4 +1,4 @@
-"""LoRAs of random weights for a model, under kohya's or PEFT's names; written without our own writer."""
+"""LoRAs with random weights for a model, with kohya's or PEFT's names, written independently of Gouache's writer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gouache.layouts.modules import Module, kohya_names, peft_names
 
 
 def attention(module: Module) -> bool:
-    """Whether a trainer's usual choice takes this module: attention and feed-forward layers."""
+    """Whether trainers train this module by default: attention and feed-forward layers."""
     path = module[1]
     return any(part in path for part in (".attn1.", ".attn2.", ".ff.", ".self_attn.", ".mlp."))
 
@@ -22,8 +22,8 @@ def attention(module: Module) -> bool:
 def factors(model: Model, rank: int = 4, size: float = 0.2, seed: int = 0, convolutions: bool = False) -> dict[
     Module, tuple[Tensor, Tensor]
 ]:  # fmt: skip
-    """{module: (up, down)} for every layer that is usually trained, and all convolutions if asked."""
-    chance = torch.Generator().manual_seed(seed)
+    """{module: (up, down)} for the layers trained by default, and optionally for all convolutions."""
+    generator = torch.Generator().manual_seed(seed)
     found = {}
     for component, network in {"unet": model.unet, **model.text_encoders}.items():
         for path, layer in network.named_modules():
@@ -35,7 +35,7 @@ def factors(model: Model, rank: int = 4, size: float = 0.2, seed: int = 0, convo
             else:
                 continue
             found[module] = tuple(
-                size * torch.randn(shape, generator=chance) / max(1, shape[1]) ** 0.5 for shape in (up, down)
+                size * torch.randn(shape, generator=generator) / max(1, shape[1]) ** 0.5 for shape in (up, down)
             )
     return found
 
@@ -64,6 +64,6 @@ def save_peft(path: Path, model: Model, parts: Mapping[Module, tuple[Tensor, Ten
 
 
 def delta(pair: tuple[Tensor, Tensor], scale: float) -> Tensor:
-    """up down in float64."""
+    """scale * up @ down in float64, shaped like the weight."""
     up, down = (part.double() for part in pair)
     return scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])

@@ -1,4 +1,4 @@
-"""Embeddings in every form that exists, read, and put where their name stands."""
+"""Embeddings in every known format: reading, and use in prompts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.files.test_picture_file import in_pixels, with_chunk
 from tests.pipelines import Narrow
 
 
-def some(count: int, width: int = 64, seed: int = 0) -> Tensor:
+def random_vectors(count: int, width: int = 64, seed: int = 0) -> Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
@@ -33,20 +33,20 @@ def a1111(vectors: Tensor) -> dict[str, object]:
 
 
 def in_picture(path: Path, vectors: Tensor) -> None:
-    told = json.dumps({**a1111(vectors), "string_to_param": {"*": {"TORCHTENSOR": vectors.tolist()}}}).encode()
+    text = json.dumps({**a1111(vectors), "string_to_param": {"*": {"TORCHTENSOR": vectors.tolist()}}}).encode()
     if path.suffix == ".png":
-        with_chunk(path, base64.b64encode(told).decode())
+        with_chunk(path, base64.b64encode(text).decode())
     else:
-        image: Image.Image = in_pixels(zlib.compress(told, 9))
+        image: Image.Image = in_pixels(zlib.compress(text, 9))
         image.save(path, "WEBP", lossless=True)
 
 
 def parameters(vectors: Tensor) -> dict[str, object]:
-    """As the first textual inversion saved them: a ParameterDict, vectors among the tokens too."""
+    """The format of the original textual inversion code: a ParameterDict, and tokens as tensors."""
     return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": torch.nn.ParameterDict({"*": vectors})}
 
 
-FORMS: dict[str, Callable[[Path, Tensor], None]] = {
+FORMATS: dict[str, Callable[[Path, Tensor], None]] = {
     "a.pt": lambda path, vectors: torch.save(a1111(vectors), path),
     "first.pt": lambda path, vectors: torch.save(parameters(vectors), path),
     "learned_embeds.bin": lambda path, vectors: torch.save({"<fox>": vectors}, path),
@@ -57,24 +57,24 @@ FORMS: dict[str, Callable[[Path, Tensor], None]] = {
 }
 
 
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_gives_its_vectors(name: str, tmp_path: Path):
-    vectors = some(3, 768)
-    FORMS[name](tmp_path / name, vectors)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_its_vectors(name: str, tmp_path: Path):
+    vectors = random_vectors(3, 768)
+    FORMATS[name](tmp_path / name, vectors)
 
     read = vectors_of(open_model(tmp_path / name))
 
     assert set(read) == {"text_encoder"} and torch.equal(read["text_encoder"], vectors)
 
 
-def test_one_vector_may_lack_its_dimension(tmp_path: Path):
-    torch.save({"<fox>": some(1, 768)[0]}, tmp_path / "one.bin")
+def test_a_single_vector_may_be_one_dimensional(tmp_path: Path):
+    torch.save({"<fox>": random_vectors(1, 768)[0]}, tmp_path / "one.bin")
 
     assert vectors_of(open_model(tmp_path / "one.bin"))["text_encoder"].shape == (1, 768)
 
 
 def test_sdxl_has_vectors_for_both_encoders(tmp_path: Path):
-    save_file({"clip_l": some(2, 768), "clip_g": some(2, 1280)}, tmp_path / "xl.safetensors")
+    save_file({"clip_l": random_vectors(2, 768), "clip_g": random_vectors(2, 1280)}, tmp_path / "xl.safetensors")
 
     read = vectors_of(open_model(tmp_path / "xl.safetensors"))
 
@@ -83,16 +83,17 @@ def test_sdxl_has_vectors_for_both_encoders(tmp_path: Path):
     }  # fmt: skip
 
 
-def test_those_packed_into_a_lora(tmp_path: Path):
-    tensors = {"bundle_emb.fox.clip_l": some(2, 768), "bundle_emb.fox.clip_g": some(2, 1280)}
-    tensors |= {"bundle_emb.cat.string_to_param.*": some(1, 768, 1), "lora_unet_x.lora_up.weight": torch.zeros(4, 2)}
+def test_embeddings_bundled_in_a_lora(tmp_path: Path):
+    tensors = {"bundle_emb.fox.clip_l": random_vectors(2, 768), "bundle_emb.fox.clip_g": random_vectors(2, 1280)}
+    tensors["bundle_emb.cat.string_to_param.*"] = random_vectors(1, 768, 1)
+    tensors["lora_unet_x.lora_up.weight"] = torch.zeros(4, 2)
     save_file(tensors, tmp_path / "lora.safetensors")
     file = open_model(tmp_path / "lora.safetensors")
 
     found = {name: bundled_vectors(file, names) for name, names in bundled(file).items()}
 
     assert set(found) == {"fox", "cat"} and set(found["fox"]) == {"text_encoder", "text_encoder_2"}
-    assert torch.equal(found["cat"]["text_encoder"], some(1, 768, 1))
+    assert torch.equal(found["cat"]["text_encoder"], random_vectors(1, 768, 1))
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +101,9 @@ def model(narrow: Callable[[str], Narrow]) -> Model:
     return gouache.load(narrow("sd1").file, device="cpu", dtype="fp32")
 
 
-def test_its_vectors_stand_where_its_name_stands(model: Model, narrow: Callable[[str], Narrow], tmp_path: Path):
-    """Against diffusers, which puts the vectors into the encoder's table under new tokens."""
-    vectors = some(3, 64)
+def test_the_name_in_a_prompt_is_replaced_by_the_vectors(model: Model, narrow: Callable[[str], Narrow], tmp_path: Path):
+    """Compared with diffusers, which adds the vectors to the encoder's embedding table under new tokens."""
+    vectors = random_vectors(3, 64)
     save_file({"emb_params": vectors}, tmp_path / "zorblax.safetensors")
     import copy
 
@@ -113,22 +114,22 @@ def test_its_vectors_stand_where_its_name_stands(model: Model, narrow: Callable[
     on = model.attach(tmp_path / "zorblax.safetensors")
 
     assert (on.kind, on.matched, tuple(on.embeddings)) == ("embedding", 3, ("zorblax",))
-    mine = model.encode_prompts(["a photo of zorblax, at night"]).context
-    torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    ours = model.encode_prompts(["a photo of zorblax, at night"]).context
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
     for text in ("a photo of ZORBLAX, at night", "a photo of embedding:zorblax, at night"):
-        assert torch.equal(model.encode_prompts([text]).context, mine)
+        assert torch.equal(model.encode_prompts([text]).context, ours)
     on.detach()
-    assert not torch.equal(model.encode_prompts(["a photo of zorblax, at night"]).context, mine)
+    assert not torch.equal(model.encode_prompts(["a photo of zorblax, at night"]).context, ours)
 
 
-def test_a_weight_counts_for_all_of_its_vectors(model: Model, tmp_path: Path):
-    save_file({"emb_params": some(2, 64)}, tmp_path / "zorblax.safetensors")
+def test_emphasis_applies_to_all_vectors(model: Model, tmp_path: Path):
+    save_file({"emb_params": random_vectors(2, 64)}, tmp_path / "zorblax.safetensors")
     on = model.attach(tmp_path / "zorblax.safetensors")
 
-    def told(prompt: str, emphasis: str = "no norm") -> Tensor:
+    def encode(prompt: str, emphasis: str = "no norm") -> Tensor:
         return model.encode_prompts([prompt], emphasis=emphasis).context  # type: ignore[arg-type]
 
-    plain, strong = told("fox zorblax cat"), told("fox (zorblax:1.5) cat")
+    plain, strong = encode("fox zorblax cat"), encode("fox (zorblax:1.5) cat")
 
     factor = torch.ones(77)
     factor[2:4] = 1.5  # begin, fox, two vectors, cat
@@ -136,7 +137,7 @@ def test_a_weight_counts_for_all_of_its_vectors(model: Model, tmp_path: Path):
     on.detach()
 
 
-def test_an_embedding_is_never_cut_in_two(model: Model, tmp_path: Path):
+def test_an_embedding_is_never_split_between_chunks(model: Model, tmp_path: Path):
     from gouache.prompts.chunks import chunk
 
     prompt = "fox " * 74 + "zorblax cat"
@@ -147,7 +148,7 @@ def test_an_embedding_is_never_cut_in_two(model: Model, tmp_path: Path):
     assert [token.vector for token in chunks[1]] == [("zorblax", 0), ("zorblax", 1), ("zorblax", 2), None]
 
 
-def test_the_longer_of_two_names_counts(model: Model):
+def test_the_longer_of_two_matching_names_is_used(model: Model):
     from gouache.prompts.chunks import chunk
 
     (row,) = chunk("bad hands today", model.tokenizer, {"bad": 1, "bad hands": 2})
@@ -155,19 +156,19 @@ def test_the_longer_of_two_names_counts(model: Model):
     assert [token.vector for token in row] == [("bad hands", 0), ("bad hands", 1), None]
 
 
-@pytest.mark.parametrize(("width", "says"), [(768, "Stable Diffusion 1"), (1024, "Stable Diffusion 2"), (96, "none")])
-def test_the_wrong_width_is_named_in_one_line(model: Model, width: int, says: str, tmp_path: Path):
-    torch.save({"<fox>": some(1, width) if width != 96 else some(1, 128)}, tmp_path / "wide.pt")
+@pytest.mark.parametrize(("width", "family"), [(768, "Stable Diffusion 1"), (1024, "Stable Diffusion 2"), (96, "none")])
+def test_a_wrong_width_is_reported_in_one_line(model: Model, width: int, family: str, tmp_path: Path):
+    torch.save({"<fox>": random_vectors(1, width) if width != 96 else random_vectors(1, 128)}, tmp_path / "wide.pt")
 
     with pytest.raises(ModelError) as refused:
         model.attach(tmp_path / "wide.pt")
 
-    assert "64 wide" in str(refused.value) and says in str(refused.value) and "\n" not in str(refused.value)
+    assert "width 64" in str(refused.value) and family in str(refused.value) and "\n" not in str(refused.value)
     assert not model.embeddings
 
 
-def test_damage_is_named(model: Model, tmp_path: Path):
-    vectors = some(1, 64)
+def test_nan_is_reported(model: Model, tmp_path: Path):
+    vectors = random_vectors(1, 64)
     vectors[0, 3] = float("nan")
     save_file({"emb_params": vectors}, tmp_path / "nan.safetensors")
 
@@ -177,7 +178,7 @@ def test_damage_is_named(model: Model, tmp_path: Path):
 
 def test_sdxl_embeddings_reach_both_encoders(narrow: Callable[[str], Narrow], tmp_path: Path):
     xl = gouache.load(narrow("sdxl").file, device="cpu", dtype="fp32")
-    both = {"clip_l": some(2, 64), "clip_g": some(2, 128, 1)}
+    both = {"clip_l": random_vectors(2, 64), "clip_g": random_vectors(2, 128, 1)}
     save_file(both, tmp_path / "zorblax.safetensors")
     on = xl.attach(tmp_path / "zorblax.safetensors")
 
@@ -194,5 +195,5 @@ def test_sdxl_embeddings_reach_both_encoders(narrow: Callable[[str], Narrow], tm
         torch.testing.assert_close(part, encoder(tokens, embedded).layers[-2])
     on.detach()
     save_file({"clip_l": both["clip_l"]}, tmp_path / "half.safetensors")
-    with pytest.raises(ModelError, match="64 wide, and this model reads prompts as vectors 64 and 128 wide"):
+    with pytest.raises(ModelError, match="vectors of width 64, but this model's text encoders have width 64 and 128"):
         xl.attach(tmp_path / "half.safetensors")

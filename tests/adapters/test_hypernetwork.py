@@ -1,4 +1,4 @@
-"""Hypernetworks against A1111's own way of building them: torch's layers in a Sequential, by its flags."""
+"""Hypernetworks compared with A1111's construction: torch layers in a Sequential, according to the file's flags."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gouache.errors import ModelError
 from gouache.files.open import open_model
 from tests.pipelines import Narrow
 
-# A1111's dictionary: six by hand, then every class of torch's activations by its name.
+# A1111's dictionary: six explicit entries, then every torch activation class by name.
 THEIRS: dict[str, Any] = {
     name.lower(): getattr(nn, name)
     for name in nn.modules.activation.__all__
@@ -26,16 +26,16 @@ THEIRS: dict[str, Any] = {
 
 
 def sequential(dim: int, structure: list[float], flags: dict[str, Any], seed: int) -> nn.Sequential:
-    """What A1111 builds for one side: linear, activation, layer norm, dropout, by the flags in its file."""
+    """A1111's network for keys or values: linear, activation, layer norm, dropout, by the flags in the file."""
     torch.manual_seed(seed)
-    activation, last_too = flags.get("activation_func"), flags.get("activate_output", True)
+    activation, activate_output = flags.get("activation_func"), flags.get("activate_output", True)
     dropouts = [0.0] * len(structure)
     if flags.get("use_dropout"):
         dropouts = [0.0, *[0.3] * (len(structure) - 3), 0.3 if flags.get("last_layer_dropout") else 0.0, 0.0]
     layers: list[nn.Module] = []
     for i in range(len(structure) - 1):
         layers.append(nn.Linear(int(dim * structure[i]), int(dim * structure[i + 1])))
-        if activation not in (None, "linear") and not (i >= len(structure) - 2 and not last_too):
+        if activation not in (None, "linear") and not (i >= len(structure) - 2 and not activate_output):
             layers.append(THEIRS[activation]())
         if flags.get("is_layer_norm"):
             layers.append(nn.LayerNorm(int(dim * structure[i + 1])))
@@ -71,7 +71,7 @@ def name_of(key: str) -> str:
 
 FLAGS: dict[str, tuple[list[float], dict[str, Any]]] = {
     "plain": ([1, 2, 1], {}),
-    "relu, as old files that do not say activate_output": ([1, 2, 1], {"activation_func": "relu"}),
+    "relu, old files without activate_output": ([1, 2, 1], {"activation_func": "relu"}),
     "output not activated": ([1, 2, 1], {"activation_func": "swish", "activate_output": False}),
     "layer norm": ([1, 2, 1], {"activation_func": "tanh", "is_layer_norm": True}),
     "dropout": ([1, 2, 2, 1], {"activation_func": "elu", "use_dropout": True, "activate_output": True}),
@@ -84,7 +84,7 @@ FLAGS: dict[str, tuple[list[float], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", FLAGS)
-def test_every_flag_means_what_it_means_there(case: str, tmp_path: Path):
+def test_every_flag_has_the_effect_it_has_in_a1111(case: str, tmp_path: Path):
     structure, flags = FLAGS[case]
     pairs = save(tmp_path / "some.pt", [32, 64], structure, flags)
 
@@ -93,25 +93,25 @@ def test_every_flag_means_what_it_means_there(case: str, tmp_path: Path):
     assert set(read.pairs) == {32, 64}
     for dim, pair in pairs.items():
         x = torch.randn(2, 7, dim, generator=torch.Generator().manual_seed(0))
-        for mine, theirs in zip(read.pairs[dim], pair):
-            torch.testing.assert_close(mine(x), theirs(x))
+        for ours, theirs in zip(read.pairs[dim], pair):
+            torch.testing.assert_close(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("name", sorted(set(THEIRS) & {*ACTIVATIONS, "prelu"}))
-def test_every_activation(name: str, tmp_path: Path):
+def test_every_activation_equals_a1111s(name: str, tmp_path: Path):
     pairs = save(tmp_path / "some.pt", [32], [1, 2, 1], {"activation_func": name})
     x = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0))
 
-    mine = read_hypernetwork(open_model(tmp_path / "some.pt")).pairs[32][0]
+    ours = read_hypernetwork(open_model(tmp_path / "some.pt")).pairs[32][0]
 
-    torch.testing.assert_close(mine(x), pairs[32][0](x))
+    torch.testing.assert_close(ours(x), pairs[32][0](x))
 
 
 def test_every_activation_of_torch_is_known():
     assert set(THEIRS) - {"prelu"} <= set(ACTIVATIONS)
 
 
-def test_novelais_names(tmp_path: Path):
+def test_novelai_key_names(tmp_path: Path):
     pairs = save(tmp_path / "anime.pt", [32], [1, 2, 1], {}, old=True)
     x = torch.randn(1, 3, 32)
 
@@ -120,9 +120,9 @@ def test_novelais_names(tmp_path: Path):
     torch.testing.assert_close(read.pairs[32][1](x), pairs[32][1](x))
 
 
-def test_it_changes_what_attention_is_told_and_nothing_else(narrow: Callable[[str], Narrow], tmp_path: Path):
+def test_it_changes_only_the_context_of_keys_and_values(narrow: Callable[[str], Narrow], tmp_path: Path):
     model: Model = gouache.load(narrow("sd1").file, device="cpu", dtype="fp32")
-    pairs = save(tmp_path / "some.pt", [64, 32], [1, 2, 1], {"activation_func": "relu"})  # 64: prompts, and two levels
+    pairs = save(tmp_path / "some.pt", [64, 32], [1, 2, 1], {"activation_func": "relu"})  # 64: context and two levels
     block = model.unet.get_submodule("input_blocks.1.1.transformer_blocks.0.attn2")
     x, context = torch.randn(1, 9, 32), torch.randn(1, 77, 64)
     plain = block(x, context)
@@ -143,19 +143,19 @@ def test_it_changes_what_attention_is_told_and_nothing_else(narrow: Callable[[st
     assert torch.equal(block(x, context), plain)
     on.change(1.0)
     second = model.attach(tmp_path / "some.pt", 1.0)
-    first_then = [side(context) + context for side in pairs[64]]
-    both = [once + side(once) for once, side in zip(first_then, pairs[64])]
-    told: Tensor = block.to_out(
+    first_applied = [side(context) + context for side in pairs[64]]
+    both = [context + side(context) for context, side in zip(first_applied, pairs[64])]
+    expected: Tensor = block.to_out(
         attention(block.to_q(x), *(nn.functional.linear(c, w.weight) for c, w in zip(both, (block.to_k, block.to_v))),
                   block.heads)
     )  # fmt: skip
-    torch.testing.assert_close(block(x, context), told, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(block(x, context), expected, atol=1e-4, rtol=1e-4)
     second.detach()
     on.detach()
     assert torch.equal(block(x, context), plain)
 
 
-def test_one_of_another_family_is_refused(narrow: Callable[[str], Narrow], tmp_path: Path):
+def test_a_hypernetwork_of_another_family_is_refused(narrow: Callable[[str], Narrow], tmp_path: Path):
     model: Model = gouache.load(narrow("sd1").file, device="cpu", dtype="fp32")
     save(tmp_path / "other.pt", [768, 320], [1, 2, 1], {})
 
@@ -163,7 +163,7 @@ def test_one_of_another_family_is_refused(narrow: Callable[[str], Narrow], tmp_p
         model.attach(tmp_path / "other.pt")
 
 
-def test_an_unknown_activation_is_named(tmp_path: Path):
+def test_an_unknown_activation_is_named_in_the_error(tmp_path: Path):
     save(tmp_path / "some.pt", [32], [1, 2, 1], {})
     record = torch.load(tmp_path / "some.pt", weights_only=False)
     torch.save({**record, "activation_func": "frobnicate"}, tmp_path / "some.pt")

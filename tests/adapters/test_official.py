@@ -1,4 +1,4 @@
-"""The layouts of files in the wild, by the official key lists: each attaches in full, told by shapes alone."""
+"""Official key lists of adapter files: each file matches completely, judged by shapes alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gouache.adapters.attach import Adapters
-from gouache.adapters.embedding import must_fit, vectors_of
+from gouache.adapters.embedding import check_widths, vectors_of
 from gouache.adapters.hypernetwork import read_hypernetwork
 from gouache.adapters.read import read_lora
 from gouache.families.catalog import FAMILIES
@@ -24,33 +24,33 @@ from gouache.nn.unet import UNet
 from tests.layouts.manifests import manifest, shapes
 
 
-def networks(line: str) -> dict[str, nn.Module]:
-    family = next(family for family in FAMILIES if family.name == line)
+def networks(family_name: str) -> dict[str, nn.Module]:
+    family = next(family for family in FAMILIES if family.name == family_name)
     built: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        for place in family.places:
-            if isinstance(place.spec, UNetSpec):
-                built[place.component] = UNet(place.spec)
-            elif isinstance(place.spec, TextSpec):
-                built[place.component] = ClipText(place.spec)
+        for location in family.places:
+            if isinstance(location.spec, UNetSpec):
+                built[location.component] = UNet(location.spec)
+            elif isinstance(location.spec, TextSpec):
+                built[location.component] = ClipText(location.spec)
     return built
 
 
-def unread(name: str) -> Tensor:
-    raise AssertionError(f"{name} was read to tell what fits")
+def fail_if_read(name: str) -> Tensor:
+    raise AssertionError(f"{name} was read, but shapes should be enough")
 
 
 @pytest.mark.parametrize(
-    ("name", "line"), [("lora_kohya_sd15", "sd1"), ("locon_kohya_sd15", "sd1"), ("lora_kohya_sdxl", "sdxl")]
+    ("name", "family_name"), [("lora_kohya_sd15", "sd1"), ("locon_kohya_sd15", "sd1"), ("lora_kohya_sdxl", "sdxl")]
 )
-def test_every_module_of_an_official_lora_fits(name: str, line: str):
+def test_every_module_of_an_official_lora_matches(name: str, family_name: str):
     infos = {key: TensorInfo(shape, "F16") for key, shape in shapes(name).items()}
-    file = ModelFile(Path(f"{name}.safetensors"), "safetensors", infos, unread)
-    parts = networks(line)
+    file = ModelFile(Path(f"{name}.safetensors"), "safetensors", infos, fail_if_read)
+    parts = networks(family_name)
     specs: Mapping[str, Any] = {component: network.spec for component, network in parts.items()}
 
     adapter = read_lora(file, module_names(specs))
-    fitting, wrong = Adapters(parts, unread).sort(adapter)  # type: ignore[arg-type]
+    fitting, wrong = Adapters(parts, fail_if_read).sort(adapter)  # type: ignore[arg-type]
 
     assert not adapter.unmatched and not wrong
     assert len(fitting) == len(infos) // 3  # up, down and alpha each
@@ -75,20 +75,20 @@ def test_every_official_hypernetwork_is_read(example: str, tmp_path: Path):
 def test_the_activations_of_the_official_list_are_known():
     from gouache.adapters.hypernetwork import ACTIVATIONS
 
-    # What torch cannot build without arguments, A1111 cannot either, so that no file says it.
+    # MultiheadAttention needs arguments, so A1111 cannot build it and no file contains it.
     listed = set(manifest("a1111_hypernetwork")["activation_names"]) - {"multiheadattention"}
 
     assert listed - {"linear", "prelu"} == set(ACTIVATIONS)
 
 
-@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
-def test_official_embeddings_fit_their_lines(line: str, tmp_path: Path):
+@pytest.mark.parametrize("family_name", ["sd1", "sd2", "sdxl", "sdxl-refiner"])
+def test_official_embeddings_fit_their_families(family_name: str, tmp_path: Path):
     from safetensors.torch import save_file
 
     vectors = {"sd1": {"emb_params": torch.randn(4, 768)}, "sd2": {"emb_params": torch.randn(4, 1024)}}
     both = {"clip_l": torch.randn(4, 768), "clip_g": torch.randn(4, 1280)}
-    save_file(vectors.get(line, both), tmp_path / "x.safetensors")
+    save_file(vectors.get(family_name, both), tmp_path / "x.safetensors")
     file = open_model(tmp_path / "x.safetensors")
-    texts = {name: part.spec.width for name, part in networks(line).items() if isinstance(part, ClipText)}
+    texts = {name: part.spec.width for name, part in networks(family_name).items() if isinstance(part, ClipText)}
 
-    must_fit(file, vectors_of(file), texts)
+    check_widths(file, vectors_of(file), texts)

@@ -1,4 +1,4 @@
-"""What adapters do to one module, against the definitions written once more in numpy's float64."""
+"""Patches of one module compared with the definitions, implemented independently in numpy float64."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Array = NDArray[np.float64]
 
 
 def random(*shapes: tuple[int, ...], seed: int = 0) -> list[Array]:
-    chance = np.random.default_rng(seed)
-    return [chance.standard_normal(shape) for shape in shapes]
+    generator = np.random.default_rng(seed)
+    return [generator.standard_normal(shape) for shape in shapes]
 
 
 def patch(**parts: Array | float) -> Patch:
@@ -23,7 +23,7 @@ def patch(**parts: Array | float) -> Patch:
 
 
 def changed(made: Patch, weight: Array, strength: float = 1.0) -> Array:
-    # float64 all the way, so that what is compared is the definition
+    # float64 throughout, so that only the definition is compared
     delta = made.delta()
     assert delta is not None and delta.dtype == torch.float64
     return made.weight(torch.from_numpy(weight), strength).double().numpy()
@@ -32,15 +32,15 @@ def changed(made: Patch, weight: Array, strength: float = 1.0) -> Array:
 @pytest.mark.parametrize("alpha", [None, 0.0, 2.0, 8.0])
 def test_lora_is_up_times_down_by_alpha_over_rank(alpha: float | None):
     weight, up, down = random((6, 5), (6, 4), (4, 5))
-    said = {} if alpha is None else {"alpha": alpha}
+    alpha_part = {} if alpha is None else {"alpha": alpha}
 
-    found = changed(patch(lora_up__weight=up, lora_down__weight=down, **said), weight, 0.7)
+    found = changed(patch(lora_up__weight=up, lora_down__weight=down, **alpha_part), weight, 0.7)
 
     scale = alpha / 4 if alpha else 1.0
     np.testing.assert_allclose(found, weight + 0.7 * scale * up @ down, atol=1e-5)
 
 
-def test_a_convolutions_lora_slides_over_its_pixels():
+def test_a_convolutions_lora_applies_per_kernel_element():
     weight, up, down = random((6, 5, 3, 3), (6, 4, 1, 1), (4, 5, 3, 3))
 
     found = changed(patch(lora_up__weight=up, lora_down__weight=down, alpha=2.0), weight)
@@ -51,21 +51,21 @@ def test_a_convolutions_lora_slides_over_its_pixels():
     np.testing.assert_allclose(found, weight + expected, atol=1e-5)
 
 
-def test_a_core_stands_between_up_and_down():
+def test_a_core_is_applied_between_up_and_down():
     weight, up, down, mid = random((6, 5, 3, 3), (6, 4, 1, 1), (4, 5, 1, 1), (4, 4, 3, 3))
 
     found = changed(patch(lora_up__weight=up, lora_down__weight=down, lora_mid__weight=mid, alpha=4.0), weight)
 
-    # Three convolutions in a row: 1x1, 3x3, 1x1.
-    picture = torch.randn(1, 5, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    through = picture
+    # Equivalent to three consecutive convolutions: 1x1, 3x3, 1x1.
+    x = torch.randn(1, 5, 7, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    stepwise = x
     for part, padding in ((down, 0), (mid, 1), (up, 0)):
-        through = torch.nn.functional.conv2d(through, torch.from_numpy(part), padding=padding)
-    at_once = torch.nn.functional.conv2d(picture, torch.from_numpy(found - weight), padding=1)
-    torch.testing.assert_close(at_once, through, atol=1e-4, rtol=0)
+        stepwise = torch.nn.functional.conv2d(stepwise, torch.from_numpy(part), padding=padding)
+    at_once = torch.nn.functional.conv2d(x, torch.from_numpy(found - weight), padding=1)
+    torch.testing.assert_close(at_once, stepwise, atol=1e-4, rtol=0)
 
 
-def test_loha_multiplies_two_products_element_by_element():
+def test_loha_multiplies_two_products_elementwise():
     weight, w1a, w1b, w2a, w2b = random((6, 5), (6, 3), (3, 5), (6, 3), (3, 5))
 
     made = patch(hada_w1_a=w1a, hada_w1_b=w1b, hada_w2_a=w2a, hada_w2_b=w2b, alpha=1.0)
@@ -89,11 +89,11 @@ def test_loha_with_cores():
 def test_lokr_is_a_kronecker_product():
     weight, w1, w2, w2a, w2b = random((6, 20), (2, 4), (3, 5), (3, 2), (2, 5))
 
-    whole = patch(lokr_w1=w1, lokr_w2=w2, alpha=7.0)
-    parted = patch(lokr_w1=w1, lokr_w2_a=w2a, lokr_w2_b=w2b, alpha=1.0)
+    full = patch(lokr_w1=w1, lokr_w2=w2, alpha=7.0)
+    factored = patch(lokr_w1=w1, lokr_w2_a=w2a, lokr_w2_b=w2b, alpha=1.0)
 
-    np.testing.assert_allclose(changed(whole, weight), weight + np.kron(w1, w2), atol=1e-5)  # alpha means nothing
-    np.testing.assert_allclose(changed(parted, weight), weight + np.kron(w1, w2a @ w2b) / 2, atol=1e-5)
+    np.testing.assert_allclose(changed(full, weight), weight + np.kron(w1, w2), atol=1e-5)  # alpha has no effect
+    np.testing.assert_allclose(changed(factored, weight), weight + np.kron(w1, w2a @ w2b) / 2, atol=1e-5)
 
 
 def test_lokr_of_a_convolution():
@@ -106,30 +106,30 @@ def test_lokr_of_a_convolution():
 
 
 @pytest.mark.parametrize("by_row", [True, False])
-def test_dora_sets_the_length_of_each_row_or_column(by_row: bool):
+def test_dora_sets_the_norm_of_each_row_or_column(by_row: bool):
     weight, up, down = random((6, 5), (6, 4), (4, 5))
-    lengths = np.abs(random((6, 1) if by_row else (1, 5), seed=1)[0])
+    magnitudes = np.abs(random((6, 1) if by_row else (1, 5), seed=1)[0])
 
-    made = patch(lora_up__weight=up, lora_down__weight=down, dora_scale=lengths)
+    made = patch(lora_up__weight=up, lora_down__weight=down, dora_scale=magnitudes)
     found, half = changed(made, weight), changed(made, weight, 0.5)
 
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1 if by_row else 0, keepdims=True), lengths, atol=1e-5)
-    moved = weight + up @ down
-    cosines = (found * moved).sum() / np.linalg.norm(found * moved)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1 if by_row else 0, keepdims=True), magnitudes, atol=1e-5)
+    updated = weight + up @ down
+    cosines = (found * updated).sum() / np.linalg.norm(found * updated)
     assert cosines > 0
     np.testing.assert_allclose(half, (weight + found) / 2, atol=1e-5)
 
 
-def test_peft_keeps_doras_lengths_as_a_vector_of_rows():
+def test_pefts_dora_magnitude_has_one_value_per_row():
     weight, up, down = random((6, 5), (6, 4), (4, 5))
-    lengths = np.abs(random((6,), seed=1)[0])
+    magnitudes = np.abs(random((6,), seed=1)[0])
 
-    found = changed(patch(lora_up__weight=up, lora_down__weight=down, dora_scale=lengths), weight)
+    found = changed(patch(lora_up__weight=up, lora_down__weight=down, dora_scale=magnitudes), weight)
 
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), lengths, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), magnitudes, atol=1e-5)
 
 
-def test_a_full_difference_reaches_the_bias_too():
+def test_a_full_difference_includes_the_bias():
     weight, bias, diff, diff_b = random((6, 5), (6,), (6, 5), (6,))
     made = patch(diff=diff, diff_b=diff_b)
 
@@ -137,12 +137,12 @@ def test_a_full_difference_reaches_the_bias_too():
     np.testing.assert_allclose(made.bias(torch.from_numpy(bias), 0.5).numpy(), bias + 0.5 * diff_b, atol=1e-5)
 
 
-def test_shapes_that_do_not_fit_are_named():
+def test_shapes_that_do_not_fit_are_reported():
     weight, up, down = random((6, 7), (6, 4), (4, 5))
 
-    with pytest.raises(ModelError, match=r"it makes \[6, 5\], the weight is \[6, 7\]"):
+    with pytest.raises(ModelError, match=r"its delta is \[6, 5\], the weight is \[6, 7\]"):
         changed(patch(lora_up__weight=up, lora_down__weight=down), weight)
-    with pytest.raises(ModelError, match=r"it is a LoRA without its part lora_down\.weight"):
+    with pytest.raises(ModelError, match=r"it is a LoRA without the part lora_down\.weight"):
         patch(lora_up__weight=up).delta()
-    with pytest.raises(ModelError, match="is of a form that is known"):
+    with pytest.raises(ModelError, match="match no known adapter form"):
         patch(nothing=up).delta()

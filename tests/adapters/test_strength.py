@@ -1,4 +1,4 @@
-"""Block weights as people write them."""
+"""Strengths, and block weights given as text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gouache.layouts.blocks import blocks
 SD, XL = (line.unet for line in (SD1, SDXL))
 assert SD is not None and XL is not None
 
-# The rows of LoRA Block Weight's own list of presets: BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 ... OUT11.
+# The presets of the LoRA Block Weight extension: BASE IN01 IN02 IN04 IN05 IN07 IN08 MID OUT03 ... OUT11.
 ROWS = {
     "NONE": "0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0,0",
     "ALL": "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1",
@@ -27,7 +27,7 @@ ROWS = {
 }
 
 
-def test_every_preset_is_its_row():
+def test_every_preset_equals_its_row():
     assert PRESETS.keys() == ROWS.keys()
     for name, row in ROWS.items():
         assert block_weights(name.lower(), blocks(SD)) == block_weights(row, blocks(SD)), name
@@ -43,14 +43,14 @@ def test_a_row_for_the_blocks_with_transformers():
 
 
 @pytest.mark.parametrize(("spec", "counts"), [(SD, (26, 17)), (XL, (20, 12))])
-def test_the_lengths_that_are_in_use(spec, counts: tuple[int, int]):
+def test_rows_of_both_lengths_are_accepted(spec, counts: tuple[int, int]):
     for count in counts:
         assert set(block_weights(" ".join(["0.5"] * count), blocks(spec)).values()) == {0.5}
-    with pytest.raises(RequestError, match=f"5 numbers were given; this U-Net takes {counts[0]} .* or {counts[1]} "):
+    with pytest.raises(RequestError, match=f"5 numbers were given; this U-Net expects {counts[0]} .* or {counts[1]} "):
         block_weights("1,1,1,1,1", blocks(spec))
 
 
-def test_presets_fit_an_sdxl_too():
+def test_presets_work_for_sdxl():
     found = block_weights("OUTALL", blocks(XL))
 
     assert all(value == float(label.startswith("OUT") or label == "BASE") for label, value in found.items())
@@ -63,18 +63,18 @@ def test_labels_sides_and_ranges():
     assert [found[f"OUT{n:02}"] for n in range(2, 7)] == [1, -1, -1, -1, 1]
 
 
-@pytest.mark.parametrize("told", ["IN99=1", "IN04=x", "=1", "nonsense", "1,2,x"])
-def test_what_cannot_be_followed_is_said(told: str):
+@pytest.mark.parametrize("text", ["IN99=1", "IN04=x", "=1", "nonsense", "1,2,x"])
+def test_invalid_block_weights_are_refused(text: str):
     with pytest.raises(RequestError, match="lora_blocks"):
-        block_weights(told, blocks(SD))
+        block_weights(text, blocks(SD))
 
 
-def test_a_strength_for_each_network():
+def test_each_network_has_its_own_strength():
     some = strength(0.8, 0.5, "BASE=0.5,OUT=0", spec=SD)
 
     assert some.of(("text_encoder", "text_model.encoder.layers.0.mlp.fc1")) == 0.25
     assert some.of(("unet", "output_blocks.3.1.proj_in")) == 0
     assert some.of(("unet", "input_blocks.1.1.proj_in")) == 0.8
-    apart = Strength(0.8, {"text_encoder": 0.5})
-    assert [apart.of((name, "x")) for name in ("text_encoder", "text_encoder_2")] == [0.5, 0.8]
-    assert Strength(0.8).of(("text_encoder_2", "x")) == 0.8  # as the U-Net, where nothing else is said
+    separate = Strength(0.8, {"text_encoder": 0.5})
+    assert [separate.of((name, "x")) for name in ("text_encoder", "text_encoder_2")] == [0.5, 0.8]
+    assert Strength(0.8).of(("text_encoder_2", "x")) == 0.8  # the U-Net's strength by default

@@ -1,4 +1,4 @@
-"""Models whose denoiser is known in closed form: what the best network would say, without a network."""
+"""Denoisers in closed form: the predictions of an optimal network, without a network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WEIGHTS = (0.3, 0.5, 0.2)
 
 
 def mixture(x: Tensor, sigma: Tensor) -> Tensor:
-    """The posterior mean of x0 when each value of x0 is drawn from a mixture of three Gaussians, and noise added."""
+    """The posterior mean of x0 if each value of x0 is sampled from a mixture of three Gaussians and noise is added."""
     sigma = torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))
     means, deviations, weights = (torch.tensor(values).to(x) for values in (MEANS, DEVIATIONS, WEIGHTS))
     spread = deviations**2 + sigma[..., None] ** 2
@@ -21,7 +21,7 @@ def mixture(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def gaussian(deviation: float):
-    """The denoiser of x0 drawn from one Gaussian with mean 0."""
+    """The denoiser for x0 sampled from a Gaussian with mean 0."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         sigma = torch.as_tensor(sigma).to(x).reshape(-1, *[1] * (x.ndim - 1))

@@ -1,4 +1,4 @@
-"""What scripts/record_k_diffusion.py stored."""
+"""The results that scripts/record_k_diffusion.py stored."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch import Tensor
 DATA = Path(__file__).parent / "data" / "k_diffusion.safetensors"
 
 
-def recorded(head: str) -> dict[str, Tensor]:
-    """The tensors of one case, `<head>/<name>`, by name; with an empty head, those that all cases share."""
-    if not head:
+def recorded(prefix: str) -> dict[str, Tensor]:
+    """The tensors of the case `prefix`, stored as `<prefix>/<name>`, by name; with "", those common to all cases."""
+    if not prefix:
         return {key: tensor for key, tensor in load_file(DATA).items() if "/" not in key}
     return {
-        key.removeprefix(head + "/"): tensor for key, tensor in load_file(DATA).items() if key.startswith(head + "/")
+        key.removeprefix(prefix + "/"): tensor
+        for key, tensor in load_file(DATA).items()
+        if key.startswith(prefix + "/")
     }

@@ -20,7 +20,7 @@ def level(value: float) -> Tensor:
     return torch.tensor(value)
 
 
-def test_cpu_noise_is_what_torch_draws_from_one_generator_an_image():
+def test_cpu_noise_is_that_of_one_torch_generator_per_image():
     generator = torch.Generator().manual_seed(7)
     first, second, third = (torch.randn(SHAPE, generator=generator) for _ in range(3))
 
@@ -32,7 +32,7 @@ def test_cpu_noise_is_what_torch_draws_from_one_generator_an_image():
     assert torch.equal(noise.start()[1], first)
 
 
-def test_nv_noise_is_what_torch_draws_on_a_gpu():
+def test_nv_noise_is_that_of_torch_on_a_gpu():
     # torch.randn((3, 4), device="cuda") after manual_seed(0), as A1111's documentation of its generator prints it.
     published = torch.tensor(
         [
@@ -57,14 +57,14 @@ def test_nv_noise_is_what_torch_draws_on_a_gpu():
         ),
     ],
 )
-def test_philox_gives_the_known_answers_of_its_authors(counter, key, words):
-    given = philox4x32(np.array(counter, dtype=np.uint32).reshape(4, 1), np.array(key, dtype=np.uint32))
+def test_philox_matches_the_published_test_vectors(counter, key, words):
+    output = philox4x32(np.array(counter, dtype=np.uint32).reshape(4, 1), np.array(key, dtype=np.uint32))
 
-    assert given.ravel().tolist() == words
+    assert output.ravel().tolist() == words
 
 
-def test_the_second_nv_tensor_counts_one_draw_and_each_element_its_index():
-    """cuRAND's layout: the draws before in word 0 of the counter, the thread in word 2, the seed as the key."""
+def test_the_counter_of_the_second_nv_tensor_has_its_number_and_the_element_index():
+    """cuRAND's layout: the number of earlier tensors in counter word 0, the thread in word 2, the seed as the key."""
     seed, generator = 2**33 + 5, NvGenerator(2**33 + 5)
     generator.normal((7,))
 
@@ -84,7 +84,7 @@ def test_nv_seeds_use_all_64_bits():
 
 
 @pytest.mark.parametrize("generator", ["cpu", "nv"])
-def test_a_batch_is_its_singles_bit_for_bit(generator):
+def test_a_batch_equals_its_single_images_bit_for_bit(generator):
     settings = {"generator": generator, "variation_strength": 0.3, "ensd": 31337}
     seeds, others = [11, 12, 2**64 - 1], [1, 2, 3]
     pairs = [(14.6, 5.1), (5.1, 0.3), (0.3, 0.05)]
@@ -99,7 +99,7 @@ def test_a_batch_is_its_singles_bit_for_bit(generator):
         assert torch.equal(batch.between(level(start), level(end)), expected)
 
 
-def test_a_seed_delta_changes_what_samplers_draw_and_nothing_else():
+def test_ensd_changes_only_the_samplers_noise():
     plain, shifted = Noise([7], SHAPE), Noise([7], SHAPE, ensd=100)
 
     assert torch.equal(shifted.start(), plain.start())
@@ -107,7 +107,7 @@ def test_a_seed_delta_changes_what_samplers_draw_and_nothing_else():
     assert torch.equal(shifted.between(level(3.0), level(1.0)), plain.between(level(3.0), level(1.0)))
 
 
-def test_variations_lead_from_one_seed_to_the_other_along_the_arc():
+def test_variations_interpolate_spherically_between_two_seeds():
     a, b = (Noise([seed], SHAPE).start()[0] for seed in (1, 2))
     others: dict = {"variation_seeds": [2]}
 
@@ -123,19 +123,19 @@ def test_variations_lead_from_one_seed_to_the_other_along_the_arc():
             torch.testing.assert_close(third[channel, :, column].double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_between_equal_latents_the_arc_is_a_line():
+def test_between_parallel_latents_the_interpolation_is_linear():
     a = Noise([1], SHAPE).start()[0]
 
     torch.testing.assert_close(slerp(a, a * 1.5, 0.4), a * 1.2)
 
 
-def test_the_path_answers_the_same_whatever_was_asked_before():
-    asked, fresh = BrownianPath(9, SHAPE), BrownianPath(9, SHAPE)
+def test_increments_do_not_depend_on_earlier_queries():
+    used, unused = BrownianPath(9, SHAPE), BrownianPath(9, SHAPE)
     for start, end in ((14.6, 0.03), (2.0, 1.9999), (4518.0, 700.0), (0.03, 0.0)):
-        asked.between(start, end)
+        used.between(start, end)
 
-    assert torch.equal(asked.between(3.3, 1.1), fresh.between(3.3, 1.1))
-    assert torch.equal(asked.between(1.1, 3.3), -fresh.between(3.3, 1.1))
+    assert torch.equal(used.between(3.3, 1.1), unused.between(3.3, 1.1))
+    assert torch.equal(used.between(1.1, 3.3), -unused.between(3.3, 1.1))
 
 
 def test_increments_over_adjacent_intervals_add_up():
@@ -148,24 +148,24 @@ def test_increments_over_adjacent_intervals_add_up():
 
 
 @pytest.mark.parametrize("levels", [(14.6, 9.7, 3.21), (0.3, 0.299, 0.298), (2.0, 1.0, 0.5), (4518.0, 700.0, 0.03)])
-def test_increments_have_unit_variance_and_know_nothing_of_each_other(levels):
+def test_increments_have_unit_variance_and_are_independent(levels):
     path = BrownianPath(21, (100_000,))
 
     first, second = path.between(levels[0], levels[1]), path.between(levels[1], levels[2])
 
-    for increment in (first, second):  # deviations of the mean are 0.003, of the variance 0.0045
+    for increment in (first, second):  # standard errors: 0.003 for the mean, 0.0045 for the variance
         assert abs(float(increment.mean())) < 0.015
         assert abs(float(increment.var()) - 1) < 0.02
     assert abs(float((first * second).mean())) < 0.015
 
 
-def test_paths_of_different_seeds_know_nothing_of_each_other():
+def test_paths_of_different_seeds_are_independent():
     increments = [BrownianPath(seed, (100_000,)).between(5.0, 3.0) for seed in (1, 2)]
 
     assert abs(float((increments[0] * increments[1]).mean())) < 0.015
 
 
-def test_equal_levels_have_no_increment():
+def test_the_increment_between_equal_levels_is_zero():
     assert torch.equal(BrownianPath(1, SHAPE).between(2.0, 2.0), torch.zeros(SHAPE))
 
 
@@ -175,11 +175,11 @@ def test_seeds_out_of_range_are_refused(seed):
         Noise([seed], SHAPE)
 
 
-def test_variation_seeds_are_one_an_image():
-    with pytest.raises(RequestError, match="1 variation seeds for 2 seeds"):
+def test_a_wrong_number_of_variation_seeds_is_refused():
+    with pytest.raises(RequestError, match="variation_seed: received 1 for a batch of 2"):
         Noise([1, 2], SHAPE, variation_seeds=[3], variation_strength=0.5)
 
 
-def test_an_unknown_generator_is_named():
+def test_an_unknown_generator_is_named_in_the_error():
     with pytest.raises(RequestError, match="'gpu'"):
         Noise([1], SHAPE, generator="gpu")

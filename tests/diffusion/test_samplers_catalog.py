@@ -23,7 +23,7 @@ SHAPE = (1, 2, 3)
 @pytest.mark.parametrize(
     ("typed", "sampler", "spacing"),
     [
-        # what A1111 1.10 runs under "Automatic"
+        # the defaults of A1111 1.10 ("Automatic")
         ("DPM++ 2M", "DPM++ 2M", "Karras"),
         ("DPM++ SDE", "DPM++ SDE", "Karras"),
         ("DPM++ 2M SDE", "DPM++ 2M SDE", "Exponential"),
@@ -37,7 +37,7 @@ SHAPE = (1, 2, 3)
         ("DPM2 a", "DPM2 a", "Karras"),
         ("DDIM", "DDIM", "DDIM"),
         ("PLMS", "PLMS", "DDIM"),
-        # names that carried the schedule before 1.9
+        # names that included the schedule before A1111 1.9
         ("DPM++ 2M Karras", "DPM++ 2M", "Karras"),
         ("DPM++ 2M SDE Exponential", "DPM++ 2M SDE", "Exponential"),
         ("DPM++ 2M SDE Heun Karras", "DPM++ 2M SDE Heun", "Karras"),
@@ -45,7 +45,7 @@ SHAPE = (1, 2, 3)
         ("LMS Karras", "LMS", "Karras"),
         ("DPM2 a Karras", "DPM2 a", "Karras"),
         ("Euler SGM Uniform", "Euler", "SGM Uniform"),
-        # its k_ aliases
+        # A1111's k_ aliases
         ("k_euler_a", "Euler a", "Uniform"),
         ("k_euler_ancestral", "Euler a", "Uniform"),
         ("k_lms_ka", "LMS", "Karras"),
@@ -65,46 +65,46 @@ SHAPE = (1, 2, 3)
         ("deis", "DEIS", "Uniform"),
         ("ddpm", "DDPM", "Uniform"),
         ("lcm", "LCM", "SGM Uniform"),
-        # as people type
+        # variations in case and spaces
         ("euler A", "Euler a", "Uniform"),
         ("  dpm++ 2m  karras ", "DPM++ 2M", "Karras"),
         ("unipc", "UniPC", "SGM Uniform"),
     ],
 )
-def test_names_people_use_are_understood(typed, sampler, spacing):
+def test_common_names_are_recognised(typed, sampler, spacing):
     info, found = find(typed)
 
     assert (info.name, found) == (sampler, spacing)
 
 
-def test_a_schedule_is_taken_unless_automatic_or_part_of_the_name():
+def test_the_schedule_argument_is_used_unless_automatic_or_part_of_the_name():
     assert find("Euler", "karras")[1] == "Karras"
     assert find("DPM++ 2M", "Automatic")[1] == find("DPM++ 2M", "automatic")[1] == "Karras"
     assert find("DPM++ 2M Karras", "Exponential")[1] == "Karras"
 
 
 def test_no_two_samplers_share_a_name():
-    plain_names = [name.lower() for info in SAMPLERS for name in (info.name, *info.aliases)]
+    lower_names = [name.lower() for info in SAMPLERS for name in (info.name, *info.aliases)]
 
-    assert len(set(plain_names)) == len(plain_names)
+    assert len(set(lower_names)) == len(lower_names)
     assert all(find(info.name)[0] is info for info in SAMPLERS)
 
 
-def test_an_unknown_name_brings_the_nearest_ones():
+def test_an_unknown_name_gives_suggestions():
     with pytest.raises(RequestError, match=r"sampler: 'Euller b' is not known; did you mean .*'Euler'"):
         find("Euller b")
     with pytest.raises(RequestError, match="schedule: 'quadratic'"):
         find("Euler", "quadratic")
 
 
-def test_knobs_are_the_settings_of_the_function():
+def test_knobs_are_the_additional_parameters_of_the_function():
     assert find("DDIM")[0].knobs == ("eta", "s_noise")
     assert find("Euler")[0].knobs == ("s_churn", "s_tmin", "s_tmax", "s_noise")
     assert find("DPM++ 2M")[0].knobs == ()
 
 
 @pytest.mark.parametrize("name", ["DPM2", "DPM2 a", "DPM++ 3M SDE"])
-def test_the_lowest_of_one_level_more_is_left_out(name):
+def test_the_penultimate_of_one_more_level_is_discarded(name):
     info, _ = find(name)
 
     sigmas = plan(info, "Karras", SCHEDULE, 9)
@@ -114,26 +114,26 @@ def test_the_lowest_of_one_level_more_is_left_out(name):
 
 
 @pytest.mark.parametrize("name", ["DDIM", "PLMS", "UniPC"])
-def test_runs_that_end_at_the_lowest_level_do_not_visit_it_twice(name):
-    info, own = find(name)
+def test_the_lowest_level_is_not_used_twice(name):
+    info, default = find(name)
 
-    assert float(plan(info, own, SCHEDULE, 20)[-1]) == SCHEDULE.sigma_min
+    assert float(plan(info, default, SCHEDULE, 20)[-1]) == SCHEDULE.sigma_min
     assert plan(info, "Karras", SCHEDULE, 20)[-2:].tolist() == [SCHEDULE.sigma_min, 0]
 
 
-def test_unipc_is_spaced_evenly_from_the_last_time_to_the_first_as_in_a1111():
+def test_unipc_timesteps_are_even_from_last_to_first_as_in_a1111():
     times = SCHEDULE.t(plan(*find("UniPC"), SCHEDULE, 9))
 
     torch.testing.assert_close(times, torch.linspace(999, 0, 10), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("steps", [0, -3])
-def test_runs_without_steps_are_refused(steps):
+def test_fewer_than_one_step_is_refused(steps):
     with pytest.raises(RequestError, match=str(steps)):
         plan(*find("Euler"), SCHEDULE, steps)
 
 
-def test_a_run_starts_at_unit_noise_in_the_scale_of_its_authors():
+def test_the_initial_noise_has_the_scale_of_the_samplers_paper():
     sigmas, unit = plan(*find("DDIM"), SCHEDULE, 20), torch.ones(1, 1, 1, 1)
 
     assert float(start(find("DDIM")[0], unit, sigmas)) == pytest.approx(math.sqrt(1 + float(sigmas[0]) ** 2))
@@ -143,19 +143,19 @@ def test_a_run_starts_at_unit_noise_in_the_scale_of_its_authors():
 @pytest.mark.parametrize("steps", [1, 2, 3, 6])
 @pytest.mark.parametrize("spacing", [spacing.name for spacing in SPACINGS])
 @pytest.mark.parametrize("name", NAMES)
-def test_every_sampler_runs_on_every_spacing_in_any_number_of_steps(name, spacing, steps):
+def test_every_sampler_runs_with_every_spacing_and_number_of_steps(name, spacing, steps):
     info, _ = find(name)
     for schedule in (SCHEDULE, ZERO_SNR):
-        sigmas, noise, seen = plan(info, spacing, schedule, steps), Noise([1, 2], SHAPE), []
+        sigmas, noise, reported = plan(info, spacing, schedule, steps), Noise([1, 2], SHAPE), []
 
-        x = info.function(mixture, start(info, noise.start(), sigmas), sigmas, noise=noise, on_step=seen.append)
+        x = info.function(mixture, start(info, noise.start(), sigmas), sigmas, noise=noise, on_step=reported.append)
 
         assert bool(finish(x, sigmas).isfinite().all())
-        assert [step.index for step in seen] == list(range(steps))
+        assert [step.index for step in reported] == list(range(steps))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_step_to_zero_is_the_picture_seen_in_the_noise(name):
+def test_one_step_to_zero_returns_the_denoisers_x0(name):
     info, _ = find(name)
     sigmas, x = torch.tensor([9.0, 0.0]), 9 * Noise([1], SHAPE).start()
 
@@ -165,7 +165,7 @@ def test_one_step_to_zero_is_the_picture_seen_in_the_noise(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_is_its_singles_bit_for_bit(name):
+def test_a_batch_equals_its_single_images_bit_for_bit(name):
     info, spacing = find(name)
     sigmas = plan(info, spacing, SCHEDULE, 5)
 
@@ -177,7 +177,7 @@ def test_a_batch_is_its_singles_bit_for_bit(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_only_samplers_that_say_so_depend_on_noise(name):
+def test_uses_noise_is_true_exactly_for_samplers_that_depend_on_noise(name):
     info, spacing = find(name)
     sigmas = plan(info, spacing, SCHEDULE, 5)
     x = start(info, Noise([1], SHAPE).start(), sigmas)
@@ -187,7 +187,7 @@ def test_only_samplers_that_say_so_depend_on_noise(name):
     assert torch.equal(*ends) != info.uses_noise
 
 
-def test_steps_are_told_as_they_happen():
+def test_on_step_receives_every_step():
     info, spacing = find("DPM++ 2M")
     sigmas, steps = plan(info, spacing, SCHEDULE, 4), list[Step]()
     noise = Noise([1], SHAPE)

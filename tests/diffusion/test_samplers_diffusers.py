@@ -1,4 +1,4 @@
-"""The samplers that diffusers has as step objects, run beside them on the same levels with the same noise."""
+"""Samplers compared with the schedulers of diffusers, on the same levels with the same noise."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 LEADING = {**BETAS, "timestep_spacing": "leading", "steps_offset": 1, "set_alpha_to_one": False}
 
 
-class DrawnNoise:
-    """Draws in the order in which a diffusers scheduler draws from a generator of the same seed."""
+class SchedulerNoise:
+    """The noise of a diffusers scheduler with a generator of the same seed, in the same order."""
 
     def __init__(self) -> None:
         self.generator = torch.Generator().manual_seed(4)
@@ -63,7 +63,7 @@ def levels_of(scheduler, timesteps: Tensor) -> list[float]:
 
 def our_run(sampler, levels: list[float], **settings) -> Tensor:
     sigmas = torch.tensor(levels, dtype=torch.float64)
-    x = sampler(mixture, x_start() * (1 + sigmas[0] ** 2).sqrt(), sigmas, noise=DrawnNoise(), **settings)
+    x = sampler(mixture, x_start() * (1 + sigmas[0] ** 2).sqrt(), sigmas, noise=SchedulerNoise(), **settings)
     return finish(x, sigmas)
 
 
@@ -73,7 +73,7 @@ def assert_same(ours: Tensor, theirs: Tensor, tolerance: float = 2e-5) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_ddim_ends_where_diffusers_ends(steps, eta):
+def test_ddim_gives_the_result_of_diffusers(steps, eta):
     scheduler = DDIMScheduler(**LEADING, clip_sample=False)
     scheduler.set_timesteps(steps)
     levels = levels_of(scheduler, scheduler.timesteps)
@@ -85,18 +85,18 @@ def test_ddim_ends_where_diffusers_ends(steps, eta):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 20])
-def test_plms_ends_where_diffusers_ends(steps):
+def test_plms_gives_the_result_of_diffusers(steps):
     scheduler = PNDMScheduler(**LEADING, skip_prk_steps=True)
     scheduler.set_timesteps(steps)
-    visited = scheduler.timesteps.unique().flip(0)
+    timesteps = scheduler.timesteps.unique().flip(0)
 
     theirs = their_run(scheduler, levels_of(scheduler, scheduler.timesteps))
 
-    ours = our_run(plms, levels_of(scheduler, torch.cat([visited, torch.tensor([0])])))
+    ours = our_run(plms, levels_of(scheduler, torch.cat([timesteps, torch.tensor([0])])))
     assert_same(ours, theirs)
 
 
-def test_the_catalogs_plan_for_ddim_and_plms_is_the_levels_of_diffusers():
+def test_the_catalog_gives_ddim_and_plms_the_levels_of_diffusers():
     scheduler = DDIMScheduler(**LEADING)
     scheduler.set_timesteps(20)
     theirs = levels_of(scheduler, torch.cat([scheduler.timesteps, torch.tensor([0])]))
@@ -107,11 +107,11 @@ def test_the_catalogs_plan_for_ddim_and_plms_is_the_levels_of_diffusers():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_ddpm_ends_where_diffusers_ends(steps):
+def test_ddpm_gives_the_result_of_diffusers(steps):
     scheduler = DDPMScheduler(**BETAS, timestep_spacing="leading", clip_sample=False, variance_type="fixed_small")
     scheduler.set_timesteps(steps)
     scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
-    # its last time is 0, whose level is not yet 0
+    # the last timestep is 0, whose noise level is above 0
     levels = levels_of(scheduler, scheduler.timesteps)
 
     theirs = their_run(scheduler, levels, generator=torch.Generator().manual_seed(4))
@@ -119,10 +119,10 @@ def test_ddpm_ends_where_diffusers_ends(steps):
     assert_same(our_run(ddpm, [*levels, 0.0]), theirs)
 
 
-# With bh1 the step to a level of 0 is not a number in diffusers.
+# With bh1 the step to level 0 gives NaN in diffusers.
 @pytest.mark.parametrize(("variant", "last"), [("bh1", "sigma_min"), ("bh2", "sigma_min"), ("bh2", "zero")])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_unipc_ends_where_diffusers_ends(order, variant, last):
+def test_unipc_gives_the_result_of_diffusers(order, variant, last):
     scheduler = UniPCMultistepScheduler(
         **BETAS, solver_order=order, solver_type=variant, final_sigmas_type=last, timestep_spacing="linspace"
     )
@@ -137,7 +137,7 @@ def test_unipc_ends_where_diffusers_ends(order, variant, last):
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 20])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_deis_ends_where_diffusers_ends(order, steps):
+def test_deis_gives_the_result_of_diffusers(order, steps):
     scheduler = DEISMultistepScheduler(**BETAS, solver_order=order, timestep_spacing="linspace")
     scheduler.set_timesteps(steps)
     scheduler.sigmas = scheduler.sigmas.double()
@@ -149,7 +149,7 @@ def test_deis_ends_where_diffusers_ends(order, steps):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_lcm_ends_where_diffusers_ends(steps):
+def test_lcm_gives_the_result_of_diffusers(steps):
     scheduler = LCMScheduler(**BETAS, clip_sample=False)
     scheduler.set_timesteps(steps)
     levels = levels_of(scheduler, scheduler.timesteps)

@@ -12,7 +12,7 @@ from gouache.errors import RequestError
 from .recorded import recorded
 
 
-def test_scaled_linear_is_the_schedule_of_stable_diffusion():
+def test_scaled_linear_equals_the_schedule_of_stable_diffusion():
     theirs = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
 
     ours = Schedule.scaled_linear()
@@ -21,13 +21,13 @@ def test_scaled_linear_is_the_schedule_of_stable_diffusion():
     assert (ours.sigma_min, ours.sigma_max) == pytest.approx((0.0292, 14.6146), abs=1e-4)
 
 
-def test_linear_is_the_schedule_of_ddpm():
+def test_linear_equals_the_schedule_of_ddpm():
     theirs = DDIMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear").alphas_cumprod
 
     torch.testing.assert_close(Schedule.linear().alphas_cumprod, theirs, rtol=2e-5, atol=0)
 
 
-def test_zero_terminal_snr_is_lin_et_al_but_for_a_finite_last_level():
+def test_zero_terminal_snr_follows_lin_et_al_with_a_finite_last_level():
     theirs = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=True
     ).alphas_cumprod
@@ -40,7 +40,7 @@ def test_zero_terminal_snr_is_lin_et_al_but_for_a_finite_last_level():
     assert ours.sigma_min == pytest.approx(Schedule.scaled_linear().sigma_min)
 
 
-def test_maps_between_levels_and_times_are_those_of_k_diffusion():
+def test_sigma_and_t_equal_those_of_k_diffusion():
     schedule, theirs = Schedule.scaled_linear(), recorded("schedule")
 
     sigmas, times = schedule.sigma(theirs["times"]), schedule.t(theirs["levels"])
@@ -51,22 +51,22 @@ def test_maps_between_levels_and_times_are_those_of_k_diffusion():
 
 
 @pytest.mark.parametrize("schedule", [Schedule.scaled_linear(), Schedule.scaled_linear().zero_terminal_snr()])
-def test_trained_levels_map_to_whole_times_and_back_without_a_last_bit_lost(schedule: Schedule):
-    whole = torch.arange(1000.0)
+def test_trained_levels_map_to_integer_timesteps_and_back_exactly(schedule: Schedule):
+    timesteps = torch.arange(1000.0)
 
-    assert torch.equal(schedule.t(schedule.sigmas), whole)
-    assert torch.equal(schedule.sigma(whole), schedule.sigmas)
+    assert torch.equal(schedule.t(schedule.sigmas), timesteps)
+    assert torch.equal(schedule.sigma(timesteps), schedule.sigmas)
     assert all(float(schedule.t(schedule.sigmas[index])) == index for index in (0, 1, 500, 951, 999))
 
 
-def test_fractional_times_come_back():
+def test_fractional_timesteps_round_trip():
     schedule = Schedule.scaled_linear()
     times = torch.linspace(0, 999, 3001)
 
     torch.testing.assert_close(schedule.t(schedule.sigma(times)), times, rtol=0, atol=1e-3)
 
 
-def test_shapes_follow_the_argument():
+def test_results_have_the_shape_of_the_argument():
     schedule = Schedule.scaled_linear()
 
     assert schedule.t(torch.tensor(3.0)).shape == ()
@@ -74,7 +74,7 @@ def test_shapes_follow_the_argument():
     assert schedule.sigma(torch.full((2, 3), 5.5)).shape == (2, 3)
 
 
-def test_a_continuous_model_is_told_a_quarter_of_the_logarithm():
+def test_the_timestep_of_a_continuous_model_is_a_quarter_of_the_logarithm():
     schedule = Schedule.edm(0.002, 700.0)
 
     assert float(schedule.t(torch.tensor(math.e))) == pytest.approx(0.25)
@@ -92,6 +92,6 @@ def test_snr_is_signal_variance_over_noise_variance():
 
 
 @pytest.mark.parametrize("sigmas", [[1.0], [1.0, 1.0], [2.0, 1.0], [[1.0, 2.0]]])
-def test_levels_that_do_not_rise_are_refused(sigmas: list):
-    with pytest.raises(RequestError, match="rising"):
+def test_levels_that_do_not_increase_are_refused(sigmas: list):
+    with pytest.raises(RequestError, match="strictly increasing"):
         Schedule(torch.tensor(sigmas))

@@ -21,10 +21,10 @@ SCHEDULES = {"sd": SCHEDULE, "zero snr": SCHEDULE.zero_terminal_snr(), "edm": Sc
 NAMES = [spacing.name for spacing in SPACINGS]
 
 
-@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("schedule_name", SCHEDULES)
 @pytest.mark.parametrize("name", NAMES)
-def test_any_number_of_steps_falls_strictly_from_a_trained_level_to_zero(name, kind):
-    schedule = SCHEDULES[kind]
+def test_levels_decrease_strictly_from_a_trained_level_to_zero(name, schedule_name):
+    schedule = SCHEDULES[schedule_name]
     for steps in (1, 2, 3, 7, 20, 30, 50, 333, 501, 999, 1000):
         sigmas = by_name(name).function(schedule, steps)
 
@@ -40,20 +40,20 @@ def test_all_but_ddim_start_at_the_highest_level(name):
 
 
 @pytest.mark.parametrize("name", ["Uniform", "Karras", "Exponential", "Polyexponential", "Beta"])
-def test_those_that_visit_the_lowest_level_hit_it_exactly(name):
+def test_spacings_that_include_the_lowest_level_include_it_exactly(name):
     for steps in (2, 3, 20, 50):
         assert float(by_name(name).function(SCHEDULE, steps)[-2]) == SCHEDULE.sigma_min
 
 
 @pytest.mark.parametrize("name", ["karras", "exponential", "polyexponential"])
-def test_levels_are_those_of_k_diffusion_between_the_same_ends(name):
+def test_levels_equal_those_of_k_diffusion_for_the_same_ends(name):
     theirs = recorded("spacing")[name]
     ends = Schedule(torch.tensor([0.0292, 14.6146]))
 
     torch.testing.assert_close(by_name(name).function(ends, 12), theirs, rtol=2e-6, atol=0)
 
 
-def test_uniform_and_normal_are_k_diffusions_levels_of_a_discrete_model():
+def test_uniform_and_normal_equal_k_diffusions_levels_of_a_discrete_model():
     theirs = recorded("spacing")["uniform"]
 
     for name in ("Uniform", "Normal"):
@@ -68,13 +68,13 @@ def test_polyexponential_is_a_polynomial_in_the_logarithm():
     torch.testing.assert_close(sigmas[:-1].log(), torch.tensor(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_sgm_uniform_goes_to_zero_where_uniform_has_its_last_level():
+def test_sgm_uniform_replaces_the_last_level_by_zero():
     times = SCHEDULE.t(by_name("SGM Uniform").function(SCHEDULE, 9)[:-1])
 
     torch.testing.assert_close(times, torch.tensor([999.0 - 111 * step for step in range(9)]), rtol=0, atol=1e-3)
 
 
-def test_sgm_uniform_is_the_linspace_spacing_of_diffusers_but_for_rounded_times():
+def test_sgm_uniform_equals_the_linspace_spacing_of_diffusers_up_to_rounding():
     theirs = UniPCMultistepScheduler(timestep_spacing="linspace")
     theirs.set_timesteps(20)
 
@@ -90,7 +90,7 @@ def test_simple_counts_trained_levels_down_from_the_last():
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 20, 30, 50, 300])
-def test_ddim_visits_the_times_of_diffusers_leading_spacing(steps):
+def test_ddim_has_the_timesteps_of_diffusers_leading_spacing(steps):
     theirs = DDIMScheduler(timestep_spacing="leading", steps_offset=1)
     theirs.set_timesteps(steps)
 
@@ -111,7 +111,7 @@ def test_ddim_starts_a_zero_terminal_snr_model_below_its_last_level():
     assert by_name("DDIM").function(schedule, 20)[0] == schedule.sigmas[951]
 
 
-def test_beta_quantiles_are_those_of_scipy():
+def test_beta_quantiles_equal_those_of_scipy():
     shares = torch.tensor([1 / 999, 0.01, 0.05, 0.1, 0.25, 0.75, 0.9, 0.99, 0.999], dtype=torch.float64)
     # scipy 1.17.1, stats.beta.ppf(share, 0.6, 0.6) and (share, 2.0, 0.7)
     symmetric = [
@@ -127,7 +127,7 @@ def test_beta_quantiles_are_those_of_scipy():
         np.testing.assert_allclose(beta_quantile(shares, a, b).numpy(), expected, rtol=1e-12)
 
 
-def test_beta_quantiles_have_their_closed_forms():
+def test_beta_quantiles_equal_closed_forms():
     shares = torch.linspace(0, 1, 101, dtype=torch.float64)
 
     np.testing.assert_allclose(beta_quantile(shares, 0.5, 0.5), np.sin(np.pi / 2 * shares.numpy()) ** 2, atol=1e-14)
@@ -135,7 +135,7 @@ def test_beta_quantiles_have_their_closed_forms():
     np.testing.assert_allclose(beta_quantile(shares, 1.0, 1.0), shares, atol=1e-15)
 
 
-def test_beta_spreads_levels_by_its_quantiles():
+def test_beta_places_levels_at_its_quantiles():
     sigmas = by_name("Beta").function(SCHEDULE, 5)
 
     quantiles = np.array([1, 0.8243196213, 0.5, 0.1756803787, 0])
@@ -150,7 +150,7 @@ def test_more_steps_than_trained_levels_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
+    ("alias", "expected"),
     [
         ("karras", "Karras"),
         ("ka", "Karras"),
@@ -163,10 +163,10 @@ def test_more_steps_than_trained_levels_are_refused(name):
         ("exponential", "Exponential"),
     ],
 )
-def test_names_of_a1111_and_comfyui_are_understood(typed, meant):
-    assert by_name(typed).name == meant
+def test_names_of_a1111_and_comfyui_are_recognised(alias, expected):
+    assert by_name(alias).name == expected
 
 
-def test_an_unknown_name_brings_the_nearest_ones():
+def test_an_unknown_name_gives_suggestions():
     with pytest.raises(RequestError, match="schedule: 'karass' is not known; did you mean 'Karras'"):
         by_name("karass")
