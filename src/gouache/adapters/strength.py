@@ -106,7 +106,7 @@ def from_json(values: Mapping[str, Any], spec: UNetSpec) -> Strength:
     try:
         by_block = values.get("blocks")
         table = unet_blocks(spec)
-        labels = {BASE, *(block.label for block in table)}
+        labels = [BASE, *(block.label for block in table)]
         factors = None if by_block is None else {label: float(by_block[label]) for label in labels}
         text = values.get("text")
         text = {str(name): float(each) for name, each in text.items()} if isinstance(text, Mapping) else text
