@@ -1,4 +1,4 @@
-"""What several rooms' tests share: a home of their own, CLIP's vocabulary, narrow models in every form."""
+"""Shared fixtures: an empty home folder, CLIP's vocabulary, narrow models in every form."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 # A worker's tests, and the processes that they start, share the cores with the other workers: two OpenMP threads on a
-# core that is taken wait for each other at every operation, which is many times slower than one thread alone.
+# busy core wait for each other at every operation, which is many times slower than one thread.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
@@ -31,26 +31,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Settings, caches and model folders in an empty place: a test never reads or writes the user's own."""
-    place = tmp_path_factory.mktemp("home")
+    """Settings, caches and model folders in an empty folder: a test never reads or writes those of the user."""
+    folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XDG_CONFIG_HOME", "XDG_DATA_HOME", "XDG_CACHE_HOME", "HOME"):
-            patch.setenv(name, str(place))
+            patch.setenv(name, str(folder))
         for name in [name for name in os.environ if name.startswith(("GOUACHE_", "HF_"))]:
             patch.delenv(name)
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("GOUACHE_INDEX", "0")  # no process outlives its test
-        yield place
+        yield folder
 
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CLIP's vocabulary, read without our code, in the form that Transformers loads."""
+    """CLIP's vocabulary, read without Gouache's code, in the form that Transformers loads."""
     packed = resources.files("gouache.prompts").joinpath("bpe_simple_vocab_16e6.txt.gz").read_bytes()
     merges = gzip.decompress(packed).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
-    # In vocabulary order: bytes whose Latin-1 character shows, then the rest as characters from U+0100.
-    shown = [chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
-    letters = shown + [chr(0x100 + number) for number in range(256 - len(shown))]
+    # In vocabulary order: bytes with a printable Latin-1 character, then the others as characters from U+0100.
+    visible = [chr(byte) for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    letters = visible + [chr(0x100 + number) for number in range(256 - len(visible))]
     entries = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
     entries += ["<|startoftext|>", "<|endoftext|>"]
 
@@ -65,14 +65,14 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def narrow(tmp_path_factory: pytest.TempPathFactory, clip_folder: Path) -> Callable[[str], Narrow]:
-    """The narrow model of a line ("sd1", "sd1-inpainting", "sd2", "sdxl"), made when it is first asked for."""
+    """The narrow model of a family (one of `pipelines.build`'s), made when it is first requested."""
     from gouache.workshop.convert import convert
 
     @functools.cache
-    def make(line: str) -> Narrow:
-        place = tmp_path_factory.mktemp(line)
-        pipeline = build(line, clip_folder)
-        folder, file = save(pipeline, place / "folder"), place / f"{line}.safetensors"
+    def make(family: str) -> Narrow:
+        parent = tmp_path_factory.mktemp(family)
+        pipeline = build(family, clip_folder)
+        folder, file = save(pipeline, parent / "folder"), parent / f"{family}.safetensors"
         convert(folder, file)
         return Narrow(pipeline, folder, file)
 
@@ -90,7 +90,7 @@ def settings(home: Path) -> Settings:
 
 @pytest.fixture(scope="session")
 def loaded(narrow: Callable[[str], Narrow], settings: Settings) -> Callable[[str], Model]:
-    """The single file of a narrow line, loaded by Gouache in float32 on the CPU. Not to be changed by a test."""
+    """The single file of a narrow model, loaded in float32 on the CPU. Tests must not change it."""
     import gouache
 
-    return functools.cache(lambda line: gouache.load(narrow(line).file, settings=settings))
+    return functools.cache(lambda family: gouache.load(narrow(family).file, settings=settings))

@@ -1,8 +1,8 @@
 """Narrow pipelines of diffusers with seeded weights: an independent Stable Diffusion to compare Gouache with.
 
-They have the released topologies (levels, transformers, encoders, the 23 blocks of SD2's text encoder) at widths that
-run in milliseconds. Heads are those of the families, since single files do not state them: 8 in SD1's U-Net, 64
-channels each everywhere else.
+They have the topologies of the released models (levels, transformers, encoders, the 23 blocks of SD2's text encoder) at
+widths that run in milliseconds. Heads are those of the families, since single files do not state them: 8 in SD1's
+U-Net, 64 channels per head everywhere else.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ LEVELS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
 
 @dataclass(frozen=True)
 class Narrow:
-    """A pipeline in memory, the folder it was saved in, and the single file that `gouache convert` made of that."""
+    """A pipeline in memory, the folder it was saved in, and the single file that `gouache convert` made from it."""
 
     pipeline: Any
     folder: Path
     file: Path
 
 
-def build(line: str, clip_folder: Path) -> Any:
-    """The pipeline of `line`: "sd1", "sd1-inpainting", "sd1-edit", "sd2" (velocity), "sd2-depth", "sdxl"."""
+def build(family: str, clip_folder: Path) -> Any:
+    """The pipeline of `family`: "sd1", "sd1-inpainting", "sd1-edit", "sd2" (velocity), "sd2-depth", "sdxl"."""
     import diffusers
     from transformers import CLIPTokenizer
 
     tokenizer = CLIPTokenizer.from_pretrained(str(clip_folder))
-    parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler": scheduler("Euler", line)}
-    if line == "sdxl":
+    parts: dict[str, Any] = {"tokenizer": tokenizer, "scheduler": scheduler("Euler", family)}
+    if family == "sdxl":
         # SDXL's second tokenizer pads with "!", the token 0.
         parts["tokenizer_2"] = CLIPTokenizer.from_pretrained(str(clip_folder), pad_token="!")
         parts["text_encoder"] = text_encoder(64, 4, "quick_gelu", seed=1)
@@ -45,32 +45,32 @@ def build(line: str, clip_folder: Path) -> Any:
         parts["vae"] = _vae(scaling_factor=0.13025)
         parts["force_zeros_for_empty_prompt"], parts["add_watermarker"] = True, False
         return _quiet(diffusers.StableDiffusionXLPipeline(**parts))
-    if line.startswith("sd2"):
+    if family.startswith("sd2"):
         parts["tokenizer"] = CLIPTokenizer.from_pretrained(str(clip_folder), pad_token="!")
         parts["text_encoder"] = text_encoder(64, 23, "gelu", seed=1)
-        parts["unet"] = _unet(linear=True, in_channels=5 if line == "sd2-depth" else 4)
+        parts["unet"] = _unet(linear=True, in_channels=5 if family == "sd2-depth" else 4)
     else:
         parts["text_encoder"] = text_encoder(64, 4, "quick_gelu", seed=1)
-        parts["unet"] = _unet(in_channels={"sd1-inpainting": 9, "sd1-edit": 8}.get(line, 4))
+        parts["unet"] = _unet(in_channels={"sd1-inpainting": 9, "sd1-edit": 8}.get(family, 4))
     parts |= {"vae": _vae(), "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if line == "sd1-inpainting":
+    if family == "sd1-inpainting":
         return _quiet(diffusers.StableDiffusionInpaintPipeline(**parts))
-    if line == "sd1-edit":
+    if family == "sd1-edit":
         return _quiet(diffusers.StableDiffusionInstructPix2PixPipeline(**parts))
     return _quiet(diffusers.StableDiffusionPipeline(**parts))
 
 
-def scheduler(sampler: str, line: str) -> Any:
-    """diffusers' scheduler of the method `sampler`, on the levels of the spacing that `SPACINGS` names."""
+def scheduler(sampler: str, family: str) -> Any:
+    """diffusers' scheduler of the method `sampler`, with the spacing of `SPACINGS`."""
     import diffusers
 
-    levels = LEVELS | {"prediction_type": "v_prediction" if line == "sd2" else "epsilon"}
+    levels = LEVELS | {"prediction_type": "v_prediction" if family == "sd2" else "epsilon"}
     match sampler:
         case "Euler":
             # linspace(0, 999, steps), not rounded: Uniform. (diffusers interpolates sigma, we ln sigma: some 1e-5.)
             return diffusers.EulerDiscreteScheduler(**levels, timestep_spacing="linspace")
         case "DDIM":
-            # Strides of T // steps and an offset of 1: the authors' own. It ends on the first level, not on 0.
+            # Strides of T // steps and an offset of 1, as its authors have it. It ends on the first level, not on 0.
             return diffusers.DDIMScheduler(**levels, clip_sample=False, set_alpha_to_one=False)
         case "DPM++ 2M":
             # Rounded strides of T / steps down from the last level: Simple, as long as the strides are whole.
@@ -147,7 +147,7 @@ def _quiet(pipeline: Any) -> Any:
 
 
 def save(pipeline: Any, folder: Path, **options: Any) -> Path:
-    """`folder`, with the pipeline in it as diffusers saves one."""
+    """Save the pipeline in `folder`, as diffusers does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipeline.save_pretrained(folder, **options)
@@ -155,7 +155,7 @@ def save(pipeline: Any, folder: Path, **options: Any) -> Path:
 
 
 def altered(file: Path, target: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
-    """`target`, with the tensors and metadata of the safetensors file `file` after `change` has had them."""
+    """Write the tensors of the safetensors file `file`, changed in place by `change`, and its metadata to `target`."""
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
 

@@ -1,7 +1,7 @@
 """The encoding of a weighted prompt of several chunks, in float64 with the text encoders of Transformers.
 
-Written from the definition alone: a chunk is begin, its words, end, padding; its hidden states are multiplied by the
-weights of their words and then scaled back to their original mean; chunks are concatenated.
+Written from the definition, without Gouache's code: a chunk is begin, its words, end, padding; its hidden states are
+multiplied by the weights of their words and then scaled back to their original mean; chunks are concatenated.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 BEGIN, END = 49406, 49407
 
 Chunk = list[tuple[str, float]]
-"""Embeddings with their weights."""
+"""Words with their weights."""
 
 
 def plain(words: str) -> Chunk:
@@ -23,7 +23,7 @@ def plain(words: str) -> Chunk:
 
 
 def context(encoder: Any, tokenizer: Any, chunks: list[Chunk], *, layer: int, norm: bool) -> Tensor:
-    """(1, 77 * chunks, D) float64: the `layer`-th hidden state from the end, normed by the final norm if `norm`."""
+    """(1, 77 * chunks, D) float64: the `layer`-th hidden state from the end, through the final norm if `norm`."""
     encoder = copy.deepcopy(encoder).double()
     final_norm = dict(encoder.named_modules())[_final_norm(encoder)]
     contexts = []

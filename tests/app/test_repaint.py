@@ -1,4 +1,4 @@
-"""A picture painted again from its own file is identical, or the cause of the difference is named."""
+"""`repaint`: a picture made again from its own file is identical, or possible causes of the difference are named."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ import gouache
 from gouache.app.repaint import repaint
 from gouache.app.settings import Settings
 from gouache.errors import GouacheError, RequestError
+from tests.adapters.loras import factors, save_kohya
 from tests.pipelines import Narrow, altered
 
-KNOBS: dict[str, Any] = {"steps": 2, "seed": 3, "size": (64, 64), "negative": "dog"}
+OPTIONS: dict[str, Any] = {"steps": 2, "seed": 3, "size": (64, 64), "negative": "dog"}
 
 
 @pytest.fixture
 def model(narrow: Callable[[str], Narrow], tmp_path: Path) -> Path:
-    """A model file of this test's own."""
+    """A copy of a model file, which the test may change or remove."""
     return Path(shutil.copy(narrow("sd1").file, tmp_path / "model.safetensors"))
 
 
-def painted(model: Path, path: Path, settings: Settings, dtype: str = "fp32", **knobs: Any) -> Path:
-    return next(gouache.load(model, dtype=dtype, settings=settings).paint("a cat", **KNOBS | knobs)).save(path)
+def saved(model: Path, path: Path, settings: Settings, dtype: str = "fp32", **options: Any) -> Path:
+    """A picture that was painted with the file `model`, saved at `path`."""
+    return next(gouache.load(model, dtype=dtype, settings=settings).paint("a cat", **OPTIONS | options)).save(path)
 
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -44,8 +46,8 @@ def rewritten(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return path
 
 
-def spoil(path: Path) -> Path:
-    """The same file with one pixel three levels off."""
+def with_changed_pixel(path: Path) -> Path:
+    """The same file with one pixel changed by three levels."""
     with Image.open(path) as opened:
         texts = PngInfo()
         for key, text in opened.text.items():  # type: ignore[attr-defined]
@@ -58,7 +60,7 @@ def spoil(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "knobs",
+    "options",
     [
         {},
         {"sampler": "DPM++ SDE", "schedule": "Exponential", "rng": "nv", "ensd": 31337},
@@ -66,44 +68,44 @@ def spoil(path: Path) -> Path:
         {"sampler": "DDIM", "eta": 0.7},
     ],
 )
-def test_an_untouched_picture_is_identical(knobs: dict[str, Any], model: Path, settings: Settings, tmp_path: Path):
-    again = repaint(painted(model, tmp_path / "cat.png", settings, **knobs), settings)
+def test_an_unchanged_picture_is_identical(options: dict[str, Any], model: Path, settings: Settings, tmp_path: Path):
+    again = repaint(saved(model, tmp_path / "cat.png", settings, **options), settings)
 
     assert again.identical and (again.share, again.largest, again.causes) == (0.0, 0, ())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_the_dtype_is_that_of_the_recipe(dtype: str, model: Path, settings: Settings, tmp_path: Path):
-    again = repaint(painted(model, tmp_path / "cat.png", settings, dtype), settings)
+def test_the_dtype_of_the_recipe_is_used(dtype: str, model: Path, settings: Settings, tmp_path: Path):
+    again = repaint(saved(model, tmp_path / "cat.png", settings, dtype), settings)
 
     assert again.identical
     assert again.picture.recipe["dtype"] == dtype
 
 
-def test_a_picture_that_needed_float32_needs_it_again(model: Path, settings: Settings, tmp_path: Path):
+def test_stages_that_were_upcast_are_upcast_again(model: Path, settings: Settings, tmp_path: Path):
     def enlarge(tensors: dict[str, Tensor]) -> None:
         weight = tensors["model.diffusion_model.input_blocks.0.0.weight"]
         weight *= 60000 / weight.abs().max()
 
     large = altered(model, tmp_path / "large.safetensors", enlarge)
 
-    again = repaint(painted(large, tmp_path / "cat.png", settings, "fp16"), settings)
+    again = repaint(saved(large, tmp_path / "cat.png", settings, "fp16"), settings)
 
     assert again.identical and again.picture.recipe["upcast"] == ["U-Net"]
 
 
-def test_a_picture_painted_over_another_is_identical(model: Path, settings: Settings, tmp_path: Path):
-    init = painted(model, tmp_path / "init.png", settings, seed=1)
+def test_a_picture_made_from_another_is_identical(model: Path, settings: Settings, tmp_path: Path):
+    init = saved(model, tmp_path / "init.png", settings, seed=1)
 
-    again = repaint(painted(model, tmp_path / "cat.png", settings, init=init, strength=0.5), settings)
+    again = repaint(saved(model, tmp_path / "cat.png", settings, init=init, strength=0.5), settings)
 
     assert again.identical
 
 
-def test_a_model_that_has_moved_is_found_by_its_name_or_named(
+def test_a_model_that_is_missing_can_be_replaced_by_the_model_option(
     model: Path, narrow: Callable[[str], Narrow], settings: Settings, tmp_path: Path
 ):
-    picture = painted(model, tmp_path / "cat.png", settings)
+    picture = saved(model, tmp_path / "cat.png", settings)
     model.unlink()
 
     with pytest.raises(RequestError, match="model: no model 'model' has the hash"):
@@ -112,8 +114,8 @@ def test_a_model_that_has_moved_is_found_by_its_name_or_named(
     assert repaint(picture, settings, model=str(narrow("sd1").file)).identical
 
 
-def test_another_model_under_the_same_path_is_the_first_cause_named(model: Path, settings: Settings, tmp_path: Path):
-    picture = painted(model, tmp_path / "cat.png", settings)
+def test_another_model_at_the_same_path_is_the_first_cause(model: Path, settings: Settings, tmp_path: Path):
+    picture = saved(model, tmp_path / "cat.png", settings)
     altered(model, model, lambda tensors: tensors["first_stage_model.decoder.conv_out.bias"].add_(0.1))
 
     again = repaint(picture, settings)
@@ -122,10 +124,10 @@ def test_another_model_under_the_same_path_is_the_first_cause_named(model: Path,
     assert again.causes[0].startswith("the model file is another: ")
 
 
-def test_another_picture_to_start_from_is_named(model: Path, settings: Settings, tmp_path: Path):
-    init = painted(model, tmp_path / "init.png", settings, seed=1)
-    picture = painted(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
-    painted(model, init, settings, seed=2)
+def test_another_init_picture_is_the_first_cause(model: Path, settings: Settings, tmp_path: Path):
+    init = saved(model, tmp_path / "init.png", settings, seed=1)
+    picture = saved(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
+    saved(model, init, settings, seed=2)
 
     again = repaint(picture, settings)
 
@@ -133,18 +135,18 @@ def test_another_picture_to_start_from_is_named(model: Path, settings: Settings,
     assert again.causes[0].startswith("the picture given as init is another: ")
 
 
-def test_a_recipe_of_another_dtype_device_and_torch_is_told_apart(model: Path, settings: Settings, tmp_path: Path):
-    def elsewhere(recipe: dict[str, Any]) -> None:
+def test_another_device_torch_and_batch_are_causes(model: Path, settings: Settings, tmp_path: Path):
+    def change(recipe: dict[str, Any]) -> None:
         recipe["dtype"], recipe["device"], recipe["upcast"] = "bf16", "cuda", ["VAE"]
         recipe["versions"]["torch"] = "1.0"
         recipe["batch"] = 4
 
-    picture = rewritten(painted(model, tmp_path / "cat.png", settings), elsewhere)
+    picture = rewritten(saved(model, tmp_path / "cat.png", settings), change)
 
     again = repaint(picture, settings, device="cpu")
 
     assert not again.identical
-    assert again.picture.recipe["upcast"] == ["VAE"]  # what was computed in float32 then is so now
+    assert again.picture.recipe["upcast"] == ["VAE"]  # as in the recipe
     assert again.causes[:3] == (
         "made on cuda then, cpu now",
         f"torch 1.0 then, {torch.__version__} now",
@@ -152,15 +154,15 @@ def test_a_recipe_of_another_dtype_device_and_torch_is_told_apart(model: Path, s
     )
 
 
-def test_one_changed_pixel_is_found_and_measured(model: Path, settings: Settings, tmp_path: Path):
-    again = repaint(spoil(painted(model, tmp_path / "cat.png", settings)), settings)
+def test_one_changed_pixel_is_measured(model: Path, settings: Settings, tmp_path: Path):
+    again = repaint(with_changed_pixel(saved(model, tmp_path / "cat.png", settings)), settings)
 
     assert (again.share, again.largest) == (1 / 64**2, 3)
     assert len(again.causes) == 1 and "changes rounding" in again.causes[0]
 
 
-def test_a_scaled_picture_is_called_so(model: Path, settings: Settings, tmp_path: Path):
-    picture = painted(model, tmp_path / "cat.png", settings)
+def test_a_scaled_picture_is_refused(model: Path, settings: Settings, tmp_path: Path):
+    picture = saved(model, tmp_path / "cat.png", settings)
     with Image.open(picture) as opened:
         texts = PngInfo()
         texts.add_text("gouache", opened.text["gouache"])  # type: ignore[attr-defined]
@@ -171,11 +173,49 @@ def test_a_scaled_picture_is_called_so(model: Path, settings: Settings, tmp_path
         repaint(picture, settings)
 
 
+def test_a_picture_made_from_a_value_is_refused_in_one_line(model: Path, settings: Settings, tmp_path: Path):
+    """A PIL image has no file from which it could be read again."""
+    init = Image.effect_noise((64, 64), 80)
+    picture = saved(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
+
+    with pytest.raises(RequestError, match=r"init: .*cat\.png was made from a picture that was not a file") as caught:
+        repaint(picture, settings)
+
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_init_picture_is_refused_in_one_line(model: Path, settings: Settings, tmp_path: Path):
+    init = saved(model, tmp_path / "init.png", settings, seed=1)
+    picture = saved(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
+    init.unlink()
+
+    with pytest.raises(RequestError, match=r"init: there is no file .*init\.png"):
+        repaint(picture, settings)
+
+
+def test_a_recipe_of_version_01_is_made_again_with_its_adapters(model: Path, settings: Settings, tmp_path: Path):
+    """It has `splices`, each with `told`, where later ones have `adapters` with `setting`."""
+    loaded = gouache.load(model, dtype="fp32", settings=settings)
+    lora = save_kohya(tmp_path / "style.safetensors", loaded, factors(loaded))
+    picture = saved(model, tmp_path / "cat.png", settings, lora=[f"{lora}:0.8"])
+
+    def as_before(recipe: dict[str, Any]) -> None:
+        (adapter,) = recipe.pop("adapters")
+        adapter["told"] = adapter.pop("setting")
+        recipe["splices"] = [adapter]
+        for name in [name for name in recipe["request"] if name.startswith(("hires", "refiner"))]:
+            del recipe["request"][name]
+
+    again = repaint(rewritten(picture, as_before), settings)
+
+    assert again.identical and again.picture.recipe["adapters"][0]["setting"] == f"{lora}:0.8"
+
+
 HOSTILE: list[Callable[[dict[str, Any]], object]] = [
     lambda recipe: recipe["request"].update(steps="many"),
     lambda recipe: recipe["request"].update(init=["a"]),
     lambda recipe: recipe["request"].update(size=[64]),
-    lambda recipe: recipe["request"].update(unheard="of"),
+    lambda recipe: recipe["request"].update(unknown="setting"),
     lambda recipe: recipe.update(dtype="int4"),
     lambda recipe: recipe.update(device="abacus"),
     lambda recipe: recipe["model"].update(prediction="future"),
@@ -184,14 +224,18 @@ HOSTILE: list[Callable[[dict[str, Any]], object]] = [
     lambda recipe: recipe["model"].update(path="\0", name="\0"),
     lambda recipe: recipe.pop("model"),
     lambda recipe: recipe["model"].clear(),
+    lambda recipe: recipe["request"].update(hires="large"),
+    lambda recipe: recipe["request"].update(refiner="/etc/hostname", refiner_at=0.1, steps=4),
+    lambda recipe: recipe["request"].update(lora=["/etc/hostname"]),
+    lambda recipe: recipe.update(splices=[{"told": "a"}, 5]),
 ]
 
 
 @pytest.mark.parametrize("change", HOSTILE, ids=range(len(HOSTILE)))
-def test_a_recipe_from_anybody_fails_in_one_line(
+def test_a_manipulated_recipe_is_refused_in_one_line(
     change: Callable[[dict[str, Any]], object], model: Path, settings: Settings, tmp_path: Path
 ):
-    picture = rewritten(painted(model, tmp_path / "cat.png", settings, steps=1), change)
+    picture = rewritten(saved(model, tmp_path / "cat.png", settings, steps=1), change)
 
     with pytest.raises(GouacheError) as caught:
         repaint(picture, settings)

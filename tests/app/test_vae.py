@@ -1,4 +1,4 @@
-"""Which autoencoder a checkpoint gets: asked for, beside it, its own, or one of the library in its place."""
+"""The autoencoder of a checkpoint: the one requested, one next to the file, its own, or one from the library."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ VAE = "first_stage_model."
 
 
 @pytest.fixture
-def shelf(tmp_path: Path) -> Path:
+def models(tmp_path: Path) -> Path:
     (tmp_path / "models" / "VAE").mkdir(parents=True)
     return tmp_path / "models"
 
 
 @pytest.fixture
-def ours(tmp_path: Path, shelf: Path) -> Settings:
-    return Settings((shelf,), tmp_path / "out", None, None, tmp_path / "cache", tmp_path / "data")
+def ours(tmp_path: Path, models: Path) -> Settings:
+    return Settings((models,), tmp_path / "out", None, None, tmp_path / "cache", tmp_path / "data")
 
 
 def parts(file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(everything but the VAE, the VAE under names of its own)"""
+    """(all tensors except the VAE's, those of the VAE without their prefix)"""
     tensors = load_file(file)
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(VAE)}
     return rest, {name.removeprefix(VAE): tensor for name, tensor in tensors.items() if name.startswith(VAE)}
 
 
-def other(vae: dict[str, Tensor]) -> dict[str, Tensor]:
+def scaled(vae: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Another VAE, of the same shapes."""
     return {name: tensor * 1.1 for name, tensor in vae.items()}
 
 
@@ -47,68 +48,71 @@ def used(model: gouache.Model, vae: dict[str, Tensor]) -> bool:
 
 
 def load(path: Path, settings: Settings, vae: str | None = None) -> tuple[gouache.Model, list[str]]:
-    said: list[str] = []
-    return gouache.load(path, dtype="fp32", vae=vae, settings=settings, on_note=said.append), said
+    """The model, and the notes on the choice of its VAE."""
+    notes: list[str] = []
+    return gouache.load(path, dtype="fp32", vae=vae, settings=settings, on_note=notes.append), notes
 
 
-def test_its_own_where_nothing_else_is_said(narrow: Callable[[str], Narrow], ours: Settings, shelf: Path):
+def test_its_own_by_default(narrow: Callable[[str], Narrow], ours: Settings, models: Path):
     _, vae = parts(narrow("sd1").file)
-    save_file(other(vae), shelf / "VAE" / "another.safetensors")
+    save_file(scaled(vae), models / "VAE" / "another.safetensors")
 
-    model, said = load(narrow("sd1").file, ours)
+    model, notes = load(narrow("sd1").file, ours)
 
-    assert used(model, vae) and not said and model.vae_file is None
+    assert used(model, vae) and not notes and model.vae_file is None
 
 
-def test_one_asked_for_by_name_by_path_or_out_of_a_checkpoint(
-    narrow: Callable[[str], Narrow], ours: Settings, shelf: Path, tmp_path: Path
+def test_one_requested_by_name_by_path_or_from_another_checkpoint(
+    narrow: Callable[[str], Narrow], ours: Settings, models: Path, tmp_path: Path
 ):
     rest, vae = parts(narrow("sd1").file)
     loss = {"loss.discriminator.main.0.weight": torch.zeros(4, 3, 4, 4), "loss.logvar": torch.zeros(())}
-    save_file({**other(vae), **loss}, shelf / "VAE" / "another.safetensors")  # as its trainers leave it
-    save_file({**rest, **{VAE + name: tensor for name, tensor in other(vae).items()}}, tmp_path / "whole.safetensors")
+    save_file({**scaled(vae), **loss}, models / "VAE" / "another.safetensors")  # as files of its trainers have it
+    save_file({**rest, **{VAE + name: tensor for name, tensor in scaled(vae).items()}}, tmp_path / "whole.safetensors")
 
-    for told in ("another", str(shelf / "VAE" / "another.safetensors"), str(tmp_path / "whole.safetensors")):
-        model, _ = load(narrow("sd1").file, ours, told)
-        assert used(model, other(vae)) and model.vae_file is not None
+    for name in ("another", str(models / "VAE" / "another.safetensors"), str(tmp_path / "whole.safetensors")):
+        model, _ = load(narrow("sd1").file, ours, name)
+        assert used(model, scaled(vae)) and model.vae_file is not None
     with pytest.raises(GouacheError, match="vae"):
         load(narrow("sd1").file, ours, "nowhere")
 
 
-def test_what_stands_beside_a_checkpoint_is_its_own(narrow: Callable[[str], Narrow], ours: Settings, tmp_path: Path):
+def test_a_file_next_to_the_checkpoint_with_its_name_is_used(
+    narrow: Callable[[str], Narrow], ours: Settings, tmp_path: Path
+):
     _, vae = parts(narrow("sd1").file)
     path = Path(shutil.copy(narrow("sd1").file, tmp_path / "photo.safetensors"))
-    torch.save({"state_dict": other(vae)}, tmp_path / "photo.vae.pt")
+    torch.save({"state_dict": scaled(vae)}, tmp_path / "photo.vae.pt")
 
-    model, said = load(path, ours)
-    assert used(model, other(vae)) and "photo.vae.pt" in said[0]
-    model, said = load(path, ours, "none")
-    assert used(model, vae) and not said
+    model, notes = load(path, ours)
+    assert used(model, scaled(vae)) and "photo.vae.pt" in notes[0]
+    model, notes = load(path, ours, "none")
+    assert used(model, vae) and not notes
 
 
-def test_what_the_library_notes_for_a_checkpoint(
-    narrow: Callable[[str], Narrow], ours: Settings, shelf: Path, tmp_path: Path
+def test_the_one_that_the_library_notes_for_the_checkpoint_is_used(
+    narrow: Callable[[str], Narrow], ours: Settings, models: Path, tmp_path: Path
 ):
     from gouache.app.library import Library
 
     _, vae = parts(narrow("sd1").file)
-    (shelf / "Stable-diffusion").mkdir()
-    path = Path(shutil.copy(narrow("sd1").file, shelf / "Stable-diffusion" / "photo.safetensors"))
-    save_file(other(vae), shelf / "VAE" / "mine.safetensors")
+    (models / "Stable-diffusion").mkdir()
+    path = Path(shutil.copy(narrow("sd1").file, models / "Stable-diffusion" / "photo.safetensors"))
+    save_file(scaled(vae), models / "VAE" / "mine.safetensors")
     with Library.of(ours) as library:
         library.refresh()
-        library.describe(path, vae=str(shelf / "VAE" / "mine.safetensors"))
+        library.describe(path, vae=str(models / "VAE" / "mine.safetensors"))
 
-    model, (said,) = load(path, ours)
-    assert used(model, other(vae)) and "mine.safetensors, which the library notes for photo.safetensors" in said
+    model, (note,) = load(path, ours)
+    assert used(model, scaled(vae)) and "mine.safetensors, which the library notes for photo.safetensors" in note
     assert used(load(path, ours, "none")[0], vae)
-    (shelf / "VAE" / "mine.safetensors").unlink()
+    (models / "VAE" / "mine.safetensors").unlink()
     assert used(load(path, ours)[0], vae)
 
 
 @pytest.mark.parametrize("damage", ["absent", "NaN", "a tensor short"])
-def test_a_checkpoint_without_a_good_one_is_explained_and_gets_one_that_fits(
-    damage: str, narrow: Callable[[str], Narrow], ours: Settings, shelf: Path, tmp_path: Path
+def test_a_checkpoint_without_a_usable_one_gets_one_from_the_library(
+    damage: str, narrow: Callable[[str], Narrow], ours: Settings, models: Path, tmp_path: Path
 ):
     rest, vae = parts(narrow("sd1").file)
     broken = dict(vae)
@@ -125,13 +129,13 @@ def test_a_checkpoint_without_a_good_one_is_explained_and_gets_one_that_fits(
         load(path, ours)
     assert "--vae FILE" in str(refused.value) and "\n" not in str(refused.value)
 
-    save_file(vae, shelf / "VAE" / "a-plain-one.safetensors")
-    save_file(other(vae), shelf / "VAE" / "vae-ft-mse-840000.safetensors")
-    save_file(other(other(vae)), shelf / "VAE" / "aa-sdxl_vae.safetensors")
-    model, (said,) = load(path, ours)
+    save_file(vae, models / "VAE" / "a-plain-one.safetensors")
+    save_file(scaled(vae), models / "VAE" / "vae-ft-mse-840000.safetensors")
+    save_file(scaled(scaled(vae)), models / "VAE" / "aa-sdxl_vae.safetensors")
+    model, (note,) = load(path, ours)
 
-    assert used(model, other(vae))  # the one that is usual for this line
-    assert "vae-ft-mse-840000.safetensors" in said and "photo.safetensors" in said
+    assert used(model, scaled(vae))  # the one recommended for this family
+    assert "vae-ft-mse-840000.safetensors" in note and "photo.safetensors" in note
     assert next(model.paint("a cat", steps=1, size=(64, 64))).recipe["adapters"][0]["kind"] == "vae"
 
 

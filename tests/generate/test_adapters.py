@@ -1,12 +1,14 @@
-"""Requests that splice files in: against diffusers with the same files, counted in the recipe, gone afterwards."""
+"""Requests with adapters: against diffusers with the same files, recorded in the recipe, detached afterwards."""
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,7 @@ from torch import Tensor
 
 import gouache
 from gouache import Model
+from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import GouacheError, RequestError
 from gouache.generate.adapters import AdapterSpec, read_spec
 from gouache.generate.notes import adapter_notes, notes
@@ -22,43 +25,43 @@ from tests.adapters.loras import factors, save_kohya, save_peft
 from tests.adapters.test_attach import same, weights
 from tests.pipelines import Narrow
 
-KNOBS = {"steps": 4, "size": (64, 64), "seed": 3, "cfg": 3.0}
+OPTIONS = {"steps": 4, "size": (64, 64), "seed": 3, "cfg": 3.0}
 
 
 @pytest.fixture(scope="module")
 def models(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
     loaded: dict[str, Model] = {}
 
-    def load(line: str) -> Model:
-        if line not in loaded:
-            loaded[line] = gouache.load(narrow(line).file, device="cpu", dtype="fp32")
-        return loaded[line]
+    def load(family: str) -> Model:
+        if family not in loaded:
+            loaded[family] = gouache.load(narrow(family).file, device="cpu", dtype="fp32")
+        return loaded[family]
 
     return load
 
 
-def latent(model: Model, prompt: str = "a cat", **knobs: object) -> Tensor:
-    return next(model.paint(prompt, **{**KNOBS, **knobs})).latent
+def latent(model: Model, prompt: str = "a cat", **options: object) -> Tensor:
+    return next(model.paint(prompt, **{**OPTIONS, **options})).latent
 
 
-@pytest.mark.parametrize("line", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
 @pytest.mark.parametrize("save", [save_kohya, save_peft])
-def test_networks_with_a_lora_are_those_of_diffusers_with_it(
-    line: str,
+def test_networks_with_a_lora_give_the_outputs_of_diffusers(
+    family: str,
     save: Callable[..., Path],
     models: Callable[[str], Model],
     narrow: Callable[[str], Narrow],
     tmp_path: Path,
 ):
-    model = models(line)
-    parts = {module: pair for module, pair in factors(model).items() if line == "sd1" or module[0] == "unet"}
+    model = models(family)
+    parts = {module: pair for module, pair in factors(model).items() if family == "sd1" or module[0] == "unet"}
     path = save(tmp_path / "style.safetensors", model, parts)
-    pipeline = copy.deepcopy(narrow(line).pipeline)
+    pipeline = copy.deepcopy(narrow(family).pipeline)
     pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0, 20.0])
     context = torch.randn(2, 77, model.unet.spec.context_dim, generator=torch.Generator().manual_seed(1))
     vector, more = None, {}
-    if line == "sdxl":
+    if family == "sdxl":
         vector = torch.randn(2, 96 + 6 * 256, generator=torch.Generator().manual_seed(2))
         ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
         more = {"added_cond_kwargs": {"text_embeds": vector[:, :96], "time_ids": ids}}
@@ -66,24 +69,24 @@ def test_networks_with_a_lora_are_those_of_diffusers_with_it(
 
         vector = torch.cat([vector[:, :96], timestep_embedding(ids.flatten(), 256).reshape(2, -1)], 1)
 
-    on = model.attach(path)
+    attached = model.attach(path)
     with torch.inference_mode():
         theirs = pipeline.unet(x, t, context, **more).sample
         mine = model.unet(x, t, context, vector)
         torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
-        if line == "sd1":
+        if family == "sd1":
             torch.testing.assert_close(
                 model.encode_prompts(["a cat"]).context, pipeline.encode_prompt("a cat", "cpu", 1, False)[0],
                 atol=1e-4, rtol=1e-4,
             )  # fmt: skip
         else:
-            assert on.matched == len(parts)
-    on.detach()
+            assert attached.matched == len(parts)
+    attached.detach()
     with torch.inference_mode():
         assert (model.unet(x, t, context, vector) - mine).abs().max() > 1e-2
 
 
-def test_a_tag_an_option_and_attach_are_one(models: Callable[[str], Model], tmp_path: Path):
+def test_a_tag_an_option_and_attach_give_the_same_picture(models: Callable[[str], Model], tmp_path: Path):
     model = models("sd1")
     path = save_kohya(tmp_path / "style.safetensors", model, factors(model))
     before = weights(model)
@@ -91,25 +94,23 @@ def test_a_tag_an_option_and_attach_are_one(models: Callable[[str], Model], tmp_
 
     by_tag = latent(model, f"a cat<lora:{path}:0.8>")
     by_option = latent(model, lora=f"{path}:0.8")
-    on = model.attach(path, 0.8)
-    attached = latent(model)
-    on.detach()
+    attached = model.attach(path, 0.8)
+    by_caller = latent(model)
+    attached.detach()
 
-    assert torch.equal(by_tag, by_option) and torch.equal(by_tag, attached)
+    assert torch.equal(by_tag, by_option) and torch.equal(by_tag, by_caller)
     assert not torch.equal(by_tag, plain) and torch.equal(latent(model), plain)
     assert same(before, weights(model))
 
 
-def test_the_recipe_counts_and_repeats(models: Callable[[str], Model], tmp_path: Path):
+def test_the_recipe_records_the_adapters_and_reproduces_the_picture(models: Callable[[str], Model], tmp_path: Path):
     model = models("sd1")
     path = save_kohya(tmp_path / "style.safetensors", model, factors(model))
     save_file({"emb_params": torch.randn(2, 64)}, tmp_path / "zorblax.safetensors")
 
     picture = next(
-        model.paint("a zorblax", lora=[f"{path}:0.8:te=0.5"], embedding=tmp_path / "zorblax.safetensors", **KNOBS)
+        model.paint("a zorblax", lora=[f"{path}:0.8:te=0.5"], embedding=tmp_path / "zorblax.safetensors", **OPTIONS)
     )
-
-    import hashlib
 
     lora, embedding = picture.recipe["adapters"]
     assert lora["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -123,12 +124,12 @@ def test_the_recipe_counts_and_repeats(models: Callable[[str], Model], tmp_path:
     assert torch.equal(again.latent, picture.latent)
 
 
-def test_stopping_in_the_middle_takes_everything_off(models: Callable[[str], Model], tmp_path: Path):
+def test_closing_the_iteration_detaches_everything(models: Callable[[str], Model], tmp_path: Path):
     model = models("sd1")
     path = save_kohya(tmp_path / "style.safetensors", model, factors(model))
     before = weights(model)
 
-    pictures = model.paint(f"<lora:{path}:1>", count=3, **KNOBS)
+    pictures = model.paint(f"<lora:{path}:1>", count=3, **OPTIONS)
     next(pictures)
     assert not same(before, weights(model))
     pictures.close()
@@ -136,20 +137,20 @@ def test_stopping_in_the_middle_takes_everything_off(models: Callable[[str], Mod
     assert same(before, weights(model)) and not list(model.adapters)
 
 
-def test_a_bad_second_file_takes_the_first_off_again(models: Callable[[str], Model], tmp_path: Path):
+def test_a_second_file_that_is_refused_detaches_the_first(models: Callable[[str], Model], tmp_path: Path):
     model, other = models("sd1"), models("sdxl")
     good = save_kohya(tmp_path / "good.safetensors", model, factors(model))
     bad = save_kohya(tmp_path / "bad.safetensors", other, factors(other))
     before = weights(model)
 
     with pytest.raises(GouacheError) as refused:
-        next(model.paint("a cat", lora=[str(good), str(bad)], **KNOBS))
+        next(model.paint("a cat", lora=[str(good), str(bad)], **OPTIONS))
 
     assert "bad.safetensors" in str(refused.value) and "\n" not in str(refused.value)
     assert same(before, weights(model))
 
 
-def test_a_lora_for_some_of_the_steps(models: Callable[[str], Model], tmp_path: Path):
+def test_a_lora_for_some_of_the_steps(models: Callable[[str], Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = models("sd1")
     parts = {module: pair for module, pair in factors(model).items() if module[0] == "unet"}
     path = save_kohya(tmp_path / "style.safetensors", model, parts)
@@ -159,25 +160,21 @@ def test_a_lora_for_some_of_the_steps(models: Callable[[str], Model], tmp_path: 
 
     assert torch.equal(latent(model, lora=f"{path}:1:start=0:end=1:how=live"), whole)
     assert len({tuple(each.flatten().tolist()) for each in (plain, whole, first, second)}) == 4
-    # Of four steps the first two with it, the last two without: the sampler's own steps, one after the other.
-    sigmas: list[tuple[float, bool]] = []
-    real = type(model).denoise
+    # Of four steps the first two with it and the last two without: steps, not calls, of which Heun has two per step.
+    calls: list[tuple[float, bool]] = []
+    denoise = type(model).denoise
 
-    def watched(self: Model, x: Tensor, sigma: Tensor, conditioning: object) -> Tensor:
-        (layer,) = self.layers
-        sigmas.append((float(sigma.max()), all(hook.on for hook in layer.hooks.values())))
-        return real(self, x, sigma, conditioning)  # type: ignore[arg-type]
+    def watched(self: Model, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        (adapter,) = self.adapters
+        calls.append((float(sigma.max()), all(hook.on for hook in adapter.hooks.values())))
+        return denoise(self, x, sigma, conditioning)
 
-    type(model).denoise = watched  # type: ignore[method-assign]
-    try:
-        latent(model, lora=f"{path}:1:end=0.5", sampler="Heun")
-    finally:
-        type(model).denoise = real  # type: ignore[method-assign]
-    levels = sorted({sigma for sigma, _ in sigmas}, reverse=True)
-    assert all(on == (levels.index(sigma) < 2) for sigma, on in sigmas)
+    monkeypatch.setattr(type(model), "denoise", watched)
+    latent(model, lora=f"{path}:1:end=0.5", sampler="Heun")
+    assert [active for _, active in calls] == [True] * 4 + [False] * 3
 
 
-def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callable[[str], Narrow], tmp_path: Path):
+def test_another_vae_for_one_request(models: Callable[[str], Model], narrow: Callable[[str], Narrow], tmp_path: Path):
     diffusers = pytest.importorskip("diffusers")
     model = models("sd1")
     own = model.vae
@@ -185,23 +182,23 @@ def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callabl
     tiny = diffusers.AutoencoderTiny().eval()
     save_file(tiny.state_dict(), tmp_path / "taesd.safetensors")
 
-    picture = next(model.paint("a cat", vae=str(tmp_path / "taesd.safetensors"), **KNOBS))
+    picture = next(model.paint("a cat", vae=str(tmp_path / "taesd.safetensors"), **OPTIONS))
 
     with torch.inference_mode():
-        wanted = tiny.decode(picture.latent[None]).sample[0]
-    levels = torch.from_numpy(__import__("numpy").array(picture.image)).permute(2, 0, 1).float()
-    torch.testing.assert_close(levels, ((wanted / 2 + 0.5).clamp(0, 1) * 255).round(), atol=1.01, rtol=0)
+        expected = tiny.decode(picture.latent[None]).sample[0]
+    levels = torch.from_numpy(np.array(picture.image)).permute(2, 0, 1).float()
+    torch.testing.assert_close(levels, ((expected / 2 + 0.5).clamp(0, 1) * 255).round(), atol=1.01, rtol=0)
     assert picture.recipe["adapters"][0]["kind"] == "vae" and "VAE: taesd.safetensors" in picture.parameters
     assert model.vae is own
     model.vae = tmp_path / "taesd.safetensors"  # type: ignore[assignment]
     assert model.vae is not own and torch.equal(latent(model), picture.latent)
     model.vae = own
     assert model.vae_file is None
-    next(model.paint("a cat", vae="none", **KNOBS))
+    next(model.paint("a cat", vae="none", **OPTIONS))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "spec"),
     [
         ("style", AdapterSpec("style")),
         ("style:0.8", AdapterSpec("style", 0.8)),
@@ -216,26 +213,29 @@ def test_another_vae_for_one_run(models: Callable[[str], Model], narrow: Callabl
         ("a:b", AdapterSpec("a:b")),
     ],
 )
-def test_a_file_and_its_strengths(text: str, told: AdapterSpec):
-    assert read_spec("lora", text) == told
+def test_a_name_with_strengths_is_parsed(text: str, spec: AdapterSpec):
+    assert read_spec("lora", text) == spec
 
 
 @pytest.mark.parametrize("text", ["", ":0.8", "a:1:2:3", "a:te=x", "a:start=0.9:end=0.1", "a:how=sideways"])
-def test_what_is_no_file_with_strengths(text: str):
+def test_an_invalid_name_with_strengths_is_refused(text: str):
     with pytest.raises(RequestError, match="lora"):
         read_spec("lora", text)
 
 
-def test_trigger_words_and_unused_embeddings_are_mentioned(models: Callable[[str], Model], tmp_path: Path):
+def test_missing_trigger_words_and_unused_embeddings_are_reported(models: Callable[[str], Model], tmp_path: Path):
     model = models("sd1")
-    told = {"ss_tag_frequency": json.dumps({"10_fox": {"zorb fox": 30, "sitting": 4}})}
-    path = save_kohya(tmp_path / "style.safetensors", model, factors(model), metadata=told)
+    metadata = {"ss_tag_frequency": json.dumps({"10_fox": {"zorb fox": 30, "sitting": 4}})}
+    path = save_kohya(tmp_path / "style.safetensors", model, factors(model), metadata=metadata)
     save_file({"emb_params": torch.randn(2, 64)}, tmp_path / "zorblax.safetensors")
-    said: list[str] = []
+    found: list[str] = []
 
     for prompt in ("a cat", "a Zorb  Fox, zorblax"):
-        request = Request(prompt=prompt, lora=(str(path),), embedding=(str(tmp_path / "zorblax.safetensors"),), **KNOBS)  # type: ignore[arg-type]
-        next(model.paint(request, on_attached=lambda found, r=request: said.extend(adapter_notes(r, found))))
+        request = Request(
+            prompt=prompt, lora=(str(path),), embedding=(str(tmp_path / "zorblax.safetensors"),), **OPTIONS
+        )  # type: ignore[arg-type]
+        next(model.paint(request, on_attached=lambda used, r=request: found.extend(adapter_notes(r, used))))
 
-    assert len(said) == 2 and "zorb fox, sitting" in said[0] and said[1].startswith("zorblax stands in no prompt")
+    assert len(found) == 2
+    assert "zorb fox, sitting" in found[0] and found[1].startswith("no prompt contains zorblax")
     assert not [note for note in notes(model, Request(prompt="<lora:x:1> a cat")) if "plain text" in note]

@@ -1,4 +1,4 @@
-"""Remarks on prompts: grammar that is not followed yet, words that a model never met."""
+"""Notes on prompts: parts that are read as plain text, words that the model was never trained on."""
 
 from __future__ import annotations
 
@@ -20,36 +20,49 @@ TOKENS = "cond_stage_model.transformer.text_model.embeddings.token_embedding.wei
 
 
 @pytest.fixture
-def learner(narrow: Callable[[str], Narrow], settings: Settings, tmp_path: Path) -> Model:
-    """A model that has met "cat" (2368), "red" (736) and the comma (267), but neither "unicorn" nor "zeppelin"."""
+def small_vocabulary(narrow: Callable[[str], Narrow], settings: Settings, tmp_path: Path) -> Model:
+    """A model trained on "cat" (2368), "red" (736) and the comma (267), but not on "unicorn" and "zeppelin"."""
 
-    def forget(tensors: dict[str, Tensor]) -> None:
+    def zero_others(tensors: dict[str, Tensor]) -> None:
         known = [2368, 736, 267, 320, 49406, 49407]
         kept = tensors[TOKENS][known]
         tensors[TOKENS] = torch.zeros_like(tensors[TOKENS])
         tensors[TOKENS][known] = kept
 
-    return gouache.load(altered(narrow("sd1").file, tmp_path / "learner.safetensors", forget), settings=settings)
+    return gouache.load(altered(narrow("sd1").file, tmp_path / "model.safetensors", zero_others), settings=settings)
 
 
-def test_words_that_the_model_never_met_are_named_once(learner: Model):
-    request = Request(prompt="a red cat, unicorn, (zeppelin:1.2)", negative="unicorn")
+@pytest.mark.parametrize(
+    "prompt", ["a red cat, unicorn, (zeppelin:1.2)", "a [unicorn:zeppelin:0.5]", "cat AND unicorn AND zeppelin"]
+)
+def test_words_that_the_model_was_not_trained_on_are_named_once(prompt: str, small_vocabulary: Model):
+    found = list(notes(small_vocabulary, Request(prompt=prompt, negative="unicorn")))
 
-    told = list(notes(learner, request))
-
-    assert told == ["the model does not know the words unicorn, zeppelin"]
+    assert found == ["the model does not know the words 'unicorn', 'zeppelin'"]
 
 
-def test_a_model_trained_on_all_words_gets_no_remark(loaded: Callable[[str], Model]):
+def test_names_of_embeddings_are_known_words(small_vocabulary: Model):
+    assert not list(notes(small_vocabulary, Request(prompt="a red cat, unicorn"), ["unicorn"]))
+
+
+def test_a_model_trained_on_the_whole_vocabulary_gets_no_note(loaded: Callable[[str], Model]):
     assert not list(notes(loaded("sd1"), Request(prompt="a red cat, unicorn", negative="zeppelin")))
 
 
-def test_grammar_that_is_read_as_text_is_pointed_out(loaded: Callable[[str], Model]):
-    request = Request(prompt="a cat <lora:fur:1> <other:fur>", negative="[dog|cow]")
+def test_unknown_tags_are_reported_as_plain_text(loaded: Callable[[str], Model]):
+    request = Request(prompt="a cat <lora:fur:1> <other:fur>", negative="[dog|cow] <thing:1>")
 
-    told = list(notes(loaded("sd1"), request))
+    found = list(notes(loaded("sd1"), request))
 
-    assert told == [
-        "<other:fur> in the prompt is read as plain text for now",
-        "[dog|cow] in the negative is read as plain text for now",
+    assert found == [
+        "<other:fur> in the prompt is read as plain text",
+        "<thing:1> in the negative is read as plain text",
     ]
+
+
+@pytest.mark.parametrize(("prompt", "count"), [("a cat:1.5", 1), ("a cat :1.5 AND a dog", 0)])
+def test_a_weight_of_the_whole_prompt_without_and_is_reported(prompt: str, count: int, loaded: Callable[[str], Model]):
+    found = list(notes(loaded("sd1"), Request(prompt=prompt)))
+
+    assert len(found) == count
+    assert all("all of it weighs 1.5" in each for each in found)

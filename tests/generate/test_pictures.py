@@ -1,4 +1,4 @@
-"""What a picture's file says of how it was painted: the recipe as JSON, and A1111's text, read here by other means."""
+"""The metadata of a saved picture: the recipe as JSON, and the parameters in A1111's format, parsed independently."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Models = Callable[[str], Model]
 
 def parsed(text: str) -> tuple[str, str, dict[str, str]]:
     """(prompt, negative, fields) of A1111's text: fields on the last line, the negative after its heading."""
-    said, _, rest = text.rpartition("\n")
+    prompts, _, rest = text.rpartition("\n")
     fields: dict[str, str] = {}
     while rest:
         key, rest = rest.split(": ", 1)
@@ -35,12 +35,12 @@ def parsed(text: str) -> tuple[str, str, dict[str, str]]:
             rest = rest[end:].removeprefix(", ")
         else:
             fields[key], _, rest = rest.partition(", ")
-    prompt, _, negative = said.partition("\nNegative prompt: ")
+    prompt, _, negative = prompts.partition("\nNegative prompt: ")
     return prompt, negative, fields
 
 
-def painted(model: Model, prompt: str = "a cat", **knobs: Any) -> Picture:
-    return next(model.paint(prompt, **{"steps": 1, "seed": 5, "size": (64, 64)} | knobs))
+def paint(model: Model, prompt: str = "a cat", **options: Any) -> Picture:
+    return next(model.paint(prompt, **{"steps": 1, "seed": 5, "size": (64, 64)} | options))
 
 
 def png_texts(path: Path) -> dict[str, str]:
@@ -48,7 +48,9 @@ def png_texts(path: Path) -> dict[str, str]:
         return dict(opened.text)  # type: ignore[attr-defined]
 
 
-names = st.text(st.sampled_from('aZ1,:"\\ é'), max_size=12)  # of model files: with all that parts the fields
+names = st.text(
+    st.sampled_from('aZ1,:"\\ é'), max_size=12
+)  # of model files, with every character that separates fields
 words = st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs"]), max_size=30)
 
 
@@ -62,7 +64,7 @@ words = st.text(st.characters(exclude_characters="\n\r", exclude_categories=["Cs
     clip_skip=st.none() | st.integers(1, 12),
     eta=st.none() | st.floats(0, 1),
 )
-def test_the_parameters_text_gives_every_knob_back(prompt, negative, cfg, steps, model, variation, clip_skip, eta):
+def test_every_setting_can_be_read_from_the_parameters(prompt, negative, cfg, steps, model, variation, clip_skip, eta):
     request = Request(
         prompt=prompt,
         negative=negative,
@@ -72,12 +74,13 @@ def test_the_parameters_text_gives_every_knob_back(prompt, negative, cfg, steps,
         eta=eta,
         variation_seed=variation[0] if variation else None,
         variation_strength=variation[1] if variation else 0.0,
+        size=(640, 512),
     )
 
-    text = infotext.write(request, 2**64 - 1, (640, 512), "DPM++ 2M", "Karras", {"Model": model})
+    text = infotext.write(request, 2**64 - 1, "DPM++ 2M", "Karras", {"Model": model})
 
-    said, unwanted, fields = parsed(text)
-    assert (said, unwanted) == (prompt, negative)
+    *prompts, fields = parsed(text)
+    assert prompts == [prompt, negative]
     assert fields["Steps"] == str(steps) and float(fields["CFG scale"]) == cfg
     assert (fields["Sampler"], fields["Schedule type"]) == ("DPM++ 2M", "Karras")
     assert (fields["Seed"], fields["Size"], fields["Model"]) == (str(2**64 - 1), "640x512", model)
@@ -88,10 +91,10 @@ def test_the_parameters_text_gives_every_knob_back(prompt, negative, cfg, steps,
         assert found == variation
 
 
-def test_a_usual_picture_reads_as_a1111_writes_it():
-    request = Request(prompt="a cat\non a mat", negative="dog", steps=20, cfg=7.0)
+def test_the_parameters_are_those_that_a1111_writes():
+    request = Request(prompt="a cat\non a mat", negative="dog", steps=20, cfg=7.0, size=(512, 768))
 
-    text = infotext.write(request, 5, (512, 768), "Euler a", "Uniform", {"Model hash": "0123456789", "Model": "mini"})
+    text = infotext.write(request, 5, "Euler a", "Uniform", {"Model hash": "0123456789", "Model": "mini"})
 
     assert text == (
         "a cat\non a mat\nNegative prompt: dog\nSteps: 20, Sampler: Euler a, Schedule type: Uniform, CFG scale: 7, "
@@ -99,10 +102,33 @@ def test_a_usual_picture_reads_as_a1111_writes_it():
     )
 
 
-def test_a_saved_picture_carries_its_recipe_and_its_parameters(loaded: Models, tmp_path: Path):
+def test_the_parameters_of_hires_fix_and_a_refiner_are_those_that_a1111_writes():
+    """Fields and their order as in A1111 1.10: sampler and prompts only where they differ from the first pass."""
+    request = Request(
+        prompt="a cat", steps=20, size=(512, 768), hires=2.0, hires_steps=10, hires_strength=0.55,
+        hires_upscaler="nearest-exact", hires_prompt="a cat, sharp", hires_negative="blurry", refiner="refiner",
+        refiner_at=0.8,
+    )  # fmt: skip
+
+    text = infotext.write(request, 5, "Euler", "Karras", {}, hires_sampler="Euler a", refiner="refiner")
+
+    assert text == (
+        "a cat\nSteps: 20, Sampler: Euler, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 512x768, Denoising "
+        "strength: 0.55, Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent (nearest-exact), Hires sampler: "
+        'Euler a, Hires prompt: "a cat, sharp", Hires negative prompt: blurry, Refiner: refiner, Refiner switch at: '
+        "0.8, RNG: CPU"
+    )
+    plain = Request(prompt="a cat", size=(512, 768), hires=(1024, 1536))
+    fields = parsed(infotext.write(plain, 5, "Euler", "Karras", {}, hires_sampler="Euler"))[2]
+    hires = {name: value for name, value in fields.items() if name.startswith("Hires")}
+    assert hires == {"Hires resize": "1024x1536", "Hires upscaler": "Latent"}
+    assert fields["Denoising strength"] == "0.7"
+
+
+def test_a_saved_picture_contains_its_recipe_and_its_parameters(loaded: Models, tmp_path: Path):
     model = loaded("sd1")
-    knobs: dict[str, Any] = {"sampler": "k_euler_a", "negative": "dog", "cfg": 4.5, "clip_skip": 2, "eta": 0.5}
-    picture = painted(model, "a (red:1.2) cat, 猫", **knobs)
+    options: dict[str, Any] = {"sampler": "k_euler_a", "negative": "dog", "cfg": 4.5, "clip_skip": 2, "eta": 0.5}
+    picture = paint(model, "a (red:1.2) cat, 猫", **options)
 
     path = picture.save(tmp_path / "new" / "cat.png")
 
@@ -110,36 +136,35 @@ def test_a_saved_picture_carries_its_recipe_and_its_parameters(loaded: Models, t
     recipe = json.loads(texts["gouache"])
     assert recipe == picture.recipe and texts["parameters"] == picture.parameters
     assert recipe["request"] == {
-        **Request.from_json(knobs | {"prompt": "a (red:1.2) cat, 猫", "seed": 5, "steps": 1}).to_json(),
+        **Request.from_json(options | {"prompt": "a (red:1.2) cat, 猫", "seed": 5, "steps": 1}).to_json(),
         "sampler": "Euler a",
         "schedule": "Uniform",
         "size": "64x64",
     }
-    told = recipe["model"]
-    assert (told["family"], told["variant"], told["prediction"]) == ("sd1", "base", "eps")
-    assert told["sha256"] == model.file.sha256() and Path(told["path"]) == model.file.path
+    used = recipe["model"]
+    assert (used["family"], used["variant"], used["prediction"]) == ("sd1", "base", "eps")
+    assert used["sha256"] == model.file.sha256() and Path(used["path"]) == model.file.path
     assert (recipe["device"], recipe["dtype"], recipe["upcast"]) == ("cpu", "fp32", [])
     assert recipe["versions"]["gouache"] == gouache.__version__ and recipe["versions"]["torch"] == torch.__version__
-    said, unwanted, fields = parsed(texts["parameters"])
-    assert (said, unwanted, fields["Sampler"]) == ("a (red:1.2) cat, 猫", "dog", "Euler a")
-    assert fields["Model hash"] == told["sha256"][:10]
+    prompt, negative, fields = parsed(texts["parameters"])
+    assert (prompt, negative, fields["Sampler"]) == ("a (red:1.2) cat, 猫", "dog", "Euler a")
+    assert fields["Model hash"] == used["sha256"][:10]
 
 
-def test_every_picture_of_a_series_has_the_recipe_of_itself_alone(loaded: Models):
-    model = loaded("sd1")
-    knobs: dict[str, Any] = {"variation_seed": 70, "variation_strength": 0.2}
+def test_each_recipe_of_a_series_is_for_a_single_picture(loaded: Models):
+    request = Request(
+        prompt="a cat", seed=5, steps=1, count=3, batch=2, size=(64, 64), variation_seed=70, variation_strength=0.2
+    )
 
-    series = [
-        picture.recipe for picture in model.paint("a cat", seed=5, steps=1, count=3, batch=2, size=(64, 64), **knobs)
-    ]
+    recipes = [picture.recipe for picture in loaded("sd1").paint(request)]
 
-    for index, recipe in enumerate(series):
-        asked = recipe["request"]
-        assert (asked["seed"], asked["variation_seed"]) == (5 + index, 70 + index)
-        assert (asked["count"], asked["batch"], recipe["batch"]) == (1, 1, 2)
+    for index, recipe in enumerate(recipes):
+        settings = recipe["request"]
+        assert (settings["seed"], settings["variation_seed"]) == (5 + index, 70 + index)
+        assert (settings["count"], settings["batch"], recipe["batch"]) == (1, 1, 2)
 
 
-def test_a_recipe_is_a_request_that_paints_the_same_picture(loaded: Models, tmp_path: Path):
+def test_the_request_of_a_recipe_paints_the_same_picture(loaded: Models, tmp_path: Path):
     model = loaded("sd1")
     path = list(model.paint("a cat", seed=5, steps=2, count=2, size=(64, 96), sampler="DPM++ SDE"))[1].save(
         tmp_path / "a"
@@ -152,11 +177,11 @@ def test_a_recipe_is_a_request_that_paints_the_same_picture(loaded: Models, tmp_
     assert again.image.tobytes() == image.tobytes()
 
 
-def test_saving_replaces_whole_and_leaves_nothing_beside(loaded: Models, tmp_path: Path):
+def test_saving_replaces_a_file_and_leaves_no_other(loaded: Models, tmp_path: Path):
     target = tmp_path / "cat.png"
     target.write_bytes(b"an older picture")
 
-    painted(loaded("sd1")).save(target)
+    paint(loaded("sd1")).save(target)
 
     assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
     assert Image.open(target).size == (64, 64)
@@ -165,16 +190,16 @@ def test_saving_replaces_whole_and_leaves_nothing_beside(loaded: Models, tmp_pat
 @pytest.mark.parametrize("name", ["cat.jpg", "cat.webp", "cat.v2"])
 def test_another_format_is_refused(name: str, loaded: Models, tmp_path: Path):
     with pytest.raises(RequestError, match=r"output: .* does not end in \.png"):
-        painted(loaded("sd1")).save(tmp_path / name)
+        paint(loaded("sd1")).save(tmp_path / name)
 
     assert not any(tmp_path.iterdir())
 
 
-def test_a_file_in_the_way_of_the_folder_is_named(loaded: Models, tmp_path: Path):
+def test_a_folder_that_cannot_be_created_is_reported(loaded: Models, tmp_path: Path):
     (tmp_path / "file").write_text("no folder")
 
-    with pytest.raises(FileError, match="cannot be made a folder"):
-        painted(loaded("sd1")).save(tmp_path / "file" / "cat.png")
+    with pytest.raises(FileError, match="cannot be created as a folder for pictures"):
+        paint(loaded("sd1")).save(tmp_path / "file" / "cat.png")
 
 
 def png(path: Path, texts: dict[str, str]) -> Path:
@@ -189,23 +214,39 @@ DAMAGED = [
     "{", "[]", "5", "{}", '{"request": []}', '{"request": {}, "model": 7}', '{"request": {}, "model": {"name": []}}',
     '{"request": {}, "inputs": []}', '{"request": {}, "versions": {"torch": 2}}', '{"request": {}, "upcast": "VAE"}',
     '{"request": {}, "upcast": [1]}', '{"request": {}, "device": {}}', '{"request": {}, "dtype": 16}', "[" * 100_000,
+    '{"request": {}, "adapters": {}}', '{"request": {}, "adapters": [5]}', '{"request": {}, "adapters": [{"path": 5}]}',
+    '{"request": {}, "splices": 5}', '{"request": {}, "splices": [{"told": []}]}', '{"request": {}, "refiner": []}',
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", DAMAGED, ids=range(len(DAMAGED)))
-def test_a_damaged_recipe_is_called_so(recipe: str, tmp_path: Path):
+def test_a_damaged_recipe_is_refused(recipe: str, tmp_path: Path):
     with pytest.raises(RequestError, match="its recipe is damaged"):
         read_recipe(png(tmp_path / "a.png", {"gouache": recipe}))
 
 
-def test_a_picture_without_a_recipe_is_told_from_another_programs(tmp_path: Path):
-    with pytest.raises(RequestError, match=r"holds no recipe of Gouache's$"):
+def test_a_recipe_of_version_01_is_read(tmp_path: Path):
+    """It has `splices`, each with `told`, where later ones have `adapters` with `setting`."""
+    file = {"kind": "lora", "name": "style", "told": "style:0.8", "path": "/models/style.safetensors", "sha256": "00"}
+    old = {"request": {"prompt": "a cat"}, "splices": [file]}
+
+    recipe, _ = read_recipe(png(tmp_path / "a.png", {"gouache": json.dumps(old)}))
+
+    (adapter,) = recipe["adapters"]
+    assert "splices" not in recipe
+    assert {name: adapter[name] for name in ("kind", "name", "setting", "path", "sha256")} == {
+        "kind": "lora", "name": "style", "setting": "style:0.8", "path": "/models/style.safetensors", "sha256": "00"
+    }  # fmt: skip
+
+
+def test_a_picture_without_a_recipe_is_refused(tmp_path: Path):
+    with pytest.raises(RequestError, match=r"has no recipe by Gouache$"):
         read_recipe(png(tmp_path / "a.png", {}))
-    with pytest.raises(RequestError, match="it holds another program's parameters"):
+    with pytest.raises(RequestError, match="it has the parameters of another program"):
         read_recipe(png(tmp_path / "b.png", {"parameters": "a cat\nSteps: 20"}))
 
 
-def test_what_is_no_png_is_refused(tmp_path: Path):
+def test_a_file_that_is_not_a_png_is_refused(tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     for name in ("a.jpg", "b.png"):
