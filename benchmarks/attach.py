@@ -91,7 +91,7 @@ def measured(path: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
         halves[f"{component}/{name}.weight"] = torch.full(weight.shape, 0.02, dtype=torch.float16)
         weight.fill_(0.02)
     save_file(halves, model)
-    del halves, weight
+    del halves
     file = open_model(model)
 
     def restore(component: str, name: str) -> torch.Tensor:

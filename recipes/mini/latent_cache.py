@@ -26,7 +26,8 @@ class LatentCache:
     def __init__(self, captioned: Callable[[int, int], Captioned], batch: int, seed: int) -> None:
         """`captioned(first, count)` computes scenes number `first` to `first + count - 1`."""
         self.captioned, self.batch, self.seed = captioned, batch, seed
-        self._number, self._block = -1, None
+        self._number = -1
+        self._block: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, number: int) -> Captioned:
         batches_per_pass = self.SCENES // self.batch
@@ -37,6 +38,7 @@ class LatentCache:
         repeat, index = divmod(within, batches_per_pass)
         order = torch.randperm(self.SCENES, generator=step_generator(self.seed, block * self.REPEATS + repeat))
         rows = order[index * self.batch : (index + 1) * self.batch]
+        assert self._block is not None
         latents, contexts = self._block
         return Captioned(latents[rows], Conditioning(contexts[rows].float()))
 

@@ -25,7 +25,7 @@ class Adaptive(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "growth": growth, "d": 1.0})
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure=None):  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
                 own = self.state[parameter]
@@ -36,7 +36,7 @@ class Adaptive(torch.optim.Optimizer):
 
 
 class Opaque(Adaptive):
-    def step(self, closure=None):
+    def step(self, closure=None):  # type: ignore[override]
         super().step()
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter]["object"] = object()

@@ -65,6 +65,8 @@ class Model(model.Model):
         Raises GouacheError before the first step for whatever can be known then.
         """
         request = _request(prompt, options)
+        if request.refiner is not None:
+            names.resolve(request.refiner, self.settings)  # a misspelt name is an error before the first step
         hash_of = partial(self._hash_of, on_hash=on_hash)
         background = self._start_hash()
         background.start()

@@ -146,8 +146,9 @@ def enlarged(model: Model, latents: Tensor, source: Source, upscaler: str) -> Te
 def _refined(whole: Pass, request: Request, prompts: Prompts, load: Callable[[], Model]) -> list[Pass]:
     """`whole`, the end of which the refiner runs: from the first step at which `refiner_at` of the levels are done."""
     levels = len(whole.model.schedule.sigmas)
-    done = [(levels - 1 - float(whole.model.schedule.t(sigma))) / levels for sigma in whole.sigmas[:-1]]
-    switch = next((index for index, share in enumerate(done) if share > request.refiner_at), None)
+    timesteps = whole.model.schedule.t(whole.sigmas[:-1], quantize=True).tolist()
+    done = [(levels - 1 - timestep) / levels for timestep in timesteps]
+    switch = next((index for index, share in enumerate(done) if share >= request.refiner_at), None)
     if switch is None:
         return [whole]
     refiner = load()
