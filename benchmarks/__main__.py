@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import attach, workshop
 from benchmarks.report import log, machine, store
 from benchmarks.tasks import TASKS
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 HERE = Path(__file__).parent
 SIDES = ("gouache", "diffusers")

@@ -76,7 +76,7 @@ def measured(path: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
 
     networks: dict[str, torch.nn.Module] = {}
     specs: dict[str, UNetSpec | TextSpec] = {}
-    for place in SDXL.places:
+    for place in SDXL.locations:
         if isinstance(place.spec, UNetSpec | TextSpec):
             specs[place.component] = place.spec
             with torch.device("meta"):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.report import lines, log, machine, store
 from benchmarks.tasks import watched
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 ROOT = Path(__file__).parents[1]
 MANIFESTS = {"sd1": "sd15_emaonly", "sdxl": "sdxl_base"}

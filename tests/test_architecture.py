@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # folder and from lower layers, never from another folder of its layer. `face` is the public API, which the command line
 # uses too; `__init__` exports it lazily.
 LAYERS = (
-    ("errors", "version"),
+    ("errors", "version", "wording"),
     ("nn", "diffusion"),
     ("files", "layouts", "images", "prompts"),
     ("families",),

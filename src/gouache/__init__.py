@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Attached", "Conditioning", "GouacheError", "Model", "Noise", "Picture", "Request", "Strength", "__version__", "cfg",
-    "identify", "load", "open_model", "sampler", "sigmas", "to_pictures",
+    "Attached", "Conditioning", "GouacheError", "Model", "Noise", "Picture", "Request", "Strength", "__version__",
+    "cfg", "identify", "load", "open_model", "sampler", "sigmas", "to_pictures",
 ]  # fmt: skip
 
 

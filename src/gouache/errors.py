@@ -36,7 +36,7 @@ class DamagedFile(FileError):
     """The file has a known format but breaks its rules, or is truncated."""
 
 
-class Asked(NamedTuple):
+class PickleFinding(NamedTuple):
     """A name found in a pickle: its full name, its byte position, and the plain arguments of the call, as text.
 
     The byte is None where the call only becomes visible after the pickle's object graph has been built.
@@ -50,14 +50,18 @@ class Asked(NamedTuple):
 class UnsafeFile(FileError):
     """The file contains something that no weights need: a call, an import, a memory bomb. Nothing was run.
 
-    `asked` lists the refused calls, if calls were the reason for refusing; `named` lists the globals that the pickle
+    `calls` lists the refused calls, if calls were the reason for refusing; `imports` lists the globals that the pickle
     imports besides, without calling them.
     """
 
     def __init__(
-        self, path: str | Path, message: str, asked: tuple[Asked, ...] = (), named: tuple[Asked, ...] = ()
+        self,
+        path: str | Path,
+        message: str,
+        calls: tuple[PickleFinding, ...] = (),
+        imports: tuple[PickleFinding, ...] = (),
     ) -> None:
-        self.asked, self.named = asked, named
+        self.calls, self.imports = calls, imports
         super().__init__(path, message)
 
 

@@ -28,7 +28,7 @@ def networks(family_name: str) -> dict[str, nn.Module]:
     family = next(family for family in FAMILIES if family.name == family_name)
     built: dict[str, nn.Module] = {}
     with torch.device("meta"):
-        for location in family.places:
+        for location in family.locations:
             if isinstance(location.spec, UNetSpec):
                 built[location.component] = UNet(location.spec)
             elif isinstance(location.spec, TextSpec):

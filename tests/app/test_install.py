@@ -221,7 +221,7 @@ def test_a_hostile_file_is_not_installed(own: Settings, site: Site, tmp_path: Pa
 def test_a_web_page_with_the_name_of_a_model_is_refused(own: Settings, site: Site):
     site.files["/model.safetensors"] = b"<!DOCTYPE html><html>please log in</html>"
 
-    with pytest.raises(FileError, match="no model"):
+    with pytest.raises(FileError, match="not a model"):
         install(site.url("/model.safetensors"), own)
 
     assert data_files(own) == []

@@ -50,9 +50,9 @@ CHANGED: dict[str, tuple[Change, str]] = {
     "half a U-Net": (without(UNET + "output_blocks.7."), "has no usable unet: "),
     "one tensor short": (
         without(VAE + "quant_conv.bias"),
-        "no usable VAE (1 of 244 tensors are missing, the first is quant_conv.bias), and no VAE",
+        "no usable VAE (1 of 244 tensors is missing: quant_conv.bias), and no VAE",
     ),
-    "wrong shape": (wider, "unet: time_embed.2.weight has shape [128, 129] where the others ask for [128, 128]"),
+    "wrong shape": (wider, "unet: time_embed.2.weight has shape [128, 129], but the others require [128, 128]"),
     "a stranger": (stranger, "looks like Stable Diffusion 1, but holds 1 tensors that no part of it has: model.secret"),
 }
 

@@ -61,7 +61,9 @@ def test_inspect_tells_a_model_with_its_evidence(gouache: Command, narrow: Narro
     assert page.code == 0 and page.err == ""
     facts = {name: fact["value"] for name, fact in told["facts"].items()}
     assert (facts["kind"], facts["family"], facts["variant"], facts["prediction"]) == ("checkpoint", "sd2", "base", "v")
-    assert all(fact["evidence"] and fact["sure"] in ("certain", "likely", "guess") for fact in told["facts"].values())
+    assert all(
+        fact["evidence"] and fact["confidence"] in ("certain", "likely", "guess") for fact in told["facts"].values()
+    )
     assert {part["name"] for part in told["components"]} == {"unet", "vae", "text_encoder"}
     parameters = sum(parameter.numel() for parameter in narrow("sd2").pipeline.unet.parameters())
     assert next(part for part in told["components"] if part["name"] == "unet")["parameters"] == parameters
@@ -85,7 +87,7 @@ def test_inspect_names_what_is_missing_and_what_is_strange(gouache: Command, nar
 def test_what_the_caller_says_overrules_and_is_marked_so(gouache: Command, narrow: Narrows):
     told = json.loads(gouache("inspect", narrow("sd1").file, "--prediction", "v", "--json").out)
 
-    assert (told["facts"]["prediction"]["value"], told["facts"]["prediction"]["sure"]) == ("v", "told")
+    assert (told["facts"]["prediction"]["value"], told["facts"]["prediction"]["confidence"]) == ("v", "override")
 
 
 def test_convert_says_what_it_wrote(gouache: Command, narrow: Narrows, tmp_path: Path):
@@ -103,7 +105,7 @@ def test_convert_says_what_it_wrote(gouache: Command, narrow: Narrows, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("taken.safetensors",), "out: taken.safetensors exists already"),
+        (("taken.safetensors",), "out: taken.safetensors already exists"),
         (("model.sft2",), "out: model.sft2 ends in neither .safetensors nor .ckpt"),
         (("absent/out.safetensors",), "absent/out.safetensors: cannot be written: its folder does not exist"),
         (("out.safetensors", "--dtype", "int8"), "dtype: 'int8' is not known"),

@@ -73,7 +73,7 @@ def narrow(family: Family, unet: UNetSpec, text: TextSpec | None = None) -> dict
     """A single file of `family` with a U-Net of this spec, a narrow autoencoder and narrow text encoders."""
     text = text or TextSpec(width=64, layers=3, heads=1, mlp_width=96, vocabulary=99, positions=12)
     tensors: dict[str, TensorInfo] = {}
-    for location in family.places:
+    for location in family.locations:
         if location.component == "unet":
             tensors |= infos(unet_shapes(unet), location.prefix)
         elif location.component == "vae":

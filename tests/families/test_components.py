@@ -66,7 +66,7 @@ def test_a_component_with_a_tensor_of_the_wrong_shape_or_name_is_reported_missin
 
 @pytest.mark.parametrize("part", sorted(SD | {"text_encoder_2"}))
 def test_an_absent_component_is_reported_missing(part):
-    prefix = next(location.prefix for location in SDXL.places if location.component == part)
+    prefix = next(location.prefix for location in SDXL.locations if location.component == part)
 
     found = identify(record({k: v for k, v in official("sdxl_base").items() if not k.startswith(prefix)}))
 
@@ -91,7 +91,7 @@ def test_narrower_models_of_the_same_topology_are_recognised_with_their_widths(n
     found = identify(record(narrow(family, NARROW[name])), prediction="eps")
 
     assert found.kind.value == "checkpoint"
-    assert (found.family.value, found.family.sure) == (family, "certain")
+    assert (found.family.value, found.family.confidence) == (family, "certain")
     assert (found.missing, found.unknown) == ({}, ())
     assert found.component("unet").spec == NARROW[name]
     assert found.variant.value == "base"
@@ -105,7 +105,7 @@ def test_a_unet_alone_is_recognised_with_or_without_a_prefix(family, prefix):
     assert found.kind.value == "unet"
     assert found.family.value is family
     assert found.component("unet").spec == family.unet
-    assert set(found.missing) == {location.component for location in family.places} - {"unet"}
+    assert set(found.missing) == {location.component for location in family.locations} - {"unet"}
 
 
 @pytest.mark.parametrize(

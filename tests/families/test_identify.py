@@ -48,7 +48,7 @@ def test_official_checkpoints_are_identified_without_reading_a_weight(name, kind
 
     assert found.kind.value == kind
     assert found.family.value is not None
-    assert (found.family.value.name, found.family.sure) == (family, "certain")
+    assert (found.family.value.name, found.family.confidence) == (family, "certain")
     assert found.variant.value == variant
     assert set(found.components) == components
     assert found.missing == {}
@@ -70,7 +70,10 @@ def test_official_folders_are_identified(name, family, components):
     assert found.prediction == Fact("eps", found.prediction.evidence, "certain")
     assert found.size is not None and found.size.value == ((512, 512) if family == "sd1" else (1024, 1024))
     assert found.latent_scale is not None
-    assert (found.latent_scale.value, found.latent_scale.sure) == (0.18215 if family == "sd1" else 0.13025, "certain")
+    assert (found.latent_scale.value, found.latent_scale.confidence) == (
+        0.18215 if family == "sd1" else 0.13025,
+        "certain",
+    )
 
 
 def test_a_diffusers_folder_of_a_video_model_is_recognised():
@@ -124,7 +127,7 @@ def test_the_name_of_an_autoencoders_file_may_hint_at_its_family():
     found = identify(record(official("sdxl_vae"), path=Path("/models/sdxl_vae.safetensors")))
 
     assert found.family.value is SDXL
-    assert found.family.sure == "guess"
+    assert found.family.confidence == "guess"
     assert found.latent_scale is not None and found.latent_scale.value == 0.13025
 
 
@@ -227,7 +230,7 @@ def test_every_statement_has_evidence_and_a_confidence():
         facts = [value for value in vars(found).values() if isinstance(value, Fact)]
         facts += [component.dtype for component in found.components.values()]
         assert len(facts) >= 3
-        assert all(fact.evidence and fact.sure in ("certain", "likely", "guess") for fact in facts)
+        assert all(fact.evidence and fact.confidence in ("certain", "likely", "guess") for fact in facts)
         assert all(component.evidence for component in found.components.values())
         assert all(found.leftovers.values())
         assert all(found.missing.values())
@@ -273,7 +276,7 @@ def test_a_family_set_by_the_caller_overrides_and_contradicting_hints_are_listed
     found = identify(record(official("sd15_emaonly")), family="sd2", prediction="eps")
 
     assert found.family.value is SD2
-    assert found.family.sure == "override"
+    assert found.family.confidence == "override"
     assert "exactly the shapes of Stable Diffusion 1" in found.family.evidence
 
 
@@ -312,7 +315,7 @@ def test_no_component_prefix_begins_with_another():
 def test_the_families_of_the_catalog_are_consistent():
     for family in FAMILIES:
         assert family_named(family.name) is family
-        names = {location.component for location in family.places}
+        names = {location.component for location in family.locations}
         if family.text is not None:
             assert {encoder.name for encoder in family.text.encoders} <= names
             assert family.text.pooled is None or family.text.pooled in names

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gouache.families.family import Levels
+from gouache.families.family import NoiseLevels
 from gouache.families.identify import identify
 from gouache.families.sd import SD2
 from gouache.families.sdxl import SDXL
@@ -35,7 +35,7 @@ def prediction(tensors, values=None, override=None, **rest):
 def test_without_other_hints_the_deviation_of_one_bias_decides_for_sd2(name, deviation, expected):
     found = prediction(official(name), {BIAS: bias_with_deviation(deviation)})
 
-    assert (found.value, found.sure) == (expected, "likely")
+    assert (found.value, found.confidence) == (expected, "likely")
     assert BIAS in found.evidence
     assert f"{deviation:.3f}" in found.evidence
 
@@ -51,7 +51,7 @@ def test_the_default_size_of_v_prediction_models_of_sd2_is_768():
 def test_the_bias_gives_only_a_guess_for_a_network_of_other_widths():
     unet = UNetSpec(channels=64, heads=None, head_channels=64, context_dim=128, linear_projection=True)
 
-    assert prediction(narrow(SD2, unet), {BIAS: bias_with_deviation(0.2, 64)}).sure == "guess"
+    assert prediction(narrow(SD2, unet), {BIAS: bias_with_deviation(0.2, 64)}).confidence == "guess"
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,10 @@ def test_continuous_noise_levels_are_read_from_their_markers():
 def test_without_markers_the_noise_levels_are_those_of_the_family():
     levels = {name: identify(record(official(name))).levels for name in ("sd15_emaonly", "sdxl_base", "svd")}
 
-    assert levels["sd15_emaonly"].value == levels["sdxl_base"].value == Levels("scaled_linear", 0.00085, 0.012, 1000)
-    assert levels["svd"].value == Levels("edm", 0.002, 700.0)
+    assert (
+        levels["sd15_emaonly"].value == levels["sdxl_base"].value == NoiseLevels("scaled_linear", 0.00085, 0.012, 1000)
+    )
+    assert levels["svd"].value == NoiseLevels("edm", 0.002, 700.0)
 
 
 @pytest.mark.parametrize(
@@ -103,14 +105,14 @@ def test_without_markers_the_noise_levels_are_those_of_the_family():
 def test_metadata_decides_the_prediction_with_certainty(metadata, expected):
     found = prediction(official("sdxl_base"), metadata=metadata)
 
-    assert (found.value, found.sure) == (expected, "certain")
+    assert (found.value, found.confidence) == (expected, "certain")
     assert next(iter(metadata)) in found.evidence
 
 
 def test_metadata_with_an_unknown_value_is_ignored():
     found = prediction(official("sdxl_base"), metadata={"modelspec.prediction_type": "\x1b[31mwild"})
 
-    assert (found.value, found.sure) == ("eps", "likely")
+    assert (found.value, found.confidence) == ("eps", "likely")
 
 
 def test_the_architecture_in_the_metadata_of_the_released_768_model_is_a_hint():
@@ -132,8 +134,14 @@ def test_a_folders_scheduler_decides_the_prediction_and_zero_snr(word, expected)
         )
     )
 
-    assert found.prediction is not None and (found.prediction.value, found.prediction.sure) == (expected, "certain")
-    assert found.zero_snr is not None and (found.zero_snr.value, found.zero_snr.sure) == (expected == "v", "certain")
+    assert found.prediction is not None and (found.prediction.value, found.prediction.confidence) == (
+        expected,
+        "certain",
+    )
+    assert found.zero_snr is not None and (found.zero_snr.value, found.zero_snr.confidence) == (
+        expected == "v",
+        "certain",
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +162,7 @@ def test_the_original_configuration_in_the_folder_of_the_file_decides_the_predic
 
     found = prediction(official("sd21_768_v"), path=tmp_path / "model.v2.safetensors")
 
-    assert (found.value, found.sure) == (expected, "certain")
+    assert (found.value, found.confidence) == (expected, "certain")
     assert "model.v2.yaml" in found.evidence
 
 
@@ -171,7 +179,7 @@ def test_a_configuration_without_relevant_settings_is_ignored(tmp_path, content)
 def test_the_training_step_of_the_released_pickles_decides_for_sd2(step, expected):
     found = prediction(official("sd21_768_v"), extra={"global_step": step})
 
-    assert (found.value, found.sure) == (expected, "likely")
+    assert (found.value, found.confidence) == (expected, "likely")
     assert str(step) in found.evidence
 
 
@@ -187,12 +195,12 @@ def test_variants_of_sd2_predict_noise_and_no_weight_is_read(name):
 def test_an_override_wins_over_all_hints_and_contradicting_ones_are_listed():
     found = prediction(official("sdxl_base") | {"v_pred": EMPTY}, override="eps")
 
-    assert (found.value, found.sure) == ("eps", "override")
+    assert (found.value, found.confidence) == ("eps", "override")
     assert "contradicted by: the file has the marker tensor v_pred" in found.evidence
 
 
 def test_with_an_override_the_bias_is_not_read():
-    assert prediction(official("sd21_768_v"), override="v").sure == "override"
+    assert prediction(official("sd21_768_v"), override="v").confidence == "override"
 
 
 def test_markers_are_stronger_than_metadata_and_contradicting_hints_are_listed():

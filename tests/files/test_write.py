@@ -161,7 +161,7 @@ def test_temporary_files_of_killed_processes_are_removed_and_those_of_running_on
         monkeypatch.delattr(write.os, "O_TMPFILE", raising=False)
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    ours = write.draft_name(tmp_path, ".tmp")
+    ours = write.temporary_name(tmp_path, ".tmp")
     theirs = ours.with_name(ours.name.replace(f"-{os.getpid()}.", f"-{ended.pid}."))
     foreign = tmp_path / ".gouache-another.tmp"
     for path in (ours, theirs, foreign, tmp_path / "a.bin"):

@@ -17,7 +17,7 @@ LINES = {"sd1": SD1, "sd2": SD2, "sdxl": SDXL}
 
 
 def specs(line: str) -> dict[str, UNetSpec | TextSpec]:
-    return {p.component: p.spec for p in LINES[line].places if isinstance(p.spec, UNetSpec | TextSpec)}
+    return {p.component: p.spec for p in LINES[line].locations if isinstance(p.spec, UNetSpec | TextSpec)}
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,10 @@ def test_both_towers_agree_with_transformers(folder: Path, clip_folder: Path):
     pixels = processor(pictures(), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         found = theirs(input_ids=tokens["input_ids"], pixel_values=pixels)
-    assert_close(ours.prompts(prompts), found.text_embeds, atol=1e-5, rtol=1e-4)
-    assert_close(ours.pictures(pictures()), found.image_embeds, atol=2e-3, rtol=1e-2)
+    assert_close(ours.encode_prompts(prompts), found.text_embeds, atol=1e-5, rtol=1e-4)
+    assert_close(ours.encode_images(pictures()), found.image_embeds, atol=2e-3, rtol=1e-2)
 
 
 def test_a_model_that_is_no_clip_is_named(narrow, tmp_path: Path):
-    with pytest.raises(ModelError, match="no whole CLIP"):
+    with pytest.raises(ModelError, match="not a complete CLIP"):
         clip.load(narrow("sd1").file)

@@ -168,8 +168,8 @@ def test_the_single_files_metadata_states_prediction_and_size_of_the_folder(narr
         found = identify(open_model(narrow(line).file))
 
         assert found.prediction is not None and found.size is not None
-        assert (found.prediction.value, found.prediction.sure) == (prediction, "certain")
-        assert (found.size.value, found.size.sure) == ((64, 64), "certain")
+        assert (found.prediction.value, found.prediction.confidence) == (prediction, "certain")
+        assert (found.size.value, found.size.confidence) == ((64, 64), "certain")
 
 
 def test_a_guess_is_not_written_as_metadata(narrow: Narrows, tmp_path: Path):
@@ -181,7 +181,7 @@ def test_a_guess_is_not_written_as_metadata(narrow: Narrows, tmp_path: Path):
 
     before, after = (identify(open_model(tmp_path / name)) for name in ("model.ckpt", "model.safetensors"))
     assert before.prediction is not None and after.prediction is not None
-    assert before.prediction.sure == after.prediction.sure == "guess"
+    assert before.prediction.confidence == after.prediction.confidence == "guess"
 
 
 def test_a_folder_of_an_unknown_family_is_refused(tmp_path: Path):

@@ -160,9 +160,9 @@ def test_the_folder_is_recognised(folder: Path):
     found = identify(open_model(folder))
 
     assert found.family.value is not None and found.prediction is not None and found.levels is not None
-    assert (found.family.value.name, found.family.sure) == ("svd", "certain")
+    assert (found.family.value.name, found.family.confidence) == ("svd", "certain")
     assert (found.kind.value, set(found.components)) == ("diffusers folder", {"unet", "vae", "image_encoder"})
-    assert (found.prediction.value, found.prediction.sure) == ("v", "certain")
+    assert (found.prediction.value, found.prediction.confidence) == ("v", "certain")
     assert (found.levels.value.kind, found.levels.value.low, found.levels.value.high) == ("edm", 0.002, 700)
     assert found.unknown == ()
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gouache.errors import Asked
+from gouache.errors import PickleFinding
 from gouache.workshop.effects import effect_of
 from gouache.workshop.scan import Scanned, scan
 from tests.files.corpus import DAMAGED, FILE, NOT_A_MODEL, UNSAFE, Case, write_corpus
@@ -95,4 +95,4 @@ def test_a_folder_is_also_searched_by_content(tmp_path: Path):
 def test_functions_that_are_not_listed_have_an_effect_too():
     assert effect_of("os.system") != effect_of("os.chmod") != effect_of("somebody.function")
     assert "weights do not need" in effect_of("somebody.function")
-    assert Asked("a", 1).arguments == ()
+    assert PickleFinding("a", 1).arguments == ()

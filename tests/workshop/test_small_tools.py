@@ -20,10 +20,10 @@ from torch import Tensor
 from gouache.errors import DamagedFile, RequestError
 from gouache.files.metadata import write_metadata
 from gouache.files.open import open_model
+from gouache.wording import plural
 from gouache.workshop.diff import diff
 from gouache.workshop.hashes import hashes
 from gouache.workshop.metadata import change
-from gouache.workshop.plural import plural
 from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]

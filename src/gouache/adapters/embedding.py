@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
-from gouache.layouts.adapters import BUNDLED, SDXL_VECTORS, read_embedding
+from gouache.layouts.adapters import BUNDLE_PREFIX, SDXL_VECTORS, read_embedding
 
 MOST = 75  # vectors, the size of a prompt's chunk
 
@@ -32,7 +32,7 @@ def vectors_of(file: ModelFile) -> dict[str, Tensor]:
 
 def bundled_vectors(file: ModelFile, names: list[str]) -> dict[str, Tensor]:
     """The vectors of an embedding bundled in a LoRA; `names` are its tensors."""
-    return _vectors(file, {name.removeprefix(BUNDLED).partition(".")[2]: name for name in names})
+    return _vectors(file, {name.removeprefix(BUNDLE_PREFIX).partition(".")[2]: name for name in names})
 
 
 def _vectors(file: ModelFile, names: Mapping[str, str]) -> dict[str, Tensor]:

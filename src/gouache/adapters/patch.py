@@ -13,7 +13,7 @@ from gouache.adapters.forms import Parts
 from gouache.errors import ModelError
 
 # Suffixes of other formats -> the suffixes of kohya's and LyCORIS' files.
-SAME: Mapping[str, str] = {
+PART_ALIASES: Mapping[str, str] = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
     "lora.down.weight": "lora_down.weight",

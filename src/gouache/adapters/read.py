@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gouache.adapters.config import Scales, scales
-from gouache.adapters.patch import SAME, Patch
+from gouache.adapters.patch import PART_ALIASES, Patch
 from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import bundled, split_names
@@ -140,7 +140,7 @@ def read_lora(file: ModelFile, names: Mapping[str, tuple[Module, ...]]) -> Adapt
             continue
         part = suffix.lstrip("._")
         for index, module in enumerate(modules):
-            tensors.setdefault(module, {})[SAME.get(part, part)] = name
+            tensors.setdefault(module, {})[PART_ALIASES.get(part, part)] = name
             shares[module], stems[module] = (index, len(modules)), stem
     for module, parts in tensors.items():
         for part in Patch(dict.fromkeys(parts, torch.empty(0))).unused:

@@ -164,9 +164,9 @@ def _scores(
     distance = None if images is first else float(np.mean([_distance(a, b) for a, b in zip(images, first)]))
     if scorer is None:
         return None, distance, None
-    embeddings = scorer.pictures(images)
-    fit = 100 * float((embeddings * scorer.prompts(prompts)).sum(1).mean())
-    likeness = None if images is first else 100 * float((embeddings * scorer.pictures(first)).sum(1).mean())
+    embeddings = scorer.encode_images(images)
+    fit = 100 * float((embeddings * scorer.encode_prompts(prompts)).sum(1).mean())
+    likeness = None if images is first else 100 * float((embeddings * scorer.encode_images(first)).sum(1).mean())
     return fit, distance, likeness
 
 

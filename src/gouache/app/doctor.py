@@ -12,12 +12,12 @@ import torch
 
 from gouache.app import machine, names, search_paths
 from gouache.app.settings import Settings
-from gouache.app.wording import plural
 from gouache.errors import GouacheError
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.model import load, residency
 from gouache.version import __version__
+from gouache.wording import plural
 
 
 def examine(settings: Settings, measure: bool = False) -> dict[str, list[str]]:

@@ -178,7 +178,7 @@ def _category(path: Path) -> str:
 
 def _check_safe(path: Path, source: str) -> None:
     for verdict in scan([path]):
-        if verdict.verdict != "safe" and not (path.is_dir() and verdict.verdict == "no model"):
+        if verdict.verdict != "safe" and not (path.is_dir() and verdict.verdict == "not a model"):
             calls = "; ".join(f"{each.name}: {each.effect}" for each in verdict.intents[:3])
             reason = f"{verdict.verdict}: {verdict.reason}" + (f" ({calls})" if calls else "")
             raise UnsafeFile(without_query(source), f"refused and deleted, {reason}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 if TYPE_CHECKING:
     from gouache.workshop.inspect import Report
@@ -78,7 +78,7 @@ def _page(report: Report) -> str:
             text = fact.evidence if fact.evidence.startswith(missing) else f"{missing} ({fact.evidence})"
             lines.append(f"  {fact.name:14} {text}")
         else:
-            lines.append(f"  {fact.name:14} {fact.value:24} {fact.sure}: {fact.evidence}")
+            lines.append(f"  {fact.name:14} {fact.value:24} {fact.confidence}: {fact.evidence}")
     for detail in report.details:
         lines.append(f"  {detail.name:14} {detail.value:24} {detail.evidence}")
     if report.components:

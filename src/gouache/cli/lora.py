@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 if TYPE_CHECKING:
     from gouache.workshop.lora.write import Made

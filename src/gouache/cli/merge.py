@@ -10,7 +10,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from gouache.errors import RequestError
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 METHOD_NAMES = (
     "weighted-sum",

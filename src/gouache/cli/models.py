@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option, Typer
 
-from gouache.app.wording import plural
 from gouache.cli.models_page import known_page, page, table
 from gouache.errors import GouacheError, RequestError, printable
 from gouache.files.source import size_text
+from gouache.wording import plural
 
 if TYPE_CHECKING:
     from gouache.app.entry import Entry

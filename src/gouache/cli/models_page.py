@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from gouache.app.wording import plural
 from gouache.errors import printable
 from gouache.files.source import size_text
+from gouache.wording import plural
 
 if TYPE_CHECKING:
     from gouache.app.entry import Entry

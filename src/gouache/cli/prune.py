@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 
 def prune(

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 
 def scan(

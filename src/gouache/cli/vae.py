@@ -9,7 +9,7 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 app = Typer(help="Replace or extract a model's VAE.", no_args_is_help=True, rich_markup_mode=None)
 

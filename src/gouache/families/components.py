@@ -27,7 +27,7 @@ from gouache.layouts.vision import vision_layout
 from gouache.nn.spec import TextSpec, UNetSpec
 
 PREFIXES: dict[str, str] = {
-    **{location.prefix: location.component for family in FAMILIES for location in family.places},
+    **{location.prefix: location.component for family in FAMILIES for location in family.locations},
     **{f"{name}/": name for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")},
     "diffusion_model.": "unet",  # U-Nets saved alone by ComfyUI
     "vae.": "vae",
@@ -131,7 +131,7 @@ def _alone(names: Iterable[str]) -> str | None:
 
 def _text_encoder_name(spec: TextSpec) -> str:
     """The component name of a text encoder without a prefix: the second where only a second one has its size."""
-    locations = [location for family in FAMILIES for location in family.places]
+    locations = [location for family in FAMILIES for location in family.locations]
     sizes = {
         (each.spec.width, each.spec.layers): each.component for each in locations if isinstance(each.spec, TextSpec)
     }

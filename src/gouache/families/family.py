@@ -14,7 +14,7 @@ Spec = UNetSpec | VaeSpec | TextSpec
 
 
 @dataclass(frozen=True)
-class Levels:
+class NoiseLevels:
     """The noise levels a line was trained on, as plain numbers from which `diffusion.schedule` makes a schedule.
 
     "scaled_linear": `steps` levels with betas from `low` to `high`, whose square roots are evenly spaced.
@@ -28,7 +28,7 @@ class Levels:
 
 
 @dataclass(frozen=True)
-class Place:
+class ComponentLocation:
     """The location of a component in single files, and its spec.
 
     `component` is its name, which is that of its folder in the diffusers layout. `prefix` precedes its tensor names.
@@ -53,13 +53,13 @@ class Family:
 
     name: str
     title: str
-    places: tuple[Place, ...]
+    locations: tuple[ComponentLocation, ...]
     text: TextRecipe | None
     latent_scale: float
     size: tuple[int, int]
     variants: Mapping[int, str]
     prediction: Literal["eps", "v"] = "eps"
-    levels: Levels = field(default_factory=Levels)
+    levels: NoiseLevels = field(default_factory=NoiseLevels)
     leftovers: tuple[Drop, ...] = ()
 
     @property
@@ -70,7 +70,7 @@ class Family:
 
     def spec(self, component: str) -> Spec | None:
         """The spec of `component` in the released weights; None if the line lacks it or it is not implemented yet."""
-        return next((place.spec for place in self.places if place.component == component), None)
+        return next((place.spec for place in self.locations if place.component == component), None)
 
 
 _SCHEDULE = "a buffer of the noise schedule, which is recomputed: files in circulation have damaged ones"

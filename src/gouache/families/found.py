@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
 from gouache.errors import ModelError, printable
-from gouache.families.family import Family, Levels, Spec
+from gouache.families.family import Family, NoiseLevels, Spec
 from gouache.layouts.rules import Origin, Rule
 from gouache.prompts.recipe import TextRecipe
 
@@ -24,7 +24,7 @@ class Fact(Generic[T_co]):
 
     value: T_co
     evidence: str
-    sure: Confidence
+    confidence: Confidence
 
 
 def strongest(hints: Iterable[Fact[T]], override: Fact[T] | None = None) -> Fact[T] | None:
@@ -75,7 +75,7 @@ class Found:
     variant: Fact[str | None]
     prediction: Fact[str] | None = None
     zero_snr: Fact[bool] | None = None
-    levels: Fact[Levels] | None = None
+    levels: Fact[NoiseLevels] | None = None
     latent_scale: Fact[float] | None = None
     size: Fact[tuple[int, int]] | None = None
     ema: Fact[str] | None = None

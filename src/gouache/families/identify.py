@@ -90,7 +90,9 @@ def _with_sampling(
     family = found.family.value
     if family is None:
         return found
-    scale = Fact(family.latent_scale, f"the value of {family.title}; single files do not store it", found.family.sure)
+    scale = Fact(
+        family.latent_scale, f"the value of {family.title}; single files do not store it", found.family.confidence
+    )
     stated = config(file, candidates["vae"]).get("scaling_factor") if "vae" in candidates else None
     if isinstance(stated, float | int) and 0 < stated < 1000:
         scale = Fact(float(stated), "the autoencoder's config.json states scaling_factor", "certain")
@@ -142,7 +144,7 @@ def _missing(
 ) -> dict[str, str]:
     """Components that a model of the family needs and that are absent or unusable in this file -> what is wrong."""
     missing = {name: result for name, result in done.items() if isinstance(result, str)}
-    for location in family.places if family is not None else ():
+    for location in family.locations if family is not None else ():
         if location.component not in candidates:
             missing[location.component] = f"not in the file; single files keep it under {location.prefix}"
     return missing
@@ -233,5 +235,5 @@ def _simple_found(
     family: Fact[Family | None],
     unknown: tuple[str, ...] = (),
 ) -> Found:
-    variant = Fact(form, kind.evidence, kind.sure)
+    variant = Fact(form, kind.evidence, kind.confidence)
     return Found(path=file.path, kind=kind, family=family, variant=variant, unknown=unknown)

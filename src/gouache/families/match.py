@@ -29,7 +29,7 @@ _ARCHITECTURES = (  # prefixes of the values of `modelspec.architecture` and of 
 _TEXT_PREFIXES = {
     location.prefix: family
     for family in FAMILIES
-    for location in family.places
+    for location in family.locations
     if location.component.startswith("text_encoder")
 }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from gouache.errors import printable
 from gouache.families.components import Candidate
-from gouache.families.family import Family, Levels
+from gouache.families.family import Family, NoiseLevels
 from gouache.families.found import Fact, strongest
 from gouache.families.sd import SD2
 from gouache.files.record import ModelFile
@@ -59,7 +59,7 @@ def zero_snr(file: ModelFile) -> Fact[bool]:
     return Fact(False, "nothing in the file states it", "likely")
 
 
-def levels(file: ModelFile, family: Family) -> Fact[Levels]:
+def levels(file: ModelFile, family: Family) -> Fact[NoiseLevels]:
     """The noise levels: those of the family, unless the file has the two ends of a continuous range of sigmas."""
     ends = {"low": "edm_vpred.sigma_min", "high": "edm_vpred.sigma_max"}
     stated = {end: name for end, name in ends.items() if name in file and file.tensors[name].elements == 1}
@@ -68,7 +68,7 @@ def levels(file: ModelFile, family: Family) -> Fact[Levels]:
     values = {end: file.tensor(name).item() for end, name in stated.items()}
     low = float(values.get("low", 0.002))
     evidence = "the file has the marker tensor edm_vpred.sigma_max"
-    return Fact(Levels("edm", low, float(values["high"])), evidence, "certain")
+    return Fact(NoiseLevels("edm", low, float(values["high"])), evidence, "certain")
 
 
 def _hints(file: ModelFile, family: Family, variant: str | None) -> Iterator[Fact[str]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gouache.families.family import Family, Place
+from gouache.families.family import ComponentLocation, Family
 from gouache.layouts.rules import Drop
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
 from gouache.prompts.recipe import EncoderRecipe, TextRecipe
@@ -13,10 +13,10 @@ OPENCLIP_H = TextSpec(width=1024, layers=24, heads=16, mlp_width=4096, activatio
 SD1 = Family(
     name="sd1",
     title="Stable Diffusion 1",
-    places=(
-        Place("unet", "model.diffusion_model.", "original", UNetSpec()),
-        Place("vae", "first_stage_model.", "original", VaeSpec()),
-        Place("text_encoder", "cond_stage_model.transformer.", "transformers", CLIP_L),
+    locations=(
+        ComponentLocation("unet", "model.diffusion_model.", "original", UNetSpec()),
+        ComponentLocation("vae", "first_stage_model.", "original", VaeSpec()),
+        ComponentLocation("text_encoder", "cond_stage_model.transformer.", "transformers", CLIP_L),
     ),
     text=TextRecipe(encoders=(EncoderRecipe("text_encoder"),)),
     latent_scale=0.18215,
@@ -28,15 +28,15 @@ SD1 = Family(
 SD2 = Family(
     name="sd2",
     title="Stable Diffusion 2",
-    places=(
-        Place(
+    locations=(
+        ComponentLocation(
             "unet",
             "model.diffusion_model.",
             "original",
             UNetSpec(heads=None, head_channels=64, context_dim=1024, linear_projection=True),
         ),
-        Place("vae", "first_stage_model.", "original", VaeSpec()),
-        Place("text_encoder", "cond_stage_model.model.", "openclip", OPENCLIP_H),
+        ComponentLocation("vae", "first_stage_model.", "original", VaeSpec()),
+        ComponentLocation("text_encoder", "cond_stage_model.model.", "openclip", OPENCLIP_H),
     ),
     text=TextRecipe(encoders=(EncoderRecipe("text_encoder", pad_token=0, layer=2),)),
     latent_scale=0.18215,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gouache.families.family import Family, Place
+from gouache.families.family import ComponentLocation, Family
 from gouache.families.sd import CLIP_L
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
 from gouache.prompts.recipe import EncoderRecipe, TextRecipe
@@ -12,8 +12,8 @@ OPENCLIP_BIGG = TextSpec(width=1280, layers=32, heads=20, mlp_width=5120, activa
 SDXL = Family(
     name="sdxl",
     title="Stable Diffusion XL",
-    places=(
-        Place(
+    locations=(
+        ComponentLocation(
             "unet",
             "model.diffusion_model.",
             "original",
@@ -28,9 +28,9 @@ SDXL = Family(
                 vector_channels=2816,  # pooled text 1280, and six numbers embedded in 256 each
             ),
         ),
-        Place("vae", "first_stage_model.", "original", VaeSpec()),
-        Place("text_encoder", "conditioner.embedders.0.transformer.", "transformers", CLIP_L),
-        Place("text_encoder_2", "conditioner.embedders.1.model.", "openclip", OPENCLIP_BIGG),
+        ComponentLocation("vae", "first_stage_model.", "original", VaeSpec()),
+        ComponentLocation("text_encoder", "conditioner.embedders.0.transformer.", "transformers", CLIP_L),
+        ComponentLocation("text_encoder_2", "conditioner.embedders.1.model.", "openclip", OPENCLIP_BIGG),
     ),
     text=TextRecipe(
         encoders=(
@@ -49,8 +49,8 @@ SDXL = Family(
 REFINER = Family(
     name="sdxl-refiner",
     title="Stable Diffusion XL refiner",
-    places=(
-        Place(
+    locations=(
+        ComponentLocation(
             "unet",
             "model.diffusion_model.",
             "original",
@@ -65,9 +65,9 @@ REFINER = Family(
                 vector_channels=2560,  # pooled text 1280, and five numbers embedded in 256 each
             ),
         ),
-        Place("vae", "first_stage_model.", "original", VaeSpec()),
+        ComponentLocation("vae", "first_stage_model.", "original", VaeSpec()),
         # The same encoder as the base model's second, and named like it, although it is the only one here.
-        Place("text_encoder_2", "conditioner.embedders.0.model.", "openclip", OPENCLIP_BIGG),
+        ComponentLocation("text_encoder_2", "conditioner.embedders.0.model.", "openclip", OPENCLIP_BIGG),
     ),
     text=TextRecipe(
         encoders=(EncoderRecipe("text_encoder_2", pad_token=0, layer=2, final_norm=False),),

@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import Asked, FileError, UnsafeFile
+from gouache.errors import FileError, PickleFinding, UnsafeFile
 from gouache.files.pickle_machine import AllowList, Call, Global, Persistent, type_label
 from gouache.files.pickle_tree import CallHandler, FindStorage, Record, TreeBuilder
 from gouache.files.stored import DTYPES, MAX_DIMENSIONS, STORAGE_TYPES, Storage, StoredTensor, view
@@ -65,7 +65,7 @@ def _of_type(tree: TreeBuilder, call: Call, depth: int) -> Any:
             tree.path,
             f"its pickle calls {type_label(function)} to make a tensor of type {type_label(kind)}: refused. "
             "Weights need no code: get a .safetensors file instead",
-            (Asked(type_label(function), None),),
+            (PickleFinding(type_label(function), None),),
         )
     return tree.value(Call(function, args), depth)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import Asked, DamagedFile, UnsafeFile, printable
+from gouache.errors import DamagedFile, PickleFinding, UnsafeFile, printable
 from gouache.files.pickle_machine import (
     MAX_BYTES,
     MAX_STEPS,
@@ -75,9 +75,9 @@ def _refuse(path: Path, machine: Machine) -> None:
     """Raises UnsafeFile if the pickle contains anything forbidden; the message lists all of it with byte positions."""
     if not machine.refused:
         return
-    calls = tuple(Asked(what, at, machine.arguments.get(what, ())) for what, at in machine.refused.items())
+    calls = tuple(PickleFinding(what, at, machine.arguments.get(what, ())) for what, at in machine.refused.items())
     imports = tuple(
-        Asked(str(name), at)
+        PickleFinding(str(name), at)
         for name, at in machine.imported.items()
         if not machine.is_allowed(name) and str(name) not in machine.refused
     )
@@ -91,6 +91,6 @@ def _refuse(path: Path, machine: Machine) -> None:
     )
 
 
-def _listed(found: tuple[Asked, ...], most: int = 6) -> str:
+def _listed(found: tuple[PickleFinding, ...], most: int = 6) -> str:
     items = [f"{printable(each.name, 80)} (byte {each.byte})" for each in found]
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

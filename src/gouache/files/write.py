@@ -62,7 +62,7 @@ def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -
     FileError.
     """
     path = Path(path)
-    temporary = draft_name(path.parent, ".tmp")
+    temporary = temporary_name(path.parent, ".tmp")
     try:
         _check_target(path, size)
         with _open_unnamed(temporary) as file:
@@ -93,12 +93,12 @@ def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -
             temporary.unlink()
 
 
-def draft_name(folder: Path, ending: str) -> Path:
+def temporary_name(folder: Path, ending: str) -> Path:
     """A temporary name in `folder` for an unfinished file; it contains the machine and the process that write it."""
     return folder / f".gouache-{_OWNER}-{secrets.token_hex(4)}-{os.getpid()}{ending}"
 
 
-def remove_litter(folder: Path, ending: str) -> None:
+def remove_stale_temporaries(folder: Path, ending: str) -> None:
     """Removes the temporary files and folders that killed processes of this machine left in `folder`."""
     for path in folder.glob(f".gouache-{_OWNER}-*{ending}"):
         process = path.stem.rpartition("-")[2]
@@ -131,7 +131,7 @@ def _open_unnamed(temporary: Path) -> BufferedRandom:
             if Path(f"/proc/self/fd/{descriptor}").exists():
                 return open(descriptor, "r+b")  # noqa: PTH123 - closed by the caller
             os.close(descriptor)
-    remove_litter(temporary.parent, temporary.suffix)
+    remove_stale_temporaries(temporary.parent, temporary.suffix)
     return temporary.open("x+b")
 
 
@@ -149,7 +149,7 @@ def _link(file: BinaryIO, temporary: Path, path: Path) -> Path:
         with suppress(FileExistsError):
             os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=folder)
             return path
-        remove_litter(temporary.parent, temporary.suffix)
+        remove_stale_temporaries(temporary.parent, temporary.suffix)
         os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=folder)
         return temporary
     finally:

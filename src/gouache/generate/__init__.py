@@ -1,1 +1,1 @@
-"""Request in, pictures out. `run.paint` is the first straight line of the house."""
+"""Request in, pictures out: `run.paint` is the main pipeline."""

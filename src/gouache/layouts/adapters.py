@@ -136,7 +136,7 @@ def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 # PEFT's names with the name of the adapter in them, which PEFT usually removes: ...to_q.lora_A.default.weight
 _WITH_ADAPTER_NAME = re.compile(r"(.+)\.(lora_[AB])\.\w+\.weight")
 
-BUNDLED = "bundle_emb."
+BUNDLE_PREFIX = "bundle_emb."
 """Prefix of embeddings bundled with a LoRA: bundle_emb.<placeholder>.<tensor name as in an embedding file>."""
 
 
@@ -144,7 +144,7 @@ def bundled(names: Iterable[str]) -> dict[str, list[str]]:
     """{placeholder: the tensor names of its embedding}."""
     found: dict[str, list[str]] = {}
     for name in names:
-        if name.startswith(BUNDLED) and name.count(".") >= 2:
+        if name.startswith(BUNDLE_PREFIX) and name.count(".") >= 2:
             found.setdefault(name.split(".")[1], []).append(name)
     return found
 

@@ -32,7 +32,7 @@ class Clip:
         self._tokenizer = Tokenizer()
 
     @torch.inference_mode()
-    def prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Embeddings (B, projection) of norm 1; prompts are truncated to 77 tokens."""
         rows = []
         for prompt in prompts:
@@ -42,7 +42,7 @@ class Clip:
         return F.normalize(self.text(torch.tensor(rows)).pooled, dim=-1)
 
     @torch.inference_mode()
-    def pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def encode_images(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Embeddings (B, projection) of norm 1."""
         images = torch.stack([_preprocess(picture, self.vision.spec.image_size) for picture in pictures])
         return F.normalize(self.vision(images).pooled, dim=-1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gouache.diffusion.schedule import Schedule
 from gouache.errors import ModelError, printable
-from gouache.families.family import Family, Levels
+from gouache.families.family import Family, NoiseLevels
 from gouache.families.found import Component, Found
 from gouache.files.assign import assign
 from gouache.files.record import ModelFile
@@ -49,7 +49,7 @@ def load(
     the file is not a whole model, or is of a family that cannot be painted with yet.
     """
     family = _family(found)
-    needed = [place.component for place in family.places if vae is None or place.component != "vae"]
+    needed = [place.component for place in family.locations if vae is None or place.component != "vae"]
     parts = {name: found.component(name) for name in needed}
     _no_unknowns(found)
     recipe = found.text_recipe
@@ -88,7 +88,7 @@ def _family(found: Found) -> Family:
     if found.family.value is None:
         raise ModelError(f"{where}: its family is not recognised ({found.family.evidence}); name it with --family")
     family = found.family.value
-    if any(place.spec is None for place in family.places):
+    if any(place.spec is None for place in family.locations):
         raise ModelError(f"{where} is {family.title}, which can be inspected and converted but not painted with yet")
     return family
 
@@ -167,7 +167,7 @@ class _Tensors(Mapping[str, Tensor]):
         return len(self._origins)
 
 
-def _schedule(levels: Levels, found: Found) -> Schedule:
+def _schedule(levels: NoiseLevels, found: Found) -> Schedule:
     if levels.kind == "edm":
         schedule = Schedule.edm(levels.low, levels.high)
     else:

@@ -12,7 +12,7 @@ from pathlib import Path
 from gouache.errors import FileError, RequestError
 from gouache.layouts.blocks import Block, block_of, blocks
 from gouache.nn.spec import UNetSpec
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 BASE = "BASE"  # the label of all tensors outside the U-Net
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gouache.families.family import Levels
+from gouache.families.family import NoiseLevels
 from gouache.families.found import Component, Found
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
 from gouache.prompts.recipe import EncoderRecipe
@@ -72,7 +72,7 @@ def index(found: Found) -> dict[str, Any]:
 def scheduler(found: Found) -> dict[str, Any]:
     """`scheduler/scheduler_config.json`: the noise schedule and the prediction type."""
     family = found.family.value
-    levels = family.levels if family is not None else Levels()
+    levels = family.levels if family is not None else NoiseLevels()
     zero_snr = found.zero_snr is not None and found.zero_snr.value
     config: dict[str, Any] = {
         "_class_name": index(found)["scheduler"][1],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from gouache.families.family import Levels
+from gouache.families.family import NoiseLevels
 from gouache.families.found import Found
 from gouache.nn.spec import UNetSpec, VaeSpec, VisionSpec
 
@@ -35,7 +35,7 @@ def pipeline(found: Found) -> dict[str, Any]:
 def scheduler(found: Found) -> dict[str, Any]:
     """`scheduler/scheduler_config.json`: continuous sigmas between two limits, spaced as in Karras et al. 2022. The
     betas have no effect in that case."""
-    levels = found.levels.value if found.levels is not None else Levels("edm", 0.002, 700.0)
+    levels = found.levels.value if found.levels is not None else NoiseLevels("edm", 0.002, 700.0)
     return {
         "_class_name": "EulerDiscreteScheduler",
         "_diffusers_version": _VERSION,

@@ -15,7 +15,7 @@ from gouache.errors import printable
 from gouache.families.found import Found
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.layouts.adapters import read_adapter, read_embedding, read_hypernetwork, suffix_of
-from gouache.workshop.plural import plural
+from gouache.wording import plural
 
 _MAX_TAGS = 12  # caption tags that a report lists
 

@@ -29,7 +29,7 @@ class Statement:
 
     name: str
     value: str
-    sure: str
+    confidence: str
     evidence: str
 
 
@@ -190,7 +190,7 @@ def _statements(found: Found) -> list[Statement]:
         if fact is not None:
             facts.append((name, fact, _as_text(fact.value)))
     return [
-        Statement(name, printable(value), fact.sure, printable(fact.evidence, 400))
+        Statement(name, printable(value), fact.confidence, printable(fact.evidence, 400))
         for name, fact, value in facts
         if fact
     ]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gouache.errors import ModelError, printable
-from gouache.families.family import Family, Place
+from gouache.families.family import ComponentLocation, Family
 from gouache.families.found import Component, Found
 from gouache.families.identify import identify
 from gouache.families.svd import SVD
@@ -75,7 +75,7 @@ def leftovers_of(folder: Path) -> ModelFile | None:
 def folder(file: ModelFile, found: Found) -> Folder:
     """A checkpoint in the layout of a diffusers folder: tensors named `component/name`, JSON files in `extra`."""
     family = _family(found)
-    names = video.PARTS if family is SVD else [place.component for place in family.places]
+    names = video.PARTS if family is SVD else [place.component for place in family.locations]
     parts = [_part(name, file, found) for name in names]
     extra: dict[str, Any] = {
         **(configs_video if family is SVD else configs).pipeline(found),
@@ -138,15 +138,17 @@ def as_in(part: Component, tensors: ModelFile, family: Family | None) -> ModelFi
             *(as_in(piece, derive.keep(tensors, piece.origins), family) for piece in video.pieces(part)),
         )
     if layout == "diffusers" or prefix.endswith("/"):
-        place = next((p for p in (family.places if family else ()) if p.component == part.name), None)
+        place = next((p for p in (family.locations if family else ()) if p.component == part.name), None)
         prefix, layout = (place.prefix, place.layout) if place is not None else ("", "original")
     return derive.prefix(_in_names_of(layout, tensors), prefix)
 
 
-def _places(family: Family, found: Found, leftovers: ModelFile | None) -> list[Place]:
+def _places(family: Family, found: Found, leftovers: ModelFile | None) -> list[ComponentLocation]:
     """Prefix and layout of each component: the family's usual ones, or those of the file the folder was made from."""
     stored: dict[str, list[str]] = json.loads(({} if leftovers is None else leftovers.metadata).get(_PLACES, "{}"))
-    known = [place for place in family.places if place.component in found.components or place.component not in stored]
+    known = [
+        place for place in family.locations if place.component in found.components or place.component not in stored
+    ]
     return [
         replace(place, prefix=stored[place.component][0], layout=stored[place.component][1])
         if place.component in stored
@@ -174,12 +176,12 @@ def _part(name: str, file: ModelFile, found: Found) -> Part:
     family = _family(found)
     if family is SVD:
         return video.part(name, file, found)
-    place = next(place for place in family.places if place.component == name)
+    place = next(place for place in family.locations if place.component == name)
     part = _for_folder(place, found.component(name), family)
     return Part(name, part.origins, _folder_rules(part), configs.component(part, found))
 
 
-def _for_folder(place: Place, part: Component, family: Family) -> Component:
+def _for_folder(place: ComponentLocation, part: Component, family: Family) -> Component:
     """`part` as diffusers stores it: SD2's text encoder without its last block, and no projection that is not used."""
     spec = part.spec
     if spec is None:
@@ -215,7 +217,7 @@ def _folder_rules(part: Component) -> tuple[Rule, ...]:
 def _unusual_places(family: Family, found: Found) -> dict[str, list[str]]:
     """{component: [prefix, layout]} of components whose prefix or layout differs from the family's usual ones."""
     unusual = dict[str, list[str]]()
-    for place in family.places:
+    for place in family.locations:
         part = found.components.get(place.component)
         if part is None:
             continue

@@ -28,9 +28,9 @@ def describe(found: Found, component: str = "") -> dict[str, str]:
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": found.path.stem,
     }
-    if found.prediction.sure != "guess":
+    if found.prediction.confidence != "guess":
         metadata["modelspec.prediction_type"] = "v" if found.prediction.value == "v" else "epsilon"
-    if found.size is not None and found.size.sure == "certain":
+    if found.size is not None and found.size.confidence == "certain":
         metadata["modelspec.resolution"] = "x".join(map(str, found.size.value))
     if found.zero_snr is not None and found.zero_snr.value:
         metadata["ss_zero_terminal_snr"] = "True"

@@ -19,10 +19,10 @@ from gouache.files.torch_write import stream_torch
 from gouache.files.write import (
     Check,
     OnBytes,
-    draft_name,
-    remove_litter,
+    remove_stale_temporaries,
     stream_safetensors,
     sync_folder,
+    temporary_name,
     write_atomic,
 )
 from gouache.prompts.recipe import EncoderRecipe
@@ -134,11 +134,11 @@ def _draft(target: Path, size: int) -> Path:
     parent = target.parent
     if not parent.is_dir():
         raise FileError(target, "cannot be written: its parent folder does not exist")
-    remove_litter(parent, ".part")
+    remove_stale_temporaries(parent, ".part")
     free = shutil.disk_usage(parent).free
     if size + 16_000_000 > free:
         raise FileError(target, f"cannot be written: it needs {size_text(size)}, and only {size_text(free)} are free")
-    return draft_name(parent, ".part")
+    return temporary_name(parent, ".part")
 
 
 def _by_component(file: ModelFile) -> dict[str, dict[str, str]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gouache.errors import Asked, DamagedFile, FileError, GouacheError, NotAModel, UnsafeFile, printable
+from gouache.errors import DamagedFile, FileError, GouacheError, NotAModel, PickleFinding, UnsafeFile, printable
 from gouache.files.content import kind_of
 from gouache.files.open import open_model
 from gouache.files.source import Source
@@ -82,9 +82,9 @@ def _scan_file(path: Path) -> Scanned:
     try:
         file = open_model(path)
     except UnsafeFile as error:
-        verdict: Verdict = "hostile" if error.asked else "suspicious"
-        intents = tuple(_intent(each) for each in error.asked)
-        return Scanned(shown, verdict, _reason(error), intents=intents, mentions=tuple(n.name for n in error.named))
+        verdict: Verdict = "hostile" if error.calls else "suspicious"
+        intents = tuple(_intent(each) for each in error.calls)
+        return Scanned(shown, verdict, _reason(error), intents=intents, mentions=tuple(n.name for n in error.imports))
     except DamagedFile as error:
         return Scanned(shown, "damaged", _reason(error))
     except NotAModel as error:
@@ -97,7 +97,7 @@ def _scan_file(path: Path) -> Scanned:
     return Scanned(shown, "safe", reason, file.format, mentions=mentions)
 
 
-def _intent(asked: Asked) -> Intent:
+def _intent(asked: PickleFinding) -> Intent:
     arguments = tuple(printable(each) for each in asked.arguments)
     return Intent(printable(asked.name), asked.byte, arguments, effect_of(asked.name))
 

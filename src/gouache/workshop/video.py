@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from gouache.errors import ModelError, printable
-from gouache.families.family import Place
+from gouache.families.family import ComponentLocation
 from gouache.families.found import Component, Found
 from gouache.families.shapes import unet_spec, vae_spec, vision_spec
 from gouache.families.svd import SVD
@@ -24,7 +24,7 @@ from gouache.workshop.part import Part
 
 PARTS = ("unet", "vae", "image_encoder")
 
-_PLACES = {place.component: place for place in SVD.places}
+_PLACES = {place.component: place for place in SVD.locations}
 _ENCODER = ("encoder.", "quant_conv.")  # the prefixes of an autoencoder's encoding half
 
 
@@ -80,7 +80,7 @@ def _check_complete(shapes: Mapping[str, Shape], expected: Mapping[str, Shape]) 
             raise ModelError(f"{name} has shape {list(shapes[name])}, but the others require {list(shape)}")
 
 
-def _piece(vae: Component, place: Place, origins: Mapping[str, Origin]) -> Component:
+def _piece(vae: Component, place: ComponentLocation, origins: Mapping[str, Origin]) -> Component:
     return replace(vae, name=place.component, prefix=place.prefix, layout=place.layout, origins=origins)
 
 

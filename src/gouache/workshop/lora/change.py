@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gouache.adapters.patch import SAME, Patch
+from gouache.adapters.patch import PART_ALIASES, Patch
 from gouache.adapters.read import read_lora
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.identify import identify
@@ -150,7 +150,7 @@ def rename(
     line = found.family.value
     if line is None:
         raise ModelError(f"{source}: model family {found.family.evidence}; give --family")
-    specs = {place.component: place.spec for place in line.places if isinstance(place.spec, UNetSpec | TextSpec)}
+    specs = {place.component: place.spec for place in line.locations if isinstance(place.spec, UNetSpec | TextSpec)}
     adapter = read_lora(file, module_names(specs))
     if not adapter.tensors:
         raise ModelError(f"{source} cannot be renamed: none of its names is a module of {line.title}")
@@ -173,7 +173,7 @@ def _names_by_stem(file: ModelFile) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for name, (stem, suffix) in split_names(file).items():
         part = suffix.lstrip("._")
-        found.setdefault(stem, {})[SAME.get(part, part)] = name
+        found.setdefault(stem, {})[PART_ALIASES.get(part, part)] = name
     return found
 
 
