@@ -28,8 +28,8 @@ def notes(model: Model, request: Request, embeddings: Container[str] = ()) -> It
     for part in composed(prompt):
         if part.weight != 1 and " AND " not in f" {prompt} ":
             yield (
-                f"the prompt ends in a weight, which multiplies the guidance by {part.weight:g}; end it with a comma to "
-                f"keep the number as text"
+                f"the prompt ends in a weight, which multiplies the guidance by {part.weight:g}; end it with a comma "
+                f"to keep the number as text"
             )
     words = unknown_words(model, _texts(request, prompt))
     if words := [word for word in words if word not in embeddings]:
