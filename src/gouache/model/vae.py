@@ -37,6 +37,8 @@ def load_vae(file: ModelFile, found: Found, device: torch.device | str, dtype: t
         vae = Autoencoder(component.spec)
     tensors = {name: _finite(file, name, origin.tensor(file.tensor)) for name, origin in component.origins.items()}
     assign(vae, tensors, device=device, dtype=dtype)
+    if dtype != torch.float32:  # in float32 `Core` does so at first use, since it copies mapped weights
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return vae.eval()
 
 
