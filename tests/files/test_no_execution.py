@@ -21,6 +21,9 @@ FORBIDDEN = {
     "yaml that makes objects": r"\byaml\.(load|unsafe_load|full_load)\b",
 }
 
+# An optimizer is named by the user's own training settings, never by a model file.
+ALLOWED = {("import by a name in a variable", "training/optimizers.py")}
+
 
 @pytest.mark.parametrize("what", FORBIDDEN)
 def test_no_source_file_contains_a_forbidden_call(what: str):
@@ -28,7 +31,7 @@ def test_no_source_file_contains_a_forbidden_call(what: str):
         f"{path.relative_to(PACKAGE)}: {match[0]}"
         for path in sorted(PACKAGE.rglob("*.py"))
         for match in [re.search(FORBIDDEN[what], path.read_text(encoding="utf-8"))]
-        if match
+        if match and (what, path.relative_to(PACKAGE).as_posix()) not in ALLOWED
     ]
 
     assert found == []

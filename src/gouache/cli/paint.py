@@ -59,6 +59,7 @@ def paint(
     hires_strength: Annotated[float, Option(help="Denoising strength of the hires pass.")] = 0.7,
     hires_upscaler: Annotated[str, Option(help="latent, nearest-exact, bicubic or lanczos.")] = "latent",
     hires_sampler: Annotated[str | None, Option(help="Sampler of the hires pass.", show_default="--sampler")] = None,
+    hires_schedule: Annotated[str | None, Option(help="Schedule of the hires pass.", show_default="--schedule")] = None,
     hires_prompt: Annotated[str, Option(help="Prompt of the hires pass.", show_default="PROMPT")] = "",
     hires_negative: Annotated[str, Option(help="Negative prompt of the hires pass.", show_default="--negative")] = "",
     refiner: Annotated[str | None, Option(help="A model that runs the last steps.", show_default=False)] = None,
@@ -106,7 +107,7 @@ def paint(
         prompt=prompt, negative=negative, sampler=sampler, schedule=schedule, steps=steps, cfg=cfg, seed=seed,
         size=size, count=count, batch=batch, clip_skip=clip_skip, emphasis=emphasis, init=init, strength=strength,
         mask=mask, image_cfg=image_cfg, depth=depth, hires=hires, hires_steps=hires_steps,
-        hires_strength=hires_strength, hires_upscaler=hires_upscaler, hires_sampler=hires_sampler,
+        hires_strength=hires_strength, hires_upscaler=hires_upscaler, hires_sampler=hires_sampler, hires_schedule=hires_schedule,
         hires_prompt=hires_prompt, hires_negative=hires_negative, refiner=refiner, refiner_at=refiner_at,
         variation_seed=variation_seed, variation_strength=variation_strength, rng=rng, eta=eta, ensd=ensd,
         rescale=rescale, lora=lora or (), lora_blocks=lora_blocks or (), embedding=embedding or (),
@@ -120,8 +121,7 @@ def paint(
     from gouache.diffusion.samplers import catalog
 
     catalog.find(request.sampler, request.schedule)  # a misspelt name is refused before gigabytes are read
-    if request.hires_sampler is not None:
-        catalog.find(request.hires_sampler, request.schedule)
+    catalog.find(request.hires_sampler or request.sampler, request.hires_schedule or request.schedule)
     if explain:
         _explain(request)
         return

@@ -27,12 +27,12 @@ def write(
     schedule: str,
     more: Mapping[str, object],
     *,
-    hires_sampler: str | None = None,
+    hires: tuple[str, str] | None = None,
     refiner: str | None = None,
 ) -> str:
     """`request`, with its size, for the picture of `seed`. `more` follows the usual fields: model, hash, version.
 
-    `hires_sampler` None: there was no hires pass; `refiner`: the model that took over, if one did, with its short hash.
+    `hires`: the sampler and schedule of the hires pass, if there was one; `refiner`: the model that took over, if one did, with its short hash.
     """
     assert request.size is not None
     fields: dict[str, object] = {
@@ -60,8 +60,10 @@ def write(
         if request.hires_steps is not None:
             fields["Hires steps"] = request.hires_steps
         fields["Hires upscaler"] = UPSCALERS[request.hires_upscaler]
-        if hires_sampler is not None and hires_sampler != sampler:
-            fields["Hires sampler"] = hires_sampler
+        if hires is not None and hires[0] != sampler:
+            fields["Hires sampler"] = hires[0]
+        if hires is not None and hires[1] != schedule:
+            fields["Hires schedule type"] = hires[1]
         if request.hires_prompt:
             fields["Hires prompt"] = request.hires_prompt
         if request.hires_negative:

@@ -116,8 +116,9 @@ def _first(model: Model, request: Request, size: Size, guided: Guided) -> Pass:
 
 def _hires(model: Model, request: Request, size: Size, guided: Guided) -> Pass:
     """A1111's hires fix: exactly `hires_steps` steps, the end of as many more as the strength leaves out."""
-    name = request.hires_sampler or request.sampler
-    sampler, schedule = catalog.find(name, request.schedule)
+    sampler, schedule = catalog.find(
+        request.hires_sampler or request.sampler, request.hires_schedule or request.schedule
+    )
     steps = request.hires_steps or request.steps
     if not request.hires_strength:
         raise RequestError("hires_strength", "0 leaves no steps to run; raise it, or leave hires out")

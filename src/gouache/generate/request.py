@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     hires_strength: float
     hires_upscaler: str
     hires_sampler: str | None
+    hires_schedule: str | None
     hires_prompt: str
     hires_negative: str
     refiner: str | Path | None
@@ -74,8 +75,8 @@ class Request:
     `image_cfg`: how closely instruct-pix2pix keeps to `init`. `depth`: a depth picture, white is near. Pictures are
     paths, bytes, PIL images or arrays; each is opened once, here.
     `hires`: a second pass at a larger size, as a factor or (width, height); `hires_steps` (None: `steps`),
-    `hires_strength` (0 to 1), `hires_upscaler` (one of `UPSCALERS`), `hires_sampler` (None: the same), `hires_prompt`
-    and `hires_negative` ("": the same).
+    `hires_strength` (0 to 1), `hires_upscaler` (one of `UPSCALERS`), `hires_sampler` and
+    `hires_schedule` (None: the same), `hires_prompt` and `hires_negative` ("": the same).
     `refiner`: a model that takes over when the share `refiner_at` of the noise schedule is done (SDXL).
     `variation_seed` and `variation_strength` (0 to 1) move the starting noise towards another seed's.
     `rng`: "cpu", or "nv" for the noise of NVIDIA GPUs, on every device. `eta`: the noise that DDIM and the ancestral
@@ -106,6 +107,7 @@ class Request:
     hires_strength: float = 0.7
     hires_upscaler: str = "latent"
     hires_sampler: str | None = None
+    hires_schedule: str | None = None
     hires_prompt: str = ""
     hires_negative: str = ""
     refiner: str | None = None
@@ -131,7 +133,7 @@ class Request:
                 object.__setattr__(self, name, input_image(value, name))
         for name in LISTS:
             object.__setattr__(self, name, _texts(name, getattr(self, name)))
-        for name in ("vae", "refiner", "hires_sampler"):
+        for name in ("vae", "refiner", "hires_sampler", "hires_schedule"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), str):
                 raise RequestError(name, f"{getattr(self, name)!r} is not a name")
         for name, high in (("steps", 1000), ("count", 100_000), ("batch", 1024)):

@@ -221,6 +221,9 @@ def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple
         request = replace(request, variation_seed=(request.variation_seed + seed - whole.seed) % 2**64)
     settings = {**request.to_json(), "sampler": first.sampler.name, "schedule": first.schedule}
     model_hash = hash_of(model)
+    hires = next((each for each in job.passes[1:] if not each.continues), None)
+    if hires is not None:
+        settings |= {"hires_sampler": hires.sampler.name, "hires_schedule": hires.schedule}
     images = {name: image.sha256 for name in IMAGES if (image := getattr(request, name)) is not None}
     recipe: dict[str, Any] = {
         "request": settings,
@@ -238,14 +241,13 @@ def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple
     refiner = next((each.model for each in job.passes if each.model is not model), None)
     if refiner is not None:
         recipe["refiner"] = _model(refiner, hash_of(refiner))
-    hires = next((each for each in job.passes[1:] if each.model is model and not each.continues), None)
     return recipe, infotext.write(
         request,
         seed,
         first.sampler.name,
         first.schedule,
         more,
-        hires_sampler=hires.sampler.name if hires is not None else None,
+        hires=(hires.sampler.name, hires.schedule) if hires is not None else None,
         refiner=_title(refiner, hash_of) if refiner is not None else None,
     )
 

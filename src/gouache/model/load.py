@@ -28,6 +28,7 @@ from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.nn.unet import UNet
 from gouache.prompts.recipe import TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
+from gouache.wording import plural
 
 Network = TypeVar("Network", bound=nn.Module)
 AnySpec = TypeVar("AnySpec", UNetSpec, TextSpec)
@@ -99,7 +100,7 @@ def _no_unknowns(found: Found) -> None:
         family = found.family.value
         raise ModelError(
             f"{printable(str(found.path))} looks like {family.title if family else 'nothing known'}, but holds "
-            f"{len(found.unknown)} tensors that belong to none of its parts: {names}"
+            f"{plural(len(found.unknown), 'tensor')} outside its parts: {names}"
         )
 
 
