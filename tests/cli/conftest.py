@@ -1,4 +1,4 @@
-"""The command line, run in this process as its script would."""
+"""The command line, run in this process like its console script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gouache.cli.main import main
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code, and what it printed."""
+    """The exit code of a command, and what it printed."""
 
     code: int
     out: str
@@ -40,8 +40,8 @@ def gouache(
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        said = capsys.readouterr()
+        printed = capsys.readouterr()
         code = ended.value.code
-        return Ended(code if isinstance(code, int) else 0 if code is None else 1, said.out, said.err)
+        return Ended(code if isinstance(code, int) else 0 if code is None else 1, printed.out, printed.err)
 
     return run

@@ -1,8 +1,8 @@
-"""Run as a process of its own: carries out commands in forks of itself, each killed at the moment it is told.
+"""Run as a separate process: runs commands in forks of itself, each killed at a given moment.
 
-A moment is just before something that the result depends on: a weight is read, a piece is written, flushed or read
-back, a file or folder is made, gets its name or another. They come in the same order in every run, so that the n-th
-of a kind names one for good. Forks, because importing torch takes seconds and they have it already.
+A moment is just before an operation that the result depends on: a tensor is read; data is written, flushed or read
+back; a file or folder is created, linked or renamed. Their order is the same in every run, so that the n-th of a kind
+is always the same one. Forks, because importing torch takes seconds and forks have it already.
 
 Jobs and answers are lines of JSON on standard input and output.
 """
@@ -32,12 +32,12 @@ from gouache.files.write import AtomicOutput
 EVENTS = {"os.link": "link", "os.rename": "rename", "os.mkdir": "mkdir"}
 
 
-def carry_out(job: dict[str, Any]) -> None:
-    """The command, in a fork: its output goes to a file, and so does the list of its moments if it ends."""
+def run(job: dict[str, Any]) -> None:
+    """Run the command, in a fork: its output goes to a file, and so does the list of its moments if it ends."""
     sys.argv = ["gouache", *job["arguments"]]
-    said = os.open(job["said"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1)
-    os.dup2(said, 2)
+    output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
     os.chdir(job["folder"])
     moments: list[tuple[str, int, list[str], int | None]] = []
     counts = Counter[str]()
@@ -49,7 +49,7 @@ def carry_out(job: dict[str, Any]) -> None:
         counts[kind] += 1
         if stop is not None:
             return
-        inode = os.stat(target).st_ino if os.path.exists(target) else None  # noqa: PTH110, PTH116 - often, so quickly
+        inode = os.stat(target).st_ino if os.path.exists(target) else None  # noqa: PTH110, PTH116 - called often; Path is slower
         moments.append((kind, counts[kind] - 1, os.listdir(), inode))  # noqa: PTH208
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -58,34 +58,34 @@ def carry_out(job: dict[str, Any]) -> None:
         elif event == "open" and not isinstance(arguments[0], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
             moment("create")
 
-    def announced(kind: str, work: Callable[..., Any]) -> Callable[..., Any]:
-        def also(*arguments: Any, **more: Any) -> Any:
+    def watched(kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
             moment(kind)
-            return work(*arguments, **more)
+            return function(*arguments, **options)
 
-        return also
+        return call
 
-    Source.tensor = announced("read", Source.tensor)
-    AtomicOutput.write = announced("write", AtomicOutput.write)
-    os.fsync = announced("flush", os.fsync)
-    hashlib.file_digest = announced("read back", hashlib.file_digest)
+    Source.tensor = watched("read", Source.tensor)
+    AtomicOutput.write = watched("write", AtomicOutput.write)
+    os.fsync = watched("flush", os.fsync)
+    hashlib.file_digest = watched("read back", hashlib.file_digest)
     sys.addaudithook(watch)
     code: Any = 0
     try:
         gouache.cli.main.main()
     except SystemExit as ended:
         code = ended.code
-    moments_made = json.dumps(moments)
+    listed = json.dumps(moments)  # before the flushes, which may be moments too
     sys.stdout.flush()
     sys.stderr.flush()
-    Path(job["moments"]).write_text(moments_made)
+    Path(job["moments"]).write_text(listed)
     os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
 def preload() -> None:
-    """Import what commands import when they are needed."""
-    for room in (gouache.cli, gouache.workshop):
-        for module in pkgutil.walk_packages(room.__path__, f"{room.__name__}."):
+    """Import what commands import when it is needed."""
+    for package in (gouache.cli, gouache.workshop):
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
             importlib.import_module(module.name)
 
 
@@ -96,10 +96,10 @@ def serve() -> None:
         child = os.fork()
         if not child:
             try:
-                carry_out(job)
+                run(job)
             finally:
-                os._exit(70)  # it ends above, or with a traceback
-        # Reaped, or it would still count as a running process.
+                os._exit(70)  # `run` exits by itself, unless it raises
+        # Waited for, or it would remain as a zombie process.
         _, status = os.waitpid(child, 0)
         print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
 

@@ -1,4 +1,4 @@
-"""What is no model, or not all of one: one line that says what it is, exit code 2, and nothing written."""
+"""Files that are not a model, or not a whole one: one line that says why, exit code 2, and nothing written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def wider(tensors: dict[str, Tensor]) -> None:
     tensors[UNET + "time_embed.2.weight"] = torch.zeros(128, 129)
 
 
-def stranger(tensors: dict[str, Tensor]) -> None:
+def unknown_tensor(tensors: dict[str, Tensor]) -> None:
     tensors["model.secret.weight"] = torch.zeros(3)
 
 
@@ -53,7 +53,10 @@ CHANGED: dict[str, tuple[Change, str]] = {
         "no usable VAE (1 of 244 tensors is missing: quant_conv.bias), and no VAE",
     ),
     "wrong shape": (wider, "unet: time_embed.2.weight has shape [128, 129], but the others require [128, 128]"),
-    "a stranger": (stranger, "looks like Stable Diffusion 1, but holds 1 tensors that no part of it has: model.secret"),
+    "unknown tensor": (
+        unknown_tensor,
+        "looks like Stable Diffusion 1, but holds 1 tensor",
+    ),
 }
 
 
@@ -74,14 +77,14 @@ def refused(gouache: Command, tmp_path: Path) -> Callable[[Path], str]:
 
 
 @pytest.mark.parametrize("case", CHANGED)
-def test_a_model_with_something_wrong_in_it(
+def test_an_incomplete_or_damaged_model_is_refused(
     case: str, narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path
 ):
     change, line = CHANGED[case]
 
-    said = refused(altered(narrow("sd1").file, tmp_path / "model.safetensors", change))
+    message = refused(altered(narrow("sd1").file, tmp_path / "model.safetensors", change))
 
-    assert line in said and "Stable Diffusion 1" in said
+    assert line in message and "Stable Diffusion 1" in message
 
 
 def wider_text(tensors: dict[str, Tensor]) -> None:
@@ -97,27 +100,27 @@ def seven_channels(tensors: dict[str, Tensor]) -> None:
     tensors[UNET + "input_blocks.0.0.weight"] = torch.zeros(32, 7, 3, 3)
 
 
-UNFIT: dict[str, tuple[str, Change, str]] = {
-    "text encoder": ("sd1", wider_text, "is told prompts as vectors 64 wide; the other parts make it 128"),
+MISMATCHED: dict[str, tuple[str, Change, str]] = {
+    "text encoder": ("sd1", wider_text, "the U-Net expects cross-attention width 64, the text encoders give 128"),
     "pooled": (
         "sdxl",
         narrower_pooled,
-        "the pooled prompt and sizes as a vector 1632 wide; the other parts make it 1600",
+        "expects vector width (pooled prompt and sizes) 1632, the text encoders give 1600",
     ),
     "channels": ("sd1", seven_channels, "the variant 7 channels cannot be painted with yet"),
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
-def test_parts_that_are_whole_but_do_not_belong_together(
+@pytest.mark.parametrize("case", MISMATCHED)
+def test_parts_of_different_models_are_refused(
     case: str, narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path
 ):
-    line, change, said = UNFIT[case]
+    family, change, line = MISMATCHED[case]
 
-    assert said in refused(altered(narrow(line).file, tmp_path / "model.safetensors", change))
+    assert line in refused(altered(narrow(family).file, tmp_path / "model.safetensors", change))
 
 
-def test_a_folder_with_the_first_text_encoder_in_place_of_the_second(
+def test_a_folder_whose_second_text_encoder_is_the_first_is_refused(
     narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path
 ):
     folder = Path(shutil.copytree(narrow("sdxl").folder, tmp_path / "folder"))
@@ -128,7 +131,7 @@ def test_a_folder_with_the_first_text_encoder_in_place_of_the_second(
 
 
 def tiny(name: str) -> dict[str, Tensor]:
-    """The names of an official file, each on a tensor of its rank and next to no size."""
+    """Tensors with the names and ranks of an official file, all sides 1."""
     return {key: torch.zeros([1] * len(shape)) for key, (shape, _) in manifest(name).items()}
 
 
@@ -138,12 +141,12 @@ def lora(rank: int = 4) -> dict[str, Tensor]:
     return {f"{module}.lora_down.weight": down, f"{module}.lora_up.weight": up, f"{module}.alpha": torch.tensor(1.0)}
 
 
-def test_other_things_of_the_field_are_called_by_their_names(refused: Callable[[Path], str], tmp_path: Path):
+def test_other_kinds_of_files_are_named(refused: Callable[[Path], str], tmp_path: Path):
     others: dict[str, tuple[dict[str, Tensor], str]] = {
         "lora": (lora(), "is not a model to paint with: it is lora"),
         "video": (tiny("svd"), "is Stable Video Diffusion, which can be inspected and converted but not painted with"),
         "embedding": ({"emb_params": torch.zeros(2, 768)}, "it is embedding"),
-        "words": ({"hello": torch.zeros(2)}, "it is unknown"),
+        "unknown": ({"hello": torch.zeros(2)}, "it is unknown"),
     }
 
     for name, (tensors, line) in others.items():
@@ -152,9 +155,7 @@ def test_other_things_of_the_field_are_called_by_their_names(refused: Callable[[
         assert line in refused(path)
 
 
-def test_a_component_alone_is_called_so(
-    narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path
-):
+def test_a_single_component_is_named(narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path):
     path = tmp_path / "vae.safetensors"
     save_file({k.removeprefix(VAE): v for k, v in load_file(narrow("sd1").file).items() if k.startswith(VAE)}, path)
 
@@ -162,7 +163,7 @@ def test_a_component_alone_is_called_so(
     assert "is not a model to paint with: it is unet" in refused(narrow("sd1").folder / "unet")
 
 
-def test_a_folder_that_lost_a_component(
+def test_a_folder_without_a_component_is_refused(
     narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path
 ):
     folder = Path(shutil.copytree(narrow("sd1").folder, tmp_path / "folder"))
@@ -171,7 +172,7 @@ def test_a_folder_that_lost_a_component(
     assert "has no usable VAE (" in refused(folder)
 
 
-def test_files_that_are_damaged_or_something_else(
+def test_damaged_files_and_other_formats_are_refused(
     narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path
 ):
     whole = narrow("sd1").file.read_bytes()
@@ -194,7 +195,7 @@ def test_files_that_are_damaged_or_something_else(
 
 
 class Attack:
-    """Unpickled, it would make a file."""
+    """Unpickling it would create a file."""
 
     def __init__(self, target: Path) -> None:
         self._target = target
@@ -206,7 +207,7 @@ class Attack:
 
 
 def zipped(pickled: bytes) -> bytes:
-    """A torch file of the zip form around a pickle."""
+    """A torch file in zip format with this pickle."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
@@ -214,12 +215,12 @@ def zipped(pickled: bytes) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("form", ["plain", "zip", "legacy", "beside the weights"])
-def test_a_pickle_that_runs_code_is_refused_and_runs_none(
+@pytest.mark.parametrize("form", ["plain", "zip", "legacy", "next to the weights"])
+def test_a_pickle_with_code_is_refused_and_not_run(
     form: str, narrow: Callable[[str], Narrow], refused: Callable[[Path], str], tmp_path: Path
 ):
-    made, path = tmp_path / "made", tmp_path / "model.ckpt"
-    pickled = pickle.dumps({"state_dict": {"weight": Attack(made)}}, protocol=2)
+    created, path = tmp_path / "created", tmp_path / "model.ckpt"
+    pickled = pickle.dumps({"state_dict": {"weight": Attack(created)}}, protocol=2)
     match form:
         case "plain":
             path.write_bytes(pickled)
@@ -229,15 +230,13 @@ def test_a_pickle_that_runs_code_is_refused_and_runs_none(
             heads = [pickle.dumps(each, protocol=2) for each in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
             path.write_bytes(b"".join([*heads, pickled, pickle.dumps([], protocol=2)]))
         case _:
-            torch.save({"state_dict": load_file(narrow("sd1").file), "callback": Attack(made)}, path)
+            torch.save({"state_dict": load_file(narrow("sd1").file), "callback": Attack(created)}, path)
 
-    said = refused(path)
-
-    assert "system" in said
-    assert not made.exists()
+    assert "system" in refused(path)
+    assert not created.exists()
 
 
-def test_a_path_that_is_not_there_and_a_folder_without_a_model(refused: Callable[[Path], str], tmp_path: Path):
+def test_a_missing_path_and_a_folder_without_a_model_are_refused(refused: Callable[[Path], str], tmp_path: Path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "notes.txt").write_text("nothing")
 
@@ -257,7 +256,7 @@ def test_the_other_commands_refuse_in_the_same_way(command: tuple[str, ...], gou
     assert [each.name for each in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_control_characters_in_names_never_reach_the_terminal(refused: Callable[[Path], str], tmp_path: Path):
+def test_control_characters_in_names_are_escaped(refused: Callable[[Path], str], tmp_path: Path):
     header = {"\x1b[31mred\n": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}
     text = json.dumps(header).encode()
     path = tmp_path / "model.safetensors"
@@ -266,7 +265,9 @@ def test_control_characters_in_names_never_reach_the_terminal(refused: Callable[
     assert "\x1b" not in refused(path)
 
 
-def test_a_picture_that_cannot_be_made_is_not_saved(gouache: Command, narrow: Callable[[str], Narrow], tmp_path: Path):
+def test_nothing_is_saved_if_a_stage_gives_nan_or_black(
+    gouache: Command, narrow: Callable[[str], Narrow], tmp_path: Path
+):
     def damage(tensors: dict[str, Tensor]) -> None:
         tensors[UNET + "out.2.bias"][0] = torch.nan
 

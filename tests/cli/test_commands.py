@@ -1,4 +1,4 @@
-"""`inspect`, `convert`, `samplers`, `doctor`, `repaint`: what they print for people, and as JSON."""
+"""`inspect`, `convert`, `samplers`, `doctor`, `repaint`: their output as text and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]
 
-# A1111's names, and those of two that it does not have.
+# A1111's names, and two that it does not have.
 SAMPLERS = (
     "DDIM", "PLMS", "Euler", "Euler a", "Heun", "DPM2", "DPM2 a", "LMS", "DPM++ 2S a", "DPM++ 2M", "DPM++ SDE",
     "DPM++ 2M SDE", "DPM++ 3M SDE", "UniPC", "DEIS", "DDPM", "LCM",
@@ -30,76 +30,75 @@ SCHEDULES = (
 )  # fmt: skip
 
 
-def test_every_sampler_and_schedule_is_listed_by_its_name(gouache: Command):
-    told = json.loads(gouache("samplers", "--json").out)
+def test_every_sampler_and_schedule_is_listed(gouache: Command):
+    listed = json.loads(gouache("samplers", "--json").out)
     lines = gouache("samplers").out.splitlines()
 
-    assert set(SAMPLERS) <= {each["name"] for each in told["samplers"]}
-    assert set(SCHEDULES) <= {each["name"] for each in told["schedules"]}
+    assert set(SAMPLERS) <= {each["name"] for each in listed["samplers"]}
+    assert set(SCHEDULES) <= {each["name"] for each in listed["schedules"]}
     for name in (*SAMPLERS, *SCHEDULES):
         assert any(line == name or line.startswith(name + "  ") for line in lines)
 
 
-def test_every_name_that_is_listed_is_understood(gouache: Command):
-    told = json.loads(gouache("samplers", "--json").out)
+def test_every_listed_name_is_understood(gouache: Command):
+    listed = json.loads(gouache("samplers", "--json").out)
 
-    for sampler in told["samplers"]:
+    for sampler in listed["samplers"]:
         for name in (sampler["name"], *sampler["aliases"]):
             assert catalog.find(name)[0].name == sampler["name"]
-        for schedule in told["schedules"]:
+        for schedule in listed["schedules"]:
             for ending in (schedule["name"], *schedule["aliases"]):
                 expected = sampler["automatic"] if ending == "Automatic" else schedule["name"]
                 assert catalog.find(sampler["name"], ending) == (catalog.find(sampler["name"])[0], expected)
 
 
-def test_inspect_tells_a_model_with_its_evidence(gouache: Command, narrow: Narrows):
-    page, told = (
-        gouache("inspect", narrow("sd2").file),
-        json.loads(gouache("inspect", narrow("sd2").file, "--json").out),
-    )
+def test_inspect_reports_facts_with_their_evidence(gouache: Command, narrow: Narrows):
+    page = gouache("inspect", narrow("sd2").file)
+    report = json.loads(gouache("inspect", narrow("sd2").file, "--json").out)
 
     assert page.code == 0 and page.err == ""
-    facts = {name: fact["value"] for name, fact in told["facts"].items()}
+    facts = {name: fact["value"] for name, fact in report["facts"].items()}
     assert (facts["kind"], facts["family"], facts["variant"], facts["prediction"]) == ("checkpoint", "sd2", "base", "v")
     assert all(
-        fact["evidence"] and fact["confidence"] in ("certain", "likely", "guess") for fact in told["facts"].values()
+        fact["evidence"] and fact["confidence"] in ("certain", "likely", "guess") for fact in report["facts"].values()
     )
-    assert {part["name"] for part in told["components"]} == {"unet", "vae", "text_encoder"}
+    assert {part["name"] for part in report["components"]} == {"unet", "vae", "text_encoder"}
     parameters = sum(parameter.numel() for parameter in narrow("sd2").pipeline.unet.parameters())
-    assert next(part for part in told["components"] if part["name"] == "unet")["parameters"] == parameters
-    assert not told["missing"] and not told["unknown"]
+    assert next(part for part in report["components"] if part["name"] == "unet")["parameters"] == parameters
+    assert not report["missing"] and not report["unknown"]
     for fact in facts.values():
         assert fact in page.out
 
 
-def test_inspect_names_what_is_missing_and_what_is_strange(gouache: Command, narrow: Narrows, tmp_path: Path):
+def test_inspect_lists_missing_and_unknown_tensors(gouache: Command, narrow: Narrows, tmp_path: Path):
     def change(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["first_stage_model.quant_conv.bias"]
         tensors["secret"] = torch.zeros(1)
 
     path = altered(narrow("sd1").file, tmp_path / "model.safetensors", change)
 
-    told = json.loads(gouache("inspect", path, "--json").out)
+    report = json.loads(gouache("inspect", path, "--json").out)
 
-    assert "quant_conv.bias" in told["missing"]["vae"] and list(told["unknown"]) == ["secret"]
-
-
-def test_what_the_caller_says_overrules_and_is_marked_so(gouache: Command, narrow: Narrows):
-    told = json.loads(gouache("inspect", narrow("sd1").file, "--prediction", "v", "--json").out)
-
-    assert (told["facts"]["prediction"]["value"], told["facts"]["prediction"]["confidence"]) == ("v", "override")
+    assert "quant_conv.bias" in report["missing"]["vae"] and list(report["unknown"]) == ["secret"]
 
 
-def test_convert_says_what_it_wrote(gouache: Command, narrow: Narrows, tmp_path: Path):
-    told = json.loads(gouache("convert", narrow("sd1").folder, "out.safetensors", "--dtype", "fp16", "--json").out)
-    said = gouache("convert", narrow("sd1").folder, "again.safetensors", "--dtype", "fp16")
+def test_an_override_replaces_what_was_identified_and_is_marked(gouache: Command, narrow: Narrows):
+    report = json.loads(gouache("inspect", narrow("sd1").file, "--prediction", "v", "--json").out)
+
+    fact = report["facts"]["prediction"]
+    assert (fact["value"], fact["confidence"]) == ("v", "override")
+
+
+def test_convert_reports_what_it_wrote(gouache: Command, narrow: Narrows, tmp_path: Path):
+    report = json.loads(gouache("convert", narrow("sd1").folder, "out.safetensors", "--dtype", "fp16", "--json").out)
+    page = gouache("convert", narrow("sd1").folder, "again.safetensors", "--dtype", "fp16")
 
     tensors = load_file(tmp_path / "out.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    assert told["tensors"] == len(tensors)
-    assert told["nbytes"] == sum(tensor.nbytes for tensor in tensors.values())
-    assert told["path"] == "out.safetensors" and told["form"] == "safetensors"
-    assert said.code == 0 and said.out.startswith(f"again.safetensors: {len(tensors)} tensors")
+    assert report["tensors"] == len(tensors)
+    assert report["nbytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert report["path"] == "out.safetensors" and report["form"] == "safetensors"
+    assert page.code == 0 and page.out.startswith(f"again.safetensors: {len(tensors)} tensors")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ def test_convert_refuses_in_one_line_and_writes_nothing(
     assert (tmp_path / "taken.safetensors").read_text() == "an older file"
 
 
-def test_repaint_ends_with_0_where_identical_and_with_1_where_not(gouache: Command, narrow: Narrows):
+def test_repaint_exits_with_0_if_identical_and_with_1_if_not(gouache: Command, narrow: Narrows):
     model = ("-m", narrow("sd1").file)
     gouache("paint", "a cat", *model, "-o", "cat.png", "--steps", 1, "--size", "64x64", "--seed", 7)
     gouache("paint", "a cat", "-m", narrow("sd1-inpainting").file, "-o", "other.png", "--steps", 1, "--size", "64x64")
@@ -137,31 +136,31 @@ def test_repaint_ends_with_0_where_identical_and_with_1_where_not(gouache: Comma
     assert Image.open("again.png").tobytes() == Image.open("cat.png").tobytes()
     assert other.code == other_json.code == 1
     assert other.out.startswith("differs: ") and "the model file is another: " in other.out
-    told = json.loads(other_json.out)
-    assert not told["identical"] and told["largest_difference"] > 0
-    assert told["causes"][0].startswith("the model file is another: ")
+    report = json.loads(other_json.out)
+    assert not report["identical"] and report["largest_difference"] > 0
+    assert report["causes"][0].startswith("the model file is another: ")
 
 
 def test_repaint_refuses_a_picture_without_a_recipe(gouache: Command, tmp_path: Path):
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
 
-    for name, line in (("plain.png", "holds no recipe"), ("absent.png", "there is no file absent.png")):
+    for name, line in (("plain.png", "has no recipe by Gouache"), ("absent.png", "there is no file absent.png")):
         ended = gouache("repaint", name)
         assert ended.code == 2 and line in ended.err and ended.err.count("\n") == 1
 
 
-def test_doctor_in_words_and_as_json(gouache: Command, monkeypatch: pytest.MonkeyPatch):
+def test_doctor_as_text_and_as_json(gouache: Command, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(residency, "measure", lambda on: residency.Timings({"fp32": 0.01}, 5, 1.0))
 
-    page, told = gouache("doctor"), json.loads(gouache("doctor", "--json").out)
+    page, report = gouache("doctor"), json.loads(gouache("doctor", "--json").out)
 
     assert page.code == 0
-    assert {"torch", "devices", "dtypes", "memory", "models", "step"} <= set(told)
-    for topic, lines in told.items():
+    assert {"torch", "devices", "dtypes", "memory", "models", "step"} <= set(report)
+    for topic, lines in report.items():
         assert f"\n{topic}" in "\n" + page.out and lines
 
 
-def test_the_version_is_the_packages(gouache: Command):
+def test_the_version_of_the_package_is_printed(gouache: Command):
     assert gouache("--version").out == f"gouache {package.__version__}\n"
 
 
@@ -169,7 +168,7 @@ def test_the_version_is_the_packages(gouache: Command):
     "arguments",
     [("pain",), ("paint",), ("paint", "a cat", "--stepps", "3"), ("paint", "a cat", "--steps", "many"), ("inspect",)],
 )
-def test_a_command_line_that_cannot_be_read_ends_with_2(arguments: tuple[str, ...], gouache: Command):
+def test_an_invalid_command_line_exits_with_2(arguments: tuple[str, ...], gouache: Command):
     ended = gouache(*arguments)
 
     assert ended.code == 2 and ended.out == "" and "Traceback" not in ended.err

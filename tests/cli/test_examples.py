@@ -1,4 +1,4 @@
-"""`gouache paint --examples`: sixteen pictures that can be painted again, and a sheet that shows them all."""
+"""`gouache paint --examples`: sixteen pictures with their recipes, and a sheet of all of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gouache.images.sheet import tiled
 from tests.cli.conftest import Command
 
 
-def test_each_example_has_its_own_recipe_and_the_sheet_shows_them_row_by_row(gouache: Command, tmp_path: Path):
+def test_each_example_has_a_recipe_and_the_sheet_shows_them_row_by_row(gouache: Command, tmp_path: Path):
     ended = gouache("paint", "--examples", "-o", "shown", "--steps", 1)
 
     names = [*(f"{number:02d}.png" for number in range(1, 17)), "sheet.png"]
@@ -28,7 +28,7 @@ def test_each_example_has_its_own_recipe_and_the_sheet_shows_them_row_by_row(gou
     assert (sheet[132:260, 132:260] == sixth).all()
 
 
-def test_a_last_row_may_be_short():
+def test_the_last_row_of_tiles_may_be_shorter():
     images = [Image.new("RGB", (10, 8), (n, 0, 0)) for n in range(5)]
 
     sheet = tiled(images, across=4)
@@ -39,16 +39,18 @@ def test_a_last_row_may_be_short():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "line"),
     [
         (("paint",), "prompt: is missing"),
         (("paint", "a cat", "--examples"), "prompt: cannot be given with --examples"),
-        (("paint", "--examples", "-o", "a.png"), "a.png is a file's name"),
+        (("paint", "--examples", "-o", "a.png"), "a.png is the name of a file; --examples writes a folder"),
     ],
 )
-def test_what_cannot_be_meant_is_said_in_one_line(gouache: Command, arguments: tuple[str, ...], said: str):
+def test_options_that_exclude_each_other_are_refused_in_one_line(
+    gouache: Command, arguments: tuple[str, ...], line: str
+):
     ended = gouache(*arguments)
 
     assert ended.code == 2
-    assert said in ended.err
+    assert line in ended.err
     assert len(ended.err.strip().splitlines()) == 1

@@ -1,8 +1,8 @@
-"""Every command that writes, killed by SIGKILL at each kind of moment: what was there is there, whole, or nothing is.
+"""Every command that writes, killed by SIGKILL at each kind of file operation: the old file is intact, or the new one.
 
-`moments` carries a command out once, and lists what it does to files and what stands in the folder each time. Then
-the command is killed at the first and the last moment of each kind, in mid-write, and around the one that makes its
-result appear.
+`moments` runs a command once, and lists its file operations with the contents of the folder at each. Then the command
+is killed at the first and the last operation of each kind, in the middle of writing, and before and after the one that
+makes its result appear.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Work:
-    """A command. `{a}` in it stands for an input; `target` is what it makes; `over` the input that is there before."""
+    """A command with inputs as `{a}`; `target` is its output; `over` the input that is at `target` before."""
 
     command: str
     target: str
@@ -62,7 +62,7 @@ WORKS = {
 
 @dataclass(frozen=True)
 class Moment:
-    """The `number`-th of its `kind`; what stands in the folder at that moment, and the inode of the target."""
+    """The `number`-th operation of its `kind`, the names in the folder at that time, and the inode of the target."""
 
     kind: str
     number: int
@@ -71,25 +71,25 @@ class Moment:
 
 
 class Commands:
-    """The process that carries commands out in forks of itself."""
+    """The process that runs commands in forks of itself."""
 
-    def __init__(self, place: Path) -> None:
-        self.said, self._moments = place / "said", place / "moments"
+    def __init__(self, folder: Path) -> None:
+        self.output, self._moments = folder / "output", folder / "moments"
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "moments.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "GOUACHE_DEVICE": "cpu", "GOUACHE_DTYPE": "fp32"},
         )  # fmt: skip
 
     def run(self, command: str, folder: Path, target: str = "", kill: Moment | None = None) -> int:
-        """How it ended: its exit code, or -9."""
-        job = {"arguments": command.split(), "folder": str(folder), "target": target, "said": str(self.said),
+        """The exit code, or -9."""
+        job = {"arguments": command.split(), "folder": str(folder), "target": target, "output": str(self.output),
                "moments": str(self._moments), "kill": [kill.kind, kill.number] if kill else None}  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(job), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
 
     def moments(self) -> list[Moment]:
-        """Those of the last run that ended by itself."""
+        """Those of the last run that was not killed."""
         return [Moment(*each) for each in json.loads(self._moments.read_text())]
 
     def close(self) -> None:
@@ -103,14 +103,14 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
     commands.close()
 
 
-def moved(tensors: dict[str, Tensor]) -> None:
-    chance = torch.Generator().manual_seed(0)
+def add_noise(tensors: dict[str, Tensor]) -> None:
+    random = torch.Generator().manual_seed(0)
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
-            tensors[name] = tensor + 0.05 * torch.randn(tensor.shape, generator=chance)
+            tensors[name] = tensor + 0.05 * torch.randn(tensor.shape, generator=random)
 
 
-def trained(tensors: dict[str, Tensor]) -> None:
+def add_ema(tensors: dict[str, Tensor]) -> None:
     for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
         tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = tensors[name] + 1
 
@@ -119,24 +119,24 @@ def trained(tensors: dict[str, Tensor]) -> None:
 def inputs(
     narrow: Callable[[str], Narrow], commands: Commands, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    place = tmp_path_factory.mktemp("inputs")
+    folder = tmp_path_factory.mktemp("inputs")
     a = narrow("sd1").file
-    found = {name: place / f"{name}.safetensors" for name in ("b", "trained", "lora", "word")}
-    found |= {"a": a, "ckpt": place / "a.ckpt"}
-    altered(a, found["b"], moved)
-    altered(a, found["trained"], trained)
+    found = {name: folder / f"{name}.safetensors" for name in ("b", "trained", "lora", "word")}
+    found |= {"a": a, "ckpt": folder / "a.ckpt"}
+    altered(a, found["b"], add_noise)
+    altered(a, found["trained"], add_ema)
     save_file({"emb_params": torch.ones(2, 64)}, found["word"])
     for command in (
         f"convert {a} {found['ckpt']}",
         f"lora extract {found['b']} {a} {found['lora']} --rank 4",
-        f"merge {a} {found['b']} m.safetensors",  # which remembers their hashes: later runs have fewer moments
+        f"merge {a} {found['b']} m.safetensors",  # caches their hashes, so that later runs have the same operations
     ):
-        assert commands.run(command, place) == 0, commands.said.read_text()
+        assert commands.run(command, folder) == 0, commands.output.read_text()
     return found
 
 
 @pytest.mark.parametrize("name", WORKS)
-def test_killed_at_any_moment_it_leaves_what_was_there_or_the_whole_result(
+def test_a_killed_command_leaves_the_old_file_or_the_whole_result(
     name: str, commands: Commands, inputs: dict[str, Path], tmp_path: Path
 ):
     work = WORKS[name]
@@ -150,14 +150,14 @@ def test_killed_at_any_moment_it_leaves_what_was_there_or_the_whole_result(
 
     prepare()
     before = content(target)
-    assert commands.run(command, tmp_path, work.target) == 0, commands.said.read_text()
+    assert commands.run(command, tmp_path, work.target) == 0, commands.output.read_text()
     moments, whole = commands.moments(), content(target)
     appeared = [each.inode is not None and each.inode != moments[0].inode for each in moments]
-    assert appeared == sorted(appeared) and any(appeared), "it appears once, and stays"
+    assert appeared == sorted(appeared) and any(appeared), "the result appears once, and stays"
     for each, done in zip(moments, appeared):
-        stands = {work.target} if done or work.over else set()
+        present = {work.target} if done or work.over else set()
         assert set(each.names) - {work.target} <= drafts(each.names, tmp_path, bool(work.over)), each
-        assert stands == set(each.names) & {work.target}, each
+        assert present == set(each.names) & {work.target}, each
 
     for kill in some(moments, appeared.index(True)):
         prepare()
@@ -165,28 +165,28 @@ def test_killed_at_any_moment_it_leaves_what_was_there_or_the_whole_result(
 
         found, expected = content(target), whole if appeared[moments.index(kill)] else before
         assert found == expected, kill
-        names = standing(tmp_path)
+        names = names_in(tmp_path)
         assert set(names) - {work.target} <= drafts(names, tmp_path, bool(work.over)), kill
 
     prepare()
-    assert commands.run(command, tmp_path, work.target) == 0, commands.said.read_text()
+    assert commands.run(command, tmp_path, work.target) == 0, commands.output.read_text()
     assert content(target) == whole
-    assert standing(tmp_path) == [work.target], "what the killed runs left is gone"
+    assert names_in(tmp_path) == [work.target], "files of killed runs are removed"
 
 
-def standing(folder: Path) -> list[str]:
+def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
 def content(path: Path) -> Any:
-    """The hash of a file, of a folder those of the files in it; None of nothing."""
+    """The hash of a file, or of each file in a folder; None if there is none."""
     if path.is_dir():
         return {str(each.relative_to(path)): content(each) for each in path.rglob("*") if each.is_file()}
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def some(moments: list[Moment], appears: int) -> list[Moment]:
-    """The first and the last moment of each kind, one in mid-write, and those before and after the result appears."""
+    """The first and last of each kind, one in the middle of writing, and those before and after the result appears."""
     chosen = {appears - 1, appears}
     for kind in {each.kind for each in moments}:
         numbers = [number for number, each in enumerate(moments) if each.kind == kind]
@@ -195,10 +195,10 @@ def some(moments: list[Moment], appears: int) -> list[Moment]:
 
 
 def drafts(names: list[str], folder: Path, over: bool) -> set[str]:
-    """Those of `names` under which something may stand that is not whole.
+    """Those of `names` that are temporary names, for unfinished results.
 
-    A folder is filled under such a name. A file has none until it is whole, where the system has such files; and it
-    needs one for a moment only if it replaces another.
+    A folder is filled under such a name. A file has no name until it is whole, where the system supports that; if it
+    replaces another, it needs a temporary name for a moment.
     """
     endings = (".part",) if has_files_without_names(folder) and not over else (".part", ".tmp")
     return {name for name in names if name.startswith(".gouache-") and name.endswith(endings)}

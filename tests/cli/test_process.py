@@ -1,4 +1,4 @@
-"""The command as a process of its own: what it imports, how it is stopped, where its output goes."""
+"""The command in its own process: its imports, interrupts, output streams."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 IMPORTED = """
 import sys, time
-began = time.perf_counter()
+begin = time.perf_counter()
 from gouache.cli.main import main
 for arguments in {lines}:
     sys.argv = ["gouache", *arguments]
     try:
         main()
-    except SystemExit as ended:
-        assert not ended.code, ended.code
-took = time.perf_counter() - began
+    except SystemExit as exit:
+        assert not exit.code, exit.code
+took = time.perf_counter() - begin
 loaded = [name for name in {heavy} if name in sys.modules]
 print(f"heavy: {{loaded}}, took {{took:.2f}} s")
 """
@@ -47,7 +47,7 @@ HEAVY = ["torch", "numpy", "PIL", "safetensors", "tokenizers", "diffusers", "tra
 
 
 def test_help_imports_nothing_heavy():
-    """So that it costs little more than the interpreter's own start; the time is printed, not judged."""
+    """So that it takes little longer than the start of the interpreter; the time is printed, not asserted."""
     commands = ["paint", "repaint", "inspect", "convert", "samplers", "doctor"]
     lines = [["--help"], ["--version"], *([command, "--help"] for command in commands)]
 
@@ -84,8 +84,8 @@ def test_inspect_needs_no_torch(narrow: Callable[[str], Narrow]):
 
 
 def read(terminal: int, into: list[str]) -> None:
-    """What arrives at the other end of a terminal, until the last writer is gone."""
-    with suppress(OSError):  # which is how Linux says so
+    """Everything written to a terminal, until its last writer has closed it."""
+    with suppress(OSError):  # Linux raises it at the end
         while piece := os.read(terminal, 4096):
             into.append(piece.decode(errors="replace"))
 
@@ -96,10 +96,10 @@ def test_an_interrupt_keeps_the_pictures_that_are_done(narrow: Callable[[str], N
     ours, theirs = pty.openpty()
     command = [*GOUACHE, "paint", "a cat", "-m", str(narrow("sd1").file), "--json", "-o", "out/"]
     command += ["--count", "1000", "--steps", "20", "--size", "64x64", "--seed", "1"]
-    # A shell starts what is to run in the background deaf to Ctrl-C, and these tests may be among it.
-    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    # A shell makes background jobs ignore Ctrl-C, and these tests may be one; the command must not inherit that.
+    default_interrupt = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, preexec_fn=hearing
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=theirs, text=True, preexec_fn=default_interrupt
     )
     os.close(theirs)
     shown: list[str] = []
@@ -120,14 +120,15 @@ def test_an_interrupt_keeps_the_pictures_that_are_done(narrow: Callable[[str], N
     for path in done:
         with Image.open(path) as picture:
             picture.load()
-    said = "".join(shown)
-    assert f"stopped; {len(done)} of 1000 pictures are done and saved" in said and "Traceback" not in said
-    # The error stream is a terminal here, so it shows the progress; standard output stays clean for its reader.
-    assert "painting" in said and "/s" in said and '"path"' not in said
+    terminal_text = "".join(shown)
+    assert f"stopped; {len(done)} of 1000 pictures are done and saved" in terminal_text
+    assert "Traceback" not in terminal_text
+    # The error stream is a terminal here, so it shows the progress; standard output has the JSON only.
+    assert "painting" in terminal_text and "/s" in terminal_text and '"path"' not in terminal_text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")
-def test_a_reader_that_goes_away_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     ended = subprocess.run(
         f"{' '.join(GOUACHE)} samplers --json | head -c 1", shell=True, capture_output=True, text=True, check=True
     )

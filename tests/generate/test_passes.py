@@ -1,4 +1,4 @@
-"""Runs of several passes, and prompts over the steps, against diffusers' pipelines put together by hand."""
+"""Hires fix, refiner, scheduled prompts and AND, against diffusers' pipelines combined by hand."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from gouache.app.repaint import repaint
 from gouache.app.settings import Settings
 from gouache.diffusion.noise import Noise
 from gouache.errors import RequestError
+from gouache.generate.passes import Guided, plan_passes
+from gouache.generate.request import Request
+from gouache.model.lease import Lease
 from tests.pipelines import Narrow, altered, scheduler
 
 SIZE, LARGER = (64, 64), (96, 128)
-KNOBS: dict[str, Any] = {"negative": "dog", "steps": 8, "cfg": 5.0, "seed": 4, "size": SIZE, "sampler": "Euler"}
-THEIRS: dict[str, Any] = {
+OPTIONS: dict[str, Any] = {"negative": "dog", "steps": 8, "cfg": 5.0, "seed": 4, "size": SIZE, "sampler": "Euler"}
+DIFFUSERS_OPTIONS: dict[str, Any] = {
     "negative_prompt": "dog", "num_inference_steps": 8, "guidance_scale": 5.0, "output_type": "latent",
     "width": SIZE[0], "height": SIZE[1],
 }  # fmt: skip
@@ -45,10 +48,11 @@ def models(narrow: Narrows) -> Callable[[str], Model]:
 
 
 def paint(model: Model, prompt: str = "a red cat", **options: Any) -> Picture:
-    return next(model.paint(prompt, **KNOBS | options))
+    return next(model.paint(prompt, **OPTIONS | options))
 
 
 def start(size: tuple[int, int] = SIZE) -> Tensor:
+    """The starting noise of the seed."""
     return Noise([4], (4, size[1] // 8, size[0] // 8)).start()
 
 
@@ -59,7 +63,7 @@ def pipeline(narrow: Narrows, family: str) -> Any:
 
 
 def image_to_image(text_to_image: Any, family: str, monkeypatch: pytest.MonkeyPatch, noise: Tensor) -> Any:
-    """diffusers' image-to-image on the same networks, which adds `noise` to the latent it starts from."""
+    """diffusers' image-to-image on the same networks, which adds `noise` to the latent that it starts from."""
     import diffusers
     from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_img2img as sd
     from diffusers.pipelines.stable_diffusion_xl import pipeline_stable_diffusion_xl_img2img as xl
@@ -77,13 +81,13 @@ def image_to_image(text_to_image: Any, family: str, monkeypatch: pytest.MonkeyPa
 def test_hires_fix_is_image_to_image_from_the_enlarged_latent(
     family: str, upscaler: str, narrow: Narrows, models: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ):
-    """Of 5 steps at strength 0.5 A1111 spaces 10 and runs the last 5."""
+    """For 5 steps at strength 0.5, A1111 spaces 10 steps and runs the last 5."""
     theirs = pipeline(narrow, family)
-    first = theirs("a red cat", latents=start(), **THEIRS).images
+    first = theirs("a red cat", latents=start(), **DIFFUSERS_OPTIONS).images
     mode = {"latent": "bilinear"}.get(upscaler, upscaler)
     enlarged = F.interpolate(first, size=(LARGER[1] // 8, LARGER[0] // 8), mode=mode)
     second = image_to_image(theirs, family, monkeypatch, start(LARGER))
-    options = THEIRS | {"num_inference_steps": 10, "strength": 0.5, "image": enlarged}
+    options = DIFFUSERS_OPTIONS | {"num_inference_steps": 10, "strength": 0.5, "image": enlarged}
     if family == "sdxl":
         options |= {"original_size": LARGER[::-1], "target_size": LARGER[::-1]}
     expected = second("a blue cat", **{k: v for k, v in options.items() if k not in ("width", "height")}).images[0]
@@ -97,7 +101,7 @@ def test_hires_fix_is_image_to_image_from_the_enlarged_latent(
     assert picture.image.size == LARGER
 
 
-def test_a_factor_of_one_and_lanczos_is_image_to_image_on_the_decoded_picture(models: Callable[[str], Model]):
+def test_hires_with_lanczos_and_factor_one_is_image_to_image_from_the_decoded_picture(models: Callable[[str], Model]):
     model = models("sd1")
     base = paint(model)
 
@@ -108,7 +112,7 @@ def test_a_factor_of_one_and_lanczos_is_image_to_image_on_the_decoded_picture(mo
     torch.testing.assert_close(twice.latent, again.latent, atol=1e-4, rtol=0)
 
 
-def test_the_hires_sizes(models: Callable[[str], Model]):
+def test_hires_sizes(models: Callable[[str], Model]):
     model = models("sd1")
     assert paint(model, hires=1.6, steps=2).image.size == (96, 96)  # 102 rounded down to a multiple of 8
     assert paint(model, hires="72x104", steps=2).image.size == (72, 104)
@@ -139,8 +143,8 @@ def test_a_refiner_runs_the_last_steps(narrow: Narrows, models: Callable[[str], 
                 parameter.mul_(0.8)
     refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**{**base.components, "unet": unet}, add_watermarker=False)
     refiner.set_progress_bar_config(disable=True)
-    middle = base("a red cat", latents=start(), denoising_end=0.5, **THEIRS).images
-    options = {key: value for key, value in THEIRS.items() if key not in ("width", "height")}
+    middle = base("a red cat", latents=start(), denoising_end=0.5, **DIFFUSERS_OPTIONS).images
+    options = {key: value for key, value in DIFFUSERS_OPTIONS.items() if key not in ("width", "height")}
     expected = refiner(
         "a red cat", image=middle, denoising_start=0.5, original_size=SIZE, target_size=SIZE, **options
     ).images[0]
@@ -153,13 +157,32 @@ def test_a_refiner_runs_the_last_steps(narrow: Narrows, models: Callable[[str], 
     assert torch.equal(paint(models("sdxl"), refiner=str(path), refiner_at=1.0).latent, paint(models("sdxl")).latent)
 
 
-def test_a_refiner_of_other_latents_is_refused(models: Callable[[str], Model], narrow: Narrows):
+@pytest.mark.parametrize(
+    ("refiner_at", "counts"),
+    [(0.0, [10]), (0.1, [1, 9]), (0.5, [5, 5]), (0.79, [8, 2]), (0.8, [8, 2]), (0.81, [9, 1]), (0.95, [10])],
+)
+def test_the_refiner_takes_over_where_a1111_and_diffusers_switch(
+    refiner_at: float, counts: list[int], models: Callable[[str], Model]
+):
+    """Of the timesteps 999, 899, ..., 99 it runs those below 1000 * (1 - refiner_at): at 0.8 those from 199 on."""
+    model = models("sdxl")
+    request = Request(
+        prompt="a cat", steps=10, size=SIZE, sampler="Euler", schedule="Simple", refiner="", refiner_at=refiner_at
+    )
+    guided = Guided("a cat", "", Lease(model))
+
+    passes = plan_passes(model, request, guided, guided, lambda: model)
+
+    assert [each.count for each in passes] == counts
+
+
+def test_a_refiner_with_other_latents_is_refused(models: Callable[[str], Model], narrow: Narrows):
     with pytest.raises(gouache.GouacheError, match="cannot refine"):
         paint(models("sdxl"), refiner=str(narrow("sd1").file))
 
 
 def scheduled_by_hand(narrow: Narrows, texts: list[str], sampler: str = "Euler") -> Tensor:
-    """diffusers' run in which the prompt of step i is texts[i]."""
+    """The latent of a diffusers run in which the prompt of step i is texts[i]."""
     theirs = pipeline(narrow, "sd1")
     with torch.inference_mode():
         encoded = {text: theirs.encode_prompt(text, "cpu", 1, True, negative_prompt="dog") for text in set(texts)}
@@ -170,7 +193,7 @@ def scheduled_by_hand(narrow: Narrows, texts: list[str], sampler: str = "Euler")
 
     return theirs(
         texts[0], latents=start(), callback_on_step_end=change,
-        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **THEIRS,
+        callback_on_step_end_tensor_inputs=["latents", "prompt_embeds"], **DIFFUSERS_OPTIONS,
     ).images[0]  # fmt: skip
 
 
@@ -196,7 +219,7 @@ def test_prompts_that_change_by_step(prompt: str, texts: list[str], narrow: Narr
 def test_every_sampler_counts_steps_and_not_calls(
     sampler: str, models: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch
 ):
-    """The prompt of a call follows from its level: that of the step in which it lies."""
+    """Heun and others call the denoiser twice per step: the prompt changes at the first call of a step."""
     model = models("sd1")
     calls: list[tuple[float, bytes]] = []
     steps: list[float] = []
@@ -207,7 +230,7 @@ def test_every_sampler_counts_steps_and_not_calls(
         return denoise(self, x, sigma, conditioning)
 
     monkeypatch.setattr(type(model), "denoise", watched)
-    next(model.paint("a [cat:bird:4]", on_step=lambda step: steps.append(step.sigma), **KNOBS | {"sampler": sampler}))
+    next(model.paint("a [cat:bird:4]", on_step=lambda step: steps.append(step.sigma), **OPTIONS | {"sampler": sampler}))
 
     first, last = calls[0][1], calls[-1][1]
     assert len(steps) == 8 and first != last
@@ -218,7 +241,7 @@ def test_every_sampler_counts_steps_and_not_calls(
 
 
 def test_parts_joined_by_and_add_up_by_weight(narrow: Narrows, models: Callable[[str], Model]):
-    """x0 = negative + scale * sum of weight * (part - negative), on diffusers' network, by Euler's method."""
+    """x0 = negative + scale * sum(weight * (part - negative)) on diffusers' network, with Euler's method."""
     theirs, model = pipeline(narrow, "sd1"), models("sd1")
     weights = {"a red cat": 1.0, "rain": 0.6, "a dog": -0.4}
     theirs.scheduler.set_timesteps(8)
@@ -237,17 +260,17 @@ def test_parts_joined_by_and_add_up_by_weight(narrow: Narrows, models: Callable[
 
 def test_equal_texts_are_encoded_once(models: Callable[[str], Model], monkeypatch: pytest.MonkeyPatch):
     model = models("sd1")
-    seen: list[str] = []
+    encoded: list[str] = []
     encode = type(model).encode_prompts
 
     def watched(self: Model, texts: list[str], **options: Any) -> Any:
-        seen.extend(texts)
+        encoded.extend(texts)
         return encode(self, texts, **options)
 
     monkeypatch.setattr(type(model), "encode_prompts", watched)
     paint(model, "a cat AND a cat :0.5 AND a [cat|bird]")
 
-    assert len(seen) == len(set(seen)) and {text.strip() for text in seen} == {"a bird", "a cat", "dog"}
+    assert len(encoded) == len(set(encoded)) and {text.strip() for text in encoded} == {"a bird", "a cat", "dog"}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +286,9 @@ def test_equal_texts_are_encoded_once(models: Callable[[str], Model], monkeypatc
         {"init": True, "strength": 0.7, "hires": 1.5},
     ],
 )
-def test_repaint_makes_them_again(options: dict[str, Any], narrow: Narrows, tmp_path: Path, settings: Settings):
+def test_repaint_reproduces_requests_of_several_passes(
+    options: dict[str, Any], narrow: Narrows, tmp_path: Path, settings: Settings
+):
     family = "sdxl" if "refiner" in options else "sd1"
     if "refiner" in options:
         options = options | {"refiner": str(narrow("sdxl").file)}
@@ -282,7 +307,7 @@ def test_progress_is_counted_over_all_passes(models: Callable[[str], Model]):
 
     next(
         models("sd1").paint(
-            "a cat", hires=1.5, hires_steps=3, on_step=lambda step: steps.append((step.index, step.count)), **KNOBS
+            "a cat", hires=1.5, hires_steps=3, on_step=lambda step: steps.append((step.index, step.count)), **OPTIONS
         )
     )
 

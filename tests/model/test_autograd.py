@@ -69,20 +69,20 @@ def assert_gradients(model: Model, parameters: Mapping[str, Tensor], step: float
     reached = 0
     for name, parameter in parameters.items():
         assert parameter.grad is not None, name
-        place = int(parameter.grad.abs().argmax())
-        gradient = float(parameter.grad.flatten()[place])
+        index = int(parameter.grad.abs().argmax())
+        gradient = float(parameter.grad.flatten()[index])
         with torch.no_grad():
             flat = parameter.view(-1)
-            before = flat[place].clone()
-            flat[place] = before + step
+            before = flat[index].clone()
+            flat[index] = before + step
             above = float(loss(model))
-            flat[place] = before - step
+            flat[index] = before - step
             below = float(loss(model))
-            flat[place] = before
+            flat[index] = before
         difference = (above - below) / (2 * step)
         assert gradient == pytest.approx(difference, rel=1e-3, abs=1e-8), name
         reached += abs(gradient) > 1e-6
-    assert reached > len(parameters) / 2  # a bias of keys alone has none: softmax does not see it
+    assert reached > len(parameters) / 2  # a bias of the keys has none: softmax is invariant to it
 
 
 def lora(model: Model) -> ParameterAdapter:
@@ -188,6 +188,6 @@ def test_a_parameter_adapter_gives_the_output_of_the_same_weights_folded(models:
         model.adapters.detach(attached)
 
 
-def test_nothing_is_recorded_while_no_parameter_asks_for_it(models: Callable[[str], Model]):
+def test_no_graph_is_built_if_no_parameter_requires_gradients(models: Callable[[str], Model]):
     assert not loss(models("sd1")).requires_grad
     assert isinstance(models("sd1").denoiser(conditioning(models("sd1"))), Denoiser)

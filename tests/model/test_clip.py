@@ -23,21 +23,21 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         vision_config={**sizes, "hidden_size": 48, "image_size": 32, "patch_size": 8},
         projection_dim=24,
     )
-    place = tmp_path_factory.mktemp("clip")
-    transformers.CLIPModel(config).eval().save_pretrained(place)
-    return place
+    folder = tmp_path_factory.mktemp("clip")
+    transformers.CLIPModel(config).eval().save_pretrained(folder)
+    return folder
 
 
 def pictures() -> list[Image.Image]:
-    chances = torch.Generator().manual_seed(1)
+    random = torch.Generator().manual_seed(1)
     sizes = ((40, 32), (32, 57), (128, 96))
     return [
-        Image.fromarray(torch.randint(256, (height, width, 3), generator=chances, dtype=torch.uint8).numpy())
+        Image.fromarray(torch.randint(256, (height, width, 3), generator=random, dtype=torch.uint8).numpy())
         for width, height in sizes
     ]
 
 
-def test_both_towers_agree_with_transformers(folder: Path, clip_folder: Path):
+def test_both_encoders_agree_with_transformers(folder: Path, clip_folder: Path):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.CLIPModel.from_pretrained(folder).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder)
@@ -55,6 +55,6 @@ def test_both_towers_agree_with_transformers(folder: Path, clip_folder: Path):
     assert_close(ours.encode_images(pictures()), found.image_embeds, atol=2e-3, rtol=1e-2)
 
 
-def test_a_model_that_is_no_clip_is_named(narrow, tmp_path: Path):
-    with pytest.raises(ModelError, match="not a complete CLIP"):
+def test_a_file_without_both_encoders_is_refused(narrow, tmp_path: Path):
+    with pytest.raises(ModelError, match="is not a complete CLIP"):
         clip.load(narrow("sd1").file)

@@ -1,4 +1,4 @@
-"""Files of the released sizes with random weights: identified, loaded and stepped once, in 24 GB. Run by hand.
+"""Files of the released sizes with random weights: identified, loaded, and run for one step in 24 GB. Run by hand.
 
     python3 launch.py test -m full tests/model/test_full_size.py
 
@@ -39,7 +39,7 @@ GIGABYTE = 1e9
 
 @dataclass(frozen=True)
 class Released:
-    """What a released file is. `prediction` None: told by a bias of the weights, which are random here."""
+    """Facts of a released file. `prediction` None: it follows from values of the weights, which are random here."""
 
     family: str
     variant: str = "base"
@@ -68,8 +68,8 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Path]:
-    """A folder that is emptied at once afterwards; pytest itself would keep it."""
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is emptied after the test; pytest would keep the files."""
     yield tmp_path
     for path in tmp_path.iterdir():
         path.unlink()
@@ -77,7 +77,7 @@ def place(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def memory() -> Iterator[None]:
-    """The most memory a test held, mapped files included, is printed and below 24 GB."""
+    """The peak memory of a test, mapped files included, is printed and is below 24 GB."""
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         pytest.skip("needs Linux to read the peak of memory")
@@ -89,41 +89,41 @@ def memory() -> Iterator[None]:
     assert held < 24 * GIGABYTE
 
 
-def written(name: str, form: str, place: Path) -> Path:
-    """The file of an official key list, with small random weights, a tensor at a time."""
+def written(name: str, form: str, folder: Path) -> Path:
+    """Write a file with the names and shapes of a released one and small random weights, one tensor at a time."""
     pool = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 0.02
     infos = {key: TensorInfo(tuple(shape), dtype) for key, (shape, dtype) in manifest(name).items()}
 
     def read(key: str) -> Tensor:
         info = infos[key]
-        kind = getattr(torch, TORCH_NAMES[info.dtype])
-        if not kind.is_floating_point:
-            return torch.arange(info.elements).reshape(info.shape).to(kind)
-        flat = pool.to(kind).repeat(math.ceil(info.elements / len(pool)))[: info.elements]
+        dtype = getattr(torch, TORCH_NAMES[info.dtype])
+        if not dtype.is_floating_point:
+            return torch.arange(info.elements).reshape(info.shape).to(dtype)
+        flat = pool.to(dtype).repeat(math.ceil(info.elements / len(pool)))[: info.elements]
         return flat.reshape(info.shape)
 
-    whole = place / f"{name}.safetensors"
+    whole = folder / f"{name}.safetensors"
     stream_safetensors(whole, infos, read)
     if form == "safetensors":
         return whole
-    pickled = place / f"{name}.ckpt"
-    torch.save({"state_dict": load_file(whole)}, pickled)  # mapped, so that it passes through memory in pieces
+    pickled = folder / f"{name}.ckpt"
+    torch.save({"state_dict": load_file(whole)}, pickled)  # mapped, so that it is not in memory as a whole
     whole.unlink()
     return pickled
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_released_model_is_identified_loaded_and_stepped(name: str, form: str, place: Path, settings: Settings):
-    path, expected = written(name, form, place), MODELS[name]
-    picture = place / "picture.png"
+def test_a_released_model_is_identified_loaded_and_run(name: str, form: str, folder: Path, settings: Settings):
+    path, expected = written(name, form, folder), MODELS[name]
+    picture = folder / "picture.png"
     Image.linear_gradient("L").resize((64, 64)).convert("RGB").save(picture)
 
     found = identify(open_model(path))
     model = gouache.load(path, dtype="bf16", settings=settings)
-    knobs: dict[str, Any] = {"steps": 1, "size": (64, 64), "seed": 0}
-    knobs |= {"init": picture, "strength": 1.0} if expected.variant == "instruct-pix2pix" else {}
-    knobs |= {"depth": picture} if expected.variant == "depth" else {}
-    painted = next(model.paint("a cat", **knobs))
+    options: dict[str, Any] = {"steps": 1, "size": (64, 64), "seed": 0}
+    options |= {"init": picture, "strength": 1.0} if expected.variant == "instruct-pix2pix" else {}
+    options |= {"depth": picture} if expected.variant == "depth" else {}
+    painted = next(model.paint("a cat", **options))
 
     family, prediction = found.family.value, found.prediction
     assert family is not None and prediction is not None
@@ -135,8 +135,8 @@ def test_a_released_model_is_identified_loaded_and_stepped(name: str, form: str,
 
 
 @pytest.mark.parametrize("name", VIDEO)
-def test_a_video_model_is_identified_and_refused_in_words(name: str, form: str, place: Path, settings: Settings):
-    path = written(name, form, place)
+def test_a_video_model_is_identified_and_refused(name: str, form: str, folder: Path, settings: Settings):
+    path = written(name, form, folder)
 
     found = identify(open_model(path))
 
@@ -147,8 +147,8 @@ def test_a_video_model_is_identified_and_refused_in_words(name: str, form: str, 
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
-def test_an_autoencoder_is_identified_and_loaded(name: str, form: str, place: Path):
-    file = open_model(written(name, form, place))
+def test_an_autoencoder_is_identified_and_loaded(name: str, form: str, folder: Path):
+    file = open_model(written(name, form, folder))
 
     found = identify(file)
     component = found.component("vae")

@@ -1,4 +1,4 @@
-"""One model shared by requests and threads: each sees its own adapters, and the weights come back bit for bit."""
+"""One model shared by requests and threads: each has its own adapters, and the weights are restored bit for bit."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def latents(model: Model, count: int = 1, **options: object) -> list[Tensor]:
 
 def test_threads_with_different_loras_get_the_pictures_they_would_get_alone(model: Model, loras: list[str]):
     before = weights(model)
-    wanted = [latents(model, 2), *(latents(model, 2, lora=[lora]) for lora in loras)]
+    expected = [latents(model, 2), *(latents(model, 2, lora=[lora]) for lora in loras)]
     options: list[dict[str, object]] = [{}, *({"lora": [lora]} for lora in loras)]
 
     with ThreadPoolExecutor(len(options)) as pool:
         found = list(pool.map(lambda each: latents(model, 2, **each), options))
 
-    for mine, alone in zip(found, wanted):
-        assert all(torch.equal(one, other) for one, other in zip(mine, alone, strict=True))
+    for shared, alone in zip(found, expected):
+        assert all(torch.equal(one, other) for one, other in zip(shared, alone, strict=True))
     assert same(before, weights(model)) and not list(model.adapters) and not model.attached
 
 
@@ -64,8 +64,8 @@ def test_two_open_iterations_take_turns(model: Model, loras: list[str]):
         pictures[0].append(next(one).latent)
         pictures[1].append(next(two).latent)
 
-    for mine, wanted in zip(pictures, alone):
-        assert all(torch.equal(a, b) for a, b in zip(mine, wanted, strict=True))
+    for shared, expected in zip(pictures, alone):
+        assert all(torch.equal(a, b) for a, b in zip(shared, expected, strict=True))
 
 
 def test_a_suspended_iteration_blocks_no_other_thread(model: Model, loras: list[str]):
@@ -83,7 +83,7 @@ def test_a_suspended_iteration_blocks_no_other_thread(model: Model, loras: list[
     suspended.close()
 
 
-def test_a_forgotten_iteration_leaves_nothing(model: Model, loras: list[str]):
+def test_a_deleted_iteration_detaches_its_adapters(model: Model, loras: list[str]):
     before = weights(model)
     pictures = model.paint("a cat", count=2, lora=[loras[0]], **OPTIONS)  # type: ignore[arg-type]
     next(pictures)
@@ -105,7 +105,7 @@ def test_an_adapter_of_the_caller_applies_to_every_request(model: Model, loras: 
     assert torch.equal(latents(model, lora=[loras[1]])[0], alone[0])
 
 
-def test_a_request_made_in_the_callback_of_another_disturbs_neither(model: Model, loras: list[str]):
+def test_a_request_in_the_callback_of_another_changes_neither(model: Model, loras: list[str]):
     alone, inner_alone = latents(model, lora=[loras[0]]), latents(model, lora=[loras[1]])
     inner: list[Tensor] = []
 
@@ -138,7 +138,7 @@ def test_the_same_adapters_twice_in_a_row_are_folded_once(
     assert len(folds) > before and not torch.equal(other[0], first[0])
 
 
-def test_a_file_that_was_replaced_meanwhile_is_folded_again(model: Model, loras: list[str]):
+def test_a_file_that_was_replaced_is_folded_again(model: Model, loras: list[str]):
     first = latents(model, lora=[loras[0]])
     save_file({name: tensor * 2 for name, tensor in load_file(loras[0]).items()}, loras[0])
 

@@ -1,4 +1,4 @@
-"""A file becomes a model: mapped where it can be, in one dtype, the same picture from every form of the file."""
+"""Loading: weights mapped where possible, in one dtype, the same picture from every form of a file."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def weights(model: Model) -> Iterator[Tensor]:
 
 
 def picture(model: Model) -> np.ndarray:
-    knobs: dict[str, Any] = {"steps": 2, "seed": 3, "size": (64, 64), "negative": "dog"}
-    return np.asarray(next(model.paint("a cat", **knobs)).image, np.int16)
+    options: dict[str, Any] = {"steps": 2, "seed": 3, "size": (64, 64), "negative": "dog"}
+    return np.asarray(next(model.paint("a cat", **options)).image, np.int16)
 
 
 def assert_same(model: Model, other: Model) -> None:
-    """The same weights to the bit; the picture may round otherwise, since weights lie otherwise aligned in memory."""
+    """Bit-equal weights; the picture may round differently, since weights are aligned differently in memory."""
     for ours, theirs in zip(networks(model), networks(other)):
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
     assert np.abs(picture(model) - picture(other)).max() <= 1
@@ -54,11 +54,11 @@ def mixed_dtypes(tensors: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
-def test_every_weight_has_the_one_dtype_and_none_is_left_on_meta(
-    line: str, dtype: str, narrow: Narrows, settings: Settings, tmp_path: Path
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_every_weight_has_the_requested_dtype_and_none_is_on_meta(
+    family: str, dtype: str, narrow: Narrows, settings: Settings, tmp_path: Path
 ):
-    file = altered(narrow(line).file, tmp_path / "mixed.safetensors", mixed_dtypes)
+    file = altered(narrow(family).file, tmp_path / "mixed.safetensors", mixed_dtypes)
 
     model = gouache.load(file, dtype=dtype, settings=settings)
 
@@ -69,10 +69,10 @@ def test_every_weight_has_the_one_dtype_and_none_is_left_on_meta(
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
-@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
-def test_weights_of_the_files_own_dtype_stay_in_the_mapped_file(line: str, narrow: Narrows, settings: Settings):
-    """OpenCLIP's fused and transposed tensors too: they are taken apart as views. The VAE's are laid out anew."""
-    file = narrow(line).file
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_weights_in_the_dtype_of_the_file_stay_mapped(family: str, narrow: Narrows, settings: Settings):
+    """OpenCLIP's fused and transposed tensors too: they are split as views. The VAE is copied, to channels-last."""
+    file = narrow(family).file
 
     model = gouache.load(file, settings=settings)
 
@@ -81,13 +81,13 @@ def test_weights_of_the_files_own_dtype_stay_in_the_mapped_file(line: str, narro
         if entry.endswith(str(file)):
             begin, end = entry.split()[0].split("-")
             mapped.append(range(int(begin, 16), int(end, 16)))
-    own = [weight for network in (model.unet, *model.text_encoders.values()) for weight in network.parameters()]
-    assert mapped and own
-    assert all(any(weight.data_ptr() in place for place in mapped) for weight in own)
+    found = [weight for network in (model.unet, *model.text_encoders.values()) for weight in network.parameters()]
+    assert mapped and found
+    assert all(any(weight.data_ptr() in each for each in mapped) for weight in found)
 
 
 @pytest.mark.parametrize("zip_form", [True, False], ids=["zip", "legacy"])
-def test_a_ckpt_paints_what_its_safetensors_paints(
+def test_a_ckpt_gives_the_picture_of_its_safetensors(
     zip_form: bool, narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
 ):
     path = tmp_path / "model.ckpt"
@@ -100,34 +100,34 @@ def test_a_ckpt_paints_what_its_safetensors_paints(
     assert_same(model, loaded("sd1"))
 
 
-def test_what_released_files_carry_besides_the_networks_changes_nothing(
+def test_other_tensors_of_released_files_change_nothing(
     narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
 ):
-    def burden(tensors: dict[str, Tensor]) -> None:
+    def add_others(tensors: dict[str, Tensor]) -> None:
         positions = "cond_stage_model.transformer.text_model.embeddings.position_ids"
-        tensors[positions] = torch.arange(77)[None].half() * 1.01  # merges have left it damaged in many a file
+        tensors[positions] = torch.arange(77)[None].half() * 1.01  # damaged by merging in many files
         tensors["betas"] = torch.full((1000,), torch.nan)
         tensors["alphas_cumprod"] = torch.zeros(1000)
         tensors["model_ema.decay"], tensors["model_ema.num_updates"] = torch.tensor(0.9999), torch.tensor(470000)
 
-    file = altered(narrow("sd1").file, tmp_path / "burdened.safetensors", burden)
+    file = altered(narrow("sd1").file, tmp_path / "others.safetensors", add_others)
 
     assert_same(gouache.load(file, settings=settings), loaded("sd1"))
 
 
-def test_the_last_block_of_sd2s_released_text_encoder_is_not_read(
+def test_the_last_block_of_the_text_encoder_of_sd2_is_not_used(
     narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
 ):
-    """Single files have 24 blocks, and the 23rd one's output is the context; folders lack the last from the start."""
+    """Single files have 24 blocks, of which the 23rd gives the context; folders have 23."""
 
-    def complete(tensors: dict[str, Tensor]) -> None:
+    def add_last_block(tensors: dict[str, Tensor]) -> None:
         blocks = "cond_stage_model.model.transformer.resblocks."
         for name in [name for name in tensors if name.startswith(blocks + "22.")]:
             tensors[name.replace(".22.", ".23.")] = normal(*tensors[name].shape)
         tensors["cond_stage_model.model.text_projection"] = normal(64, 64)
         tensors["cond_stage_model.model.logit_scale"] = torch.tensor(4.6)
 
-    file = altered(narrow("sd2").file, tmp_path / "model.safetensors", complete)
+    file = altered(narrow("sd2").file, tmp_path / "model.safetensors", add_last_block)
 
     model = gouache.load(file, settings=settings)
 
@@ -135,32 +135,32 @@ def test_the_last_block_of_sd2s_released_text_encoder_is_not_read(
     assert np.abs(picture(model) - picture(loaded("sd2"))).max() <= 1
 
 
-def test_old_names_of_the_text_encoder_are_understood(
-    narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path
-):
-    def age(tensors: dict[str, Tensor]) -> None:
+def test_old_names_of_the_text_encoder_are_read(narrow: Narrows, loaded: Models, settings: Settings, tmp_path: Path):
+    def rename(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if "transformer.text_model." in name]:
             tensors[name.replace("text_model.", "")] = tensors.pop(name)
 
-    file = altered(narrow("sd1").file, tmp_path / "old.safetensors", age)
+    file = altered(narrow("sd1").file, tmp_path / "old.safetensors", rename)
 
     assert_same(gouache.load(file, settings=settings), loaded("sd1"))
 
 
-def test_what_the_caller_says_of_the_prediction_counts(narrow: Narrows, loaded: Models, settings: Settings):
-    told = gouache.load(narrow("sd1").file, prediction="v", settings=settings)
+def test_the_prediction_can_be_overridden(narrow: Narrows, loaded: Models, settings: Settings):
+    overridden = gouache.load(narrow("sd1").file, prediction="v", settings=settings)
 
-    assert (told.prediction, loaded("sd1").prediction) == ("v", "eps")
-    assert np.abs(picture(told) - picture(loaded("sd1"))).max() > 1
+    assert (overridden.prediction, loaded("sd1").prediction) == ("v", "eps")
+    assert np.abs(picture(overridden) - picture(loaded("sd1"))).max() > 1
 
 
-def test_a_velocity_model_says_so_in_the_folder_and_in_the_file(narrow: Narrows, loaded: Models, settings: Settings):
+def test_a_v_prediction_model_is_identified_as_a_folder_and_as_a_file(
+    narrow: Narrows, loaded: Models, settings: Settings
+):
     folder = gouache.load(narrow("sd2").folder, settings=settings)
 
     assert folder.prediction == loaded("sd2").prediction == "v"
 
 
-def test_a_zero_snr_folder_keeps_its_levels_in_the_single_file(narrow: Narrows, settings: Settings, tmp_path: Path):
+def test_zero_snr_is_kept_in_the_single_file(narrow: Narrows, settings: Settings, tmp_path: Path):
     folder, file = tmp_path / "folder", tmp_path / "file.safetensors"
     shutil.copytree(narrow("sd2").folder, folder)
     config = folder / "scheduler" / "scheduler_config.json"
@@ -172,10 +172,8 @@ def test_a_zero_snr_folder_keeps_its_levels_in_the_single_file(narrow: Narrows, 
     assert all(model.schedule.sigma_max > 4000 for model in models)
 
 
-def test_the_models_own_size_is_that_of_its_folder_and_of_its_single_file(
-    narrow: Narrows, loaded: Models, settings: Settings
-):
-    """The folder's U-Net says 8 cells a side, of 8 pixels each."""
+def test_the_default_size_is_kept_in_the_single_file(narrow: Narrows, loaded: Models, settings: Settings):
+    """The folder's U-Net states a latent of 8x8, which is 64x64 pixels."""
     folder = gouache.load(narrow("sd1").folder, settings=settings)
 
     assert folder.size == loaded("sd1").size == (64, 64)

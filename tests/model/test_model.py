@@ -1,4 +1,4 @@
-"""What a caller in Python reaches: the face, the networks, latents and pictures, a sampler on a denoiser of his own."""
+"""The Python API: public names, networks, latents and pictures, a sampler on a denoiser of the caller's own."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from tests.pipelines import Narrow
 
 Narrows = Callable[[str], Narrow]
 Models = Callable[[str], Model]
-KNOBS: dict[str, Any] = {"steps": 3, "seed": 3, "size": (64, 96), "negative": "dog", "sampler": "Euler"}
+OPTIONS: dict[str, Any] = {"steps": 3, "seed": 3, "size": (64, 96), "negative": "dog", "sampler": "Euler"}
 
 
-def test_the_face_has_what_it_says_and_nothing_else():
+def test_the_public_names_exist_and_are_the_only_ones():
     assert all(getattr(gouache, name) is not None for name in gouache.__all__)
     assert dir(gouache) == sorted(gouache.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'lode'"):
         gouache.lode  # noqa: B018
 
 
-def test_the_three_lines_of_the_front_page(narrow: Narrows, settings: Settings, tmp_path: Path):
+def test_the_example_of_the_readme(narrow: Narrows, settings: Settings, tmp_path: Path):
     model = gouache.load(narrow("sd1").file, settings=settings)
     for picture in model.paint("a cat", steps=2, seed=7):
         picture.save(tmp_path / "cat.png")
@@ -41,7 +41,7 @@ def test_the_three_lines_of_the_front_page(narrow: Narrows, settings: Settings, 
     assert Image.open(tmp_path / "cat.png").size == model.size == (64, 64)
 
 
-def test_a_model_goes_by_its_name_in_a_model_folder(narrow: Narrows, settings: Settings):
+def test_a_model_is_loaded_by_its_name_in_a_model_folder(narrow: Narrows, settings: Settings):
     file = narrow("sd1").file
 
     model = gouache.load(file.stem, settings=replace(settings, models=(file.parent,)))
@@ -49,57 +49,81 @@ def test_a_model_goes_by_its_name_in_a_model_folder(narrow: Narrows, settings: S
     assert model.file.path == file
 
 
-def test_a_request_may_be_given_whole_and_changed_by_the_knob(loaded: Models):
-    request = Request(prompt="a cat", **KNOBS)
+def test_paint_accepts_a_request_and_options_that_replace_its_settings(loaded: Models):
+    request = Request(prompt="a cat", **OPTIONS)
 
     whole, changed = next(loaded("sd1").paint(request)), next(loaded("sd1").paint(request, seed=4))
 
-    assert whole.image.tobytes() == next(loaded("sd1").paint("a cat", **KNOBS)).image.tobytes()
+    assert whole.image.tobytes() == next(loaded("sd1").paint("a cat", **OPTIONS)).image.tobytes()
     assert (whole.seed, changed.seed) == (3, 4)
 
 
-def test_a_wrong_knob_is_refused_when_it_is_given_not_when_it_is_used(loaded: Models):
+def test_an_invalid_option_is_refused_before_the_iteration_begins(loaded: Models):
     with pytest.raises(RequestError, match="stepps: is not a setting"):
         loaded("sd1").paint("a cat", stepps=3)
 
 
-@pytest.mark.parametrize("line", ["sd1", "sd2", "sdxl"])
-def test_a_sampler_on_a_denoiser_of_ones_own_paints_the_same_latent(line: str, loaded: Models):
-    model = loaded(line)
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_a_sampler_called_with_the_models_denoiser_gives_the_latent_of_paint(family: str, loaded: Models):
+    model = loaded(family)
     noise = Noise([3], (4, 12, 8))
     positive, negative = (
         model.encode_prompts([text], negative=is_negative, size=(64, 96))
         for text, is_negative in (("a cat", False), ("dog", True))
     )
-    wanted, unwanted = model.denoiser(positive), model.denoiser(negative)
+    conditional, unconditional = model.denoiser(positive), model.denoiser(negative)
     sigmas = spacing.karras(model.schedule, 3)
 
     latent = euler(
-        lambda x, sigma: unwanted(x, sigma) + 7 * (wanted(x, sigma) - unwanted(x, sigma)),
+        lambda x, sigma: unconditional(x, sigma) + 7 * (conditional(x, sigma) - unconditional(x, sigma)),
         noise.start() * sigmas[0],
         sigmas,
         noise=noise,
     )
 
-    painted = next(model.paint("a cat", schedule="Karras", **KNOBS)).latent
+    painted = next(model.paint("a cat", schedule="Karras", **OPTIONS)).latent
     spread = painted.std()
     torch.testing.assert_close(latent[0] / spread, painted / spread, rtol=0, atol=1e-4)
 
 
-def test_guidance_takes_the_model_as_it_is(loaded: Models):
+def test_one_string_instead_of_a_list_of_prompts_is_refused(loaded: Models):
+    with pytest.raises(
+        RequestError, match=r"texts: 'a cat' is one string; give a list of prompts, \['a cat'\]"
+    ) as caught:
+        loaded("sd1").encode_prompts("a cat")
+
+    assert "\n" not in str(caught.value)
+
+
+def test_the_repr_of_a_model_is_one_short_line(loaded: Models):
+    assert repr(loaded("sd1")) == "<Model sd1: Stable Diffusion 1, base, eps-prediction, cpu, fp32>"
+    assert repr(loaded("sd2")).endswith(": Stable Diffusion 2, base, v-prediction, cpu, fp32>")
+    for family in ("sdxl", "sd1-inpainting"):
+        assert len(repr(loaded(family))) < 120 and "\n" not in repr(loaded(family))
+
+
+def test_painting_leaves_autograd_as_it_was(loaded: Models):
+    pictures = loaded("sd1").paint("a cat", count=2, **OPTIONS)
+
+    next(pictures)
+
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def test_guidance_works_on_the_denoise_method(loaded: Models):
     model = loaded("sd1")
     positive, negative = model.encode_prompts(["a cat"]), model.encode_prompts(["dog"], negative=True)
     x, sigma = normal(1, 4, 8, 8), torch.tensor(2.0)
 
     guided = guidance.cfg(model.denoise, positive, negative, 3.0)(x, sigma)
 
-    wanted, unwanted = model.denoise(x, sigma, positive), model.denoise(x, sigma, negative)
-    torch.testing.assert_close(guided, unwanted + 3 * (wanted - unwanted), rtol=1e-4, atol=1e-4)
+    conditional, unconditional = (model.denoise(x, sigma, each) for each in (positive, negative))
+    torch.testing.assert_close(guided, unconditional + 3 * (conditional - unconditional), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("line", ["sd1", "sdxl"])
-def test_pictures_and_latents_go_over_into_each_other_as_in_diffusers(line: str, narrow: Narrows, loaded: Models):
-    vae, model = narrow(line).pipeline.vae, loaded(line)
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_encode_and_decode_agree_with_diffusers(family: str, narrow: Narrows, loaded: Models):
+    vae, model = narrow(family).pipeline.vae, loaded(family)
     images, latents = normal(2, 3, 64, 96).clamp(-1, 1), normal(2, 4, 8, 12)
 
     with torch.inference_mode():
@@ -110,13 +134,13 @@ def test_pictures_and_latents_go_over_into_each_other_as_in_diffusers(line: str,
     torch.testing.assert_close(model.decode(latents), decoded, rtol=1e-4, atol=1e-4)
 
 
-def test_changing_a_network_changes_what_is_painted(narrow: Narrows, settings: Settings):
+def test_changing_a_network_changes_the_picture_and_not_the_file(narrow: Narrows, settings: Settings):
     model = gouache.load(narrow("sd1").file, settings=settings)
-    before = next(model.paint("a cat", **KNOBS)).latent
+    before = next(model.paint("a cat", **OPTIONS)).latent
 
     with torch.inference_mode():
         model.unet.get_parameter("out.2.bias").add_(0.5)
 
-    assert (next(model.paint("a cat", **KNOBS)).latent - before).abs().mean() > 0.1
-    file = gouache.load(narrow("sd1").file, settings=settings)
-    assert torch.equal(next(file.paint("a cat", **KNOBS)).latent, before)  # the mapped file is as it was
+    assert (next(model.paint("a cat", **OPTIONS)).latent - before).abs().mean() > 0.1
+    again = gouache.load(narrow("sd1").file, settings=settings)
+    assert torch.equal(next(again.paint("a cat", **OPTIONS)).latent, before)

@@ -30,7 +30,7 @@ PROMPTS: dict[str, tuple[str, list[Chunk]]] = {
     ),
     "break": ("(cat BREAK dog:0.6) tree", [[("cat", 0.6)], [("dog", 0.6), ("tree", 1)]]),
 }
-USUAL = {"sd1": (1, True), "sd2": (1, True), "sdxl": (2, False)}  # of SD2, the folder lacks the block that is skipped
+DEFAULT = {"sd1": (1, True), "sd2": (1, True), "sdxl": (2, False)}  # the folder of SD2 lacks the block that is skipped
 
 
 def encoders(narrow: Narrow) -> list[tuple[Any, Any]]:
@@ -50,43 +50,43 @@ def assert_close(ours: Tensor, defined: Tensor) -> None:
 
 
 @pytest.mark.parametrize(("text", "chunks"), PROMPTS.values(), ids=PROMPTS)
-@pytest.mark.parametrize("line", USUAL)
+@pytest.mark.parametrize("family", DEFAULT)
 def test_a_prompt_agrees_with_its_definition(
-    line: str, text: str, chunks: list[Chunk], narrow: Narrows, loaded: Models
+    family: str, text: str, chunks: list[Chunk], narrow: Narrows, loaded: Models
 ):
-    said = loaded(line).encode_prompts([text])
+    encoded = loaded(family).encode_prompts([text])
 
-    assert_close(said.context, defined(narrow(line), chunks, *USUAL[line]))
+    assert_close(encoded.context, defined(narrow(family), chunks, *DEFAULT[family]))
 
 
 @pytest.mark.parametrize("clip_skip", [1, 2, 3, 4])
-@pytest.mark.parametrize("line", ["sd1", "sdxl"])
-def test_clip_skip_reads_an_earlier_layer(line: str, clip_skip: int, narrow: Narrows, loaded: Models):
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_clip_skip_uses_an_earlier_layer(family: str, clip_skip: int, narrow: Narrows, loaded: Models):
     text, chunks = PROMPTS["weighted"]
 
-    said = loaded(line).encode_prompts([text], clip_skip=clip_skip)
+    encoded = loaded(family).encode_prompts([text], clip_skip=clip_skip)
 
-    assert_close(said.context, defined(narrow(line), chunks, clip_skip, USUAL[line][1]))
+    assert_close(encoded.context, defined(narrow(family), chunks, clip_skip, DEFAULT[family][1]))
 
 
-def test_a_clip_skip_beyond_the_encoder_is_refused_with_its_limits(loaded: Models):
+def test_a_clip_skip_beyond_the_first_layer_is_refused(loaded: Models):
     with pytest.raises(RequestError, match="clip_skip: is 5, but the text encoder text_encoder has layers 1 to 4"):
         loaded("sd1").encode_prompts(["a cat"], clip_skip=5)
 
 
-def test_sdxl_is_told_the_pooled_prompt_and_the_sizes(narrow: Narrows, loaded: Models):
+def test_the_vector_of_sdxl_is_the_pooled_prompt_and_the_sizes(narrow: Narrows, loaded: Models):
     text, chunks = PROMPTS["break"]
 
-    said = loaded("sdxl").encode_prompts([text], size=(96, 64))
+    encoded = loaded("sdxl").encode_prompts([text], size=(96, 64))
 
-    # Original height and width, top and left of the crop, target height and width, each a sinusoid 256 wide.
+    # Original height and width, top and left of the crop, target height and width, each as 256 sinusoids.
     rates = torch.tensor([10000 ** (-step / 128) for step in range(128)], dtype=torch.float64)
     angles = torch.tensor([64, 96, 0, 0, 64, 96], dtype=torch.float64)[:, None] * rates
     sizes = torch.cat([angles.cos(), angles.sin()], dim=1).flatten()[None]
     first = [(word, 1.0) for word, _ in chunks[0]]
     expected = torch.cat([pooled(*encoders(narrow("sdxl"))[1], first), sizes], dim=1)
-    assert said.vector is not None
-    torch.testing.assert_close(said.vector.double(), expected, rtol=1e-4, atol=1e-4)
+    assert encoded.vector is not None
+    torch.testing.assert_close(encoded.vector.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_empty_negative_of_sdxl_is_zero_and_one_with_words_is_not(loaded: Models):
@@ -97,25 +97,25 @@ def test_an_empty_negative_of_sdxl_is_zero_and_one_with_words_is_not(loaded: Mod
         for text, negative in (("", True), (" \n", True), ("dog", True), ("", False))
     )
 
-    for said in (empty, blank):
-        assert said.vector is not None
-        assert not said.context.any() and not said.vector[:, :96].any() and said.vector[:, 96:].any()
+    for encoded in (empty, blank):
+        assert encoded.vector is not None
+        assert not encoded.context.any() and not encoded.vector[:, :96].any() and encoded.vector[:, 96:].any()
     assert words.context.any() and positive.context.any()
 
 
-@pytest.mark.parametrize("line", USUAL)
-def test_prompts_in_one_call_say_what_they_say_alone(line: str, loaded: Models):
+@pytest.mark.parametrize("family", DEFAULT)
+def test_prompts_in_one_call_are_encoded_as_they_are_alone(family: str, loaded: Models):
     texts = [PROMPTS["weighted"][0], "", PROMPTS["break"][0]]
 
-    together = loaded(line).encode_prompts(texts)
-    alone = [loaded(line).encode_prompts([text]) for text in texts]
+    together = loaded(family).encode_prompts(texts)
+    alone = [loaded(family).encode_prompts([text]) for text in texts]
 
     for row, single in zip(together.context, alone):
         torch.testing.assert_close(row[: single.tokens], single.context[0], rtol=1e-5, atol=1e-5)
     assert together.tokens == 77 * 2
 
 
-def test_a_prompt_of_only_weight_zero_stays_finite(loaded: Models):
-    said = loaded("sd1").encode_prompts(["(cat:0)"])
+def test_a_prompt_with_weight_zero_only_is_finite(loaded: Models):
+    encoded = loaded("sd1").encode_prompts(["(cat:0)"])
 
-    assert math.isfinite(float(said.context.sum()))
+    assert math.isfinite(float(encoded.context.sum()))
