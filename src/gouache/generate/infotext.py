@@ -32,7 +32,8 @@ def write(
 ) -> str:
     """`request`, with its size, for the picture of `seed`. `more` follows the usual fields: model, hash, version.
 
-    `hires`: the sampler and schedule of the hires pass, if there was one; `refiner`: the model that took over, if one did, with its short hash.
+    `hires`: the sampler and schedule of the hires pass, if there was one; `refiner`: the model that took over, if one
+    did, with its short hash.
     """
     assert request.size is not None
     fields: dict[str, object] = {
