@@ -145,7 +145,7 @@ REFUSED = [
     (("--rng", "gpu"), "rng: 'gpu' is not known; use cpu or nv"),
     (("--device", "gpu"), "device: 'gpu' is not a device"),
     (("--dtype", "int8"), "dtype: 'int8' is not known"),
-    (("--prediction", "x0"), "prediction: 'x0' is not known"),
+    (("--prediction", "x0"), "prediction: 'x0' is "),
     (("--family", "sd9"), "family: "),
     (("--eta", "0.5"), "eta: DPM++ 2M adds no noise"),
     (("--hires", "big"), "hires: 'big' is neither a factor, such as 2.0, nor a size, such as 1024x768"),
