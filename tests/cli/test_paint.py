@@ -152,6 +152,7 @@ REFUSED = [
     (("--hires", "0.5"), "hires: 0.5 cannot be used"),
     (("--hires", "2", "--hires-upscaler", "esrgan"), "hires_upscaler: 'esrgan' is not known"),
     (("--hires", "2", "--hires-sampler", "Eular"), "sampler: 'Eular' is not known"),
+    (("--hires", "2", "--hires-schedule", "Karas"), "schedule: 'Karas' is not known"),
     (("--hires", "2", "--hires-strength", "0"), "hires_strength: 0 leaves no steps to run"),
     (("--init", "{picture}", "--strength", "0.3"), "strength: 0.3 leaves no steps to run (0 of 1); raise"),
     (("--refiner", "absent", "--refiner-at", "0.1", "--steps", "4"), "model: there is no file 'absent'"),
@@ -224,13 +225,14 @@ HIRES = (
 
 
 def test_hires_options_are_in_the_recipe_and_in_the_parameters(gouache: Command, file: Path):
-    ended = gouache("paint", "a cat", "-m", file, "--json", "--schedule", "Uniform", *QUICK, *HIRES)
+    ended = gouache("paint", "a cat", "-m", file, "--json", *QUICK, *HIRES)
 
     recipe = json.loads(ended.out)
     hires = {name: value for name, value in recipe["request"].items() if name.startswith("hires")}
     assert hires == {
         "hires": "96x128", "hires_steps": 2, "hires_strength": 0.5, "hires_upscaler": "bicubic",
-        "hires_sampler": "Euler a", "hires_prompt": "a dog, sharp", "hires_negative": "blurry",
+        "hires_sampler": "Euler a", "hires_schedule": "Uniform", "hires_prompt": "a dog, sharp",
+        "hires_negative": "blurry",
     }  # fmt: skip
     assert recipe["request"]["size"] == "64x64"
     picture = Image.open(recipe["path"])
@@ -238,7 +240,8 @@ def test_hires_options_are_in_the_recipe_and_in_the_parameters(gouache: Command,
     fields = picture.text["parameters"].splitlines()[-1]  # type: ignore[attr-defined]
     assert (
         "Size: 64x64, Denoising strength: 0.5, Hires resize: 96x128, Hires steps: 2, Hires upscaler: Latent (bicubic), "
-        'Hires sampler: Euler a, Hires prompt: "a dog, sharp", Hires negative prompt: blurry, '
+        'Hires sampler: Euler a, Hires schedule type: Uniform, Hires prompt: "a dog, sharp", '
+        "Hires negative prompt: blurry, "
     ) in fields
     assert gouache("repaint", recipe["path"]).out == "identical\n"
 
