@@ -152,7 +152,8 @@ def _refined(whole: Pass, request: Request, prompts: Prompts, load: Callable[[],
     switch = next((index for index, share in enumerate(done) if share >= request.refiner_at), None)
     if switch is None:
         return [whole]
-    refiner = load()
+    with torch.inference_mode(False):
+        refiner = load()
     if refiner.vae.spec.latent_channels != whole.source.shape[0] or refiner.latent_scale != whole.model.latent_scale:
         raise ModelError(
             f"{printable(str(refiner.file.path))} cannot refine: its latents are those of {refiner.family.title}, the "

@@ -68,7 +68,11 @@ class Lease:
                     holder._suspend()
                 self._resume()
         except BaseException:
-            model.lock.release()
+            try:
+                if holder is not None and holder is not self and holder._outer:
+                    holder._resume()  # this was a request made from its callback, and it goes on
+            finally:
+                model.lock.release()
             raise
         self._outer.append(holder)
         return self
@@ -99,10 +103,12 @@ class Lease:
     def _suspend(self) -> None:
         """Can be called again after an interrupt."""
         model = self._model
-        mine = {each.on_weights for each in self.attached if each.on_weights is not None}
+        model.holder = None  # first: an interrupted lease attaches everything again
+        mine = [each.on_weights for each in self.attached if each.on_weights is not None]
         for each in self.attached:
             each.disable()
-        if mine & set(model.adapters):
+        if set(mine) & set(model.adapters):
+            self._suspended = Suspended(tuple(mine), {}, -1)  # in case of an interrupt: to be folded again
             self._suspended = model.adapters.suspend(mine, KEEP_BYTES)
             if model.spare is not None and model.spare is not self:
                 model.spare._drop()
@@ -118,7 +124,6 @@ class Lease:
                     model.upcast.remove(stage)  # the replaced module stays in float32
                 else:
                     model.narrow(stage)
-        model.holder = None
 
     def _resume(self) -> None:
         model = self._model
@@ -134,6 +139,9 @@ class Lease:
                     model.widen(stage)
         except BaseException:
             self._suspend()
+            if len(self.attached) < len(self._uses):  # never to be taken for the whole
+                self.attached, self._suspended = [], None
+                model.spare = None if model.spare is self else model.spare
             raise
 
     def _attach(self) -> None:
