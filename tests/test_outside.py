@@ -1,4 +1,4 @@
-"""Files and text from outside: what is not a regular file, and what is too large, too deep or too long, is one error."""
+"""Files and text from outside: what is not a regular file, or is too large, too deep or too long, is one error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def test_json_is_read_as_the_standard_library_reads_it(value: object):
 
 
 @pytest.mark.parametrize("text", [
-    "[" * 100_000, '{"a":' * 100_000, "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "1" * 5000, "-" + "1" * 5000,
+    "[" * 100_000, '{"a":' * 100_000, "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "1" * 5000,
+    "-" + "1" * 5000,
     "1." + "0" * 5000, "{", "", '"', '"\\', "nul", "[1,]", '{"a": ' + "9" * 5000 + "}", '"' + "\\" * 99_999, '["a" "b"]',
 ])  # fmt: skip
 def test_bad_json_is_one_line(text: str):
@@ -59,7 +60,8 @@ def test_bad_toml_is_one_line(text: str):
 
 
 @pytest.mark.parametrize("text", [
-    "[" * 100_000, "a: &x [1]\nb: *x", "a: &a [*a]", "a: !!python/object/apply:os.system [ls]", "a: [", "\x00", "a: 1\n b: 2",
+    "[" * 100_000, "a: &x [1]\nb: *x", "a: &a [*a]", "a: !!python/object/apply:os.system [ls]", "a: [", "\x00",
+    "a: 1\n b: 2",
     "a: " + "1" * 5000, "x: 2020-99-99", "? [a]\n: {b: c}\n? {d: e}\n: f",
     "a: &a [x]\n" + "\n".join(f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]" for i in range(20)),
 ])  # fmt: skip

@@ -2,8 +2,8 @@
 
 - `open_outside` and `read_outside`: regular files only, by descriptor, with a size limit. A named pipe would block for
   ever, a device would never end, and a path can name another file the next time it is used.
-- `parse_json`, `parse_toml`, `parse_yaml`: limited size, depth and length of numbers; no YAML aliases, which can expand to
-  any size. They raise `ValueError` (`MalformedText`) with one line, never RecursionError.
+- `parse_json`, `parse_toml`, `parse_yaml`: limited size, depth and length of numbers; no YAML aliases, which can expand
+  to any size. They raise `ValueError` (`MalformedText`) with one line, never RecursionError.
 - `printable` (in `errors`): control and direction characters are escaped before a terminal sees them.
 
 Model files have readers of their own in `files`, which open through `open_outside` and check their headers themselves.

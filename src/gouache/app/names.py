@@ -19,7 +19,8 @@ _WITH_HASH = re.compile(r"(.*?)\s*\[([0-9a-fA-F]{8,64})\]")
 def resolve(name: str, settings: Settings, kind: str = "", setting: str = "") -> Path:
     """The file or folder called `name`. If several have that name, the first in a folder for `kind`, if given.
 
-    Raises RequestError, with similar names, if there is none, or none with that name and hash.
+    Raises RequestError, with similar names, if there is none, or none with that name and hash; `setting` is the name
+    of the option in its message.
     """
     try:
         path = Path(name).expanduser()
