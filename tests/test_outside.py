@@ -35,9 +35,10 @@ def test_json_is_read_as_the_standard_library_reads_it(value: object):
 
 
 @pytest.mark.parametrize("text", [
-    "[" * 100_000, '{"a":' * 100_000, "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "1" * 5000,
-    "-" + "1" * 5000,
-    "1." + "0" * 5000, "{", "", '"', '"\\', "nul", "[1,]", '{"a": ' + "9" * 5000 + "}", '"' + "\\" * 99_999, '["a" "b"]',
+    "[" * 100_000, '{"a":' * 100_000, "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
+    "1" * 5000, "-" + "1" * 5000,
+    "1." + "0" * 5000, "{", "", '"', '"\\', "nul", "[1,]",
+    '{"a": ' + "9" * 5000 + "}", '"' + "\\" * 99_999, '["a" "b"]',
 ])  # fmt: skip
 def test_bad_json_is_one_line(text: str):
     with pytest.raises(MalformedText) as caught:

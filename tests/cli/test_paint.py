@@ -153,9 +153,9 @@ REFUSED = [
     (("--hires", "2", "--hires-upscaler", "esrgan"), "hires_upscaler: 'esrgan' is not known"),
     (("--hires", "2", "--hires-sampler", "Eular"), "sampler: 'Eular' is not known"),
     (("--hires", "2", "--hires-schedule", "Karas"), "schedule: 'Karas' is not known"),
-    (("--hires", "2", "--hires-strength", "0"), "hires_strength: 0 leaves no steps to run"),
+    (("--hires", "2", "--hires-strength", "0"), "hires_strength: 0 is too small for"),
     (("--init", "{picture}", "--strength", "0.3"), "strength: 0.3 leaves no steps to run (0 of 1); raise"),
-    (("--refiner", "absent", "--refiner-at", "0.1", "--steps", "4"), "model: there is no file 'absent'"),
+    (("--refiner", "absent", "--refiner-at", "0.1", "--steps", "4"), "refiner: there is no file 'absent'"),
     (("-o", "cat.jpg"), "output: cat.jpg does not end in .png"),
     (("-m", "no-such-model"), "model: there is no file 'no-such-model'"),
 ]

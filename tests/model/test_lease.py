@@ -238,3 +238,49 @@ def test_a_model_that_painted_can_be_trained(model: Model):
     model.denoiser(conditioning).loss_terms(latent.detach(), torch.ones(1, 4, 8, 8), sigma)[0].sum().backward()
 
     assert x.grad is not None and latent.grad is not None and unet.grad is not None
+
+
+def test_weights_in_training_survive_a_picture_with_a_lora(model: Model, loras: list[str]):
+    """The parameters stay the same objects, with what was learnt, and a preview shows the newest weights."""
+    layer = model.unet.get_submodule("middle_block.1.transformer_blocks.0.attn2.to_k")
+    parameter = layer.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    pictures = []
+    for _ in range(2):
+        before = parameter.detach().clone()
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        after = parameter.detach().clone()
+
+        pictures += latents(model, lora=[loras[0]])
+
+        assert layer.weight is parameter and torch.equal(parameter, after) and not torch.equal(after, before)
+    assert not torch.equal(*pictures)
+
+
+def test_edited_weights_survive_a_picture_with_a_lora(model: Model, loras: list[str]):
+    layer = model.unet.get_submodule("middle_block.1.transformer_blocks.0.attn2.to_k")
+    first = latents(model, lora=[loras[0]])
+    with torch.no_grad():
+        layer.weight.mul_(0.5)
+    edited = layer.weight.detach().clone()
+
+    second = latents(model, lora=[loras[0]])
+
+    assert torch.equal(layer.weight, edited) and not torch.equal(first[0], second[0])
+
+
+def test_a_lora_of_the_caller_that_gave_nan_leaves_no_stage_in_float32(model: Model, loras: list[str], tmp_path: Path):
+    before = weights(model)
+    tensors = {
+        name: torch.full_like(t, 1e30) if "unet" in name and name.endswith("lora_up.weight") else t
+        for name, t in load_file(loras[0]).items()
+    }
+    save_file(tensors, tmp_path / "bad.safetensors")
+    attached = model.attach(tmp_path / "bad.safetensors")
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        latents(model)
+
+    attached.detach()
+
+    assert not model.upcast and same(before, weights(model))

@@ -55,6 +55,7 @@ class Lease:
         self._upcast: list[str] = []  # stages that this lease's adapters need in float32
         self._upcast_before: list[str] = []
         self._own_vae: tuple[AnyVae, ModelFile | None] = model.vae, model.vae_file
+        self._own_vae_upcast = False
         self._outer: list[Lease | None] = []
         self._closed = False
 
@@ -124,16 +125,21 @@ class Lease:
                     model.upcast.remove(stage)  # the replaced module stays in float32
                 else:
                     model.narrow(stage)
+            if self._own_vae_upcast:
+                model.upcast.append("VAE")
+                self._own_vae_upcast = False
 
     def _resume(self) -> None:
         model = self._model
-        self._upcast_before = list(model.upcast)
         model.holder = self
         try:
-            self._attach()
             if self._vae is not None:
                 self._own_vae = model.vae, model.vae_file
                 model.vae, model.vae_file = self._vae
+                self._own_vae_upcast = "VAE" in model.upcast
+                model.upcast[:] = [stage for stage in model.upcast if stage != "VAE"]
+            self._upcast_before = list(model.upcast)
+            self._attach()
             for stage in self._upcast:
                 if stage not in model.upcast:
                     model.widen(stage)
