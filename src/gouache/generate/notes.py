@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator
 
 import torch
@@ -48,6 +49,7 @@ def _texts(request: Request, prompt: str) -> list[str]:
         second = take_tags(request.hires_prompt)[0] or prompt, request.hires_negative or request.negative
         both.append(read_prompts(*second, request.hires_steps or request.steps, base_steps=request.steps))
     texts = [text for prompts in both for _, timeline in prompts.positive for text in timeline.values]
+    texts = [re.sub(r"\bembedding:", "", text) for text in texts]  # ComfyUI's way to name one
     return list(dict.fromkeys([*texts, *(text for prompts in both for text in prompts.negative.values)]))
 
 

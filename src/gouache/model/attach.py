@@ -19,7 +19,7 @@ from gouache.layouts.modules import module_names
 from gouache.model.model import Model
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Attached:
     """An adapter on a model.
 
@@ -97,6 +97,9 @@ class Attached:
     def __str__(self) -> str:
         """'style: lora, 192 modules, folded, strength 0.8; 3 names unmatched, 1 of another shape'."""
         return f"{self.name}: {self.summary}"
+
+    def __repr__(self) -> str:
+        return f"<Attached {self}>"
 
     @property
     def summary(self) -> str:
