@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Unpack
 
@@ -14,6 +14,7 @@ from gouache.app.hashing import BackgroundHash, OnWork
 from gouache.app.settings import Settings
 from gouache.app.sources import LibrarySource
 from gouache.diffusion.samplers.sampler import OnStep
+from gouache.errors import FileError
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
@@ -26,10 +27,13 @@ from gouache.model.vae import AnyVae, check_compatible, load_vae
 
 
 class Model(model.Model):
-    """A loaded model that paints. It has everything of `gouache.model.model.Model`: `unet`, `vae`, `denoiser`, ..."""
+    """A loaded model that paints. It has everything of `gouache.model.model.Model`: `unet`, `vae`, `denoiser`, ...
+
+    Threads may share it. While an iteration of `paint` is open, its adapters and VAE may be on the model; to use or
+    save the networks yourself meanwhile, do so within `with model.exclusive():`, where they are not.
+    """
 
     settings: Settings
-    _hash: BackgroundHash | None = None
     _refiner: tuple[str, model.Model] | None = None
 
     @property
@@ -50,13 +54,14 @@ class Model(model.Model):
     def paint(
         self,
         prompt: str | Request,
+        /,
         *,
         on_step: OnStep | None = None,
         on_attached: run.OnAttached | None = None,
         on_hash: OnWork | None = None,
         **options: Unpack[Options],
     ) -> Iterator[Picture]:
-        """Generate pictures of `prompt`; `options` are the fields of `Request`, and replace those of a Request.
+        """Generate pictures of `prompt`; `options` are the other fields of `Request`, and replace those of a Request.
 
         Pictures are yielded as each is done. `on_step` is called after each sampling step, `on_attached` with the
         adapter files of this request, `on_hash` with (what, done, total) while the hash of a model file that was never
@@ -68,8 +73,7 @@ class Model(model.Model):
         if request.refiner is not None:
             names.resolve(request.refiner, self.settings, setting="refiner")  # before the first step
         hash_of = partial(self._hash_of, on_hash=on_hash)
-        background = self._start_hash()
-        background.start()
+        self._hash.start()
         return run.paint(
             self,
             request,
@@ -94,28 +98,31 @@ class Model(model.Model):
     @property
     def sha256(self) -> str:
         """The hash of the model file, as sites publish it; computed at first use if it was never hashed before."""
-        return self._start_hash().result()
+        return self._hash.result()
 
-    def _start_hash(self) -> BackgroundHash:
-        if self._hash is None:
-            self._hash = BackgroundHash(self.file, self.settings)
-        return self._hash
+    @cached_property
+    def _hash(self) -> BackgroundHash:
+        return BackgroundHash(self.file, self.settings)
 
-    def _hash_of(self, other: model.Model, on_hash: OnWork | None) -> str:
-        if isinstance(other, Model):
-            return other._start_hash().result(on_hash)
-        return BackgroundHash(other.file, self.settings).result(on_hash)
+    def _hash_of(self, other: model.Model, on_hash: OnWork | None) -> str | None:
+        """For a recipe; None if the file cannot be read any more: finished pictures are not lost for that."""
+        try:
+            return (other if isinstance(other, Model) else self)._hash.result(on_hash)
+        except FileError:
+            return None
 
     def _load_refiner(self, name: str) -> model.Model:
         """Kept until another one is asked for."""
         from gouache.app.loading import load
         from gouache.model.residency import dtype_name
 
-        if self._refiner is None or self._refiner[0] != name:
+        with self.lock:
+            if self._refiner is not None and self._refiner[0] == name:
+                return self._refiner[1]
             self._refiner = None  # its memory is free before the next one is loaded
             refiner = load(name, device=str(self.device), dtype=dtype_name(self.dtype), settings=self.settings)
             self._refiner = name, refiner
-        return self._refiner[1]
+            return refiner
 
 
 def _request(prompt: str | Request, options: Options) -> Request:

@@ -15,6 +15,7 @@ from gouache.prompts.encode import Emphasis
 
 Rng = Literal["cpu", "nv"]
 SEEDS = 2**64
+MAX_SIDE = 16384  # pixels
 LISTS = ("lora", "lora_blocks", "embedding", "hypernet")
 IMAGES = ("init", "mask", "depth")
 UPSCALERS = (*LATENT_MODES, "lanczos")
@@ -128,6 +129,10 @@ class Request:
         for name in ("prompt", "negative", "sampler", "schedule", "hires_prompt", "hires_negative"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(name, f"{getattr(self, name)!r} is not text")
+        if self.size is not None:
+            object.__setattr__(self, "size", _read_size(self.size))
+        if self.hires is not None and not isinstance(self.hires, int | float):
+            object.__setattr__(self, "hires", _read_hires(self.hires))
         for name in IMAGES:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, input_image(value, name))
@@ -161,8 +166,10 @@ class Request:
                 raise RequestError(name, f"{getattr(self, name)!r} is not known; use {' or '.join(choices)}")
         for name in ("size", "hires"):
             size = getattr(self, name)
-            if isinstance(size, tuple) and any(side % 8 or not 8 <= side <= 16384 for side in size):
-                raise RequestError(name, f"{_size_text(size)} cannot be used; sides are multiples of 8, 8 to 16384")
+            if isinstance(size, tuple) and any(side % 8 or not 8 <= side <= MAX_SIDE for side in size):
+                raise RequestError(
+                    name, f"{_size_text(size)} cannot be used; sides are multiples of 8, 8 to {MAX_SIDE}"
+                )
         if self.hires is not None and not isinstance(self.hires, tuple):
             _within("hires", self.hires, 1, 16)
         if self.mask is not None and self.init is None:
@@ -173,6 +180,8 @@ class Request:
         if isinstance(self.hires, tuple):
             return self.hires
         width, height = (max(8, int(side * (self.hires or 1)) // 8 * 8) for side in size)
+        if max(width, height) > MAX_SIDE:
+            raise RequestError("hires", f"{width}x{height} cannot be used; sides are at most {MAX_SIDE}")
         return width, height
 
     def settled(self) -> Request:
@@ -204,10 +213,6 @@ class Request:
             if name not in known:
                 raise RequestError(name, f"is not a setting; known are {', '.join(sorted(known))}")
         values = dict(values)
-        if values.get("size") is not None:
-            values["size"] = _read_size(values["size"])
-        if isinstance(values.get("hires"), str | list | tuple):
-            values["hires"] = _read_hires(values["hires"])
         if isinstance(values.get("refiner"), Path):
             values["refiner"] = str(values["refiner"])
         return cls(**values)

@@ -54,7 +54,7 @@ class Lease:
         self._keys: list[tuple[object, ...]] = []
         self._upcast: list[str] = []  # stages that this lease's adapters need in float32
         self._upcast_before: list[str] = []
-        self._own_vae: tuple[AnyVae, ModelFile | None] = model.vae, model.vae_file
+        self._own_vae: tuple[AnyVae, ModelFile | None] | None = None
         self._own_vae_upcast = False
         self._outer: list[Lease | None] = []
         self._closed = False
@@ -114,8 +114,9 @@ class Lease:
             if model.spare is not None and model.spare is not self:
                 model.spare._drop()
             model.spare = self
-        if self._vae is not None and model.vae is self._vae[0]:
+        if self._own_vae is not None and self._vae is not None and model.vae is self._vae[0]:
             model.vae, model.vae_file = self._own_vae
+            self._own_vae = None
         if self.attached or self._vae is not None:
             self._upcast = [stage for stage in model.upcast if stage not in self._upcast_before]
             for stage in self._upcast:
