@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +78,37 @@ def test_a_file_that_is_gone_is_an_error_of_the_caller(narrow: Callable[[str], N
 
     with pytest.raises(FileError, match="gone"):
         BackgroundHash(open_model(narrow("sd1").file), own).result()
+
+
+def test_a_model_file_that_is_moved_away_costs_no_picture(
+    narrow: Callable[[str], Narrow], own: Settings, tmp_path: Path
+):
+    path = Path(shutil.copy(narrow("sd1").file, tmp_path / "moved.safetensors"))
+    model = gouache.load(path, device="cpu", dtype="fp32", settings=own)
+    path.rename(tmp_path / "elsewhere.safetensors")
+
+    first = next(model.paint("a cat", steps=1, size=(64, 64)))
+    (tmp_path / "elsewhere.safetensors").rename(path)
+    second = next(model.paint("a cat", steps=1, size=(64, 64)))
+
+    assert first.recipe["model"]["sha256"] is None
+    assert second.recipe["model"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_threads_that_ask_at_once_share_one_computation(
+    narrow: Callable[[str], Narrow], own: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    calls: list[int] = []
+
+    def counted(file: ModelFile, settings: Settings, on_bytes: Any) -> str:
+        calls.append(1)
+        time.sleep(0.05)
+        return "0123"
+
+    monkeypatch.setattr(hashes, "sha256", counted)
+    shared = BackgroundHash(open_model(narrow("sd1").file), own)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(lambda _: shared.result(), range(8)))
+
+    assert results == ["0123"] * 8 and len(calls) == 1

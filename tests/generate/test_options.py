@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import pytest
+
+from gouache.errors import RequestError
 from gouache.generate.request import Options, Request
 
 
@@ -18,3 +21,13 @@ def test_a_request_can_be_changed_by_options():
 
     assert (changed.prompt, changed.steps, changed.size, changed.hires) == ("a cat", 9, (64, 64), 2.0)
     assert request.steps == 7
+
+
+def test_sizes_are_checked_however_a_request_is_made():
+    assert Request(size="64x72", hires="96x104").to_json()["hires"] == "96x104"  # type: ignore[arg-type]
+    assert Request(size=[64, 72]).size == (64, 72)  # type: ignore[arg-type]
+    for size in (64, (64,), ("64", "64"), (64, 64, 64), (64.0, 64)):
+        with pytest.raises(RequestError, match="size"):
+            Request(size=size)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="hires: 262144x262144"):
+        Request(hires=16).hires_size((16384, 16384))

@@ -17,9 +17,10 @@ import gouache
 from gouache import Model
 from gouache.adapters import attach as attaching
 from gouache.errors import ModelError
+from gouache.model.attach import Attached
 from tests.adapters.loras import factors, save_kohya
 from tests.adapters.test_attach import same, weights
-from tests.pipelines import Narrow
+from tests.pipelines import Narrow, altered
 
 OPTIONS = {"steps": 3, "size": (64, 64), "seed": 3, "cfg": 3.0}
 
@@ -193,34 +194,43 @@ def test_a_failing_request_in_a_callback_does_not_disturb_the_outer_one(model: M
     assert len(refused) == 6 and torch.equal(found[0], alone[0])
 
 
-@pytest.mark.parametrize("moment", range(1, 8))
-def test_an_interrupt_while_adapters_are_exchanged_loses_none(
-    moment: int, model: Model, loras: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("going_on", [True, False])
+@pytest.mark.parametrize("moment", [0, 1, 40, 100])
+def test_an_interrupt_while_adapters_are_exchanged_loses_nothing(
+    moment: int, going_on: bool, narrow: Callable[[str], Narrow], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Ctrl-C at some call of `restore` while another request takes the model: the first goes on with its LoRA."""
-    if model.dtype != torch.float32:
-        pytest.skip("once is enough")
-    alone, before = latents(model, 2, lora=[loras[0]]), weights(model)
-    pictures = model.paint("a cat", count=2, lora=[loras[0]], **OPTIONS)  # type: ignore[arg-type]
+    """Ctrl-C while another request takes the model: in `disable` (0), or at some weight that is restored."""
+    model = gouache.load(narrow("sd1").file, device="cpu", dtype="fp32")
+    lora = save_kohya(tmp_path / "lora.safetensors", model, factors(model))
+    other = altered(narrow("sd1").file, tmp_path / "vae.safetensors", lambda tensors: None)
+    options = {"lora": [str(lora)], "vae": str(other)}
+    alone, before, vae = latents(model, 2, **options), weights(model), model.vae
+    pictures = model.paint("a cat", count=2, **options, **OPTIONS)  # type: ignore[arg-type]
     next(pictures)
     calls = 0
-    restore = model.adapters._restore
 
-    def interrupted(component: str, name: str) -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == moment * 20:
-            raise KeyboardInterrupt
-        return restore(component, name)
+    def interrupting(function: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal calls
+            calls += 1
+            if calls == max(moment, 1):
+                raise KeyboardInterrupt
+            return function(*arguments)
+
+        return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(model.adapters, "_restore", interrupted)
+        if moment:
+            patch.setattr(model.adapters, "_restore", interrupting(model.adapters._restore))
+        else:
+            patch.setattr(Attached, "disable", interrupting(Attached.disable))
         with pytest.raises(KeyboardInterrupt):
-            latents(model, lora=[loras[1]])
+            latents(model)
 
-    assert torch.equal(next(pictures).latent, alone[1])
+    if going_on:
+        assert torch.equal(next(pictures).latent, alone[1])
     pictures.close()
-    assert same(before, weights(model))
+    assert same(before, weights(model)) and model.vae is vae and not model.attached and not list(model.adapters)
 
 
 def test_a_model_that_painted_can_be_trained(model: Model):

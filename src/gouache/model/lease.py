@@ -93,53 +93,61 @@ class Lease:
         """Detach everything. Does nothing if another lease has done so."""
         with self._model.lock:
             if self._model.holder is self:
-                try:
-                    self._suspend()
-                except BaseException:  # an interrupt: nothing may stay half attached
-                    self._suspend()
-                    raise
+                self._suspend()
             self._closed = True
             self._vae = None  # a lease that is kept for its folded weights keeps no module alive
 
     def _suspend(self) -> None:
-        """Can be called again after an interrupt."""
+        """Detach everything. An interrupt is raised only after that is complete: nothing may stay half attached."""
+        try:
+            self._detach()
+        except BaseException:
+            self._detach()
+            raise
+
+    def _detach(self) -> None:
+        """Can be run again after an interrupt at any place."""
         model = self._model
-        model.holder = None  # first: an interrupted lease attaches everything again
         mine = [each.on_weights for each in self.attached if each.on_weights is not None]
         for each in self.attached:
             each.disable()
         if set(mine) & set(model.adapters):
-            self._suspended = Suspended(tuple(mine), {}, -1)  # in case of an interrupt: to be folded again
+            self._suspended = Suspended(tuple(mine), {}, -1)  # if interrupted: to be folded again
             self._suspended = model.adapters.suspend(mine, KEEP_BYTES)
             if model.spare is not None and model.spare is not self:
                 model.spare._drop()
             model.spare = self
-        if self._own_vae is not None and self._vae is not None and model.vae is self._vae[0]:
-            model.vae, model.vae_file = self._own_vae
+        if self._own_vae is not None:
+            if self._vae is not None and model.vae is self._vae[0]:
+                model.vae, model.vae_file = self._own_vae
             self._own_vae = None
         if self.attached or self._vae is not None:
-            self._upcast = [stage for stage in model.upcast if stage not in self._upcast_before]
-            for stage in self._upcast:
+            for stage in [each for each in model.upcast if each not in self._upcast_before]:
                 if stage == "VAE" and self._vae is None:
-                    continue  # no adapter changes the VAE, so it is the model's own fault
+                    continue  # no adapter changes the VAE: its weights overflow by themselves
+                if stage not in self._upcast:
+                    self._upcast.append(stage)
                 if stage == "VAE":
                     model.upcast.remove(stage)  # the replaced module stays in float32
                 else:
                     model.narrow(stage)
-            if self._own_vae_upcast:
+        if self._own_vae_upcast:
+            if "VAE" not in model.upcast:
                 model.upcast.append("VAE")
-                self._own_vae_upcast = False
+            self._own_vae_upcast = False
+        model.holder = None  # last: until then `close` has something to do
 
     def _resume(self) -> None:
         model = self._model
         model.holder = self
         try:
+            self._upcast_before = list(model.upcast)
             if self._vae is not None:
                 self._own_vae = model.vae, model.vae_file
-                model.vae, model.vae_file = self._vae
                 self._own_vae_upcast = "VAE" in model.upcast
-                model.upcast[:] = [stage for stage in model.upcast if stage != "VAE"]
-            self._upcast_before = list(model.upcast)
+                self._upcast_before = [stage for stage in model.upcast if stage != "VAE"]
+                model.upcast[:] = self._upcast_before
+                model.vae, model.vae_file = self._vae
             self._attach()
             for stage in self._upcast:
                 if stage not in model.upcast:
