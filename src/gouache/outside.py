@@ -127,7 +127,11 @@ def parse_yaml(text: str) -> Any:
 
     _check_size(text)
     try:
-        return yaml.load(text, Loader)  # a SafeLoader: plain values only
+        loader = Loader(text)  # a SafeLoader: plain values only
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except MalformedText:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
