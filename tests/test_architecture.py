@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # uses too; `__init__` exports it lazily.
 LAYERS = (
     ("errors", "version", "wording"),
+    ("outside",),
     ("nn", "diffusion"),
     ("files", "layouts", "images", "prompts"),
     ("families",),

@@ -15,11 +15,12 @@ from tests.cli.conftest import Command
 
 
 def test_each_example_has_a_recipe_and_the_sheet_shows_them_row_by_row(gouache: Command, tmp_path: Path):
-    ended = gouache("paint", "--examples", "-o", "shown", "--steps", 1)
+    ended = gouache("paint", "--examples", "-o", "shown", "--steps", 1, "--steps-sheet")
 
-    names = [*(f"{number:02d}.png" for number in range(1, 17)), "sheet.png"]
+    names = [f"{number:02d}{end}.png" for number in range(1, 17) for end in ("", "-steps")] + ["sheet.png"]
     assert (ended.code, ended.out.split(), ended.err) == (0, [f"shown/{name}" for name in names], "")
     folder = tmp_path / "shown"
+    assert all((folder / name).is_file() for name in names)
     prompts = [read_recipe(folder / f"{number:02d}.png")[0]["request"]["prompt"] for number in range(1, 17)]
     assert tuple(prompts) == PROMPTS
     sheet = np.asarray(Image.open(folder / "sheet.png").convert("RGB"))

@@ -145,16 +145,17 @@ REFUSED = [
     (("--rng", "gpu"), "rng: 'gpu' is not known; use cpu or nv"),
     (("--device", "gpu"), "device: 'gpu' is not a device"),
     (("--dtype", "int8"), "dtype: 'int8' is not known"),
-    (("--prediction", "x0"), "prediction: 'x0' is not known"),
+    (("--prediction", "x0"), "prediction: 'x0' is "),
     (("--family", "sd9"), "family: "),
     (("--eta", "0.5"), "eta: DPM++ 2M adds no noise"),
     (("--hires", "big"), "hires: 'big' is neither a factor, such as 2.0, nor a size, such as 1024x768"),
     (("--hires", "0.5"), "hires: 0.5 cannot be used"),
     (("--hires", "2", "--hires-upscaler", "esrgan"), "hires_upscaler: 'esrgan' is not known"),
     (("--hires", "2", "--hires-sampler", "Eular"), "sampler: 'Eular' is not known"),
-    (("--hires", "2", "--hires-strength", "0"), "hires_strength: 0 leaves no steps to run"),
+    (("--hires", "2", "--hires-schedule", "Karas"), "schedule: 'Karas' is not known"),
+    (("--hires", "2", "--hires-strength", "0"), "hires_strength: 0 is too small for"),
     (("--init", "{picture}", "--strength", "0.3"), "strength: 0.3 leaves no steps to run (0 of 1); raise"),
-    (("--refiner", "absent", "--refiner-at", "0.1", "--steps", "4"), "model: there is no file 'absent'"),
+    (("--refiner", "absent", "--refiner-at", "0.1", "--steps", "4"), "refiner: there is no file 'absent'"),
     (("-o", "cat.jpg"), "output: cat.jpg does not end in .png"),
     (("-m", "no-such-model"), "model: there is no file 'no-such-model'"),
 ]
@@ -224,13 +225,14 @@ HIRES = (
 
 
 def test_hires_options_are_in_the_recipe_and_in_the_parameters(gouache: Command, file: Path):
-    ended = gouache("paint", "a cat", "-m", file, "--json", "--schedule", "Uniform", *QUICK, *HIRES)
+    ended = gouache("paint", "a cat", "-m", file, "--json", *QUICK, *HIRES)
 
     recipe = json.loads(ended.out)
     hires = {name: value for name, value in recipe["request"].items() if name.startswith("hires")}
     assert hires == {
         "hires": "96x128", "hires_steps": 2, "hires_strength": 0.5, "hires_upscaler": "bicubic",
-        "hires_sampler": "Euler a", "hires_prompt": "a dog, sharp", "hires_negative": "blurry",
+        "hires_sampler": "Euler a", "hires_schedule": "Uniform", "hires_prompt": "a dog, sharp",
+        "hires_negative": "blurry",
     }  # fmt: skip
     assert recipe["request"]["size"] == "64x64"
     picture = Image.open(recipe["path"])
@@ -238,7 +240,8 @@ def test_hires_options_are_in_the_recipe_and_in_the_parameters(gouache: Command,
     fields = picture.text["parameters"].splitlines()[-1]  # type: ignore[attr-defined]
     assert (
         "Size: 64x64, Denoising strength: 0.5, Hires resize: 96x128, Hires steps: 2, Hires upscaler: Latent (bicubic), "
-        'Hires sampler: Euler a, Hires prompt: "a dog, sharp", Hires negative prompt: blurry, '
+        'Hires sampler: Euler a, Hires schedule type: Uniform, Hires prompt: "a dog, sharp", '
+        "Hires negative prompt: blurry, "
     ) in fields
     assert gouache("repaint", recipe["path"]).out == "identical\n"
 
@@ -261,11 +264,7 @@ def test_explain_prints_how_the_prompts_are_read_and_paints_nothing(gouache: Com
     assert "steps 1, 3" in ended.out and "steps 2, 4" in ended.out
 
 
-def sheets(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.glob("*-steps.png"))
-
-
-def test_a_steps_sheet_is_written_for_every_picture(gouache: Command, file: Path, tmp_path: Path):
+def test_a_steps_sheet_is_written_for_every_picture(gouache: Command, file: Path):
     """With the x0 of its own steps, in whichever batch it was painted."""
     options = ("-m", file, "--steps", 3, "--size", "64x64", "--steps-sheet", "--sampler", "Euler")
 
@@ -275,7 +274,6 @@ def test_a_steps_sheet_is_written_for_every_picture(gouache: Command, file: Path
     names = ["a-1", "a-2", "a-3"]
     assert ended.out.split() == [f"{name}{end}.png" for name in names for end in ("", "-steps")]
     assert alone.out.split() == ["alone.png", "alone-steps.png"] and ended.err == alone.err == ""
-    assert sheets(tmp_path) == ["a-1-steps.png", "a-2-steps.png", "a-3-steps.png", "alone-steps.png"]
     second, single, third = (np.asarray(Image.open(f"{name}-steps.png"), np.int16) for name in ("a-2", "alone", "a-3"))
     assert np.abs(second - single).max() <= 1 and np.abs(third - single).max() > 1
 
@@ -297,12 +295,6 @@ def test_a_steps_sheet_has_the_steps_of_both_passes_at_the_larger_size(gouache: 
     assert ended.code == 0 and json.loads(ended.out)["path"] == "a.png" and ended.err == "a-steps.png\n"
     sheet = Image.open("a-steps.png")
     assert sheet.height > 2 * 128  # four steps, two rows
-
-
-def test_examples_can_have_steps_sheets(gouache: Command, tmp_path: Path):
-    ended = gouache("paint", "--examples", "-o", "shown", "--steps", 1, "--steps-sheet")
-
-    assert ended.code == 0 and len(sheets(tmp_path / "shown")) == 16
 
 
 def test_the_refiner_option_runs_the_last_steps(gouache: Command, file: Path):

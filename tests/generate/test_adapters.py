@@ -21,6 +21,7 @@ from gouache.errors import GouacheError, RequestError
 from gouache.generate.adapters import AdapterSpec, read_spec
 from gouache.generate.notes import adapter_notes, notes
 from gouache.generate.request import Request
+from gouache.nn.blocks import timestep_embedding
 from tests.adapters.loras import factors, save_kohya, save_peft
 from tests.adapters.test_attach import same, weights
 from tests.pipelines import Narrow
@@ -65,15 +66,13 @@ def test_networks_with_a_lora_give_the_outputs_of_diffusers(
         vector = torch.randn(2, 96 + 6 * 256, generator=torch.Generator().manual_seed(2))
         ids = torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)
         more = {"added_cond_kwargs": {"text_embeds": vector[:, :96], "time_ids": ids}}
-        from gouache.nn.blocks import timestep_embedding
-
         vector = torch.cat([vector[:, :96], timestep_embedding(ids.flatten(), 256).reshape(2, -1)], 1)
 
     attached = model.attach(path)
     with torch.inference_mode():
         theirs = pipeline.unet(x, t, context, **more).sample
-        mine = model.unet(x, t, context, vector)
-        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+        with_lora = model.unet(x, t, context, vector)
+        torch.testing.assert_close(with_lora, theirs, atol=1e-4, rtol=1e-4)
         if family == "sd1":
             torch.testing.assert_close(
                 model.encode_prompts(["a cat"]).context, pipeline.encode_prompt("a cat", "cpu", 1, False)[0],
@@ -83,7 +82,7 @@ def test_networks_with_a_lora_give_the_outputs_of_diffusers(
             assert attached.matched == len(parts)
     attached.detach()
     with torch.inference_mode():
-        assert (model.unet(x, t, context, vector) - mine).abs().max() > 1e-2
+        assert (model.unet(x, t, context, vector) - with_lora).abs().max() > 1e-2
 
 
 def test_a_tag_an_option_and_attach_give_the_same_picture(models: Callable[[str], Model], tmp_path: Path):

@@ -60,9 +60,11 @@ def test_unknown_tags_are_reported_as_plain_text(loaded: Callable[[str], Model])
     ]
 
 
-@pytest.mark.parametrize(("prompt", "count"), [("a cat:1.5", 1), ("a cat :1.5 AND a dog", 0)])
-def test_a_weight_of_the_whole_prompt_without_and_is_reported(prompt: str, count: int, loaded: Callable[[str], Model]):
+@pytest.mark.parametrize(("prompt", "count"), [("a cat:1.5", 1), ("a cat:1.5,", 0), ("a cat :1.5 AND a dog", 0)])
+def test_a_number_at_the_end_of_a_prompt_without_and_is_reported_as_a_weight(
+    prompt: str, count: int, loaded: Callable[[str], Model]
+):
     found = list(notes(loaded("sd1"), Request(prompt=prompt)))
 
     assert len(found) == count
-    assert all("all of it weighs 1.5" in each for each in found)
+    assert all("the prompt ends in a weight, which multiplies the guidance by 1.5" in each for each in found)

@@ -278,6 +278,7 @@ def test_equal_texts_are_encoded_once(models: Callable[[str], Model], monkeypatc
     [
         {"hires": 1.5, "hires_steps": 3, "hires_prompt": "a [cat:bird:1.5]", "hires_sampler": "Euler a"},
         {"hires": "96x64", "hires_upscaler": "lanczos", "hires_negative": "rain"},
+        {"hires": 1.5, "hires_sampler": "Euler a", "sampler": "DPM++ 2M Exponential"},  # whose schedules differ
         {"hires": 1.5, "sampler": "DPM++ 2M", "hires_sampler": "Euler a"},
         {"hires": 1.5, "sampler": "DPM++ 2M Exponential", "hires_sampler": "Heun"},
         {"hires": 1.5, "hires_schedule": "Karras"},

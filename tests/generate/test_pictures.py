@@ -103,23 +103,25 @@ def test_the_parameters_are_those_that_a1111_writes():
 
 
 def test_the_parameters_of_hires_fix_and_a_refiner_are_those_that_a1111_writes():
-    """Fields and their order as in A1111 1.10: sampler and prompts only where they differ from the first pass."""
+    """As in A1111 1.10: sampler, schedule and prompts of the second pass only where they differ from the first."""
     request = Request(
         prompt="a cat", steps=20, size=(512, 768), hires=2.0, hires_steps=10, hires_strength=0.55,
         hires_upscaler="nearest-exact", hires_prompt="a cat, sharp", hires_negative="blurry", refiner="refiner",
         refiner_at=0.8,
     )  # fmt: skip
 
-    text = infotext.write(request, 5, "Euler", "Karras", {}, hires_sampler="Euler a", refiner="refiner")
+    text = infotext.write(
+        request, 5, "Euler", "Karras", {}, hires=("Euler a", "Uniform"), refiner="refiner [0123456789]"
+    )
 
     assert text == (
         "a cat\nSteps: 20, Sampler: Euler, Schedule type: Karras, CFG scale: 7, Seed: 5, Size: 512x768, Denoising "
         "strength: 0.55, Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent (nearest-exact), Hires sampler: "
-        'Euler a, Hires prompt: "a cat, sharp", Hires negative prompt: blurry, Refiner: refiner, Refiner switch at: '
-        "0.8, RNG: CPU"
+        'Euler a, Hires schedule type: Uniform, Hires prompt: "a cat, sharp", Hires negative prompt: blurry, '
+        "Refiner: refiner [0123456789], Refiner switch at: 0.8, RNG: CPU"
     )
     plain = Request(prompt="a cat", size=(512, 768), hires=(1024, 1536))
-    fields = parsed(infotext.write(plain, 5, "Euler", "Karras", {}, hires_sampler="Euler"))[2]
+    fields = parsed(infotext.write(plain, 5, "Euler", "Karras", {}, hires=("Euler", "Karras")))[2]
     hires = {name: value for name, value in fields.items() if name.startswith("Hires")}
     assert hires == {"Hires resize": "1024x1536", "Hires upscaler": "Latent"}
     assert fields["Denoising strength"] == "0.7"

@@ -28,8 +28,8 @@ WRONG: list[tuple[str, Any]] = [
     ("prompt", 5), ("negative", None), ("sampler", ["Euler"]), ("schedule", None),
     ("init", 7), ("mask", ["a.png"]), ("depth", True), ("init", "absent.png"), ("init", b"no picture"),
     ("hires", 0.5), ("hires", 17), ("hires", "big"), ("hires", (64, 60)), ("hires", True), ("hires_steps", 0),
-    ("hires_strength", 1.1), ("hires_upscaler", "bilinear"), ("hires_sampler", 5), ("hires_prompt", None),
-    ("refiner", 5), ("refiner_at", -0.1), ("vae", 5), ("lora", 5), ("lora", [5]),
+    ("hires_strength", 1.1), ("hires_upscaler", "bilinear"), ("hires_sampler", 5), ("hires_schedule", 5),
+    ("hires_prompt", None), ("refiner", 5), ("refiner_at", -0.1), ("vae", 5), ("lora", 5), ("lora", [5]),
 ]  # fmt: skip
 
 
@@ -88,6 +88,7 @@ requests = st.builds(
     hires_steps=st.none() | st.integers(1, 1000),
     hires_strength=st.floats(0, 1),
     hires_upscaler=st.sampled_from(UPSCALERS),
+    hires_schedule=st.none() | st.sampled_from(["Karras", "Uniform"]),
     hires_prompt=st.text(max_size=10),
     refiner=st.none() | st.sampled_from(["refiner", "/models/refiner.safetensors"]),
     refiner_at=st.floats(0, 1),

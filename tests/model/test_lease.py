@@ -159,3 +159,128 @@ def test_a_lora_that_gives_nan_leaves_the_model_as_it_was(model: Model, loras: l
     assert not model.upcast and same(before, weights(model))
     assert torch.equal(latents(model)[0], plain[0])
     assert all(math.isfinite(float(parameter.float().sum())) for parameter in model.unet.parameters())
+
+
+def test_a_request_that_failed_half_way_is_refused_again(
+    model: Model, loras: list[str], narrow: Callable[[str], Narrow], tmp_path: Path
+):
+    other = gouache.load(narrow("sdxl").file, device="cpu", dtype="fp32")
+    bad = str(save_kohya(tmp_path / "other.safetensors", other, factors(other)))
+    before = weights(model)
+
+    for _ in range(2):
+        with pytest.raises(ModelError, match="other"):
+            latents(model, lora=[loras[0], bad])
+
+    assert same(before, weights(model)) and not model.attached
+
+
+def test_a_failing_request_in_a_callback_does_not_disturb_the_outer_one(model: Model, loras: list[str], tmp_path: Path):
+    alone = latents(model, lora=[loras[0]])
+    (tmp_path / "bad.safetensors").write_bytes(b"not a model")
+    wide = {name: torch.cat([t, t], -1) if t.ndim > 1 else t for name, t in load_file(loras[1]).items()}
+    save_file(wide, tmp_path / "wide.safetensors")
+    refused: list[str] = []
+
+    def on_step(step: object) -> None:
+        for name in ("bad", "wide"):
+            with pytest.raises(gouache.GouacheError):
+                latents(model, lora=[loras[1], str(tmp_path / f"{name}.safetensors")])
+            refused.append(name)
+
+    found = [p.latent for p in model.paint("a cat", lora=[loras[0]], on_step=on_step, **OPTIONS)]  # type: ignore[arg-type]
+
+    assert len(refused) == 6 and torch.equal(found[0], alone[0])
+
+
+@pytest.mark.parametrize("moment", range(1, 8))
+def test_an_interrupt_while_adapters_are_exchanged_loses_none(
+    moment: int, model: Model, loras: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Ctrl-C at some call of `restore` while another request takes the model: the first goes on with its LoRA."""
+    if model.dtype != torch.float32:
+        pytest.skip("once is enough")
+    alone, before = latents(model, 2, lora=[loras[0]]), weights(model)
+    pictures = model.paint("a cat", count=2, lora=[loras[0]], **OPTIONS)  # type: ignore[arg-type]
+    next(pictures)
+    calls = 0
+    restore = model.adapters._restore
+
+    def interrupted(component: str, name: str) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == moment * 20:
+            raise KeyboardInterrupt
+        return restore(component, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.adapters, "_restore", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            latents(model, lora=[loras[1]])
+
+    assert torch.equal(next(pictures).latent, alone[1])
+    pictures.close()
+    assert same(before, weights(model))
+
+
+def test_a_model_that_painted_can_be_trained(model: Model):
+    pictures = list(model.paint("a cat", **OPTIONS))  # type: ignore[arg-type]
+
+    x = torch.randn(1, 3, 64, 64, requires_grad=True)
+    model.encode(x).sum().backward()
+    latent = pictures[0].latent[None].requires_grad_()
+    model.decode(latent).sum().backward()
+    sigma = torch.tensor([0.7])
+    for parameter in model.vae.parameters():
+        parameter.requires_grad_(True)
+    conditioning = model.encode_prompts(["a cat"])
+    unet = next(model.unet.parameters()).requires_grad_(True)
+    model.denoiser(conditioning).loss_terms(latent.detach(), torch.ones(1, 4, 8, 8), sigma)[0].sum().backward()
+
+    assert x.grad is not None and latent.grad is not None and unet.grad is not None
+
+
+def test_weights_in_training_survive_a_picture_with_a_lora(model: Model, loras: list[str]):
+    """The parameters stay the same objects, with what was learnt, and a preview shows the newest weights."""
+    layer = model.unet.get_submodule("middle_block.1.transformer_blocks.0.attn2.to_k")
+    parameter = layer.weight.requires_grad_(True)
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    pictures = []
+    for _ in range(2):
+        before = parameter.detach().clone()
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        after = parameter.detach().clone()
+
+        pictures += latents(model, lora=[loras[0]])
+
+        assert layer.weight is parameter and torch.equal(parameter, after) and not torch.equal(after, before)
+    assert not torch.equal(*pictures)
+
+
+def test_edited_weights_survive_a_picture_with_a_lora(model: Model, loras: list[str]):
+    layer = model.unet.get_submodule("middle_block.1.transformer_blocks.0.attn2.to_k")
+    first = latents(model, lora=[loras[0]])
+    with torch.no_grad():
+        layer.weight.mul_(0.5)
+    edited = layer.weight.detach().clone()
+
+    second = latents(model, lora=[loras[0]])
+
+    assert torch.equal(layer.weight, edited) and not torch.equal(first[0], second[0])
+
+
+def test_a_lora_of_the_caller_that_gave_nan_leaves_no_stage_in_float32(model: Model, loras: list[str], tmp_path: Path):
+    before = weights(model)
+    tensors = {
+        name: torch.full_like(t, 1e30) if "unet" in name and name.endswith("lora_up.weight") else t
+        for name, t in load_file(loras[0]).items()
+    }
+    save_file(tensors, tmp_path / "bad.safetensors")
+    attached = model.attach(tmp_path / "bad.safetensors")
+    with pytest.raises(ModelError, match="NaN or infinite"):
+        latents(model)
+
+    attached.detach()
+
+    assert not model.upcast and same(before, weights(model))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +15,13 @@ from PIL import Image
 
 import gouache
 from gouache import Model, Request
+from gouache.app import hashes, hashing
 from gouache.app.settings import Settings
 from gouache.diffusion import guidance, spacing
 from gouache.diffusion.noise import Noise
 from gouache.diffusion.samplers.euler import euler
-from gouache.errors import RequestError
+from gouache.errors import FileError, RequestError
+from gouache.files.record import ModelFile
 from tests.nn.narrow import normal
 from tests.pipelines import Narrow
 
@@ -100,6 +104,42 @@ def test_the_repr_of_a_model_is_one_short_line(loaded: Models):
     assert repr(loaded("sd2")).endswith(": Stable Diffusion 2, base, v-prediction, cpu, fp32>")
     for family in ("sdxl", "sd1-inpainting"):
         assert len(repr(loaded(family))) < 120 and "\n" not in repr(loaded(family))
+
+
+def test_the_hash_of_the_model_does_not_delay_the_first_step(
+    narrow: Narrows, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    """It is computed beside the steps, and reported while it is waited for."""
+    model = gouache.load(narrow("sd1").file, settings=settings)
+    stepped, reports = threading.Event(), list[tuple[str, int, int]]()
+
+    def slow(file: ModelFile, settings: Settings, on_read: Callable[[int], None]) -> str:
+        assert stepped.wait(60)
+        on_read(7)
+        time.sleep(3 * hashing.POLL)
+        return "ab" * 32
+
+    monkeypatch.setattr(hashes, "sha256", slow)
+    on_hash = lambda what, done, total: reports.append((what, done, total))  # noqa: E731
+    picture = next(model.paint("a cat", on_step=lambda _: stepped.set(), on_hash=on_hash, **OPTIONS))
+
+    assert picture.recipe["model"]["sha256"] == model.sha256 == "ab" * 32
+    assert "Model hash: ababababab" in picture.parameters
+    assert reports[-1] == ("hashing the model", 7, model.file.path.stat().st_size)
+
+
+def test_a_model_file_that_cannot_be_hashed_is_reported(
+    narrow: Narrows, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    model = gouache.load(narrow("sd1").file, settings=settings)
+
+    def fail(file: ModelFile, *_: object) -> str:
+        raise FileError(file.path, "cannot be read")
+
+    monkeypatch.setattr(hashes, "sha256", fail)
+
+    with pytest.raises(FileError, match="cannot be read"):
+        next(model.paint("a cat", **OPTIONS))
 
 
 def test_painting_leaves_autograd_as_it_was(loaded: Models):

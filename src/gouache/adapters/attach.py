@@ -71,6 +71,7 @@ class Suspended:
     adapters: tuple[AttachedAdapter, ...]
     folded: Mapping[Module, Mapping[str, nn.Parameter]]
     version: int
+    originals: Mapping[Module, object] = field(default_factory=dict)  # tells whether a weight was changed since
 
 
 Patches = list[tuple[Patch, float, AttachedAdapter]]
@@ -84,6 +85,7 @@ class Adapters:
         self._networks, self._restore = networks, restore
         self._attached: list[AttachedAdapter] = []
         self._changed = set[Module]()  # modules whose weights are not the originals
+        self._kept: dict[Module, dict[str, nn.Parameter]] = {}  # originals that no file has
         self._version = 0  # of the list, for `resume`
 
     def __iter__(self) -> Iterator[AttachedAdapter]:
@@ -130,7 +132,8 @@ class Adapters:
         except BaseException:
             self._detach(adapters)
             raise
-        return Suspended(adapters, folded, self._version)
+        originals = {module: _state(self._module(module)) for module in folded}
+        return Suspended(adapters, folded, self._version, originals)
 
     def resume(self, suspended: Suspended) -> None:
         """Attach again what was suspended; nothing is folded again if no other adapter has changed meanwhile."""
@@ -139,17 +142,15 @@ class Adapters:
         try:
             for attached in suspended.adapters:
                 self._add(attached)
-                if attached.how == "live" or not unchanged or not self._put(attached, suspended.folded, done):
+                if attached.how == "live" or not unchanged or not self._put(attached, suspended, done):
                     self._apply(attached, attached.modules)
         except BaseException:
             for attached in suspended.adapters:
                 self.detach(attached)
             raise
 
-    def _put(
-        self, attached: AttachedAdapter, folded: Mapping[Module, Mapping[str, nn.Parameter]], done: set[Module]
-    ) -> bool:
-        """Put kept weights back into the modules of `attached`; False if they are missing or of another dtype now.
+    def _put(self, attached: AttachedAdapter, suspended: Suspended, done: set[Module]) -> bool:
+        """Put kept weights back into the modules of `attached`; False if they are missing or out of date.
 
         `done` collects modules: adapters that were suspended together share their weights.
         """
@@ -157,13 +158,16 @@ class Adapters:
             if module in done:
                 continue
             there = self._module(module)
-            leaves = folded.get(module)
+            leaves = suspended.folded.get(module)
             if leaves is None:
                 if attached.strength.of(module):
                     return False
                 continue
             if any(leaves[leaf].dtype != now.dtype for leaf, now in there.named_parameters(recurse=False)):
                 return False
+            if module not in self._changed and suspended.originals[module] != _state(there):
+                return False  # trained or edited since
+            self._keep(module)
             self._changed.add(module)
             for leaf, parameter in leaves.items():
                 setattr(there, leaf, parameter)
@@ -297,15 +301,21 @@ class Adapters:
         for module, patches, change in ready:
             there = self._module(module)
             original = module not in self._changed  # then its weights need not be read again
+            self._keep(module)
             self._changed.add(module)  # first: an interrupt may come at any place
+            kept = self._kept.get(module, {})
             for leaf in ("weight", "bias"):
                 now = getattr(there, leaf, None)
                 unchanged = original and leaf == "bias" and not any("diff_b" in patch.parts for patch, *_ in patches)
                 if not isinstance(now, Tensor) or unchanged:
                     continue
-                new = (
-                    now.data if original else self._restore(module[0], f"{module[1]}.{leaf}").to(now.device, now.dtype)
-                )
+                if leaf in kept and change is None:
+                    setattr(there, leaf, kept[leaf])
+                    continue
+                if original or leaf in kept:
+                    new = (now if original else kept[leaf]).data.to(now.dtype)
+                else:
+                    new = self._restore(module[0], f"{module[1]}.{leaf}").to(now.device, now.dtype)
                 if change is not None:
                     with _named_errors(patches, module):
                         new = change(new) if leaf == "weight" else folded_bias(new, [(p, s) for p, s, _ in patches])
@@ -314,7 +324,16 @@ class Adapters:
                 setattr(there, leaf, nn.Parameter(new, requires_grad=now.requires_grad))
             if not patches:
                 self._changed.discard(module)
+                self._kept.pop(module, None)
             self._invalidate(module)
+
+    def _keep(self, module: Module) -> None:
+        """Keep the parameters of an unchanged module that `restore` could not give back: trained or edited ones."""
+        if module in self._changed:
+            return
+        parameters = dict(self._module(module).named_parameters(recurse=False))
+        if any(parameter.requires_grad or _edits(parameter) for parameter in parameters.values()):
+            self._kept[module] = parameters
 
     def _module(self, module: Module) -> nn.Module:
         return self._networks[module[0]].get_submodule(module[1])
@@ -323,6 +342,16 @@ class Adapters:
         weight = self._module(module).weight
         assert isinstance(weight, Tensor)
         return weight
+
+
+def _edits(tensor: Tensor) -> int:
+    """How often `tensor` was changed in place since it was loaded."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _state(module: nn.Module) -> object:
+    """Equal as long as the module's parameters are the same and were not changed."""
+    return [(name, id(each), _edits(each)) for name, each in module.named_parameters(recurse=False)]
 
 
 def _error(attached: AttachedAdapter, module: Module) -> str:

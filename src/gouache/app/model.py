@@ -66,7 +66,7 @@ class Model(model.Model):
         """
         request = _request(prompt, options)
         if request.refiner is not None:
-            names.resolve(request.refiner, self.settings)  # a misspelt name is an error before the first step
+            names.resolve(request.refiner, self.settings, setting="refiner")  # before the first step
         hash_of = partial(self._hash_of, on_hash=on_hash)
         background = self._start_hash()
         background.start()

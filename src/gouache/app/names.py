@@ -16,10 +16,11 @@ DEFAULT = "mini"
 _WITH_HASH = re.compile(r"(.*?)\s*\[([0-9a-fA-F]{8,64})\]")
 
 
-def resolve(name: str, settings: Settings, kind: str = "") -> Path:
+def resolve(name: str, settings: Settings, kind: str = "", setting: str = "") -> Path:
     """The file or folder called `name`. If several have that name, the first in a folder for `kind`, if given.
 
-    Raises RequestError, with similar names, if there is none, or none with that name and hash.
+    Raises RequestError, with similar names, if there is none, or none with that name and hash; `setting` is the name
+    of the option in its message.
     """
     try:
         path = Path(name).expanduser()
@@ -41,7 +42,7 @@ def resolve(name: str, settings: Settings, kind: str = "") -> Path:
     near = difflib.get_close_matches(name, [*(each for one in every for each in one.names), DEFAULT], n=3)
     hint = f"similar names: {', '.join(near)}" if near else f"searched {', '.join(map(str, settings.models))}"
     what = kind or "model"
-    raise RequestError(what, f"there is no file {name!r} and no {what} of that name; {hint}")
+    raise RequestError(setting or what, f"there is no file {name!r} and no {what} of that name; {hint}")
 
 
 def _split_hash(name: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ def repaint(
         )
 
     def load_refiner(name: str) -> Model:
-        about = recipe.get("refiner", {"name": name})
+        about = {"name": name, **recipe.get("refiner", {})}
         return _load(_find(about, None, settings), about, target, dtype, None)
 
     def hash_of(used: Model) -> str:
@@ -104,7 +105,7 @@ def _find(about: Mapping[str, Any], model: str | None, settings: Settings) -> Pa
     """The model named now, else the recipe's path, else its name, with its hash in case it was renamed."""
     if model is not None:
         return names.resolve(model, settings)
-    if about.get("path") and Path(about["path"]).exists():
+    if about.get("path") and os.path.exists(about["path"]):  # noqa: PTH110  # False for what is no possible path
         return Path(about["path"])
     if about.get("name"):
         try:

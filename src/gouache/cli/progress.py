@@ -71,15 +71,18 @@ class Steps(Bar):
     def __init__(self, count: int, batch: int) -> None:
         super().__init__(MofNCompleteColumn(), _Speed())
         self._batches = math.ceil(count / batch)
-        self._done = 0
+        self._batch = 0
+        self._over = True
 
     def __enter__(self) -> Steps:
         super().__enter__()
         return self
 
     def on_step(self, step: Step) -> None:
-        self._done += 1
-        self.show("painting", self._done, self._batches * step.count)
+        if step.index == 0 and self._over:
+            self._batch += 1
+        self._over = step.index == step.count - 1
+        self.show("painting", (self._batch - 1) * step.count + step.index + 1, self._batches * step.count)
 
 
 def bytes_bar() -> Bar:

@@ -22,8 +22,8 @@ class StepsSheet:
 
     def on_step(self, step: Step) -> None:
         if step.index == 0:
-            self._steps, self._picture = [], 0
-        self._steps.append(step)
+            self._picture = 0
+        self._steps[step.index :] = [step]  # a pass that is repeated in float32 counts its steps again
 
     def write(self, path: Path) -> Path:
         """Decode and write the steps of the batch's next picture as one labelled PNG."""

@@ -113,8 +113,10 @@ class Schedule:
     # timesteps and back bit-exactly.
     @cached_property
     def _log_sigmas(self) -> Tensor:
-        return self.sigmas.double().log()
+        with torch.inference_mode(False):  # kept, also for training
+            return self.sigmas.double().log()
 
     @cached_property
     def _alphas_cumprod(self) -> Tensor:
-        return 1 / (1 + self.sigmas.double() ** 2)
+        with torch.inference_mode(False):
+            return 1 / (1 + self.sigmas.double() ** 2)

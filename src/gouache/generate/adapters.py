@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
+import torch
+
 from gouache.adapters.attach import How
 from gouache.adapters.strength import Strength, strength
 from gouache.errors import RequestError, printable
@@ -224,7 +226,8 @@ def find_vae(model: Model, name: str | None, source: FileSource) -> tuple[AnyVae
     if now == path:
         return None
     file = model.file if own else open_model(path)
-    vae = load_vae(file, model.found if own else identify(file), model.device, model.dtype)
+    with torch.inference_mode(False):
+        vae = load_vae(file, model.found if own else identify(file), model.device, model.dtype)
     check_compatible(path, vae, model.vae)
     return vae, None if own else file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator
 
 import torch
@@ -22,7 +23,11 @@ def notes(model: Model, request: Request, embeddings: Container[str] = ()) -> It
     `embeddings`: names that the request will add.
     """
     prompt, _ = take_tags(request.prompt)
-    for name, text in (("prompt", prompt), ("negative", request.negative)):
+    hires_prompt, _ = take_tags(request.hires_prompt)
+    for name, text in (
+        ("prompt", prompt), ("negative", request.negative),
+        ("hires prompt", hires_prompt), ("hires negative", request.hires_negative),
+    ):  # fmt: skip
         if parts := unsupported(text):
             yield f"{', '.join(parts)} in the {name} is read as plain text"
     for part in composed(prompt):
@@ -39,15 +44,20 @@ def notes(model: Model, request: Request, embeddings: Container[str] = ()) -> It
 
 def _texts(request: Request, prompt: str) -> list[str]:
     """Every text that is encoded at some step."""
-    prompts = read_prompts(prompt, request.negative, request.steps)
-    texts = [text for _, timeline in prompts.positive for text in timeline.values]
-    return list(dict.fromkeys([*texts, *prompts.negative.values]))
+    both = [read_prompts(prompt, request.negative, request.steps)]
+    if request.hires is not None:
+        second = take_tags(request.hires_prompt)[0] or prompt, request.hires_negative or request.negative
+        both.append(read_prompts(*second, request.hires_steps or request.steps, base_steps=request.steps))
+    texts = [text for prompts in both for _, timeline in prompts.positive for text in timeline.values]
+    texts = [re.sub(r"\bembedding:", "", text) for text in texts]  # ComfyUI's way to name one
+    return list(dict.fromkeys([*texts, *(text for prompts in both for text in prompts.negative.values)]))
 
 
 def adapter_notes(request: Request, used: Iterable[UsedFile]) -> Iterator[str]:
     """A LoRA none of whose trigger words is in the prompt; an embedding that no prompt names."""
-    prompt = " ".join(take_tags(request.prompt)[0].casefold().split())
-    every = f"{prompt} {request.negative.casefold()} {request.hires_prompt.casefold()}"
+    texts = (take_tags(request.prompt)[0], take_tags(request.hires_prompt)[0])
+    prompt = " ".join(" ".join(texts).casefold().split())
+    every = f"{prompt} {request.negative.casefold()} {request.hires_negative.casefold()}"
     for each in used:
         if each.attached is None:
             continue

@@ -24,6 +24,8 @@ from gouache.images.upscale import LATENT_MODES, upscale_latent, upscale_picture
 from gouache.model.lease import Lease
 from gouache.model.model import Model
 
+MAX_LEVELS = 10_000  # noise levels that are spaced for a hires pass, of which it runs the last
+
 Initial = Callable[[Tensor | None, Noise], Tensor]
 """(the previous pass's result, this pass's noise) -> x at the first sigma, (B, C, h, w)."""
 
@@ -120,8 +122,11 @@ def _hires(model: Model, request: Request, size: Size, guided: Guided) -> Pass:
         request.hires_sampler or request.sampler, request.hires_schedule or request.schedule
     )
     steps = request.hires_steps or request.steps
-    if not request.hires_strength:
-        raise RequestError("hires_strength", "0 leaves no steps to run; raise it, or leave hires out")
+    if steps > MAX_LEVELS * request.hires_strength:
+        raise RequestError(
+            "hires_strength",
+            f"{request.hires_strength:g} is too small for {steps} steps; raise it, or leave hires out",
+        )
     with guided.lease:
         source = read_source(model, request, size)
         total = int(steps / min(request.hires_strength, 0.999))
@@ -152,7 +157,8 @@ def _refined(whole: Pass, request: Request, prompts: Prompts, load: Callable[[],
     switch = next((index for index, share in enumerate(done) if share >= request.refiner_at), None)
     if switch is None:
         return [whole]
-    refiner = load()
+    with torch.inference_mode(False):
+        refiner = load()
     if refiner.vae.spec.latent_channels != whole.source.shape[0] or refiner.latent_scale != whole.model.latent_scale:
         raise ModelError(
             f"{printable(str(refiner.file.path))} cannot refine: its latents are those of {refiner.family.title}, the "

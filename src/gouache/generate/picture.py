@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gouache.errors import FileError, RequestError
 from gouache.files.write import write_atomic
+from gouache.generate.request import IMAGES
 
 RECIPE_KEY = "gouache"
 PARAMETERS_KEY = "parameters"
@@ -94,6 +95,9 @@ def _is_valid(recipe: dict[str, Any]) -> bool:
         if not isinstance(part, dict):
             return False
         texts += part.values()
+    inputs = recipe.get("inputs", {})
+    if not inputs.keys() <= set(IMAGES) or not all(isinstance(each, str) for each in inputs.values()):
+        return False
     adapters = recipe.get("adapters", [])
     if not isinstance(adapters, list) or not all(isinstance(each, dict) for each in adapters):
         return False

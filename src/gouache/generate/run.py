@@ -66,7 +66,9 @@ def paint(
                 upcast = list(model.upcast)
             for seed, image, latent in zip(seeds, images, latents):
                 recipe, parameters = _describe(job, seed, upcast, hash_of)
-                yield Picture(image, latent.float().cpu(), seed, recipe, parameters)
+                with torch.inference_mode(False):  # a picture's latent can be trained on
+                    latent = latent.clone().float().cpu()
+                yield Picture(image, latent, seed, recipe, parameters)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from gouache.layouts.modules import module_names
 from gouache.model.model import Model
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Attached:
     """An adapter on a model.
 
@@ -40,6 +40,7 @@ class Attached:
     on_weights: AttachedAdapter | None = field(default=None, repr=False)
     hooks: HypernetworkHooks | None = field(default=None, repr=False)
     _model: Model | None = field(default=None, repr=False)
+    _upcast: tuple[str, ...] = ()  # the stages in float32 before it was attached
     _removes: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @property
@@ -55,6 +56,8 @@ class Attached:
             self.disable()
             if self.on_weights is not None:
                 self._model.adapters.detach(self.on_weights)
+            for stage in [each for each in self._model.upcast if each not in (*self._upcast, "VAE")]:
+                self._model.narrow(stage)  # it may have been the cause; a run finds out again
 
     def change(self, strength: float | Strength) -> None:
         """Change the strength; only modules for which it differs are computed again."""
@@ -94,6 +97,9 @@ class Attached:
     def __str__(self) -> str:
         """'style: lora, 192 modules, folded, strength 0.8; 3 names unmatched, 1 of another shape'."""
         return f"{self.name}: {self.summary}"
+
+    def __repr__(self) -> str:
+        return f"<Attached {self}>"
 
     @property
     def summary(self) -> str:
@@ -152,7 +158,7 @@ def attach_unlocked(
             f"{printable(str(file.path))} cannot be attached: it is {kind} ({found.kind.evidence}); LoRAs, embeddings "
             f"and hypernetworks can, and a VAE is given as vae"
         )
-    attached._model = model
+    attached._model, attached._upcast = model, tuple(model.upcast)
     try:
         attached.enable()
     except BaseException:

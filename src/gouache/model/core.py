@@ -77,7 +77,8 @@ class Core:
     def _lay_out_vae(self) -> None:
         """Convolutions in channels-last: a tenth faster on a CPU. At first use, since it copies mapped weights."""
         if isinstance(self.vae, Autoencoder) and self.vae.decoder.conv_in.weight.is_contiguous():
-            self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            with torch.inference_mode(False), torch.no_grad():
+                self.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def finite(
         self, stage: str, modules: Iterable[nn.Module], compute: Callable[[], T], valid: Callable[[T], bool]
@@ -91,8 +92,9 @@ class Core:
             return result
         modules = list(modules)
         if any(parameter.dtype != torch.float32 for module in modules for parameter in module.parameters()):
-            for module in modules:
-                module.float()
+            with torch.inference_mode(False), torch.no_grad():
+                for module in modules:
+                    module.float()
             self.upcast.append(stage)
             result = compute()
             if valid(result):

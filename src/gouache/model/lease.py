@@ -55,6 +55,7 @@ class Lease:
         self._upcast: list[str] = []  # stages that this lease's adapters need in float32
         self._upcast_before: list[str] = []
         self._own_vae: tuple[AnyVae, ModelFile | None] = model.vae, model.vae_file
+        self._own_vae_upcast = False
         self._outer: list[Lease | None] = []
         self._closed = False
 
@@ -68,7 +69,11 @@ class Lease:
                     holder._suspend()
                 self._resume()
         except BaseException:
-            model.lock.release()
+            try:
+                if holder is not None and holder is not self and holder._outer:
+                    holder._resume()  # this was a request made from its callback, and it goes on
+            finally:
+                model.lock.release()
             raise
         self._outer.append(holder)
         return self
@@ -99,10 +104,12 @@ class Lease:
     def _suspend(self) -> None:
         """Can be called again after an interrupt."""
         model = self._model
-        mine = {each.on_weights for each in self.attached if each.on_weights is not None}
+        model.holder = None  # first: an interrupted lease attaches everything again
+        mine = [each.on_weights for each in self.attached if each.on_weights is not None]
         for each in self.attached:
             each.disable()
-        if mine & set(model.adapters):
+        if set(mine) & set(model.adapters):
+            self._suspended = Suspended(tuple(mine), {}, -1)  # in case of an interrupt: to be folded again
             self._suspended = model.adapters.suspend(mine, KEEP_BYTES)
             if model.spare is not None and model.spare is not self:
                 model.spare._drop()
@@ -118,22 +125,29 @@ class Lease:
                     model.upcast.remove(stage)  # the replaced module stays in float32
                 else:
                     model.narrow(stage)
-        model.holder = None
+            if self._own_vae_upcast:
+                model.upcast.append("VAE")
+                self._own_vae_upcast = False
 
     def _resume(self) -> None:
         model = self._model
-        self._upcast_before = list(model.upcast)
         model.holder = self
         try:
-            self._attach()
             if self._vae is not None:
                 self._own_vae = model.vae, model.vae_file
                 model.vae, model.vae_file = self._vae
+                self._own_vae_upcast = "VAE" in model.upcast
+                model.upcast[:] = [stage for stage in model.upcast if stage != "VAE"]
+            self._upcast_before = list(model.upcast)
+            self._attach()
             for stage in self._upcast:
                 if stage not in model.upcast:
                     model.widen(stage)
         except BaseException:
             self._suspend()
+            if len(self.attached) < len(self._uses):  # never to be taken for the whole
+                self.attached, self._suspended = [], None
+                model.spare = None if model.spare is self else model.spare
             raise
 
     def _attach(self) -> None:

@@ -202,14 +202,16 @@ class Model:
 
     def widen(self, stage: str) -> None:
         """Compute `stage` in float32 from now on."""
-        for module in self.modules_of(stage):
-            module.float()
+        with torch.inference_mode(False), torch.no_grad():
+            for module in self.modules_of(stage):
+                module.float()
         self.upcast.append(stage)
 
     def narrow(self, stage: str) -> None:
         """Compute `stage` in the model's dtype again. Exact: float32 holds every value of the narrower dtypes."""
-        for module in self.modules_of(stage):
-            module.to(self.dtype)
+        with torch.inference_mode(False), torch.no_grad():
+            for module in self.modules_of(stage):
+                module.to(self.dtype)
         self.upcast.remove(stage)
 
     def exclusive(self) -> Lease:

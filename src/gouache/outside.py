@@ -1,0 +1,193 @@
+"""What comes from outside is not trusted: one way to open files, one to parse text, one to print it.
+
+- `open_outside` and `read_outside`: regular files only, by descriptor, with a size limit. A named pipe would block for
+  ever, a device would never end, and a path can name another file the next time it is used.
+- `parse_json`, `parse_toml`, `parse_yaml`: limited size, depth and length of numbers; no YAML aliases, which can expand
+  to any size. They raise `ValueError` (`MalformedText`) with one line, never RecursionError.
+- `printable` (in `errors`): control and direction characters are escaped before a terminal sees them.
+
+Model files have readers of their own in `files`, which open through `open_outside` and check their headers themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from gouache.errors import FileError, printable
+
+MAX_TEXT = 16_000_000  # bytes of a text file
+MAX_DEPTH = 64  # of nested lists and tables
+MAX_DIGITS = 400  # of a number; a float64 has at most 309 before its point
+
+
+class MalformedText(ValueError):
+    """The text is not what it should be, or is beyond the limits. The message is one line, without the file's name."""
+
+
+def open_outside(path: str | Path) -> BinaryIO:
+    """`path` opened for reading, if it is a regular file (links are followed). Raises FileError."""
+    path = Path(path)
+    # O_NONBLOCK: opening a named pipe would wait for its writer.
+    flags = os.O_RDONLY
+    for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_NOCTTY", "O_BINARY"):
+        flags |= getattr(os, flag, 0)
+    try:
+        if path.is_dir():  # Windows cannot open one
+            raise FileError(path, "is a folder, expected a file")
+        descriptor = os.open(path, flags)
+    except FileNotFoundError:
+        raise FileError(path, "does not exist") from None
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror}") from None
+    except ValueError:  # a NUL in the name
+        raise FileError(path, "is not a possible file name") from None
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if not stat.S_ISREG(kind):
+        os.close(descriptor)
+        raise FileError(path, f"is {_KINDS.get(kind, 'something else')}, not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+_KINDS = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+
+
+def read_outside(path: str | Path, limit: int = MAX_TEXT) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises FileError."""
+    with open_outside(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(limit + 1) if size <= limit else b""
+    if size > limit or len(data) > limit:
+        raise FileError(path, f"has {max(size, len(data)):,} bytes, expected at most {limit:,}")
+    return data
+
+
+def read_text(path: str | Path, limit: int = MAX_TEXT, errors: str = "strict") -> str:
+    """The same as text in UTF-8, with or without a byte order mark. Raises FileError."""
+    try:
+        return read_outside(path, limit).decode("utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise FileError(path, f"is not text in UTF-8 (byte {error.start})") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A JSON value. Raises MalformedText."""
+    try:
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MalformedText(f"is not text in UTF-8 (byte {error.start})") from None
+    _check_size(decoded)
+    _check_depth(decoded)
+    try:
+        return json.loads(decoded, parse_int=_integer, parse_float=_float)
+    except MalformedText:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MalformedText(f"is not JSON: {printable(str(error))}") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """A TOML document. Raises MalformedText."""
+    _check_size(text)
+    try:
+        return tomllib.loads(text, parse_float=_float)
+    except MalformedText:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise MalformedText(f"is not TOML: {printable(str(error))}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document of plain values, without aliases. Raises MalformedText."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise MalformedText("has YAML aliases, which are not read")
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise MalformedText(f"is nested more than {MAX_DEPTH} deep")
+            try:
+                return super().compose_node(parent, index)
+            finally:
+                self.depth -= 1
+
+    _check_size(text)
+    try:
+        return yaml.load(text, Loader)  # a SafeLoader: plain values only
+    except MalformedText:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
+        raise MalformedText(f"is not YAML: {printable(' '.join(str(error).split()))}") from None
+
+
+def _check_size(text: str) -> None:
+    if len(text) > MAX_TEXT:
+        raise MalformedText(f"has {len(text):,} characters, expected at most {MAX_TEXT:,}")
+
+
+def _check_depth(text: str) -> None:
+    """Before it is parsed: what is parsed deeper can still exhaust the stack of whoever walks through it."""
+    depth = 0
+    for index, piece in enumerate(_split_strings(text)):
+        if index % 2:
+            continue  # a string
+        for character in piece:
+            if character in "[{":
+                depth += 1
+                if depth > MAX_DEPTH:
+                    raise MalformedText(f"is nested more than {MAX_DEPTH} deep")
+            elif character in "]}":
+                depth -= 1
+
+
+def _split_strings(text: str) -> list[str]:
+    """Text and string literals in turn."""
+    pieces: list[str] = []
+    start = 0
+    while True:
+        opening = text.find('"', start)
+        if opening < 0:
+            return [*pieces, text[start:]]
+        closing = text.find('"', opening + 1)
+        while closing > 0 and _escaped(text, closing):
+            closing = text.find('"', closing + 1)
+        if closing < 0:
+            return [*pieces, text[start:opening], text[opening:]]
+        pieces += [text[start:opening], text[opening : closing + 1]]
+        start = closing + 1
+
+
+def _escaped(text: str, place: int) -> bool:
+    """Whether an odd number of backslashes precedes `place`."""
+    count = 0
+    while place - 1 - count >= 0 and text[place - 1 - count] == "\\":
+        count += 1
+    return count % 2 == 1
+
+
+def _integer(digits: str) -> int:
+    return int(_short(digits))
+
+
+def _float(digits: str) -> float:
+    return float(_short(digits))
+
+
+def _short(digits: str) -> str:
+    if len(digits) > MAX_DIGITS:
+        raise MalformedText(f"has a number of {len(digits)} digits, expected at most {MAX_DIGITS}")
+    return digits
