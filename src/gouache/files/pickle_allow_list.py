@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +369,10 @@ class _Values:
         return isinstance(name, Global) and (
             name in _PLAIN_VALUES or (_CLASS_MODULES.fullmatch(name.module) is not None and name.name[:1].isupper())
         )
+
+    def __iter__(self) -> Iterator[Global]:
+        """Those that are listed by name."""
+        return iter(_PLAIN_VALUES)
 
 
 _CLASS_MODULES = re.compile(
