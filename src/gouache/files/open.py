@@ -21,8 +21,8 @@ def open_model(path: str | Path, *, variant: str | None = None) -> ModelFile:
 
     Reads names, shapes and metadata, no weights; does not import torch. `variant` selects among the weights of a
     folder ('fp16'). Wrappers around the names are removed (`wrapping`), and scaled fp8 weights are multiplied by their
-    scales (`scaled`). Raises a FileError with a one-line message if the path cannot be opened. Nothing in a file is ever
-    run.
+    scales (`scaled`). Raises a FileError with a one-line message if the path cannot be opened. Nothing in a file
+    is ever run.
     """
     path = Path(path)
     if variant is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", variant):
