@@ -7,6 +7,7 @@ requires are compared with those in the file.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from gouache.families.family import Family, Spec
 from gouache.families.found import Component, Fact
 from gouache.families.shapes import check_heads_divide, text_config, text_spec, unet_heads, unet_spec, vae_spec
 from gouache.files.record import ModelFile
-from gouache.layouts.diffusers import unet_rules, unet_topology, vae_rules, vae_topology
+from gouache.layouts.diffusers import HYBRID_VAE, unet_rules, unet_topology, vae_rules, vae_topology
 from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules
 from gouache.layouts.original import text_shapes, unet_shapes, vae_shapes
 from gouache.layouts.rules import Plan, Rename, Rule, Shape, plan, under
@@ -31,8 +32,27 @@ PREFIXES: dict[str, str] = {
     **{f"{name}/": name for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")},
     "diffusion_model.": "unet",  # U-Nets saved alone by ComfyUI
     "vae.": "vae",
+    # Forge's checkpoints: each encoder is a Transformers model inside a module of its own.
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.clip_h.transformer.": "text_encoder",
 }
 """Prefix of tensor names -> component. No prefix begins with another one."""
+_OPENCLIP_FORGE = re.compile(r"text_encoders\.clip_[gh]\.(?:model\.)?(?=transformer\.resblocks\.|token_embedding\.|"
+                             r"positional_embedding$|ln_final\.|text_projection$|logit_scale$|attn_mask$)")  # fmt: skip
+
+
+def prefix_of(name: str) -> str:
+    """The prefix of the component that the tensor `name` belongs to; "" if it has none."""
+    if (match := _OPENCLIP_FORGE.match(name)) is not None:
+        return match[0]
+    return next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+
+
+def _component_of(prefix: str) -> str:
+    forge = "text_encoder_2" if ".clip_g." in prefix else "text_encoder"
+    return PREFIXES.get(prefix, forge)
+
 
 _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
 _UNET_HEADS = frozenset(("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"))
@@ -75,11 +95,11 @@ def read_components(file: ModelFile, names: Iterable[str]) -> tuple[dict[str, Ca
     groups: dict[str, list[str]] = {}
     rest: list[str] = []
     for name in names:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        (rest if prefix is None else groups.setdefault(prefix, [])).append(name)
+        prefix = prefix_of(name)
+        (rest if not prefix else groups.setdefault(prefix, [])).append(name)
     candidates: dict[str, Candidate] = {}
     for prefix, members in groups.items():
-        candidate = _read(file, PREFIXES[prefix], prefix, members)
+        candidate = _read(file, _component_of(prefix), prefix, members)
         if candidate is None or candidate.name in candidates:
             rest += members
         else:
@@ -177,7 +197,7 @@ def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[R
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in names):
         levels, old_attention = vae_topology(names)
         return "diffusers", video_vae_rules(levels) if video else vae_rules(levels, old_attention)
-    return "original", _SAME
+    return "original", (*HYBRID_VAE, *_SAME) if component == "vae" and not video else _SAME
 
 
 def _measure(candidate: Candidate, shapes: Mapping[str, Shape]) -> Candidate:

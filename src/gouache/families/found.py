@@ -65,8 +65,9 @@ class Found:
     "hypernetwork", "controlnet", "upscaler", the name of another kind of file, or "unknown". `variant` follows from
     the U-Net's input channels, or is the format of an adapter. `missing` maps each component that a model of this
     family needs, but that is absent or incomplete in the file, to what is wrong. `leftovers` maps tensors that nothing
-    needs to the reason; `unknown` are tensors that no table names. `ema_names` maps tensor names of the U-Net to
-    those of their averages.
+    needs to the reason; `unknown` are tensors that no table names, and `outside` those among them that are not inside
+    a part of the model, so that they cannot change it. `ema_names` maps tensor names of the U-Net to those of their
+    averages.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class Found:
     missing: Mapping[str, str] = field(default_factory=dict)
     leftovers: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
+    outside: frozenset[str] = frozenset()
     ema_names: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def component(self, name: str) -> Component:

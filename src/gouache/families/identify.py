@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from gouache.errors import RequestError, printable
 from gouache.families.catalog import family_named
-from gouache.families.components import Candidate, config, finish, read_components
+from gouache.families.components import Candidate, config, finish, prefix_of, read_components
 from gouache.families.family import COMMON_LEFTOVERS, Family
 from gouache.families.found import Component, Fact, Found, strongest
 from gouache.families.match import family_hints, family_of_width, metadata_hints
@@ -67,6 +67,10 @@ def _model(file: ModelFile, prediction_override: str | None, override: Fact[Fami
         leftovers.update(candidate.plan.dropped)
         unknown.update(() if candidate.problem else candidate.unexpected)
     leftovers.update({average: f"the average (EMA) of {name}" for name, average in ema_names.items()})
+    if candidates:
+        empty = {name for name in unknown if not file.tensors[name].elements}
+        leftovers.update(dict.fromkeys(empty, "an empty tensor"))
+        unknown -= empty
 
     found = Found(
         path=file.path,
@@ -77,6 +81,7 @@ def _model(file: ModelFile, prediction_override: str | None, override: Fact[Fami
         missing=_missing(family, candidates, done),
         leftovers=dict(sorted(leftovers.items())),
         unknown=tuple(sorted(unknown)),
+        outside=frozenset(name for name in unknown if not prefix_of(name)),
         ema=ema if candidates else None,
         ema_names=ema_names,
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gouache.errors import DamagedFile, NotAModel, UnsafeFile, printable
-from gouache.files.legacy_file import Unpickled, import_notes, read_legacy, read_tar
+from gouache.files.legacy_file import Unpickled, read_legacy, read_tar
 from gouache.files.pickle_allow_list import ALLOW_LIST, build_tree
 from gouache.files.pickle_machine import MAX_BYTES
 from gouache.files.pickle_reader import interpret
@@ -22,7 +22,7 @@ from gouache.files.pickle_tree import Record
 from gouache.files.record import ModelFile
 from gouache.files.source import Source, size_text, tensor_from
 from gouache.files.stored import Storage, StoredTensor, storage_id
-from gouache.files.zip_file import Entry, read_zip
+from gouache.files.zip_file import Entry, is_torch_script, read_zip, torch_script_error
 
 
 def open_pickle(path: str | Path) -> ModelFile:
@@ -39,6 +39,8 @@ def read_pickle(source: Source) -> ModelFile:
     else:
         found = read_legacy(source)
     stored, extra = name_tensors(source.path, found.value)
+    if not stored:
+        raise NotAModel(source.path, f"holds no tensors, so it is not a model (its pickle holds {_kind(found.value)})")
 
     def read(name: str) -> Any:
         tensor = stored[name]
@@ -57,6 +59,10 @@ def read_pickle(source: Source) -> ModelFile:
     )
 
 
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, list | tuple | dict) else type(value).__name__
+
+
 def _read_zip_form(source: Source) -> Unpickled:
     path = source.path
     entries = read_zip(source)
@@ -69,8 +75,8 @@ def _read_zip_form(source: Source) -> Unpickled:
             path, f"holds {len(pickles)} pickles named data.pkl; different programs may read different ones"
         )
     root = pickles[0].removesuffix("data.pkl")
-    if any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in entries):
-        raise NotAModel(path, "is a TorchScript program, not weights: get the weights as .safetensors")
+    if is_torch_script(entries):
+        raise torch_script_error(path)
 
     pickle = entries[pickles[0]]
     # torch.save can be set to omit checksums; then all of them are 0.
@@ -100,7 +106,7 @@ def _read_zip_form(source: Source) -> Unpickled:
         return storage.at(entry.offset, swap)
 
     value = build_tree(path, parsed.value, find_storage)
-    notes = import_notes(parsed) + (("written without checksums",) if unchecked else ())
+    notes = ("written without checksums",) if unchecked else ()
     return Unpickled(value, "torch zip", notes)
 
 

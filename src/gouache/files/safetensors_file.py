@@ -97,7 +97,7 @@ class _Header:
                 if len(entries) == MAX_TENSORS:
                     raise UnsafeFile(self.path, f"lists more than {MAX_TENSORS:,} tensors; no model has so many")
                 entries[name] = self.entry(name)
-        if self.text[self.position :].strip(b" "):
+        if self.text[self.position :].strip(b" \t\r\n"):  # JSON's white space, as the official reader allows
             raise self.broken("goes on after its closing brace")
         return entries, metadata or {}
 

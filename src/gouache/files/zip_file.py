@@ -11,7 +11,9 @@ APPNOTE 6.3.
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -193,7 +195,21 @@ def _extent(source: Source, record: _Record, limit: int) -> tuple[int, int]:
     return offset, end
 
 
+def is_torch_script(names: Iterable[str]) -> bool:
+    """Whether a PyTorch archive with these entries holds a program (its code entries are compressed)."""
+    return any(_TORCH_SCRIPT.fullmatch(name) for name in names)
+
+
+_TORCH_SCRIPT = re.compile(r"(?:[^/]*/)?(?:code/.*|constants\.pkl)", re.DOTALL)
+
+
+def torch_script_error(path: Path) -> NotAModel:
+    return NotAModel(path, "is a TorchScript program, not weights: get the weights as .safetensors")
+
+
 def _refuse_compressed(path: Path, records: list[_Record], first: _Record) -> NoReturn:
+    if is_torch_script(record.name for record in records):
+        raise torch_script_error(path)
     if any(record.name.endswith("data.pkl") for record in records):
         raise UnsafeFile(
             path,
