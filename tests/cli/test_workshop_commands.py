@@ -94,10 +94,20 @@ def test_diff_exits_with_1_if_weights_differ(gouache: Command, narrow: Narrows, 
     assert not json.loads(gouache("diff", narrow("sd1").file, tuned, "--json").out)["equal"]
 
 
-def test_diff_of_two_layouts_says_that_no_names_are_shared(gouache: Command, narrow: Narrows):
-    result = gouache("diff", narrow("sd1").file, narrow("sd1").folder)
+def test_diff_compares_models_of_two_layouts(gouache: Command, narrow: Narrows, tuned: Path):
+    same, other = (gouache("diff", file, narrow("sd1").folder) for file in (narrow("sd1").file, tuned))
 
-    assert result.code == 1 and result.out.splitlines()[-1].startswith("no tensor names in common; convert")
+    assert same.code == 0 and same.out.endswith("the weights are equal\n")
+    assert other.code == 1 and other.out.endswith("the weights differ\n")
+
+
+def test_diff_of_models_that_share_nothing(gouache: Command, narrow: Narrows, tmp_path: Path):
+    random_file(tmp_path / "a.safetensors", 4000)
+
+    result = gouache("diff", "a.safetensors", narrow("sd1").folder)
+
+    assert result.code == 1
+    assert result.out.splitlines()[-1] == "the models have no component and no tensor name in common"
 
 
 @pytest.mark.parametrize(

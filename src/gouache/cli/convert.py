@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.cli.text import json_text, shown
 from gouache.wording import plural
 
 
@@ -17,7 +17,13 @@ def convert(
         str, Argument(metavar="IN", help="A model: any readable file, folder or name.", show_default=False)
     ],
     target: Annotated[
-        Path, Argument(metavar="OUT", help="The .safetensors or .ckpt file, or folder, to write.", show_default=False)
+        Path,
+        Argument(
+            metavar="OUT",
+            help="The .safetensors or .ckpt file, or folder, to write.",
+            readable=False,
+            show_default=False,
+        ),
     ],
     to: Annotated[
         str | None,
@@ -47,10 +53,10 @@ def convert(
             on_work=bar.show,
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"path": str(target), **asdict(done)}))
+        print(json_text({"path": str(target), **asdict(done)}))
         return
     size = f"{plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
-    print(f"{target}: {size}, verified: {_verified(done.rounded_to, dtype)}")
+    print(f"{shown(target)}: {size}, verified: {_verified(done.rounded_to, dtype)}")
     for reason, count in done.leftovers.items():
         print(f"saved in its leftovers.safetensors  {plural(count, 'tensor')}: {reason}")
     for reason, count in done.left_out.items():

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.cli.text import json_text, shown
 from gouache.wording import plural
 
 
 def prune(
     source: Annotated[str, Argument(metavar="IN", help="A checkpoint: file, folder or name.", show_default=False)],
     target: Annotated[
-        Path, Argument(metavar="OUT", help="The .safetensors or .ckpt file to write.", show_default=False)
+        Path,
+        Argument(metavar="OUT", help="The .safetensors or .ckpt file to write.", readable=False, show_default=False),
     ],
     keep: Annotated[
         str | None,
@@ -45,9 +46,9 @@ def prune(
             path, target, keep=keep, dtype=dtype, drop=tuple(drop or ()), overwrite=overwrite, on_work=bar.show
         )
     if as_json:
-        print(json.dumps({"path": str(target), **asdict(done), "saved": done.saved}))
+        print(json_text({"path": str(target), **asdict(done), "saved": done.saved}))
         return
-    print(f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
+    print(f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
     for reason, (count, nbytes) in done.dropped.items():
         print(f"dropped  {plural(count, 'tensor')}, {nbytes / 1e6:,.1f} MB: {reason}")
     if done.cast_saved:

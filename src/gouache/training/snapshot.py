@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,29 @@ def capture(run: Run, step: int, best: float) -> State:
         "optimizer": {"values": optimizer.values, "groups": optimizer.groups},
     }
     return State(tensors, values)
+
+
+def fault(state: State) -> str:
+    """What `state` lacks of a run's checkpoint; "" if it has everything that `restore` reads."""
+    values = state.values
+    for name in ("weights", "optimizer"):
+        if name not in state.tensors:
+            return f"{name}.safetensors is missing"
+    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
+        ("settings", dict), ("best", (int, float, type(None))), ("ema_updates", int),
+    )  # fmt: skip
+    for name, kind in kinds:
+        if name not in values or not isinstance(values[name], kind):
+            return f"state.json has no valid {name!r}"
+    rest, changes = values.get("optimizer", {}), values.get("changes", [])
+    known = {each.name for each in fields(Change)}
+    if not isinstance(rest, dict) or not isinstance(rest.get("values", {}), dict):
+        return "state.json has no valid 'optimizer'"
+    if not isinstance(changes, list) or not all(isinstance(each, dict) and each.keys() == known for each in changes):
+        return "state.json has no valid 'changes'"
+    if "objective" in values and not isinstance(values["objective"], dict):
+        return "state.json has no valid 'objective'"
+    return ""
 
 
 @torch.no_grad()

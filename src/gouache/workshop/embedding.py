@@ -13,7 +13,6 @@ from torch import Tensor
 from gouache.adapters.embedding import vectors_of
 from gouache.errors import ModelError, RequestError
 from gouache.files.open import open_model
-from gouache.files.write import write_safetensors
 from gouache.workshop import save
 
 How = Literal["join", "mean"]
@@ -42,7 +41,7 @@ def combine(
         raise RequestError("embeddings", "name at least two embeddings to combine")
     if target.suffix.lower() != ".safetensors":
         raise RequestError("out", f"{target} does not end in .safetensors, the only format embeddings are written in")
-    save.refuse_existing(target, overwrite)
+    save.check_target(target, overwrite)
     read = [(vectors_of(open_model(path)), strength, path) for path, strength in embeddings]
     widths = {encoder: each.shape[1] for encoder, each in read[0][0].items()}
     for vectors, _, path in read[1:]:
@@ -57,7 +56,8 @@ def combine(
     )
     metadata = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": target.stem,
                 "modelspec.merged_from": ", ".join(path.stem for path, _ in embeddings)}  # fmt: skip
-    write_safetensors(target, {names[encoder]: each.contiguous() for encoder, each in combined.items()}, metadata)
+    tensors = {names[encoder]: each.contiguous() for encoder, each in combined.items()}
+    save.write_tensors(target, tensors, metadata, overwrite=overwrite)
     return Combined(next(iter(combined.values())).shape[0], widths)
 
 

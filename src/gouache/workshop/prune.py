@@ -18,8 +18,8 @@ from gouache.families.found import Found
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.workshop import derive, layout, save
-from gouache.workshop.convert import OnWork, progress
 from gouache.workshop.modelspec import describe
+from gouache.workshop.progress import OnWork, progress
 
 Keep = Literal["ema", "last", "both"]
 _DROPPABLE = {"vae": ("vae",), "text": ("text_encoder", "text_encoder_2")}
@@ -66,7 +66,7 @@ def prune(
         if part not in _DROPPABLE:
             raise RequestError("drop", f"{part!r} is not known; use {' or '.join(_DROPPABLE)}")
     form = save.single_form_of(target)
-    save.refuse_existing(target, overwrite)
+    save.check_target(target, overwrite)
     file, found = layout.opened(source)
     if "unet" not in found.components and not found.ema_names:
         reason = f"; U-Net: {found.missing['unet']}" if "unet" in found.missing else ""
@@ -87,7 +87,7 @@ def prune(
     def check(path: Path) -> None:
         save.compare(open_model(path), result, progress("checking", result.nbytes, on_work))
 
-    save.write_file(result, target, form, progress("writing", result.nbytes, on_work), check)
+    save.write_file(result, target, form, on_work, check, overwrite=overwrite)
     return Pruned(len(result), result.nbytes, _description(chosen, found), dropped, kept.nbytes - result.nbytes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,9 +16,9 @@ from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.layouts.modules import Module, module_names
 from gouache.workshop import derive, layout, save
-from gouache.workshop.convert import OnWork, progress
 from gouache.workshop.lora.write import specs_of
 from gouache.workshop.modelspec import describe
+from gouache.workshop.progress import OnWork
 
 
 def bake(
@@ -35,7 +36,7 @@ def bake(
     LoRA is in the model, or if shapes do not fit.
     """
     form = save.single_form_of(target)
-    save.refuse_existing(target, overwrite)
+    save.check_target(target, overwrite)
     base, found = layout.opened(model)
     names = module_names(specs_of(found))
     adapters = [(_read(path, names, found), strength) for path, strength in loras]
@@ -50,8 +51,9 @@ def bake(
     result = derive.join(derive.keep(base, (name for name in base if name not in used)), *parts)
     result = derive.cast(result, dtype)
     baked = ", ".join(f"{path.name}:{strength:g}" for path, strength in loras)
-    result = save.with_metadata(result, {**describe(found), **base.metadata, "gouache.loras": baked})
-    save.write_file(result, target, form, progress("baking", result.nbytes, on_work))
+    metadata = save.without_hashes({**describe(found), **base.metadata, "gouache.loras": baked})
+    result = replace(result, metadata=metadata)
+    save.write_file(result, target, form, on_work, what="baking", overwrite=overwrite)
     return {
         str(path): (len(adapter.tensors), len(adapter.unmatched)) for (path, _), (adapter, _) in zip(loras, adapters)
     }

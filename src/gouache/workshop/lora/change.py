@@ -17,9 +17,9 @@ from gouache.files.record import ModelFile
 from gouache.layouts.adapters import split_names
 from gouache.layouts.modules import Module, module_names
 from gouache.nn.spec import TextSpec, UNetSpec
-from gouache.workshop.convert import OnWork
 from gouache.workshop.lora.factors import Size, factors, squared_norm
 from gouache.workshop.lora.write import CONVOLUTIONS, Factors, Made, check_target, write, write_stems
+from gouache.workshop.progress import OnWork
 
 
 def resize(
@@ -66,7 +66,8 @@ def merge(
         if len(shapes) > 1:
             raise ModelError(f"{printable(stem)} has different shapes in these files: they are for different models")
         parts[stem] = (torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]))
-    return write_stems(parts, files[0].metadata, target, dtype, f"merged from {_listed(loras)}", 1.0)
+    comment = f"merged from {_listed(loras)}"
+    return write_stems(parts, files[0].metadata, target, dtype, comment, 1.0, overwrite=overwrite)
 
 
 def _combined(
@@ -113,7 +114,8 @@ def _combined(
             on_work("factoring", number + 1, len(every))
     share = held / total if total else 1.0
     left_out = {CONVOLUTIONS: skipped} if skipped else {}
-    return write_stems(parts, files[0].metadata, target, dtype, f"{origin} {_listed(loras)}", share, left_out)
+    comment = f"{origin} {_listed(loras)}"
+    return write_stems(parts, files[0].metadata, target, dtype, comment, share, left_out, overwrite=overwrite)
 
 
 def _delta(patch: Patch, path: Path, stem: str) -> Tensor:
@@ -165,7 +167,9 @@ def rename(
                 f"{source}: {'.'.join(module)} is not a plain LoRA, the only form that kohya and PEFT have in common"
             )
         parts[module] = pair
-    return write(parts, specs, found, target, dtype or "fp16", naming, dict(file.metadata), 1.0, {})
+    return write(
+        parts, specs, found, target, dtype or "fp16", naming, dict(file.metadata), 1.0, {}, overwrite=overwrite
+    )
 
 
 def _names_by_stem(file: ModelFile) -> dict[str, dict[str, str]]:
