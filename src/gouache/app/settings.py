@@ -99,9 +99,12 @@ def _path(text: str, source: str) -> Path:
 
 
 def _of_user(folder: Any) -> Path:
-    path: Path = folder("gouache")
+    try:
+        path: Path = folder("gouache")
+    except RuntimeError:
+        path = Path("~")
     if path.parts[:1] == ("~",):
-        user = os.getuid() if hasattr(os, "getuid") else "this user"
+        user = os.getuid() if hasattr(os, "getuid") else "this one"
         raise RequestError("HOME", f"is not set, and the system has no home folder for user {user}; set HOME")
     return path
 
