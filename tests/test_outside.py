@@ -14,6 +14,7 @@ from gouache.errors import FileError
 from gouache.outside import (
     MAX_DEPTH,
     MalformedText,
+    json_line,
     open_outside,
     parse_json,
     parse_toml,
@@ -35,10 +36,10 @@ def test_json_is_read_as_the_standard_library_reads_it(value: object):
 
 
 @pytest.mark.parametrize("text", [
-    "[" * 100_000, '{"a":' * 100_000, "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1),
-    "1" * 5000, "-" + "1" * 5000,
-    "1." + "0" * 5000, "{", "", '"', '"\\', "nul", "[1,]",
-    '{"a": ' + "9" * 5000 + "}", '"' + "\\" * 99_999, '["a" "b"]',
+    "[" * 100_000, '{"a":' * 100_000, "[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "1" * 5000,
+    "-" + "1" * 5000,
+    "1." + "0" * 5000, "{", "", '"', '"\\', "nul", "[1,]", '{"a": ' + "9" * 5000 + "}", '"' + "\\" * 99_999,
+    '["a" "b"]',
 ])  # fmt: skip
 def test_bad_json_is_one_line(text: str):
     with pytest.raises(MalformedText) as caught:
@@ -97,3 +98,11 @@ def test_size_and_encoding(tmp_path: Path):
     path.write_bytes(b"ok \xff")
     with pytest.raises(FileError, match=r"not text in UTF-8 \(byte 3\)"):
         read_text(path)
+
+
+@given(values, st.sampled_from([None, 1]))
+def test_printed_json_is_printable_and_the_same_value(value: object, indent: int | None):
+    line = json_line({"a": value, "b": "\x1b[2J\x9b\u202e\U000e0001\n é 猫"}, indent)
+
+    assert json.loads(line) == {"a": value, "b": "\x1b[2J\x9b\u202e\U000e0001\n é 猫"}
+    assert all(each.isprintable() or each == "\n" for each in line) and "é 猫" in line

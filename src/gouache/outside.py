@@ -4,7 +4,8 @@
   ever, a device would never end, and a path can name another file the next time it is used.
 - `parse_json`, `parse_toml`, `parse_yaml`: limited size, depth and length of numbers; no YAML aliases, which can expand
   to any size. They raise `ValueError` (`MalformedText`) with one line, never RecursionError.
-- `printable` (in `errors`): control and direction characters are escaped before a terminal sees them.
+- `printable` (in `errors`): control and direction characters are escaped before a terminal sees them; `json_line`
+  does the same for JSON that is printed.
 
 Model files have readers of their own in `files`, which open through `open_outside` and check their headers themselves.
 """
@@ -80,6 +81,11 @@ def read_text(path: str | Path, limit: int = MAX_TEXT, errors: str = "strict") -
         raise FileError(path, f"is not text in UTF-8 (byte {error.start})") from None
 
 
+def reason(error: FileError) -> str:
+    """The message of a FileError without the path that it begins with."""
+    return str(error).removeprefix(f"{printable(str(error.path))}: ")
+
+
 def parse_json(text: str | bytes) -> Any:
     """A JSON value. Raises MalformedText."""
     try:
@@ -136,6 +142,18 @@ def parse_yaml(text: str) -> Any:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
         raise MalformedText(f"is not YAML: {printable(' '.join(str(error).split()))}") from None
+
+
+def json_line(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON that can be printed: the same value for a reader, with characters that are not printable escaped.
+
+    JSON itself escapes only U+0000 to U+001F: not the control characters from U+0080 on, nor those that change the
+    direction of text.
+    """
+    text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 
 def _check_size(text: str) -> None:

@@ -245,7 +245,7 @@ def test_the_migrations_create_the_tables_of_the_code(tmp_path: Path):
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    engine = tables.connect(tmp_path / "library.sqlite")
+    engine = tables.Database(tmp_path / "library.sqlite").engine
     with engine.connect() as connection:
         differences = compare_metadata(MigrationContext.configure(connection), tables.Base.metadata)
 
@@ -255,16 +255,16 @@ def test_the_migrations_create_the_tables_of_the_code(tmp_path: Path):
 
 
 def test_a_database_of_a_newer_gouache_is_refused(tmp_path: Path):
-    tables.connect(tmp_path / "library.sqlite").dispose()
+    tables.Database(tmp_path / "library.sqlite").close()
     with sqlite3.connect(tmp_path / "library.sqlite") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")
 
     with pytest.raises(FileError, match="newer Gouache"):
-        tables.connect(tmp_path / "library.sqlite")
+        tables.Database(tmp_path / "library.sqlite")
 
 
 def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path):
     (tmp_path / "library.sqlite").write_bytes(b"no database at all" * 100)
 
     with pytest.raises(FileError, match=r"library\.sqlite.*move it away"):
-        tables.connect(tmp_path / "library.sqlite")
+        tables.Database(tmp_path / "library.sqlite")
