@@ -162,6 +162,24 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         output.write(data)
 
 
+def write_new(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, complete or not at all. Raises FileExistsError if another program has taken the name."""
+    draft = temporary_name(path.parent, ".new")
+    try:
+        write_atomic(draft, data)
+        try:
+            os.link(draft, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            os.replace(draft, path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> str:

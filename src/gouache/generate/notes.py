@@ -8,12 +8,13 @@ from collections.abc import Container, Iterable, Iterator
 import torch
 
 from gouache.generate.adapters import UsedFile
-from gouache.generate.prompting import read_prompts
+from gouache.generate.prompting import read_prompts, split_prompt
 from gouache.generate.request import Request
+from gouache.generate.source import pass_size
 from gouache.model.model import Model
 from gouache.prompts.grammar import Break, flatten, parse, unsupported
 from gouache.prompts.schedule import composed
-from gouache.prompts.tags import take_tags
+from gouache.prompts.tags import strip_comments
 from gouache.workshop.details import trigger_words
 
 
@@ -22,11 +23,11 @@ def notes(model: Model, request: Request, embeddings: Container[str] = ()) -> It
 
     `embeddings`: names that the request will add.
     """
-    prompt, _ = take_tags(request.prompt)
-    hires_prompt, _ = take_tags(request.hires_prompt)
+    prompt, _ = split_prompt(request.prompt)
+    hires_prompt, _ = split_prompt(request.hires_prompt)
     for name, text in (
-        ("prompt", prompt), ("negative", request.negative),
-        ("hires prompt", hires_prompt), ("hires negative", request.hires_negative),
+        ("prompt", prompt), ("negative", strip_comments(request.negative)),
+        ("hires prompt", hires_prompt), ("hires negative", strip_comments(request.hires_negative)),
     ):  # fmt: skip
         if parts := unsupported(text):
             yield f"{', '.join(parts)} in the {name} is read as plain text"
@@ -36,17 +37,45 @@ def notes(model: Model, request: Request, embeddings: Container[str] = ()) -> It
                 f"the prompt ends in a weight, which multiplies the guidance by {part.weight:g}; end it with a comma "
                 f"to keep the number as text"
             )
+    yield from unused_settings(model, request)
     words = unknown_words(model, _texts(request, prompt))
     if words := [word for word in words if word not in embeddings]:
         quoted = ", ".join(repr(word) for word in words)
         yield f"the model does not know the word{'s' * (len(words) > 1)} {quoted}"
 
 
+def unused_settings(model: Model, request: Request) -> Iterator[str]:
+    """Settings that have no effect without another one, or with this model."""
+    default = Request()
+    for names, used, why in (
+        (("strength",), request.init is not None, "without init"),
+        (("image_cfg",), model.variant == "instruct-pix2pix", f"with a {model.variant} model"),
+        (("depth",), model.variant == "depth", f"with a {model.variant} model"),
+        (("variation_seed",), bool(request.variation_strength), "without variation_strength"),
+        (
+            ("hires_steps", "hires_strength", "hires_upscaler", "hires_sampler", "hires_schedule", "hires_prompt",
+             "hires_negative"), request.hires is not None, "without hires",
+        ),
+        (("refiner_at",), request.refiner is not None, "without refiner"),
+    ):  # fmt: skip
+        for name in names:
+            if not used and getattr(request, name) != getattr(default, name):
+                yield f"{name} has no effect {why}"
+    if request.init is not None and request.size is None:
+        size = pass_size(model, request)
+        if size[0] < request.init.size[0] - 7:
+            width, height = request.init.size
+            yield f"init is {width}x{height}; it is scaled to {size[0]}x{size[1]} for this model (set size for another)"
+
+
 def _texts(request: Request, prompt: str) -> list[str]:
     """Every text that is encoded at some step."""
-    both = [read_prompts(prompt, request.negative, request.steps)]
+    both = [read_prompts(prompt, strip_comments(request.negative), request.steps)]
     if request.hires is not None:
-        second = take_tags(request.hires_prompt)[0] or prompt, request.hires_negative or request.negative
+        second = (
+            split_prompt(request.hires_prompt)[0] or prompt,
+            strip_comments(request.hires_negative or request.negative),
+        )
         both.append(read_prompts(*second, request.hires_steps or request.steps, base_steps=request.steps))
     texts = [text for prompts in both for _, timeline in prompts.positive for text in timeline.values]
     texts = [re.sub(r"\bembedding:", "", text) for text in texts]  # ComfyUI's way to name one
@@ -55,7 +84,7 @@ def _texts(request: Request, prompt: str) -> list[str]:
 
 def adapter_notes(request: Request, used: Iterable[UsedFile]) -> Iterator[str]:
     """A LoRA none of whose trigger words is in the prompt; an embedding that no prompt names."""
-    texts = (take_tags(request.prompt)[0], take_tags(request.hires_prompt)[0])
+    texts = (split_prompt(request.prompt)[0], split_prompt(request.hires_prompt)[0])
     prompt = " ".join(" ".join(texts).casefold().split())
     every = f"{prompt} {request.negative.casefold()} {request.hires_negative.casefold()}"
     for each in used:

@@ -92,7 +92,7 @@ def plan_passes(
 def _first(model: Model, request: Request, size: Size, guided: Guided) -> Pass:
     sampler, schedule = catalog.find(request.sampler, request.schedule)
     if request.eta is not None and "eta" not in sampler.knobs:
-        raise RequestError("eta", f"{sampler.name} adds no noise; DDIM and the ancestral samplers do")
+        raise RequestError("eta", f"{sampler.name} has no eta; DDIM and the ancestral samplers have")
     with guided.lease:
         source = read_source(model, request, size)
         sigmas = catalog.plan(sampler, schedule, model.schedule, request.steps)

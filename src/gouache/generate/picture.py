@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from gouache.errors import FileError, RequestError
-from gouache.files.write import write_atomic
+from gouache.files.write import write_atomic, write_new
 from gouache.generate.request import IMAGES
 
 RECIPE_KEY = "gouache"
@@ -35,8 +35,11 @@ class Picture:
     recipe: Mapping[str, Any] = field(repr=False)
     parameters: str = field(repr=False)
 
-    def save(self, path: str | Path) -> Path:
-        """Write a PNG with its recipe inside, whole or not at all. Raises RequestError for another suffix."""
+    def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
+        """Write a PNG with its recipe inside, whole or not at all.
+
+        Raises RequestError for another suffix, FileExistsError if `path` exists and `overwrite` is False.
+        """
         path = Path(path)
         if path.suffix.lower() not in (".png", ""):
             raise RequestError(
@@ -53,7 +56,7 @@ class Picture:
         _add(texts, RECIPE_KEY, json.dumps(self.recipe, ensure_ascii=False))
         buffer = io.BytesIO()
         self.image.save(buffer, "PNG", pnginfo=texts)
-        write_atomic(path, buffer.getvalue())
+        (write_atomic if overwrite else write_new)(path, buffer.getvalue())
         return path
 
 

@@ -13,6 +13,7 @@ from gouache.diffusion.timeline import Timeline
 from gouache.model.model import Model
 from gouache.prompts.encode import Emphasis
 from gouache.prompts.schedule import composed, scheduled
+from gouache.prompts.tags import Tag, strip_comments, take_tags
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Guides:
 
     positive: tuple[Term, ...]
     negative: Conditioning
+
+
+def split_prompt(text: str) -> tuple[str, list[Tag]]:
+    """(the prompt without comments and tags, the tags)"""
+    return take_tags(strip_comments(text))
 
 
 def read_prompts(prompt: str, negative: str, steps: int, *, base_steps: int | None = None) -> Prompts:

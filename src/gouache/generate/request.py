@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 import secrets
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,8 @@ from gouache.prompts.encode import Emphasis
 
 Rng = Literal["cpu", "nv"]
 SEEDS = 2**64
+INTEGERS = ("steps", "seed", "count", "batch", "clip_skip", "hires_steps", "variation_seed", "ensd")
+FLOATS = ("cfg", "strength", "image_cfg", "hires_strength", "refiner_at", "variation_strength", "eta", "rescale")
 MAX_SIDE = 16384  # pixels
 LISTS = ("lora", "lora_blocks", "embedding", "hypernet")
 IMAGES = ("init", "mask", "depth")
@@ -126,9 +129,19 @@ class Request:
     vae: str | None = None
 
     def __post_init__(self) -> None:
+        for name in (*INTEGERS, *FLOATS):
+            object.__setattr__(self, name, _number(getattr(self, name), whole=name in INTEGERS))
+        for name in ("seed", "variation_seed"):
+            if getattr(self, name) == -1:  # A1111's way to ask for a random one
+                object.__setattr__(self, name, None)
         for name in ("prompt", "negative", "sampler", "schedule", "hires_prompt", "hires_negative"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(name, f"{getattr(self, name)!r} is not text")
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError as error:
+                place = f"character {error.start + 1}"
+                raise RequestError(name, f"has bytes that are not text in UTF-8 ({place}); write it in UTF-8") from None
         if self.size is not None:
             object.__setattr__(self, "size", _read_size(self.size))
         if self.hires is not None and not isinstance(self.hires, int | float):
@@ -168,7 +181,7 @@ class Request:
             size = getattr(self, name)
             if isinstance(size, tuple) and any(side % 8 or not 8 <= side <= MAX_SIDE for side in size):
                 raise RequestError(
-                    name, f"{_size_text(size)} cannot be used; sides are multiples of 8, 8 to {MAX_SIDE}"
+                    name, f"{_size_text(size)} cannot be used; sides are multiples of 8 from 8 to {MAX_SIDE}"
                 )
         if self.hires is not None and not isinstance(self.hires, tuple):
             _within("hires", self.hires, 1, 16)
@@ -185,8 +198,11 @@ class Request:
         return width, height
 
     def settled(self) -> Request:
-        """The same request with a seed: the given one, or a random one."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
+        """The same request with seeds: the given ones, or random ones."""
+        settled = self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
+        if settled.variation_strength and settled.variation_seed is None:
+            settled = replace(settled, variation_seed=secrets.randbelow(2**32))
+        return settled
 
     def changed(self, values: dict[str, Any]) -> Request:
         """This request with other settings, as `from_json` reads them."""
@@ -256,6 +272,13 @@ def _read_hires(value: Any) -> float | Size:
 
 def _size_text(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _number(value: Any, *, whole: bool) -> Any:
+    """NumPy's numbers as Python's, others as they are."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _within(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

@@ -20,13 +20,13 @@ from gouache.generate import infotext
 from gouache.generate.adapters import FileSource, PathSource, UsedFile, find_adapters, find_vae, used_files
 from gouache.generate.passes import Guided, Pass, plan_passes
 from gouache.generate.picture import Picture
-from gouache.generate.prompting import Guides
+from gouache.generate.prompting import Guides, split_prompt
 from gouache.generate.request import IMAGES, Request
 from gouache.images import pixels
 from gouache.model.lease import Lease
 from gouache.model.model import Model
 from gouache.model.residency import dtype_name
-from gouache.prompts.tags import take_tags
+from gouache.prompts.tags import strip_comments
 from gouache.version import __version__
 
 OnAttached = Callable[[list[UsedFile]], None]
@@ -83,11 +83,12 @@ class _Job:
 
 
 def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel | None, stack: ExitStack) -> _Job:
-    prompt, tags = take_tags(request.prompt)
-    hires_prompt, hires_tags = take_tags(request.hires_prompt)
+    prompt, tags = split_prompt(request.prompt)
+    hires_prompt, hires_tags = split_prompt(request.hires_prompt)
+    negative, hires_negative = strip_comments(request.negative), strip_comments(request.hires_negative)
     if request.refiner is not None and load is None:
         raise RequestError("refiner", "cannot be loaded here; use gouache.load(...).paint")
-    texts = [prompt, request.negative, hires_prompt, request.hires_negative]
+    texts = [prompt, negative, hires_prompt, hires_negative]
 
     with model.exclusive():  # what another request has attached is not the model's
         vae = find_vae(model, request.vae, source)
@@ -96,8 +97,8 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     stack.callback(lease.close)
     with lease:
         used = used_files(model, adapters, lease.attached, request, source)
-    first = Guided(prompt, request.negative, lease)
-    second = replace(first, negative=request.hires_negative or request.negative)
+    first = Guided(prompt, negative, lease)
+    second = replace(first, negative=hires_negative or negative)
     if request.hires is not None and request.hires_prompt:
         # A hires prompt has tags of its own, which replace those of the prompt.
         with model.exclusive():

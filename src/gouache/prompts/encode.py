@@ -30,6 +30,9 @@ ComfyUI square brackets are text and nested explicit weights do not multiply.
 """
 
 
+MAX_WEIGHT = 1e6  # far beyond use; without a limit the text encoder's output overflows
+
+
 class TextHidden(Protocol):
     """A text encoder's output for (B, 77) tokens; `nn.clip_text.TextOutput` is the implementation."""
 
@@ -95,6 +98,9 @@ def encode(
     count = max(len(each) for each in split)
     rows = [part for each in split for part in [*each, *[[]] * (count - len(each))]]  # B * chunks
     weights = _weights(rows)
+    if not bool((weights.abs() <= MAX_WEIGHT).all()):
+        largest = float(weights.abs().max())
+        raise RequestError("prompt", f"has a weight of {largest:g} on some words; expected at most {MAX_WEIGHT:g}")
     # ComfyUI's rule needs the empty prompt too; without weights it changes nothing and need not be encoded.
     interpolate = emphasis == "comfy" and bool((weights != 1).any())
     empty_rows: list[Chunk] = [[]] if interpolate else []

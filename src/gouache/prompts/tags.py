@@ -23,6 +23,11 @@ class Tag:
         return f"<{self.kind}:{self.argument}>"
 
 
+def strip_comments(text: str) -> str:
+    """`text` without what follows a `#` in each line, as A1111 reads prompts by default."""
+    return "\n".join(line.partition("#")[0].rstrip() if "#" in line else line for line in text.split("\n")).strip("\n")
+
+
 def take_tags(text: str) -> tuple[str, list[Tag]]:
     """(the prompt without its tags, the tags in order). A tag of an unknown kind stays in the text."""
     tags: list[Tag] = []

@@ -147,7 +147,10 @@ def plan(info: SamplerInfo, spacing: str, schedule: Schedule, steps: int) -> Ten
         raise RequestError("steps", f"{steps} is too few; expected at least 1")
     spacing_function = by_name(spacing).function
     if info.discard_penultimate:
-        sigmas = spacing_function(schedule, steps + 1)
+        try:
+            sigmas = spacing_function(schedule, steps + 1)
+        except RequestError:
+            raise RequestError("steps", f"{steps} are too many: {info.name} needs one level more; use fewer") from None
         sigmas = torch.cat([sigmas[:-2], sigmas[-1:]])
     else:
         sigmas = spacing_function(schedule, steps)
