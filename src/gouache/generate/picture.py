@@ -53,7 +53,10 @@ class Picture:
             raise FileError(path.parent, f"cannot be created as a folder for pictures: {error.strerror}") from None
         texts = PngInfo()
         _add(texts, PARAMETERS_KEY, self.parameters)
-        _add(texts, RECIPE_KEY, json.dumps(self.recipe, ensure_ascii=False))
+        recipe = json.dumps(self.recipe, ensure_ascii=False)
+        if any("\ud800" <= character <= "\udfff" for character in recipe):  # a file name that is not text
+            recipe = json.dumps(self.recipe)
+        _add(texts, RECIPE_KEY, recipe)
         buffer = io.BytesIO()
         self.image.save(buffer, "PNG", pnginfo=texts)
         (write_atomic if overwrite else write_new)(path, buffer.getvalue())
@@ -113,6 +116,7 @@ def _is_valid(recipe: dict[str, Any]) -> bool:
 
 def _add(texts: PngInfo, key: str, text: str) -> None:
     """As a tEXt chunk if Latin-1 has all characters, which every reader knows, else as iTXt."""
+    text = text.encode("utf-8", "replace").decode()
     try:
         text.encode("latin-1")
         texts.add_text(key, text)
