@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from gouache.errors import RequestError
@@ -31,3 +32,19 @@ def test_sizes_are_checked_however_a_request_is_made():
             Request(size=size)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="hires: 262144x262144"):
         Request(hires=16).hires_size((16384, 16384))
+
+
+def test_numpy_numbers_and_minus_one_are_read():
+    request = Request(seed=np.int64(5), steps=np.int64(7), cfg=np.float32(2.5), variation_seed=-1)  # type: ignore[arg-type]
+
+    assert (request.seed, request.steps, request.cfg, request.variation_seed) == (5, 7, 2.5, None)
+    assert type(request.seed) is int and type(request.cfg) is float
+    assert Request(seed=-1).seed is None and Request(seed=-1).settled().seed is not None
+    assert Request(seed=1, variation_strength=0.5).settled().variation_seed is not None
+
+
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud800"])
+def test_text_that_cannot_be_saved_is_refused(text: str):
+    for name in ("prompt", "negative", "hires_prompt", "hires_negative"):
+        with pytest.raises(RequestError, match=f"{name}: has bytes that are not text"):
+            Request(**{name: text})
