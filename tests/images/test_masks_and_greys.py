@@ -67,7 +67,7 @@ def test_greys_of_more_than_eight_bits_are_scaled(values: np.ndarray, tolerance:
 def test_greys_without_a_known_range_are_refused(values: np.ndarray, tmp_path: Path):
     Image.fromarray(values.astype(np.float32)).save(tmp_path / "grey.tiff")
 
-    with pytest.raises(RequestError, match="depth: .*grey values from"):
+    with pytest.raises(RequestError, match=r"depth: .*grey values from"):
         input_image(tmp_path / "grey.tiff", "depth")
 
 
