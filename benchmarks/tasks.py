@@ -164,8 +164,13 @@ def vae_decode(side: str, folder: Path, dtype: str, quick: bool) -> tuple[Callab
 
 
 def load(side: str, folder: Path, dtype: str) -> dict[str, Any]:
-    """Load from the folder and read every weight once, in the files' dtype, float32."""
+    """Load from the folder and read every weight once, in the files' dtype, float32. The page cache has the files."""
     import torch
+
+    for path in sorted((folder / "model").rglob("*.safetensors")):
+        with path.open("rb") as file:
+            while file.read(1 << 24):
+                pass
 
     if side == "gouache":
         import gouache.face  # noqa: F401 - the time of imports is not part of loading

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,15 +31,16 @@ _WORD = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p
 class Tokenizer:
     """Text to token ids and back, without begin and end tokens.
 
-    Construction takes about 0.2 s, so keep the instance. `<|startoftext|>` and `<|endoftext|>` in a text become the
-    ids 49406 and 49407, as in CLIP's own code.
+    The vocabulary is built at first use, in about 0.1 s, once per process. `<|startoftext|>` and `<|endoftext|>` in a
+    text become the ids 49406 and 49407, as in CLIP's own code.
     """
 
     begin = BEGIN_ID
     end = END_ID
 
-    def __init__(self) -> None:
-        self._backend = _build()
+    @cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        return _build()
 
     def __len__(self) -> int:
         """The number of entries in the vocabulary: 49408."""
@@ -90,6 +92,7 @@ def _merges_and_entries() -> tuple[list[tuple[str, str]], list[str]]:
     return merges, [*characters, *(c + "</w>" for c in characters), *(a + b for a, b in merges), BEGIN, END]
 
 
+@cache
 def _build() -> tokenizers.Tokenizer:
     # Imported here so that the rest of the package, and --help, do not wait for it.
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
