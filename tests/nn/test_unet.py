@@ -126,3 +126,21 @@ def test_bfloat16_attention_and_its_gradients_agree_with_float32(tokens: int):
     for a, b in zip(half, full):
         assert a.grad is not None and b.grad is not None
         assert (a.grad.float() - b.grad).norm() < 0.03 * b.grad.norm()
+
+
+@pytest.mark.parametrize(("tokens", "others"), [(256, 256), (300, 1024), (1500, 257)])
+def test_attention_in_blocks_is_the_attention_of_torch(tokens: int, others: int):
+    """The blocks are used on some processors only, so they are called here by name."""
+    from gouache.nn import attention
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 3, tokens, 16, generator=generator)
+    k, v = (torch.randn(2, 3, others, 16, generator=generator) for _ in range(2))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    with torch.no_grad():
+        exact = attention._attention_in_blocks(q, k, v)
+        rounded = attention._attention_in_blocks(q.bfloat16(), k.bfloat16(), v.bfloat16())
+
+    torch.testing.assert_close(exact, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rounded.float(), expected, atol=2e-2, rtol=2e-2)
