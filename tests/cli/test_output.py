@@ -86,7 +86,7 @@ def test_a_folder_without_permission_is_refused(tmp_path: Path):
 
 
 def run(*arguments: bytes | str, stdout: int | None = None, **variables: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "gouache", "paint", *arguments, *QUICK, "--size", "8x8"]
+    command = [sys.executable, "-m", "gouache", "paint", *arguments, *map(str, QUICK), "--size", "8x8"]
     return subprocess.run(
         command, stdout=subprocess.PIPE if stdout is None else stdout, stderr=subprocess.PIPE,
         env={**os.environ, **variables}, check=False, timeout=120,

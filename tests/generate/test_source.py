@@ -226,5 +226,5 @@ def test_a_missing_picture_is_refused_before_anything_is_painted(loaded: Models)
 
 
 def test_eta_is_refused_for_a_sampler_without_it(loaded: Models):
-    with pytest.raises(RequestError, match=r"eta: DPM\+\+ 2M adds no noise"):
+    with pytest.raises(RequestError, match=r"eta: DPM\+\+ 2M has no eta"):
         paint(loaded("sd1"), sampler="DPM++ 2M", eta=0.5, size=(64, 64))

@@ -87,7 +87,7 @@ def test_alpha_is_kept_and_rgb_puts_it_on_white():
 
 
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV", "F"]
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "La", "CMYK", "YCbCr", "LAB", "HSV"]
 )
 def test_a_pil_image_of_any_mode_becomes_grey_rgb_or_rgba(mode: str):
     found = input_image(Image.new(mode, (3, 2)), "init")

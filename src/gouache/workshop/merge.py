@@ -97,8 +97,8 @@ def merge(
 
     digest = save.write_file(result, target, form, on_work, check, what="merging", overwrite=overwrite)
     if recipe_file is not None:
-        with save.new_file(recipe_file, overwrite) as path:
-            known.write(path)
+        with save.writing(recipe_file, overwrite):
+            known.write(recipe_file, new=not overwrite)
     return Merged(len(result), result.nbytes, digest, dropped, tuple(_notes(sides)))
 
 

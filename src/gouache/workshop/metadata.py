@@ -45,8 +45,9 @@ def change(
     texts = {key: value for key, value in file.metadata.items() if key not in unset} | dict(put)
     if thumbnail is not None:
         texts[KEY] = data_url(thumbnail)
-    with save.new_file(path, overwrite or in_place) as written:
-        write_metadata(source, written, texts)
+    replaced = overwrite or in_place
+    with save.writing(path, replaced):
+        write_metadata(source, path, texts, new=not replaced)
     return (source if in_place and not source.is_symlink() else path), texts
 
 

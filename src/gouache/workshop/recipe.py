@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gouache.errors import FileError, printable
-from gouache.files.write import write_atomic
+from gouache.files.write import write_atomic, write_new
 from gouache.outside import MalformedText, parse_toml, read_text
 
 
@@ -50,8 +50,8 @@ class Recipe:
         values["models"] = [{"name": Path(model.path).name, "sha256": model.sha256} for model in self.models]
         return values
 
-    def write(self, path: Path) -> None:
-        """Write the recipe as TOML, completely or not at all."""
+    def write(self, path: Path, *, new: bool = False) -> None:
+        """Write the recipe as TOML, completely or not at all; `new`: FileExistsError if the file exists."""
         values = {name: getattr(self, name) for name in (each.name for each in fields(self))}
         lines = ["# To run this merge again: gouache merge THIS_FILE OUT.safetensors"]
         for name, value in values.items():
@@ -64,7 +64,7 @@ class Recipe:
         for model in self.models:
             lines += ["", "[[models]]", f"path = {json.dumps(model.path, ensure_ascii=False)}"]
             lines += [f'sha256 = "{model.sha256}"'] if model.sha256 else []
-        write_atomic(path, ("\n".join(lines) + "\n").encode())
+        (write_new if new else write_atomic)(path, ("\n".join(lines) + "\n").encode())
 
 
 def read(path: Path) -> Recipe:

@@ -1,7 +1,7 @@
 """Write a derived file as .safetensors, .ckpt or diffusers folder: completely or not at all, and verified.
 
 `compare` reads the written file back and compares it with the intended tensors, one by one, bit by bit. Every file that
-the workshop writes goes through `new_file`, so that a name is never taken from another program without --overwrite, and
+the workshop writes goes through `writing`, so that a name is never taken from another program without --overwrite, and
 through `true_hashes`, so that no metadata states the hash of other weights.
 """
 
@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -119,40 +119,20 @@ def _exists(target: Path) -> RequestError:
 
 
 @contextmanager
-def new_file(target: Path, overwrite: bool) -> Iterator[Path]:
-    """Context manager for the path to write `target` at. Without `overwrite` that is a temporary name, and when the
-    block ends the file gets the name `target` only if no other program has taken that meanwhile.
+def writing(target: Path, overwrite: bool) -> Iterator[None]:
+    """Context manager for writing `target`, with `new=not overwrite`. Raises RequestError if `target` exists.
 
-    Raises RequestError if `target` exists. Errors of the block that name the temporary file name `target` instead.
+    Errors of the block that name an unfinished file name `target` instead.
     """
     check_target(target, overwrite)
-    draft = target if overwrite else temporary_name(target.parent, ".tmp")
     try:
-        yield draft
-        if not overwrite:
-            _claim(draft, target)
-            sync_folder(target.parent)
+        yield
     except FileError as error:
         raise _about(error, target) from error
     except FileExistsError:
         raise _exists(target) from None
     except OSError as error:
         raise FileError(target, f"cannot be written: {error.strerror or error}") from error
-    finally:
-        if not overwrite:
-            with suppress(OSError):
-                draft.unlink()
-
-
-def _claim(draft: Path, target: Path) -> None:
-    """Give the file `draft` the name `target`. Raises FileExistsError if that is taken."""
-    try:
-        os.link(draft, target)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        os.replace(draft, target)
 
 
 def _about(error: FileError, target: Path) -> FileError:
@@ -177,21 +157,22 @@ def write_file(
 
     Raises RequestError if `target` exists, unless `overwrite` is true.
     """
-    with new_file(target, overwrite) as path:
+    new = not overwrite
+    with writing(target, overwrite):
         if form == "ckpt":
-            values, writing = plain_values(file.extra), progress(what, file.nbytes, on_work)
-            return stream_torch(path, file.tensors, file.read, values, on_bytes=writing, check=check)
+            values, on_bytes = plain_values(file.extra), progress(what, file.nbytes, on_work)
+            return stream_torch(target, file.tensors, file.read, values, on_bytes=on_bytes, check=check, new=new)
         metadata = true_hashes(file, on_work)
-        writing = progress(what, file.nbytes, on_work)
-        return stream_safetensors(path, file.tensors, file.read, metadata, on_bytes=writing, check=check)
+        on_bytes = progress(what, file.nbytes, on_work)
+        return stream_safetensors(target, file.tensors, file.read, metadata, on_bytes=on_bytes, check=check, new=new)
 
 
 def write_tensors(
     target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, overwrite: bool = False
 ) -> None:
     """Write tensors in memory as a .safetensors file, without the hashes that `metadata` may state of other tensors."""
-    with new_file(target, overwrite) as path:
-        write_safetensors(path, tensors, without_hashes(metadata))
+    with writing(target, overwrite):
+        write_safetensors(target, tensors, without_hashes(metadata), new=not overwrite)
 
 
 def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
