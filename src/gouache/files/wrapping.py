@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from gouache.files.record import ModelFile
+from gouache.files.record import ModelFile, Reader
 
 # `model.` alone is also the first word of the original names of a U-Net.
 _AROUND_ALL = re.compile(r"(?:module|state_dict|model_state_dict|ema_state_dict|model|net|network|params|weights|\d)\.")
@@ -41,6 +41,6 @@ def unwrapped(file: ModelFile) -> ModelFile:
     return replace(
         file,
         tensors={plain: file.tensors[name] for plain, name in stored.items()},
-        read=lambda name: file.read(stored[name]),
+        read=Reader(lambda name: file.read(stored[name]), lambda name: file.tensor(stored[name])),
         notes=(*file.notes, note),
     )
