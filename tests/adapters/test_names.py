@@ -19,7 +19,7 @@ from tests.adapters.loras import delta, factors
 from tests.pipelines import Narrow
 
 Rename = Callable[[str, str, str], str]
-"""(component, the module's path under the original or Transformers' names, its path in diffusers) -> name in the file."""
+"""(component, the path of a module under our names, its path in diffusers) -> its name in the file."""
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def test_set_weight_replaces_the_weight(how: str, models: Callable[[str], Model]
 
 @pytest.mark.parametrize("how", ["folded", "live"])
 def test_a_first_convolution_of_four_channels_changes_the_first_four_of_nine(
-    how: str, models: Callable[[str], Model], narrow: Callable[[str], Narrow]
-, tmp_path: Path):
+    how: str, models: Callable[[str], Model], narrow: Callable[[str], Narrow], tmp_path: Path
+):
     model = gouache.load(narrow("sd1-inpainting").file, device="cpu", dtype="fp32")
     first = model.unet.input_blocks[0][0]
     assert first.weight.shape[1] == 9

@@ -20,8 +20,16 @@ def test_every_name_of_a_unet_is_restored(family):
         assert weight_name(average) == f"model.diffusion_model.{name}"
 
 
-@pytest.mark.parametrize("name", ["model_ema.decay", "model_ema.num_updates", "model_ema.diffusion_modelother0weight",
-                                  "model_ema.diffusion_modelinput_blocks", "model_ema.encoderconv_inweight"])  # fmt: skip
+OTHERS = [
+    "model_ema.decay",
+    "model_ema.num_updates",
+    "model_ema.diffusion_modelother0weight",
+    "model_ema.diffusion_modelinput_blocks",
+    "model_ema.encoderconv_inweight",
+]
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_names_are_not_changed(name: str):
     assert weight_name(name) is None
 

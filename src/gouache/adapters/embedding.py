@@ -39,7 +39,7 @@ def _vectors(file: ModelFile, names: Mapping[str, str]) -> dict[str, Tensor]:
     where = printable(str(file.path))
     found = {SDXL_VECTORS[name]: names[name] for name in SDXL_VECTORS if name in names}
     if not found:
-        entries = embedding_entries(name for name in names if file.tensors[names[name]].elements > 1)
+        entries = embedding_entries(name for name in names if file.tensors[names[name]].shape not in ((), (1,)))
         if len(entries) != 1:
             listed = ", ".join(printable(name.removeprefix("string_to_param."), 40) for name in entries[:5])
             raise ModelError(

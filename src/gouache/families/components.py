@@ -17,7 +17,15 @@ from gouache.errors import ModelError, printable
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family, Spec
 from gouache.families.found import Component, Fact
-from gouache.families.shapes import check_heads_divide, distilled, text_config, text_spec, unet_heads, unet_spec, vae_spec
+from gouache.families.shapes import (
+    check_heads_divide,
+    distilled,
+    text_config,
+    text_spec,
+    unet_heads,
+    unet_spec,
+    vae_spec,
+)
 from gouache.files.record import ModelFile
 from gouache.layouts.diffusers import HYBRID_VAE, unet_rules, unet_topology, vae_rules, vae_topology
 from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules

@@ -173,5 +173,11 @@ def _join_components(
 
     files = [folder / "model_index.json", *(path for file in components.values() for path in file.files)]
     return ModelFile(
-        path=folder, format="diffusers folder", tensors=tensors, read=Reader(read, mapped), extra=extra, notes=notes, files=tuple(files)
+        path=folder,
+        format="diffusers folder",
+        tensors=tensors,
+        read=Reader(read, mapped),
+        extra=extra,
+        notes=notes,
+        files=tuple(files),
     )

@@ -52,7 +52,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """How tensors are read by name: a call reads one into memory of its own, `mapped` gives a view of the file if it can.
+    """How tensors are read by name: a call copies one into memory, `mapped` gives a view of the file where it can.
 
     A view costs no memory, and ends the process if the file becomes shorter while it is used.
     """

@@ -132,7 +132,11 @@ class FileBytes:
 def _read_at(descriptor: int, buffer: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(descriptor, [buffer], offset)
-    data = os.pread(descriptor, len(buffer), offset) if hasattr(os, "pread") else _seek_and_read(descriptor, buffer, offset)
+    data = (
+        os.pread(descriptor, len(buffer), offset)
+        if hasattr(os, "pread")
+        else _seek_and_read(descriptor, buffer, offset)
+    )
     buffer[: len(data)] = data
     return len(data)
 
