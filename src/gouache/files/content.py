@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from gouache.errors import DamagedFile, FileError, NotAModel, printable
 from gouache.files.source import Source, size_text
-from gouache.outside import MalformedText, parse_json
+from gouache.outside import parse_json
 
 Kind = Literal["safetensors", "pickle", "shard index", "unknown"]
 
@@ -136,8 +136,9 @@ def json_document(source: Source) -> Any:
     if source.size > MAX_JSON:
         raise NotAModel(source.path, f"is a text file of {size_text(source.size)}, not a model or its configuration")
     try:
-        return parse_json(source.data[:])
-    except MalformedText:
+        # Decoded here: Python imports the codec for a byte order mark when it is first used.
+        return parse_json(source.data[:].removeprefix(b"\xef\xbb\xbf").decode())
+    except ValueError:  # MalformedText, or bytes that are not UTF-8
         raise NotAModel(source.path, "is text but not valid JSON: neither a model nor its configuration") from None
 
 
