@@ -23,8 +23,9 @@ _MOST = 8  # wrappers around wrappers
 
 def unwrapped(file: ModelFile) -> ModelFile:
     """`file` with the names that its model has without wrappers; `file` itself if there are none."""
-    names = {name: _COMPILED.sub("", name) for name in file}
-    removed = ["_orig_mod."] if any(name != plain for name, plain in names.items()) else []
+    compiled = any("_orig_mod." in name for name in file)
+    names = {name: _COMPILED.sub("", name) if compiled else name for name in file}
+    removed = ["_orig_mod."] if compiled and any(name != plain for name, plain in names.items()) else []
     for _ in range(_MOST):
         first = next(iter(names.values()), "")
         match = _AROUND_ALL.match(first)

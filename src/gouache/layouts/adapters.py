@@ -137,9 +137,10 @@ def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
         if not suffix and name.endswith(".weight") and name.removesuffix(".weight") in ia3:
             suffix = ".weight"
         stem = name.removesuffix(suffix)
-        if not suffix and (match := _WITH_ADAPTER_NAME.fullmatch(name)) is not None:
+        named = not suffix and _PEFT_PART.search(name) is not None
+        if named and (match := _WITH_ADAPTER_NAME.fullmatch(name)) is not None:
             stem, suffix = match[1], f".{match[2]}.{match[3]}"
-        elif not suffix and (match := _WITH_ADAPTER_NAME_LAST.fullmatch(name)) is not None:
+        elif named and (match := _WITH_ADAPTER_NAME_LAST.fullmatch(name)) is not None:
             stem, suffix = match[1], f".{match[2]}"
         if suffix:
             # PEFT puts base_model.model before the module names of the wrapped model, which may be one component.
@@ -150,6 +151,7 @@ def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 # PEFT's names with the name of the adapter in them, which PEFT usually removes: ...to_q.lora_A.default.weight. The
 # adapter's name may be any text.
+_PEFT_PART = re.compile(r"\.(?:lora_|hada_|lokr_|ia3_|oft_|boft_)")  # first: it is quick, and most names have none
 _WITH_ADAPTER_NAME = re.compile(r"(.+?)\.(lora_[AB]|lora_magnitude_vector|oft_R)\.(?:.+)\.(weight|bias)")
 _WITH_ADAPTER_NAME_LAST = re.compile(
     r"(.+?)\.(lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|ia3_l|boft_[Rs])\.(?:.+)"
