@@ -238,3 +238,26 @@ def test_patterns_take_bounded_time(pattern: str, models: Callable[[str], Model]
     models("sd1").attach(tmp_path / "x.safetensors").detach()
 
     assert time.monotonic() - start < 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+def test_detach_closes_the_file_without_waiting_for_the_garbage_collector(
+    models: Callable[[str], Model], tmp_path: Path
+):
+    import gc
+
+    save_file({f"{STEM}.lora_A.weight": torch.ones(1, 32), f"{STEM}.lora_B.weight": torch.ones(32, 1)},
+              tmp_path / "x.safetensors")  # fmt: skip
+    model = models("sd1")
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for how in ("folded", "live"):
+            for _ in range(3):
+                model.attach(tmp_path / "x.safetensors", how=how).detach()
+        after = len(list(Path("/proc/self/fd").iterdir()))
+    finally:
+        gc.enable()
+
+    assert after == before
