@@ -597,12 +597,12 @@ def _special_files(folder: Path) -> list[Case]:
             ("special-endless.ckpt", "/dev/zero", NOT_A_MODEL, "a device"),
             ("special-terminal.ckpt", "/dev/tty", FILE, ""),
             ("special-null.safetensors", "/dev/null", NOT_A_MODEL, "a device"),
-            ("special-dangling.ckpt", "nowhere", FILE, "no such file"),
-            ("special-loop.ckpt", "special-loop.ckpt", FILE, "cannot be opened"),
+            ("special-dangling.ckpt", "nowhere", FILE, "does not exist"),
+            ("special-loop.ckpt", "special-loop.ckpt", FILE, "cannot be read"),
         ]:
             (folder / link).symlink_to(target)
             cases.append(Case(link, verdict, message))
     (folder / "special-folder.ckpt").mkdir()
     cases.append(Case("special-folder.ckpt", NOT_A_MODEL, "a folder without a model"))
-    cases.append(Case("special-absent.ckpt", FILE, "no such file"))
+    cases.append(Case("special-absent.ckpt", FILE, "does not exist"))
     return cases

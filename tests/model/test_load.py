@@ -237,6 +237,9 @@ ODD: dict[str, Callable[[dict[str, Tensor]], None]] = {
     "compiled": _named(lambda name: f"_orig_mod.{name}"),
     "compiled inside": _named(lambda name: name.replace("diffusion_model.", "diffusion_model._orig_mod.")),
     "wrapped twice": _named(lambda name: f"state_dict.module.{name}"),
+    "averages only": _named(
+        lambda name: "model_ema." + name[6:].replace(".", "") if name.startswith("model.diffusion_model.") else name
+    ),
 }
 
 

@@ -17,7 +17,15 @@ from gouache.errors import ModelError, printable
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family, Spec
 from gouache.families.found import Component, Fact
-from gouache.families.shapes import check_heads_divide, text_config, text_spec, unet_heads, unet_spec, vae_spec
+from gouache.families.shapes import (
+    check_heads_divide,
+    distilled,
+    text_config,
+    text_spec,
+    unet_heads,
+    unet_spec,
+    vae_spec,
+)
 from gouache.files.record import ModelFile
 from gouache.layouts.diffusers import HYBRID_VAE, unet_rules, unet_topology, vae_rules, vae_topology
 from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules
@@ -44,7 +52,7 @@ _OPENCLIP_FORGE = re.compile(r"text_encoders\.clip_[gh]\.(?:model\.)?(?=transfor
 
 def prefix_of(name: str) -> str:
     """The prefix of the component that the tensor `name` belongs to; "" if it has none."""
-    if (match := _OPENCLIP_FORGE.match(name)) is not None:
+    if name.startswith("text_encoders.") and (match := _OPENCLIP_FORGE.match(name)) is not None:
         return match[0]
     return next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
 
@@ -200,13 +208,21 @@ def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[R
     return "original", (*HYBRID_VAE, *_SAME) if component == "vae" and not video else _SAME
 
 
+_DISTILLED = "this is a distilled U-Net, which is not supported yet: "
+
+
 def _measure(candidate: Candidate, shapes: Mapping[str, Shape]) -> Candidate:
     """`candidate` with the spec read from `shapes` (by the network's names), and with what is missing or unexpected.
 
     Raises ModelError if the shapes do not determine a spec.
     """
     if candidate.name == "unet":
-        spec = unet_spec(shapes)
+        try:
+            spec = unet_spec(shapes)
+        except ModelError:
+            if lacks := distilled(shapes):
+                raise ModelError(_DISTILLED + lacks) from None
+            raise
         expected = unet_shapes(spec)
     elif candidate.name.startswith("text_encoder"):
         spec = text_spec(shapes, "gelu" if candidate.layout == "openclip" else "quick_gelu")
@@ -217,12 +233,15 @@ def _measure(candidate: Candidate, shapes: Mapping[str, Shape]) -> Candidate:
     unexpected = sorted(set(shapes) - set(expected))
     sources = {source for name in unexpected for source in candidate.plan.origins[name].sources}
     origins = {name: candidate.plan.origins[name] for name in expected if name in shapes}
+    problem = _problem(shapes, expected, unexpected)
+    if problem and candidate.name == "unet" and (lacks := distilled(shapes)):
+        problem = _DISTILLED + lacks
     return replace(
         candidate,
         spec=spec,
         plan=replace(candidate.plan, origins=origins),
         unexpected=(*candidate.unexpected, *sorted(sources)),
-        problem=_problem(shapes, expected, unexpected),
+        problem=problem,
     )
 
 

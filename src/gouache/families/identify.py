@@ -11,6 +11,7 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from gouache.errors import RequestError, printable
+from gouache.families.averages import as_weights, averages_only, with_averages
 from gouache.families.catalog import family_named
 from gouache.families.components import Candidate, config, finish, prefix_of, read_components
 from gouache.families.family import COMMON_LEFTOVERS, Family
@@ -46,7 +47,9 @@ def identify(file: ModelFile, *, prediction: str | None = None, family: str | No
     if (other := other_kind(shapes)) is not None:
         width = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), 0)
         return _simple_found(file, other, None, _by_width(file, width, _context_width(width), override))
-    return _model(file, prediction, override)
+    if not (averages := averages_only(file)):
+        return _model(file, prediction, override)
+    return with_averages(_model(as_weights(file), prediction, override), averages)
 
 
 def _model(file: ModelFile, prediction_override: str | None, override: Fact[Family | None] | None) -> Found:

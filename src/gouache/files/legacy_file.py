@@ -38,7 +38,7 @@ class Unpickled:
 
 def read_legacy(source: Source) -> Unpickled:
     """A torch legacy file, or a plain pickle."""
-    path, data, size = source.path, source.data, source.size
+    path, data, size = source.path, source.mapped, source.size
     first = interpret(path, data, 0, size, ALLOW_LIST)
     if type(first.value) is not int or first.value != MAGIC:
         if first.end != size:
@@ -95,7 +95,7 @@ def _no_storage(source: Source) -> Storage:
 
 def read_tar(source: Source) -> Unpickled:
     """A file in torch's tar format."""
-    path, data = source.path, source.data
+    path, data = source.path, source.mapped
     members = _tar_members(source)
     missing = {"storages", "tensors", "pickle"} - members.keys()
     if 0 < len(missing) < 3:
@@ -162,7 +162,7 @@ def read_tar(source: Source) -> Unpickled:
 
 def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
     """name -> (first byte, byte after the last) of each regular file of a tar archive in POSIX form."""
-    path, data = source.path, source.data
+    path, data = source.path, source.mapped
     members: dict[str, tuple[int, int]] = {}
     at = 0
     while data[at : at + 1] not in (b"", b"\0") and len(members) < 100:
@@ -186,7 +186,7 @@ def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
 
 
 def _count(source: Source, at: int, end: int) -> tuple[int, int]:
-    parsed = interpret(source.path, source.data, at, end, ALLOW_LIST, HEAD_BUDGET)
+    parsed = interpret(source.path, source.mapped, at, end, ALLOW_LIST, HEAD_BUDGET)
     if type(parsed.value) is not int or not 0 <= parsed.value <= MAX_RECORDS:
         raise DamagedFile(source.path, "does not state how many tensors it holds")
     return parsed.value, parsed.end

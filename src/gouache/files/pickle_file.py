@@ -10,6 +10,7 @@ only these become tensors; optimizer states and the like go to `extra`, describe
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from gouache.files.pickle_allow_list import ALLOW_LIST, build_tree
 from gouache.files.pickle_machine import MAX_BYTES
 from gouache.files.pickle_reader import interpret
 from gouache.files.pickle_tree import Record
-from gouache.files.record import ModelFile
+from gouache.files.record import ModelFile, Reader
 from gouache.files.source import Source, size_text, tensor_from
 from gouache.files.stored import Storage, StoredTensor, storage_id
 from gouache.files.zip_file import Entry, is_torch_script, read_zip, torch_script_error
@@ -42,17 +43,18 @@ def read_pickle(source: Source) -> ModelFile:
     if not stored:
         raise NotAModel(source.path, f"holds no tensors, so it is not a model (its pickle holds {_kind(found.value)})")
 
-    def read(name: str) -> Any:
+    def read(name: str, mapped: bool = False) -> Any:
         tensor = stored[name]
         if tensor.inline is not None:
             return tensor_from(bytearray(tensor.inline), tensor.offset, tensor.info, tensor.stride, tensor.swap)
-        return source.tensor(tensor.offset, tensor.info, tensor.stride, tensor.swap)
+        from_file = source.map_tensor if mapped else source.read_tensor
+        return from_file(tensor.offset, tensor.info, tensor.stride, tensor.swap)
 
     return ModelFile(
         path=source.path,
         format=found.format,
         tensors={name: tensor.info for name, tensor in stored.items()},
-        read=read,
+        read=Reader(read, partial(read, mapped=True)),
         extra=extra,
         notes=found.notes,
         files=(source.path,),
@@ -86,7 +88,7 @@ def _read_zip_form(source: Source) -> Unpickled:
     end = pickle.offset + pickle.size
     if not unchecked and zlib.crc32(source.data[pickle.offset : end]) != pickle.crc:
         raise DamagedFile(path, "the checksum of its data.pkl is wrong: fetch it again")
-    parsed = interpret(path, source.data, pickle.offset, end, ALLOW_LIST)
+    parsed = interpret(path, source.mapped, pickle.offset, end, ALLOW_LIST)
     if parsed.end != end:
         raise DamagedFile(path, f"its data.pkl has {end - parsed.end} bytes after the end of the pickle")
 

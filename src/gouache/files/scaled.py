@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gouache.errors import DamagedFile, printable
-from gouache.files.record import ModelFile, TensorInfo
+from gouache.files.record import ModelFile, Reader, TensorInfo
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +52,11 @@ def with_scales(file: ModelFile) -> ModelFile:
         stored = file.read(name)
         return _product(stored, file.read(scales[name])) if name in scales else stored
 
+    def mapped(name: str) -> torch.Tensor:
+        return read(name) if name in scales else file.tensor(name)
+
     note = f"scaled fp8: {len(scales)} of its weights are multiplied by their scales, which gives float32"
-    return replace(file, tensors=tensors, read=read, notes=(*file.notes, note))
+    return replace(file, tensors=tensors, read=Reader(read, mapped), notes=(*file.notes, note))
 
 
 def _scale_names(name: str) -> Iterator[str]:

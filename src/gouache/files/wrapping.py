@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from gouache.files.record import ModelFile
+from gouache.files.record import ModelFile, Reader
 
 # `model.` alone is also the first word of the original names of a U-Net.
 _AROUND_ALL = re.compile(r"(?:module|state_dict|model_state_dict|ema_state_dict|model|net|network|params|weights|\d)\.")
@@ -23,8 +23,9 @@ _MOST = 8  # wrappers around wrappers
 
 def unwrapped(file: ModelFile) -> ModelFile:
     """`file` with the names that its model has without wrappers; `file` itself if there are none."""
-    names = {name: _COMPILED.sub("", name) for name in file}
-    removed = ["_orig_mod."] if any(name != plain for name, plain in names.items()) else []
+    compiled = any("_orig_mod." in name for name in file)
+    names = {name: _COMPILED.sub("", name) if compiled else name for name in file}
+    removed = ["_orig_mod."] if compiled and any(name != plain for name, plain in names.items()) else []
     for _ in range(_MOST):
         first = next(iter(names.values()), "")
         match = _AROUND_ALL.match(first)
@@ -41,6 +42,6 @@ def unwrapped(file: ModelFile) -> ModelFile:
     return replace(
         file,
         tensors={plain: file.tensors[name] for plain, name in stored.items()},
-        read=lambda name: file.read(stored[name]),
+        read=Reader(lambda name: file.read(stored[name]), lambda name: file.tensor(stored[name])),
         notes=(*file.notes, note),
     )

@@ -86,7 +86,7 @@ def read_zip(source: Source) -> dict[str, Entry]:
 
 def _directory(source: Source) -> tuple[int, int, int]:
     """(start, end, number of records) of the central directory, from the end record."""
-    path, data, size = source.path, source.data, source.size
+    path, data, size = source.path, source.mapped, source.size
     at = size - _END.size
     if at < 0 or data[at : at + 4] != b"PK\x05\x06":
         if 0 <= data.rfind(b"PK\x05\x06", max(0, at - 0xFFFF)) < at:
@@ -165,7 +165,7 @@ def _zip64_values(path: Path, extra: bytes, values: list[int]) -> list[int]:
 
 def _extent(source: Source, record: _Record, limit: int) -> tuple[int, int]:
     """(first byte of the entry's content, end of the entry), after checking that its local header agrees."""
-    path, data, at = source.path, source.data, record.header
+    path, data, at = source.path, source.mapped, record.header
 
     def wrong(fault: str) -> UnsafeFile:
         return UnsafeFile(path, f"zip entry {printable(record.name)!r} {fault}")
