@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
 from gouache.files.open import open_model
-from gouache.files.record import ModelFile, TensorInfo
+from gouache.files.record import ModelFile
 from gouache.workshop import derive, layout, save
 from gouache.workshop.modelspec import describe
 from gouache.workshop.progress import OnWork, progress
@@ -61,10 +61,10 @@ def prune(
     Raises RequestError for invalid settings, ModelError for a file that is not a checkpoint.
     """
     if keep is not None and keep not in get_args(Keep):
-        raise RequestError("keep", f"{keep!r} is not known; use ema, last or both")
+        raise RequestError("keep", f"{printable(keep, 40)!r} is not known; use ema, last or both")
     for part in drop:
         if part not in _DROPPABLE:
-            raise RequestError("drop", f"{part!r} is not known; use {' or '.join(_DROPPABLE)}")
+            raise RequestError("drop", f"{printable(part, 40)!r} is not known; use {' or '.join(_DROPPABLE)}")
     form = save.single_form_of(target)
     save.check_target(target, overwrite)
     file, found = layout.opened(source)
@@ -116,7 +116,7 @@ def _pruned(
         count, nbytes = dropped.get(reason, (0, 0))
         dropped[reason] = (count + 1, nbytes + file.tensors[name].nbytes)
     if states := [value for key, value in file.extra.items() if key not in ("global_step", "epoch")]:
-        tensors = [info for value in states for info in _tensors_in(value)]
+        tensors = [info for value in states for info in layout.tensors_in(value)]
         if tensors:
             dropped["training state: optimizers, schedules"] = (
                 len(tensors), sum(info.nbytes for info in tensors)
@@ -132,20 +132,6 @@ def _averages_by_weight(found: Found) -> dict[str, str]:
 
 def _sources(found: Found, component: str) -> set[str]:
     return {source for origin in found.components[component].origins.values() for source in origin.sources}
-
-
-def _tensors_in(value: object) -> list[TensorInfo]:
-    """Every tensor that an unpickled value describes."""
-    stack, found = [value], list[TensorInfo]()
-    while stack:
-        top = stack.pop()
-        if isinstance(top, TensorInfo):
-            found.append(top)
-        elif isinstance(top, dict):
-            stack += list(top.values())
-        elif isinstance(top, list | tuple):
-            stack += list(top)
-    return found
 
 
 def _description(keep: str, found: Found) -> str:
