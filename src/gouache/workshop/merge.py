@@ -337,7 +337,7 @@ def _assembled(
         for origin in part.origins.values()
         for source in origin.sources
     }
-    averages = {name for name in first.file if name.startswith("model_ema.")}
+    averages = {name for name in first.file if name.startswith(layout.AVERAGES) and name not in used}
     rest = [name for name in first.file if name not in used and name not in averages]
     base = replace(derive.keep(first.file, rest), extra=save.plain_values(first.file.extra))
     result = derive.join(base, *parts)

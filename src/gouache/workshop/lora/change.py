@@ -132,14 +132,14 @@ def _delta(patch: Patch, path: Path, stem: str) -> Tensor:
     """The difference that a patch adds to its weight, computed without that weight."""
     if {"dora_scale", "dora_rows"} & set(patch.parts):
         raise ModelError(
-            f"{save.shown(path)}: {printable(stem)} is a DoRA, whose difference depends on the model's weights; bake it into a "
-            "model instead"
+            f"{save.shown(path)}: {printable(stem)} is a DoRA, whose difference depends on the model's weights; "
+            "bake it into a model instead"
         )
     delta = patch.delta()
     if delta is None and patch.form is not None:
         raise ModelError(
-            f"{save.shown(path)}: {printable(stem)} is {patch.form}, whose difference depends on the model's weights; bake it into "
-            "a model instead"
+            f"{save.shown(path)}: {printable(stem)} is {patch.form}, whose difference depends on the model's "
+            "weights; bake it into a model instead"
         )
     if delta is None:
         raise ModelError(f"{save.shown(path)}: {printable(stem)} changes a bias, which a LoRA cannot do")
@@ -175,7 +175,8 @@ def rename(
         pair = adapter.patch(module).factors
         if pair is None or not tensors.keys() <= {"lora_up.weight", "lora_down.weight", "alpha"}:
             raise ModelError(
-                f"{save.shown(source)}: {'.'.join(module)} is not a plain LoRA, the only form that kohya and PEFT have in common"
+                f"{save.shown(source)}: {'.'.join(module)} is not a plain LoRA, the only form that kohya and PEFT have "
+                "in common"
             )
         parts[module] = pair
     return write(
