@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gouache.errors import TrainingError
+from gouache.errors import TrainingError, printable
 from gouache.files.write import write_safetensors
 from gouache.training import state as checkpoint
 from gouache.training.interrupt import stop_signals
@@ -169,7 +169,11 @@ def _print_note(line: str) -> None:
 def _not_finite(step: int, losses: Mapping[str, Tensor], saved: int, folder: Path) -> str:
     values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
     problem = f"step {step + 1}: a loss or gradient is not finite ({values})"
-    kept = f"the checkpoint of step {saved} in {folder} is good" if saved else "no checkpoint was saved yet"
+    kept = (
+        f"the checkpoint of step {saved} in {printable(str(folder))} is good"
+        if saved
+        else "no checkpoint was saved yet"
+    )
     return f"{problem}; {kept}; train in a new folder with a lower learning rate"
 
 

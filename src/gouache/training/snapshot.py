@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gouache.errors import TrainingError
+from gouache.errors import TrainingError, printable
 from gouache.training import optimizers
 from gouache.training.changes import Change, as_json, compare, field_defaults, refused
 from gouache.training.ema import Ema
@@ -175,7 +175,8 @@ def _changeable(run: Run) -> frozenset[str]:
 
 def _refuse(changes: Sequence[Change], folder: Path) -> None:
     if changes:
-        raise TrainingError(f"{folder}: was trained with {', '.join(each.text for each in changes)}; {_ADVICE}")
+        shown = printable(str(folder))
+        raise TrainingError(f"{shown}: was trained with {', '.join(each.text for each in changes)}; {_ADVICE}")
 
 
 def _check_tensors(
@@ -192,7 +193,8 @@ def _check_tensors(
     _check_shapes(run.ema.weights if run.ema is not None else {}, averages, "averages", folder)
     owners = {name.rpartition(".")[0] for name in moments} | set(state.values.get("optimizer", {}).get("values", {}))
     if unknown := sorted(owners - set(run.parameters)):
-        raise TrainingError(f"{folder}: {unknown[0]} was trained there and is not trained now; {_ADVICE}")
+        shown, name = printable(str(folder)), printable(unknown[0])
+        raise TrainingError(f"{shown}: {name} was trained there and is not trained now; {_ADVICE}")
     if old:  # in format 1 the order of the parameters might be another one
         moments_now = {path: live[path.rpartition(".")[0]] for path in moments if not path.endswith(".step")}
         _check_shapes(moments_now, {path: moments[path] for path in moments_now}, "moments", folder)
@@ -206,7 +208,8 @@ def _check_shapes(now: Mapping[str, Tensor], stored: Mapping[str, Tensor], what:
         if here.get(name) != there.get(name):
             found, expected = (str(shapes.get(name, "absent")) for shapes in (there, here))
             raise TrainingError(
-                f"{folder}: the {what} do not fit: {name} is {found} in the checkpoint, {expected} now; {_ADVICE}"
+                f"{printable(str(folder))}: the {what} do not fit: {printable(name)} is {found} in the checkpoint, "
+                f"{expected} now; {_ADVICE}"
             )
 
 

@@ -52,7 +52,7 @@ def _for_model(file: ModelFile, found: Found) -> Iterator[str]:
     if ema.startswith("both"):
         yield "for painting, its EMA weights are better: `gouache prune` writes a file of them, smaller by a U-Net"
         yield "for fine-tuning, keep the file as it is: it holds the trained and the EMA weights"
-    elif ema == "counters":
+    elif ema in ("counters", "only"):
         yield "for painting, use it as it is: its weights are EMA weights; for fine-tuning, a file with both is better"
     if file.format.startswith(("torch", "pickle")):
         yield "as .safetensors it loads faster and in more programs: `gouache convert`"
@@ -81,7 +81,7 @@ def _described(file: ModelFile, found: Found) -> str:
 
 
 def _rank_for_painting(found: Found) -> int:
-    return {"counters": 0, "none": 1}.get(found.ema.value if found.ema is not None else "none", 2)
+    return {"counters": 0, "only": 0, "none": 1}.get(found.ema.value if found.ema is not None else "none", 2)
 
 
 def _rank_for_training(found: Found) -> int:
@@ -93,4 +93,4 @@ def _weights_held(found: Found) -> str:
     ema = found.ema.value if found.ema is not None else "none"
     if ema.startswith("both"):
         return "trained and EMA weights"
-    return "EMA weights" if ema == "counters" else "weights without EMA"
+    return "EMA weights" if ema in ("counters", "only") else "weights without EMA"

@@ -129,7 +129,10 @@ def _to_folder(file: ModelFile, found: Found, target: Path, on_work: OnWork | No
         save.compare(written, folder.file, progress("checking", folder.file.nbytes, on_work))
         if folder.file is not file:
             back = layout.single_file(written, _identify_like(found, written), layout.leftovers_of(path))
-            save.compare(back, file)
+            if dict(back.tensors) == dict(file.tensors):
+                save.compare(back, file)
+            else:
+                _compare_parts(back, file, found)
 
     total = folder.file.nbytes + folder.leftovers.nbytes
     tokenizers = family.text.encoders if family is not None and family.text is not None else ()
@@ -138,6 +141,20 @@ def _to_folder(file: ModelFile, found: Found, target: Path, on_work: OnWork | No
     reasons = layout.reasons(found)
     kept = Counter(reasons.get(name, unnamed) for name in folder.leftovers)
     return Converted(len(folder.file), folder.file.nbytes, "diffusers", kept, {})
+
+
+def _compare_parts(back: ModelFile, file: ModelFile, found: Found) -> None:
+    """`save.compare` where the way back gives usual names and shapes and `file` has others, as hybrid ones of a VAE."""
+    parts = _identify_like(found, back)
+    for name, part in found.components.items():
+        save.compare(derive.arrange(back, parts.component(name).origins), derive.arrange(file, part.origins))
+    made, sources = (
+        {source for part in each.components.values() for source in _sources(part)} for each in (parts, found)
+    )
+    save.compare(
+        derive.keep(back, (name for name in back if name not in made)),
+        derive.keep(file, (name for name in file if name not in sources)),
+    )
 
 
 def _component(

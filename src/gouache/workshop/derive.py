@@ -53,7 +53,9 @@ def join(file: ModelFile, *others: ModelFile) -> ModelFile:
     for each in (file, *others):
         for name in each:
             if name in owners:
-                raise ModelError(f"{printable(name)} is in both {printable(str(owners[name].path))} and {each.path}")
+                raise ModelError(
+                    f"{printable(name)} is in both {printable(str(owners[name].path))} and {printable(str(each.path))}"
+                )
             owners[name] = each
     return replace(
         file,
@@ -84,7 +86,7 @@ def cast(file: ModelFile, dtype: str | None, exempt: Container[str] = ()) -> Mod
     if dtype is None:
         return file
     if dtype not in DTYPES:
-        raise RequestError("dtype", f"{dtype!r} is not known; use {', '.join(DTYPES)}")
+        raise RequestError("dtype", f"{printable(dtype, 40)!r} is not known; use {', '.join(DTYPES)}")
     wanted = DTYPES[dtype]
 
     def info_of(name: str, info: TensorInfo) -> TensorInfo:

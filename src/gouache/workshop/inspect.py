@@ -101,7 +101,7 @@ def report(
     """
     if (training := _training_folder(path)) is not None:
         return training
-    file = layout.open_weights(path)
+    file = layout.open_for_report(path)
     found = identify(file, prediction=prediction, family=family)
     leftovers: dict[str, list[str]] = {}
     for name, reason in layout.reasons(found).items():

@@ -18,7 +18,7 @@ from gouache.families.found import Component, Found
 from gouache.families.identify import identify
 from gouache.families.svd import SVD
 from gouache.files.open import open_model
-from gouache.files.record import ModelFile
+from gouache.files.record import ModelFile, TensorInfo
 from gouache.layouts.diffusers import unet_rules, vae_rules
 from gouache.layouts.rules import Rename, Rule, invert, plan
 from gouache.layouts.text import BARE, OPENCLIP
@@ -64,6 +64,28 @@ def open_weights(path: Path) -> ModelFile:
     if not len(file):
         raise NotAModel(path, "holds no tensors, so it is not a model")
     return file
+
+
+def open_for_report(path: Path) -> ModelFile:
+    """The same for commands that only report: what a training run stores besides weights is enough."""
+    file = open_model(path)
+    if not len(file) and not tensors_in(dict(file.extra)):
+        raise NotAModel(path, "holds no tensors, so it is not a model")
+    return file
+
+
+def tensors_in(value: object) -> list[TensorInfo]:
+    """Every tensor that an unpickled value describes."""
+    stack, found = [value], list[TensorInfo]()
+    while stack:
+        top = stack.pop()
+        if isinstance(top, TensorInfo):
+            found.append(top)
+        elif isinstance(top, dict):
+            stack += list(top.values())
+        elif isinstance(top, list | tuple):
+            stack += list(top)
+    return found
 
 
 def opened(path: Path, *, prediction: str | None = None, family: str | None = None) -> tuple[ModelFile, Found]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gouache.errors import ModelError, RequestError, printable
+from gouache.errors import DamagedFile, ModelError, RequestError, printable
 from gouache.families.family import Family
 from gouache.families.found import Found
 from gouache.files.open import open_model
@@ -74,7 +74,7 @@ def merge(
                 "recipe", f"{save.shown(recipe_file)} is the file of the merged model; choose another name"
             )
     if recipe.method not in METHODS:
-        raise RequestError("method", f"{recipe.method!r} is not known; use one of {', '.join(METHODS)}")
+        raise RequestError("method", f"{printable(recipe.method, 40)!r} is not known; use one of {', '.join(METHODS)}")
     method = METHODS[recipe.method]
     _check_numbers(recipe)
     _check_count(recipe, method)
@@ -93,7 +93,7 @@ def merge(
     def check(path: Path) -> None:
         written = open_model(path)
         if written.tensors != dict(result.tensors):
-            raise ModelError(f"{target}: the written file does not hold the merged tensors; the disk or memory failed")
+            raise DamagedFile(path, "the written file does not hold the merged tensors; the disk or memory failed")
 
     digest = save.write_file(result, target, form, on_work, check, what="merging", overwrite=overwrite)
     if recipe_file is not None:
@@ -337,7 +337,7 @@ def _assembled(
         for origin in part.origins.values()
         for source in origin.sources
     }
-    averages = {name for name in first.file if name.startswith("model_ema.")}
+    averages = {name for name in first.file if name.startswith(layout.AVERAGES) and name not in used}
     rest = [name for name in first.file if name not in used and name not in averages]
     base = replace(derive.keep(first.file, rest), extra=save.plain_values(first.file.extra))
     result = derive.join(base, *parts)

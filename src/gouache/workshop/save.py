@@ -62,7 +62,7 @@ def form_of(target: Path, requested: str | None) -> Form:
             )
         return implied
     if requested not in ("safetensors", "ckpt", "diffusers"):
-        raise RequestError("to", f"{requested!r} is not known; use safetensors, ckpt or diffusers")
+        raise RequestError("to", f"{printable(requested, 40)!r} is not known; use safetensors, ckpt or diffusers")
     if implied != requested:
         name_means = "a folder" if implied == "diffusers" else f"a .{implied} file"
         raise RequestError(

@@ -106,7 +106,7 @@ def _starts_like_a_model(path: Path) -> bool:
 def _scan_file(path: Path) -> Scanned:
     shown = printable(str(path), _LONGEST)
     try:
-        file = layout.open_weights(path)
+        file = layout.open_for_report(path)
     except UnsafeFile as error:
         verdict: Verdict = "hostile" if error.calls else "suspicious"
         intents = tuple(_intent(each) for each in error.calls)

@@ -72,7 +72,9 @@ def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[AdapterFi
                 try:
                     changed = patch.weight(changed, strength) if leaf == "weight" else patch.bias(changed, strength)
                 except ModelError as error:
-                    raise ModelError(f"{adapter.file.path} does not fit {component} {stem}: {error}") from None
+                    raise ModelError(
+                        f"{save.shown(adapter.file.path)} does not fit {component} {stem}: {error}"
+                    ) from None
         return changed.to(tensor.dtype)
 
     return derive.make(part, part.tensors, read)
@@ -88,7 +90,7 @@ def _check_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter
                 leaf: part.tensors[name].shape for leaf in ("weight", "bias") if (name := f"{module[1]}.{leaf}") in part
             }
             if why := adapter.mismatch(module, shapes):
-                raise ModelError(f"{adapter.file.path} does not fit {component} {module[1]}: {why}")
+                raise ModelError(f"{save.shown(adapter.file.path)} does not fit {component} {module[1]}: {why}")
 
 
 def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> AdapterFile:
@@ -98,5 +100,5 @@ def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> 
         lora = identify(file)
         family = lora.family.value
         kind = lora.kind.value + (f", for {family.title}" if family is not None else "")
-        raise ModelError(f"{printable(str(path))} matches no module of {found.path.name} (kind: {kind})")
+        raise ModelError(f"{printable(str(path))} matches no module of {printable(found.path.name)} (kind: {kind})")
     return adapter

@@ -51,9 +51,9 @@ def check_target(target: Path, dtype: str, naming: str, overwrite: bool) -> None
             "out", f"{save.shown(target)} does not end in .safetensors, the only format LoRAs are written in"
         )
     if dtype not in DTYPES:
-        raise RequestError("dtype", f"{dtype!r} is not known; use {', '.join(DTYPES)}")
+        raise RequestError("dtype", f"{printable(dtype, 40)!r} is not known; use {', '.join(DTYPES)}")
     if naming not in NAMINGS:
-        raise RequestError("naming", f"{naming!r} is not known; use {' or '.join(NAMINGS)}")
+        raise RequestError("naming", f"{printable(naming, 40)!r} is not known; use {' or '.join(NAMINGS)}")
     save.check_target(target, overwrite)
 
 
