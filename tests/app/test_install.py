@@ -233,8 +233,10 @@ def test_a_web_page_with_the_name_of_a_model_is_refused(own: Settings, site: Sit
 @pytest.mark.parametrize(
     "name",
     [
-        "con", "CON", "nul.safetensors", "aux", "lpt1", "COM¹", "-rf", "--name", ".hidden", "a\u202eb", "a\x9bb", "a\x7f",
-        "a\x1b[31m", "a\u200bb", "a\u2028b", "a\ud800", "x" * 230, "猫" * 70, "a ", " a", "a.", "..", ".", "a/b", "a\\b",
+        "con", "CON", "nul.safetensors", "aux", "lpt1", "COM¹", "-rf", "--name", ".hidden", "a\u202eb",
+        "a\x9bb", "a\x7f",
+        "a\x1b[31m", "a\u200bb", "a\u2028b", "a\ud800", "x" * 230, "猫" * 70, "a ", " a", "a.", "..", ".", "a/b",
+        "a\\b",
         "a:b", "a?", "",
     ],
 )  # fmt: skip

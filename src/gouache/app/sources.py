@@ -13,7 +13,7 @@ from gouache.adapters.embedding import fits
 from gouache.app import hashes, names
 from gouache.app.search_paths import Candidate, candidates
 from gouache.app.settings import Settings
-from gouache.errors import FileError
+from gouache.errors import FileError, RequestError
 from gouache.files.open import open_model
 from gouache.generate.adapters import Kind, read_spec
 from gouache.layouts.adapters import read_embedding
@@ -130,8 +130,13 @@ class RecordedSource(LibrarySource):
                 return path
         except (FileError, OSError, ValueError):
             pass
-        name = f"{path.stem} [{digest}]" if digest else path.stem
-        return names.resolve(name, self._settings, used["kind"], paths=False)
+        kind = used["kind"]
+        try:
+            if digest:
+                return names.resolve(f"{path.stem} [{digest}]", self._settings, kind, paths=False)
+        except RequestError:
+            pass  # the library's file of that name is another now, which the comparison with the picture reports
+        return names.resolve(path.stem, self._settings, kind, paths=False)
 
 
 def _embeddings_of(every: Iterable[Candidate]) -> Iterable[Candidate]:
