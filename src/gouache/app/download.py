@@ -83,7 +83,7 @@ def download(
 def _resume(url: str, folder: Path, part: Path, token: str, on_work: OnWork | None) -> _Version:
     """Download all missing bytes. Errors of the connection are raised as they are."""
     stored = _stored_version(folder, url)
-    have = part.stat().st_size if stored and part.exists() else 0
+    have = part.stat().st_size if stored and part.is_file() else 0
     if stored is not None and stored.size and have == stored.size:
         return stored
     request = urllib.request.Request(
@@ -102,7 +102,9 @@ def _resume(url: str, folder: Path, part: Path, token: str, on_work: OnWork | No
         _check_content_type(url, response.headers)
         _check_disk_space(folder, version.size - begin)
         write_atomic(folder / "source.json", json.dumps(asdict(version)).encode())
-        with part.open("r+b" if begin else "wb") as file:
+        if not begin:
+            part.unlink(missing_ok=True)  # whatever has that name: a named pipe would block
+        with part.open("r+b" if begin else "xb") as file:
             file.seek(begin)
             done = begin
             while chunk := response.read(_CHUNK):

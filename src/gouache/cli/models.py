@@ -252,9 +252,8 @@ def install(
     if as_json:
         print(json_line({**asdict(done), "path": str(done.path)}))
     else:
-        print(
-            f"{printable(str(done.path))}: {'already installed' if done.already else 'installed'}; {done.kind}, {size_text(done.size)}"
-        )
+        how = "already installed" if done.already else "installed"
+        print(f"{printable(str(done.path))}: {how}; {done.kind}, {size_text(done.size)}")
         print(f"sha256 {done.sha256}; its name is {entry.name!r}")
 
 
