@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Connection, and_, case, delete, func, or_, select, update
+from sqlalchemy import Connection, Table, and_, case, delete, func, or_, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from gouache.app import sidecars
@@ -35,7 +35,7 @@ from gouache.outside import open_outside
 
 OnWork = Callable[[str, int, int], None]
 
-_FILE, _ABOUT = FileRow.__table__, AboutRow.__table__
+_FILE, _ABOUT = cast(Table, FileRow.__table__), cast(Table, AboutRow.__table__)
 _BATCH = 200  # rows written at once: so much is lost if a refresh is stopped
 _INTEGERS = 1 << 63  # SQLite's are smaller
 _MAX_SEARCH = 50_000_000_000  # bytes read at most to find one hash
@@ -348,7 +348,7 @@ def _write(connection: Connection, rows: list[Row], hashed: bool = False) -> Non
     columns = [each.name for each in fields(Row)]
     new = insert(_FILE)
     excluded = new.excluded
-    changed = {_column(name): excluded[_column(name)] for name in columns if name != "path"}
+    changed: dict[str, Any] = {_column(name): excluded[_column(name)] for name in columns if name != "path"}
     if not hashed:
         known = and_(func.typeof(_FILE.c.sha256) == "text", func.length(_FILE.c.sha256) == 64)
         same = and_(_FILE.c.size == excluded.size, _FILE.c.mtime_ns == excluded.mtime_ns, known)

@@ -97,6 +97,7 @@ def remove(
             raise RequestError(
                 "name", f"{printable(name)} is not in the library; `gouache models list` lists its models"
             )
+        deleted = list[str]()
         if delete:
             deleted = _delete(entry)
             library.forget([entry.path])
