@@ -163,6 +163,8 @@ def _check_size(text: str) -> None:
 
 def _check_depth(text: str) -> None:
     """Before it is parsed: what is parsed deeper can still exhaust the stack of whoever walks through it."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return  # the common case, without looking at each character
     depth = 0
     for index, piece in enumerate(_split_strings(text)):
         if index % 2:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import gouache
 from gouache.app.library import Library
 from gouache.app.repaint import repaint
 from gouache.app.settings import Settings
-from gouache.app.sources import LibrarySource
+from gouache.app.sources import LibrarySource, RecordedSource
 from gouache.errors import RequestError
 from tests.adapters.loras import factors, save_kohya
 from tests.pipelines import Narrow
@@ -150,3 +152,38 @@ def test_a_picture_with_adapters_is_reproduced(
     if change == "other":
         assert any("the lora old is another" in cause for cause in again.causes)
     assert json.dumps(picture.recipe)
+
+
+def test_a_recipe_opens_no_file_outside_the_library_unless_it_has_its_hash(own: Settings, folder: Path, tmp_path: Path):
+    outside = tmp_path / "outside.safetensors"
+    save_file({"emb_params": torch.zeros(2, 64)}, outside)
+    digest = hashlib.sha256(outside.read_bytes()).hexdigest()
+
+    def find(path: object, sha256: str) -> Path:
+        source = RecordedSource(own, [{"kind": "lora", "setting": "x:1", "path": path, "sha256": sha256}])
+        return source.find("lora", "x")
+
+    assert find(str(outside), digest) == outside
+    for path, sha256 in (
+        (str(outside), "0" * 64),
+        (str(outside), ""),
+        ("/etc/passwd", ""),
+        ("a" * 5000, "0" * 64),
+        ("\0", ""),
+    ):
+        with pytest.raises(RequestError) as caught:
+            find(path, sha256)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_library_that_cannot_be_opened_does_not_prevent_painting(own: Settings, folder: Path, tmp_path: Path):
+    (tmp_path / "data").write_text("a file where the folder should be")
+
+    assert LibrarySource(own).default_strength(folder / "Lora/faces/old.safetensors") == 1.0
+
+
+def test_embeddings_are_mentioned_by_composed_and_decomposed_names(own: Settings, folder: Path):
+    name = unicodedata.normalize("NFD", "Übermäßig")
+    save_file({"emb_params": torch.zeros(2, 64)}, folder / "embeddings" / f"{name}.safetensors")
+
+    assert list(LibrarySource(own).mentioned([unicodedata.normalize("NFC", "a übermässig cat")], {"text_encoder": 64}))

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import Connection, and_, case, delete, or_, select, update
+from sqlalchemy import Connection, Table, and_, case, delete, func, or_, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from gouache.app import sidecars
@@ -34,7 +35,7 @@ from gouache.outside import open_outside
 
 OnWork = Callable[[str, int, int], None]
 
-_FILE, _ABOUT = FileRow.__table__, AboutRow.__table__
+_FILE, _ABOUT = cast(Table, FileRow.__table__), cast(Table, AboutRow.__table__)
 _BATCH = 200  # rows written at once: so much is lost if a refresh is stopped
 _INTEGERS = 1 << 63  # SQLite's are smaller
 _MAX_SEARCH = 50_000_000_000  # bytes read at most to find one hash
@@ -347,9 +348,10 @@ def _write(connection: Connection, rows: list[Row], hashed: bool = False) -> Non
     columns = [each.name for each in fields(Row)]
     new = insert(_FILE)
     excluded = new.excluded
-    changed = {_column(name): excluded[_column(name)] for name in columns if name != "path"}
+    changed: dict[str, Any] = {_column(name): excluded[_column(name)] for name in columns if name != "path"}
     if not hashed:
-        same = and_(_FILE.c.size == excluded.size, _FILE.c.mtime_ns == excluded.mtime_ns, _FILE.c.sha256 != "")
+        known = and_(func.typeof(_FILE.c.sha256) == "text", func.length(_FILE.c.sha256) == 64)
+        same = and_(_FILE.c.size == excluded.size, _FILE.c.mtime_ns == excluded.mtime_ns, known)
         for name in ("sha256", "autov3"):
             changed[name] = case((same, _FILE.c[name]), else_=excluded[name])
     statement = new.on_conflict_do_update(index_elements=["path"], set_=changed)
@@ -376,6 +378,8 @@ def _row(found: Mapping[Any, Any]) -> Row:
     path = found["path"]
     values = {name: found[_column(name)] for name in _TYPES}
     sound = {name: value for name, value in values.items() if isinstance(value, _TYPES[name])}
+    if not re.fullmatch("[0-9a-f]*", sound.get("sha256", "")):
+        sound["sha256"] = ""
     if not sound.get("names") or not all(isinstance(each, str) for each in sound["names"]):
         sound["names"] = [os.path.basename(os.fsdecode(path))]  # noqa: PTH119
     if len(sound) < len(_TYPES):

@@ -63,11 +63,14 @@ def _existing(name: str) -> Path | None:
     """`name` as a path, if there is something, or may be: a link to nothing, a file in a folder without permission."""
     try:
         path = Path(name).expanduser()
+    except RuntimeError:  # ~user with an unknown user
+        return None
+    try:
         path.lstat()
     except PermissionError:
         return path
-    except (OSError, RuntimeError, ValueError):
-        return None  # too long for a path, ~user with an unknown user
+    except (OSError, ValueError):
+        return None  # there is none, or it is too long for a path
     return path
 
 

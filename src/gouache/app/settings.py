@@ -87,9 +87,10 @@ def _path(text: str, source: str) -> Path:
     """`text` as a path, with ~ expanded. `source` names where it comes from in the message of a RequestError."""
     try:
         path = Path(text).expanduser()
-        path.stat()
     except RuntimeError:
         raise RequestError(source, f"{printable(text)} is in the home folder of an unknown user") from None
+    try:
+        path.stat()
     except ValueError:
         raise RequestError(source, f"{printable(text)} is not a possible path") from None
     except OSError as error:

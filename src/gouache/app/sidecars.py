@@ -90,21 +90,19 @@ def _read(model: Path, names: Container[str] | None) -> Sidecar:
     # By its suffix, not by what it is: the file may not be there any more. A folder "v1.5" has none.
     stem = model.with_suffix("") if model.suffix.lower() in MODEL_SUFFIXES else model
     for suffix, reader in _READERS.items():
-        path = stem.with_name(stem.name + suffix)
-        if names is not None and path.name not in names:
+        name = stem.name + suffix
+        if names is not None and name not in names:
             continue
-        found = {key: value for key, value in reader(path) if value not in ("", (), None)}
+        found = {key: value for key, value in reader(stem.with_name(name)) if value not in ("", (), None)}
         if found:
-            files.append(path.name)
+            files.append(name)
             values.update(found)
-    for name, suffixes in (("preview", PREVIEWS), ("config", (".yaml",))):
-        paths = (stem.with_name(stem.name + suffix) for suffix in suffixes)
-        here = (
-            path for path in paths if path != model and (path.name in names if names is not None else path.is_file())
-        )
-        if (path := next(here, None)) is not None:
-            values[name] = str(path)
-            files.append(path.name)
+    for field, suffixes in (("preview", PREVIEWS), ("config", (".yaml",))):
+        for name in (stem.name + suffix for suffix in suffixes):
+            if name != model.name and (name in names if names is not None else _exists(stem.with_name(name))):
+                values[field] = str(stem.with_name(name))
+                files.append(name)
+                break
     return Sidecar(**values, files=tuple(files))
 
 

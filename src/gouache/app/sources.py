@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from gouache.adapters.embedding import fits
 from gouache.app import hashes, names
 from gouache.app.search_paths import Candidate, candidates
 from gouache.app.settings import Settings
-from gouache.errors import FileError
+from gouache.errors import FileError, RequestError
 from gouache.files.open import open_model
 from gouache.generate.adapters import Kind, read_spec
 from gouache.layouts.adapters import read_embedding
@@ -43,11 +44,11 @@ class LibrarySource:
 
     def _mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Iterator[tuple[str, Path, bool]]:
         """(name, file, whether it fits) of the embeddings that are mentioned."""
-        text = " ".join(prompts).casefold()
+        text = _folded(" ".join(prompts))
         seen = set[str]()
         for path in self._embeddings:
             name = path.stem
-            if not _is_mentioned(name.casefold(), text):
+            if not _is_mentioned(_folded(name), text):
                 continue
             fit = _fits(path, widths)
             if not fit or name.casefold() not in seen:
@@ -58,8 +59,11 @@ class LibrarySource:
         """The weight set by the user or a sidecar file, else 1."""
         from gouache.app.library import Library
 
-        with Library.of(self._settings) as library:
-            entry = library.entry(path)
+        try:
+            with Library.of(self._settings) as library:
+                entry = library.entry(path)
+        except FileError:  # a home folder that is read-only or full: painting does not need the library
+            return 1.0
         weight = entry.details.weight if entry is not None else None
         return 1.0 if weight is None else weight
 
@@ -115,10 +119,24 @@ class RecordedSource(LibrarySource):
         return next((self._locate(each) for each in self._adapters if each.get("kind") == "vae"), None)
 
     def _locate(self, used: Mapping[str, Any]) -> Path:
+        """A recipe comes from a stranger: its path is opened only if the file has the recipe's hash, so that whoever
+        wrote it had that file already. Otherwise its name and hash are looked up in the library.
+        """
         path, digest = Path(str(used.get("path", ""))), str(used.get("sha256", ""))
-        if path.exists():
-            return path
-        return names.resolve(f"{path.stem} [{digest}]" if digest else path.stem, self._settings, used["kind"])
+        try:
+            if digest and path.is_file() and hashes.sha256_of(path, self._settings) == digest:
+                return path
+            if digest and path.is_dir() and hashes.sha256(open_model(path), self._settings) == digest:
+                return path
+        except (FileError, OSError, ValueError):
+            pass
+        kind = used["kind"]
+        try:
+            if digest:
+                return names.resolve(f"{path.stem} [{digest}]", self._settings, kind, paths=False)
+        except RequestError:
+            pass  # the library's file of that name is another now, which the comparison with the picture reports
+        return names.resolve(path.stem, self._settings, kind, paths=False)
 
 
 def _embeddings_of(every: Iterable[Candidate]) -> Iterable[Candidate]:
@@ -149,6 +167,11 @@ def _is_small_embedding(path: Path) -> bool:
         return read_embedding({name: info.shape for name, info in file.tensors.items()}, file.extra) is not None
     except (FileError, OSError):
         return False
+
+
+def _folded(text: str) -> str:
+    """Ignoring case, and whether accents are composed (NFC, keyboards) or not (NFD, file names of macOS)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def _is_mentioned(name: str, text: str) -> bool:

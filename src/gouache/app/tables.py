@@ -156,10 +156,10 @@ def _engine(path: Path) -> Engine:
     return engine
 
 
-def _parse(column: str) -> Any:
+def _parse(column: object) -> Any:
     """A damaged value is None, so that one row does not hide all others."""
     try:
-        return parse_json(column)
+        return parse_json(column) if isinstance(column, str | bytes) else None
     except MalformedText:
         return None
 

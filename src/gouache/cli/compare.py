@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
+
+from gouache.outside import json_line
 
 
 def compare(
@@ -56,7 +57,7 @@ def compare(
             cfg=cfg, seed=seed, count=count, size=size,
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"folder": str(out), "models": [asdict(each) for each in measures]}, ensure_ascii=False))
+        print(json_line({"folder": str(out), "models": [asdict(each) for each in measures]}))
         return
     for each in measures:
         print(f"{each.model}: {', '.join([f'loaded in {each.load_seconds:.1f} s', *each.texts()])}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gouache.errors import printable
 from gouache.files.source import size_text
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 def table(entries: list[Entry], as_json: bool) -> None:
     if as_json:
-        print(json.dumps([each.to_json() for each in entries], ensure_ascii=False))
+        print(json_line([each.to_json() for each in entries]))
         return
     width = min(48, max((len(each.name) for each in entries), default=0))
     for each in entries:
         details = each.details
-        notes = [details.use, *details.tags, f"cannot be opened: {each.error}" if each.error else ""]
-        family = each.family or "-"
+        notes = [details.use, *map(printable, details.tags), f"cannot be opened: {each.error}" if each.error else ""]
+        family = printable(each.family or "-")
         columns = (
-            each.category.ljust(12),
+            printable(each.category).ljust(12),
             family.ljust(8),
             size_text(each.size).rjust(8),
             each.sha256[:10].ljust(10),
@@ -39,7 +39,7 @@ def table(entries: list[Entry], as_json: bool) -> None:
 def page(entry: Entry) -> Iterator[str]:
     details, facts = entry.details, entry.facts
     misplaced = entry.folder_category and entry.folder_category != entry.category
-    yield f"{entry.path}  ({size_text(entry.size)}{', missing' if entry.missing else ''})"
+    yield f"{printable(str(entry.path), 1000)}  ({size_text(entry.size)}{', missing' if entry.missing else ''})"
     lines = {
         "names": ", ".join(entry.names),
         "title": details.title,
