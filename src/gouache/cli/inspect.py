@@ -92,9 +92,12 @@ def _page(report: Report) -> str:
     for reason, names in report.leftovers.items():
         count = plural(len(names), "tensor")
         lines.append(f"not needed  {count}, {names[0]}{', ...' if len(names) > 1 else ''}: {reason}")
-    if report.unknown:
-        lines.append(f"not recognised  {plural(len(report.unknown), 'tensor')}:")
-        for name, near in list(report.unknown.items())[:5]:
+    ignored = {name: near for name, near in report.unknown.items() if name in report.outside}
+    inside = {name: near for name, near in report.unknown.items() if name not in ignored}
+    for names, effect in ((inside, ""), (ignored, ", outside every component, ignored when painting")):
+        if names:
+            lines.append(f"not recognised  {plural(len(names), 'tensor')}{effect}:")
+        for name, near in list(names.items())[:5]:
             lines.append(f"  {name}{f', most similar to {near}' if near else ''}")
     for key, value in report.metadata.items():
         lines.append(f"metadata  {key}: {value}")

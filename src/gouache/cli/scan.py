@@ -32,8 +32,6 @@ def scan(
             arguments = f"({', '.join(map(repr, intent.arguments))})" if intent.arguments else ""
             offset = "" if intent.byte is None else f"byte {intent.byte}: "
             print(f"{'':11}   {offset}{intent.name}{arguments}: {intent.effect}")
-        for mention in found.mentions:
-            print(f"{'':11}   {mention}")
     if not as_json:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
         print(f"{plural(sum(verdicts.values()), 'file')}" + (f": {counts}" if counts else " to scan"))

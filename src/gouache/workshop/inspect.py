@@ -3,8 +3,6 @@ and advice."""
 
 from __future__ import annotations
 
-import bisect
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,6 +14,7 @@ from gouache.families.found import Fact, Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
+from gouache.layouts.nearest import nearest
 from gouache.outside import parse_json, read_outside
 from gouache.workshop import layout
 from gouache.workshop.advice import advice
@@ -26,7 +25,6 @@ from gouache.workshop.progress import OnWork, progress
 
 _LONGEST = 4096  # characters of a path
 _MOST_NEAREST = 20  # unknown names for which a similar one is searched
-_NEIGHBOURS, _COMPARED = 12, 160  # known names on each side, and characters of a name, that are compared
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Report:
     """`size` is in bytes; `leftovers` maps each reason to names of tensors; `unknown` maps each name that no component
     has to the most similar known name.
 
-    `faults`, `hashes` and the fingerprints of the components are only in deep reports, `keys` only when requested.
+    `outside` are those of the unknown ones that are not inside a component, so that painting ignores them. `faults`, `hashes` and the fingerprints of the components are only in deep reports, `keys` only when requested.
     """
 
     path: str
@@ -69,6 +67,7 @@ class Report:
     missing: Mapping[str, str]
     leftovers: Mapping[str, list[str]]
     unknown: Mapping[str, str]
+    outside: tuple[str, ...]
     metadata: Mapping[str, str]
     notes: tuple[str, ...]
     advice: tuple[str, ...]
@@ -126,6 +125,7 @@ def report(
         missing={printable(name): printable(reason, 400) for name, reason in found.missing.items()},
         leftovers=leftovers,
         unknown=_nearest(file, found),
+        outside=tuple(printable(name) for name in sorted(found.outside)),
         metadata={printable(key): printable(value) for key, value in file.metadata.items()},
         notes=tuple(printable(note, 400) for note in file.notes),
         advice=tuple(advice(file, found)),
@@ -243,27 +243,13 @@ def _parts(file: ModelFile, found: Found, prints: Mapping[str, str]) -> list[Par
 
 
 def _nearest(file: ModelFile, found: Found) -> dict[str, str]:
-    """Tensor names that no component has, the first of them each with the most similar known name.
-
-    Only beginnings of names are compared, with the few known ones that share the longest beginning or ending: the time
-    is bounded for any file.
-    """
+    """Tensor names that no component has, the first of them each with the most similar known name."""
     unknown = set(found.unknown)
     known = [name for name in file if name not in unknown]
-    forwards, backwards = sorted(known), sorted(name[::-1] for name in known)
-    nearest = dict.fromkeys((printable(name) for name in found.unknown), "")
+    similar = dict.fromkeys((printable(name) for name in found.unknown), "")
     for name in found.unknown[:_MOST_NEAREST]:
-        near = _around(forwards, name) + [each[::-1] for each in _around(backwards, name[::-1])]
-        by_begin = {each[:_COMPARED]: each for each in reversed(near)}
-        match = difflib.get_close_matches(name[:_COMPARED], by_begin, n=1)
-        nearest[printable(name)] = printable(by_begin[match[0]]) if match else ""
-    return nearest
-
-
-def _around(names: list[str], name: str) -> list[str]:
-    """The neighbours that `name` would have in the sorted `names`: those with the longest common beginnings."""
-    index = bisect.bisect(names, name)
-    return names[max(0, index - _NEIGHBOURS) : index + _NEIGHBOURS]
+        similar[printable(name)] = printable(nearest(name, known))
+    return similar
 
 
 def _plain(value: Any) -> Any:

@@ -38,8 +38,7 @@ class Intent:
 class Scanned:
     """The `verdict` on the file at `path`, with the `reason` in one line.
 
-    "safe": it was opened and nothing was refused; `mentions` are unknown names that it holds only as values. "hostile":
-    it requests calls, the `intents`. "suspicious": it requests no calls, but is built to exhaust or mislead a reader.
+    "safe": it was opened and nothing was refused. "hostile": it requests calls, the `intents`. "suspicious": it requests no calls, but is built to exhaust or mislead a reader.
     "damaged", "not a model" and "unreadable" files could not be opened; that does not mean that they are safe.
     """
 
@@ -48,7 +47,6 @@ class Scanned:
     reason: str
     format: str = ""
     intents: tuple[Intent, ...] = ()
-    mentions: tuple[str, ...] = ()
 
 
 def scan(paths: list[Path]) -> Iterator[Scanned]:
@@ -110,19 +108,16 @@ def _scan_file(path: Path) -> Scanned:
     except UnsafeFile as error:
         verdict: Verdict = "hostile" if error.calls else "suspicious"
         intents = tuple(_intent(each) for each in error.calls)
-        return Scanned(
-            shown, verdict, _reason(error), intents=intents, mentions=tuple(printable(n.name) for n in error.imports)
-        )
+        return Scanned(shown, verdict, _reason(error), intents=intents)
     except DamagedFile as error:
         return Scanned(shown, "damaged", _reason(error))
     except NotAModel as error:
         return Scanned(shown, "not a model", _reason(error))
     except FileError as error:
         return Scanned(shown, "unreadable", _reason(error))
-    mentions = tuple(printable(note, 400) for note in file.notes if note.startswith("its pickle mentions"))
     pickled = file.format.startswith(("torch", "pickle"))
     reason = "a pickle of tensors and plain values only" if pickled else "its format cannot hold code"
-    return Scanned(shown, "safe", reason, file.format, mentions=mentions)
+    return Scanned(shown, "safe", reason, file.format)
 
 
 def _intent(asked: PickleFinding) -> Intent:
