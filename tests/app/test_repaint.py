@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -118,7 +120,10 @@ def test_another_model_at_the_same_path_is_the_first_cause(model: Path, settings
     picture = saved(model, tmp_path / "cat.png", settings)
     altered(model, model, lambda tensors: tensors["first_stage_model.decoder.conv_out.bias"].add_(0.1))
 
-    again = repaint(picture, settings)
+    with pytest.raises(RequestError, match=r"model: .*is not a file with the recipe's hash"):
+        repaint(picture, settings)
+
+    again = repaint(picture, settings, allow_paths=True)
 
     assert not again.identical and again.share > 0.5
     assert again.causes[0].startswith("the model file is another: ")
@@ -129,10 +134,12 @@ def test_another_init_picture_is_the_first_cause(model: Path, settings: Settings
     picture = saved(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
     saved(model, init, settings, seed=2)
 
-    again = repaint(picture, settings)
+    with pytest.raises(RequestError, match=r"init: .*init\.png is not the picture that this one was made from"):
+        repaint(picture, settings)
 
-    assert not again.identical
-    assert again.causes[0].startswith("the picture given as init is another: ")
+    for again in (repaint(picture, settings, images={"init": init}), repaint(picture, settings, allow_paths=True)):
+        assert not again.identical
+        assert again.causes[0].startswith("the picture given as init is another: ")
 
 
 def test_another_device_torch_and_batch_are_causes(model: Path, settings: Settings, tmp_path: Path):
@@ -178,7 +185,9 @@ def test_a_picture_made_from_a_value_is_refused_in_one_line(model: Path, setting
     init = Image.effect_noise((64, 64), 80)
     picture = saved(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
 
-    with pytest.raises(RequestError, match=r"init: .*cat\.png was made from a picture that was not a file") as caught:
+    with pytest.raises(
+        RequestError, match="init: was not read from a file, so it is not known; give it with --init"
+    ) as caught:
         repaint(picture, settings)
 
     assert "\n" not in str(caught.value)
@@ -189,7 +198,7 @@ def test_a_missing_init_picture_is_refused_in_one_line(model: Path, settings: Se
     picture = saved(model, tmp_path / "cat.png", settings, init=init, strength=0.5)
     init.unlink()
 
-    with pytest.raises(RequestError, match=r"init: there is no file .*init\.png"):
+    with pytest.raises(RequestError, match=r"init: .*init\.png is not the picture .* was moved"):
         repaint(picture, settings)
 
 
@@ -209,6 +218,56 @@ def test_a_recipe_of_version_01_is_made_again_with_its_adapters(model: Path, set
     again = repaint(rewritten(picture, as_before), settings)
 
     assert again.identical and again.picture.recipe["adapters"][0]["setting"] == f"{lora}:0.8"
+
+
+@pytest.mark.parametrize("setting", ["init", "mask"])
+def test_a_recipe_opens_no_picture_that_its_maker_did_not_have(
+    setting: str, model: Path, settings: Settings, tmp_path: Path
+):
+    """Otherwise a stranger's picture, painted again with a low strength, would show the private one."""
+    own, private = tmp_path / "own.png", tmp_path / "private.png"
+    for path, seed in ((own, 1), (private, 2)):
+        Image.fromarray(np.random.default_rng(seed).integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+    pictures = {"init": own, "mask": own}
+    picture = saved(model, tmp_path / "cat.png", settings, **pictures, strength=0.5)
+    digest = hashlib.sha256(private.read_bytes()).hexdigest()
+
+    def name_the_private(recipe: dict[str, Any]) -> None:
+        recipe["request"][setting] = str(private)
+
+    hostile = rewritten(shutil.copy(picture, tmp_path / "hostile.png"), name_the_private)
+    with pytest.raises(
+        RequestError, match=rf"{setting}: .*private\.png is not the picture that this one was made from"
+    ):
+        repaint(hostile, settings)
+    without = rewritten(hostile, lambda recipe: recipe.update(inputs={}))
+    with pytest.raises(RequestError, match="allow-paths"):
+        repaint(without, settings)
+
+    assert repaint(hostile, settings, allow_paths=True).picture.recipe["inputs"][setting] == digest
+    assert repaint(hostile, settings, images={setting: own}).identical
+
+
+def test_files_given_by_relative_paths_are_found_from_another_folder(
+    model: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A file of the same name in the other folder is not used in their place."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder, level in ((here, 200), (there, 20)):
+        folder.mkdir()
+        Image.new("RGB", (64, 64), (level, 100, 50)).save(folder / "init.png")
+    shutil.copy(model, here / "model.safetensors")
+    lora = save_kohya(here / "style.safetensors", (loaded := gouache.load(model, settings=settings)), factors(loaded))
+    monkeypatch.chdir(here)
+    picture = saved(
+        Path("model.safetensors"), Path("cat.png"), settings, init="init.png", strength=0.5, lora=[lora.name]
+    ).absolute()
+    monkeypatch.chdir(there)
+
+    assert repaint(picture, settings).identical
+    # Moved together with the picture that it was made from.
+    (here / "init.png").rename(there / "init.png")
+    assert repaint(picture.rename(there / "cat.png"), settings).identical
 
 
 HOSTILE: list[Callable[[dict[str, Any]], object]] = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from safetensors.torch import save_file
 
 import gouache
 from gouache.app.library import Library
+from gouache.app.recorded import RecordedSource
 from gouache.app.repaint import repaint
 from gouache.app.settings import Settings
-from gouache.app.sources import LibrarySource, RecordedSource
+from gouache.app.sources import LibrarySource
 from gouache.errors import RequestError
 from tests.adapters.loras import factors, save_kohya
 from tests.pipelines import Narrow
@@ -187,3 +189,28 @@ def test_embeddings_are_mentioned_by_composed_and_decomposed_names(own: Settings
     save_file({"emb_params": torch.zeros(2, 64)}, folder / "embeddings" / f"{name}.safetensors")
 
     assert list(LibrarySource(own).mentioned([unicodedata.normalize("NFC", "a übermässig cat")], {"text_encoder": 64}))
+
+
+def test_tags_of_a_prompt_name_files_of_the_library_and_no_paths(model: gouache.Model, folder: Path, tmp_path: Path):
+    """Prompts are copied from strangers; options are written by the user."""
+    outside = shutil.copy(folder / "Lora/faces/old.safetensors", tmp_path / "outside.safetensors")
+    secret = tmp_path / "secret.txt"
+    secret.write_text("the first bytes of a private file")
+    names = [
+        str(outside),
+        str(secret),
+        "/etc/passwd",
+        "~root/.bashrc",
+        "../" * 8 + "etc/passwd",
+        f"{tmp_path}/./outside",
+    ]
+    for tag in ("lora", "lyco", "hypernet"):
+        for name in names:
+            with pytest.raises(RequestError) as caught:
+                next(model.paint(f"a cat <{tag}:{name}:1>", **KNOBS))
+            assert "tags in prompts name files of the library, not paths" in str(caught.value)
+            assert "private" not in str(caught.value) and "\n" not in str(caught.value)
+
+    by_option = next(model.paint("a cat", lora=f"{outside}:1", **KNOBS))
+    by_tag = next(model.paint("a cat <lora:faces/old:1>", **KNOBS))
+    assert torch.equal(by_option.latent, by_tag.latent)

@@ -18,7 +18,8 @@ import gouache
 from gouache import Model
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import GouacheError, RequestError
-from gouache.generate.adapters import AdapterSpec, read_spec
+from gouache.generate import run
+from gouache.generate.adapters import AdapterSpec, Kind, PathSource, read_spec
 from gouache.generate.notes import adapter_notes, notes
 from gouache.generate.request import Request
 from gouache.nn.blocks import timestep_embedding
@@ -39,6 +40,16 @@ def models(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
         return loaded[family]
 
     return load
+
+
+class In(PathSource):
+    """Files of one folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, kind: Kind, name: str, *, paths: bool = True) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def latent(model: Model, prompt: str = "a cat", **options: object) -> Tensor:
@@ -91,7 +102,7 @@ def test_a_tag_an_option_and_attach_give_the_same_picture(models: Callable[[str]
     before = weights(model)
     plain = latent(model)
 
-    by_tag = latent(model, f"a cat<lora:{path}:0.8>")
+    by_tag = next(run.paint(model, Request(prompt="a cat<lora:style:0.8>", **OPTIONS), source=In(tmp_path))).latent
     by_option = latent(model, lora=f"{path}:0.8")
     attached = model.attach(path, 0.8)
     by_caller = latent(model)
@@ -128,7 +139,7 @@ def test_closing_the_iteration_detaches_everything(models: Callable[[str], Model
     path = save_kohya(tmp_path / "style.safetensors", model, factors(model))
     before = weights(model)
 
-    pictures = model.paint(f"<lora:{path}:1>", count=3, **OPTIONS)
+    pictures = model.paint("", lora=f"{path}:1", count=3, **OPTIONS)
     next(pictures)
     assert not same(before, weights(model))
     pictures.close()

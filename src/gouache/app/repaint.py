@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ import numpy as np
 import torch
 
 from gouache.adapters.strength import from_json
-from gouache.app import hashes, names
+from gouache.app import hashes, names, recorded
+from gouache.app.recorded import RecordedSource
 from gouache.app.settings import Settings
-from gouache.app.sources import RecordedSource
 from gouache.diffusion.samplers.sampler import OnStep
 from gouache.errors import RequestError
 from gouache.families.identify import identify
@@ -23,6 +22,7 @@ from gouache.files.open import open_model
 from gouache.generate import run
 from gouache.generate.picture import Picture, read_recipe
 from gouache.generate.request import IMAGES, Request
+from gouache.images.input_image import ImageLike
 from gouache.model import load, residency
 from gouache.model.attach import attach
 from gouache.model.model import Model
@@ -48,24 +48,25 @@ def repaint(
     settings: Settings,
     *,
     model: str | None = None,
+    images: Mapping[str, ImageLike] | None = None,
     device: str | None = None,
+    allow_paths: bool = False,
     on_step: OnStep | None = None,
 ) -> Repainted:
-    """Make the picture at `path` again, with the recipe's model, device and dtype unless others are given.
+    """Make the picture at `path` again, with the recipe's model, pictures, device and dtype unless others are given.
 
-    Raises RequestError if the file has no recipe, or a file that the recipe names is missing.
+    `images` maps init, mask or depth to the picture to use. Files at the recipe's paths are opened only if they have
+    the recipe's hashes, or `allow_paths` is true. Raises RequestError if the file has no recipe, or a file that the
+    recipe names is not found.
     """
     recipe, before = read_recipe(path)
-    for name in IMAGES:
-        if name in recipe.get("inputs", {}) and not recipe["request"].get(name):
-            raise RequestError(name, f"{path} was made from a picture that was not a file, so it cannot be made again")
-    request = Request.from_json(recipe["request"])
+    request = _request(recipe, images or {}, path.parent, allow_paths)
     target = residency.device(device or recipe.get("device"))
     dtype = residency.dtype(recipe.get("dtype", "fp32"))
-    source = RecordedSource(settings, recipe.get("adapters", []))
-    loaded = _load(
-        _find(recipe.get("model", {}), model, settings), recipe.get("model", {}), target, dtype, source.vae()
-    )
+    source = RecordedSource(settings, recipe.get("adapters", []), allow_paths)
+    about = recipe.get("model", {})
+    file = names.resolve(model, settings) if model else recorded.model_path(about, "model", settings, allow_paths)
+    loaded = _load(file, about, target, dtype, source.vae())
     for stage in recipe.get("upcast", []):
         if stage in ("text encoder", "U-Net", "VAE"):
             loaded.widen(stage)
@@ -76,7 +77,7 @@ def repaint(
 
     def load_refiner(name: str) -> Model:
         about = {"name": name, **recipe.get("refiner", {})}
-        return _load(_find(about, None, settings), about, target, dtype, None)
+        return _load(recorded.model_path(about, "refiner", settings, allow_paths), about, target, dtype, None)
 
     def hash_of(used: Model) -> str:
         return hashes.sha256(used.file, settings)
@@ -101,20 +102,15 @@ def _load(path: Path, about: Mapping[str, Any], device: torch.device, dtype: tor
     return load.load(file, found, device=device, dtype=dtype, vae=other)
 
 
-def _find(about: Mapping[str, Any], model: str | None, settings: Settings) -> Path:
-    """The model named now, else the recipe's path, else its name, with its hash in case it was renamed."""
-    if model is not None:
-        return names.resolve(model, settings)
-    if about.get("path") and os.path.exists(about["path"]):  # noqa: PTH110  # False for what is no possible path
-        return Path(about["path"])
-    if about.get("name"):
-        try:
-            return names.resolve(about["name"], settings)
-        except RequestError:
-            if not about.get("sha256"):
-                raise
-            return names.resolve(f"{about['name']} [{about['sha256']}]", settings)
-    raise RequestError("model", "the recipe names none; name it with --model")
+def _request(recipe: Mapping[str, Any], images: Mapping[str, ImageLike], folder: Path, allow_paths: bool) -> Request:
+    """The recipe's request with its pictures: those in `images`, else those that the recipe names."""
+    values, inputs = dict(recipe["request"]), recipe.get("inputs", {})
+    for name in IMAGES:
+        if name in images:
+            values[name] = images[name]
+        elif values.get(name) or name in inputs:
+            values[name] = recorded.picture(name, values.get(name), inputs.get(name), folder, allow_paths)
+    return Request.from_json(values)
 
 
 def _causes(

@@ -1,4 +1,4 @@
-"""File sources for `generate`: finds LoRAs, embeddings, hypernetworks and VAEs in the library or by a recipe."""
+"""File sources for `generate`: finds LoRAs, embeddings, hypernetworks and VAEs in the library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from gouache.adapters.embedding import fits
 from gouache.app import hashes, names
@@ -15,7 +14,7 @@ from gouache.app.search_paths import Candidate, candidates
 from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError
 from gouache.files.open import open_model
-from gouache.generate.adapters import Kind, read_spec
+from gouache.generate.adapters import Kind
 from gouache.layouts.adapters import read_embedding
 
 
@@ -25,8 +24,13 @@ class LibrarySource:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def find(self, kind: Kind, name: str) -> Path:
-        return names.resolve(name, self._settings, kind)
+    def find(self, kind: Kind, name: str, *, paths: bool = True) -> Path:
+        try:
+            return names.resolve(name, self._settings, kind, paths=paths)
+        except RequestError as error:
+            if paths or not re.search(r"[/\\~]", name):
+                raise
+            raise RequestError("", f"{error}; tags in prompts name files of the library, not paths") from None
 
     def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
         """Name -> file of the embeddings whose file name occurs in `prompts` as a separate word, ignoring case.
@@ -73,70 +77,6 @@ class LibrarySource:
     @cached_property
     def _embeddings(self) -> list[Path]:
         return [each.path for each in _embeddings_of(candidates(self._settings))]
-
-
-class RecordedSource(LibrarySource):
-    """Finds the adapter files of a recipe: by their path, else by their hash, else by their name.
-
-    `adapters` are the recipe's entries.
-    """
-
-    def __init__(self, settings: Settings, adapters: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(settings)
-        self._adapters = adapters
-
-    def find(self, kind: Kind, name: str) -> Path:
-        for each in self._adapters:
-            if each.get("kind") == kind and each.get("setting") and read_spec(kind, str(each["setting"])).name == name:
-                return self._locate(each)
-        return super().find(kind, name)
-
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
-        used = [each for each in self._adapters if each.get("kind") == "embedding" and not each.get("setting")]
-        return {str(each.get("name", "")): self._locate(each) for each in used}
-
-    def default_strength(self, path: Path) -> float:
-        """The recorded strength, because the default may have changed since."""
-        for each in self._adapters:
-            strength = each.get("strength")
-            if (
-                each.get("name") == path.stem
-                and isinstance(strength, Mapping)
-                and isinstance(strength.get("unet"), int | float)
-            ):
-                return float(strength["unet"])
-        return super().default_strength(path)
-
-    def attached_before(self) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
-        """(file, strength, how) of the LoRAs and hypernetworks that were attached to the model, not by the request."""
-        for each in self._adapters:
-            if each.get("kind") in ("lora", "hypernetwork") and not each.get("setting"):
-                strength = each.get("strength")
-                yield self._locate(each), strength if isinstance(strength, Mapping) else {}, str(each.get("how", ""))
-
-    def vae(self) -> Path | None:
-        """The VAE from another file, if there was one."""
-        return next((self._locate(each) for each in self._adapters if each.get("kind") == "vae"), None)
-
-    def _locate(self, used: Mapping[str, Any]) -> Path:
-        """A recipe comes from a stranger: its path is opened only if the file has the recipe's hash, so that whoever
-        wrote it had that file already. Otherwise its name and hash are looked up in the library.
-        """
-        path, digest = Path(str(used.get("path", ""))), str(used.get("sha256", ""))
-        try:
-            if digest and path.is_file() and hashes.sha256_of(path, self._settings) == digest:
-                return path
-            if digest and path.is_dir() and hashes.sha256(open_model(path), self._settings) == digest:
-                return path
-        except (FileError, OSError, ValueError):
-            pass
-        kind = used["kind"]
-        try:
-            if digest:
-                return names.resolve(f"{path.stem} [{digest}]", self._settings, kind, paths=False)
-        except RequestError:
-            pass  # the library's file of that name is another now, which the comparison with the picture reports
-        return names.resolve(path.stem, self._settings, kind, paths=False)
 
 
 def _embeddings_of(every: Iterable[Candidate]) -> Iterable[Candidate]:

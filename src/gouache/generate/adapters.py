@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -40,8 +40,8 @@ _KEYS |= {"text": "te", "lbw": "blocks"}
 class FileSource(Protocol):
     """Finds files by name: the library (`app.sources`), or `PathSource`."""
 
-    def find(self, kind: Kind, name: str) -> Path:
-        """The file called `name`. Raises RequestError if there is none."""
+    def find(self, kind: Kind, name: str, *, paths: bool = True) -> Path:
+        """The file called `name`, which may be a path if `paths` is true. Raises RequestError if there is none."""
         ...
 
     def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
@@ -58,7 +58,9 @@ class FileSource(Protocol):
 class PathSource:
     """Files by path only."""
 
-    def find(self, kind: Kind, name: str) -> Path:
+    def find(self, kind: Kind, name: str, *, paths: bool = True) -> Path:
+        if not paths:
+            raise RequestError(kind, f"{printable(name)} stands in a prompt, where only names of the library are read")
         path = Path(name).expanduser()
         if not os.path.exists(path):  # noqa: PTH110  # False for what is no possible path
             raise RequestError(kind, f"there is no file {printable(name)}")
@@ -158,7 +160,7 @@ class UsedFile:
             "kind": self.kind,
             "name": self.path.stem,
             "setting": self.setting,
-            "path": str(self.path),
+            "path": os.path.abspath(self.path),  # noqa: PTH100  # links are kept
             "sha256": self.sha256,
         }
         if (attached := self.attached) is not None:
@@ -190,18 +192,18 @@ def find_adapters(
     def add(kind: Kind, path: Path, setting: str, use: Use) -> None:
         found.append(RequestedFile(kind, path, source.sha256(path), setting, use))
 
-    for text in [*request.lora, *(tag.argument for tag in tags if tag.kind in ("lora", "lyco"))]:
+    for text, by_option in _asked(request.lora, tags, "lora", "lyco"):
         spec = read_spec("lora", text)
-        path = source.find("lora", spec.name)
+        path = source.find("lora", spec.name, paths=by_option)
         unet = source.default_strength(path) if spec.unet is None else spec.unet
         by_block = spec.blocks or blocks.get(path.resolve())
         chosen = strength(unet, spec.text, by_block, spec.start, spec.end, model.unet.spec)
         add("lora", path, text, Use(open_model(path), chosen, spec.how))
     for path in blocks.keys() - {each.path.resolve() for each in found}:
         raise RequestError("lora_blocks", f"{path} is not a LoRA of this request; name it with lora too")
-    for text in [*request.hypernet, *(tag.argument for tag in tags if tag.kind == "hypernet")]:
+    for text, by_option in _asked(request.hypernet, tags, "hypernet"):
         spec = read_spec("hypernet", text)
-        path = source.find("hypernetwork", spec.name)
+        path = source.find("hypernetwork", spec.name, paths=by_option)
         add("hypernetwork", path, text, Use(open_model(path), Strength(1.0 if spec.unet is None else spec.unet)))
     mentioned = source.mentioned(prompts, model.text_widths)
     attached = {name for each in model.attached for name in each.embeddings if each.kind == "embedding"}
@@ -212,6 +214,12 @@ def find_adapters(
     for name, (path, text) in embeddings.items():
         add("embedding", path, text, Use(open_model(path), name=name))
     return found
+
+
+def _asked(options: Sequence[str], tags: Sequence[Tag], *kinds: str) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is an option). Prompts are often copied from strangers: their tags name files, by no path."""
+    yield from ((text, True) for text in options)
+    yield from ((tag.argument, False) for tag in tags if tag.kind in kinds)
 
 
 def find_vae(model: Model, name: str | None, source: FileSource) -> tuple[AnyVae, ModelFile | None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -264,7 +265,7 @@ def _title(model: Model, hash_of: HashOf) -> str:
 def _model(model: Model, sha256: str | None) -> dict[str, Any]:
     return {
         "name": model.file.path.stem,
-        "path": str(model.file.path),
+        "path": os.path.abspath(model.file.path),  # noqa: PTH100  # links are kept
         "sha256": sha256,
         "family": model.family.name,
         "variant": model.variant,

@@ -54,7 +54,8 @@ class Report:
     """`size` is in bytes; `leftovers` maps each reason to names of tensors; `unknown` maps each name that no component
     has to the most similar known name.
 
-    `outside` are those of the unknown ones that are not inside a component, so that painting ignores them. `faults`, `hashes` and the fingerprints of the components are only in deep reports, `keys` only when requested.
+    `outside` are those of the unknown ones that are not inside a component, so that painting ignores them. `faults`,
+    `hashes` and the fingerprints of the components are only in deep reports, `keys` only when requested.
     """
 
     path: str

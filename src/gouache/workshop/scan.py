@@ -38,8 +38,9 @@ class Intent:
 class Scanned:
     """The `verdict` on the file at `path`, with the `reason` in one line.
 
-    "safe": it was opened and nothing was refused. "hostile": it requests calls, the `intents`. "suspicious": it requests no calls, but is built to exhaust or mislead a reader.
-    "damaged", "not a model" and "unreadable" files could not be opened; that does not mean that they are safe.
+    "safe": it was opened and nothing was refused. "hostile": it requests calls, the `intents`. "suspicious": it
+    requests no calls, but is built to exhaust or mislead a reader. "damaged", "not a model" and "unreadable" files
+    could not be opened; that does not mean that they are safe.
     """
 
     path: str
