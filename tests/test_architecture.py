@@ -23,7 +23,7 @@ LAYERS = (
     ("outside",),
     ("nn", "diffusion"),
     ("files", "layouts", "images", "prompts"),
-    ("families",),
+    ("families", "data"),
     ("adapters", "captions"),
     ("model", "workshop"),
     ("generate", "training"),

@@ -26,7 +26,8 @@ from gouache.diffusion.conditioning import Conditioning
 from gouache.files.write import write_safetensors
 from gouache.images import pixels
 from gouache.layouts.modules import kohya_names
-from gouache.training.denoising import Captioned, Denoising
+from gouache.training.batch import Batch
+from gouache.training.denoising import Denoising
 from recipes.adapters.pictures import CHARACTER, character, night, rosy
 from recipes.mini.command import run_command
 from recipes.mini.dataset import sample
@@ -132,7 +133,7 @@ def fit_embedding(run: Run) -> Path:
     def loss(step: int) -> Tensor:
         rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[:BATCH].tolist()
         context = encode_captions(model, [captions[row] for row in rows])
-        return objective(model, dropout=0.0).losses(Captioned(latents[rows], Conditioning(context)), step)["loss"]
+        return objective(model, dropout=0.0).losses(Batch(latents[rows], Conditioning(context)), step)["loss"]
 
     optimise([vectors], loss, run.steps, 5e-4)
     target = run.folder / f"{CHARACTER}.pt"
@@ -202,7 +203,7 @@ def step_loss(model: gouache.Model, latents: Tensor, contexts: Tensor, dropout: 
 
     def loss(step: int) -> Tensor:
         rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[:BATCH]
-        return denoising.losses(Captioned(latents[rows], Conditioning(contexts[rows])), step)["loss"]
+        return denoising.losses(Batch(latents[rows], Conditioning(contexts[rows])), step)["loss"]
 
     return loss
 

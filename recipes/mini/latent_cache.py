@@ -1,4 +1,4 @@
-"""Captioned latents for the U-Net, computed in blocks of some thousand and each used several times."""
+"""Batch latents for the U-Net, computed in blocks of some thousand and each used several times."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gouache.diffusion.conditioning import Conditioning
-from gouache.training.denoising import Captioned
+from gouache.training.batch import Batch
 from gouache.training.objective import step_generator
 
 
@@ -23,13 +23,13 @@ class LatentCache:
     SCENES = 8192
     REPEATS = 3
 
-    def __init__(self, captioned: Callable[[int, int], Captioned], batch: int, seed: int) -> None:
+    def __init__(self, captioned: Callable[[int, int], Batch], batch: int, seed: int) -> None:
         """`captioned(first, count)` computes scenes number `first` to `first + count - 1`."""
         self.captioned, self.batch, self.seed = captioned, batch, seed
         self._number = -1
         self._block: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, number: int) -> Captioned:
+    def __call__(self, number: int) -> Batch:
         batches_per_pass = self.SCENES // self.batch
         block, within = divmod(number, self.REPEATS * batches_per_pass)
         if block != self._number:
@@ -40,7 +40,7 @@ class LatentCache:
         rows = order[index * self.batch : (index + 1) * self.batch]
         assert self._block is not None
         latents, contexts = self._block
-        return Captioned(latents[rows], Conditioning(contexts[rows].float()))
+        return Batch(latents[rows], Conditioning(contexts[rows].float()))
 
     def _compute(self, block: int) -> tuple[Tensor, Tensor]:
         parts = [self.captioned(block * self.SCENES + first, 64) for first in range(0, self.SCENES, 64)]

@@ -31,8 +31,9 @@ from gouache.nn.unet import UNet
 from gouache.nn.vae import Autoencoder
 from gouache.training import state
 from gouache.training.autoencoder import Pictures, Reconstruction, psnr
+from gouache.training.batch import Batch
 from gouache.training.contrastive import Contrast
-from gouache.training.denoising import Captioned, Denoising
+from gouache.training.denoising import Denoising
 from gouache.training.loop import Progress, Result, train
 from gouache.training.objective import step_generator
 from gouache.training.settings import Settings, read
@@ -193,7 +194,7 @@ def trained_text(folder: Path, start: StartWeights | None) -> ClipText:
 
 @torch.no_grad()
 def initialise_unet(
-    unet: UNet, canvas: CanvasHead, captioned: Callable[[int], Captioned], schedule: Schedule, seed: int
+    unet: UNet, canvas: CanvasHead, captioned: Callable[[int], Batch], schedule: Schedule, seed: int
 ) -> None:
     """Set the U-Net's initial weights, with statistics of the batches `captioned(0)` to `captioned(63)`."""
     init_unet_whitening.initialise(unet, torch.cat([captioned(number).conditioning.context for number in range(8)]))
@@ -224,10 +225,10 @@ def train_unet(data: SceneData, settings: Settings, folder: Path, seconds: float
     def encode(tokens: Tensor) -> Conditioning:
         return Conditioning(text(tokens).last)
 
-    def captioned(seed: int, first: int, count: int) -> Captioned:
+    def captioned(seed: int, first: int, count: int) -> Batch:
         images, captions = data.batch(seed, first, count, distribution=distribution_for(seed))
         tokens = data.augment(data.tokens(captions, TEXT.positions), step_generator(seed, first))
-        return Captioned(init_vae.latents(images, colours) * init_vae.LATENT_SCALE, encode(tokens))
+        return Batch(init_vae.latents(images, colours) * init_vae.LATENT_SCALE, encode(tokens))
 
     torch.manual_seed(3)
     unet = UNet(UNET)

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.denoiser import Denoiser
 from gouache.diffusion.schedule import Schedule
-from gouache.training.denoising import Captioned, Denoising
+from gouache.training.batch import Batch
+from gouache.training.denoising import Denoising
 from gouache.training.loop import train
 from gouache.training.objective import Group, step_generator
 
@@ -43,10 +44,10 @@ def objective(network: nn.Module, schedule: Schedule = SCHEDULE, prediction: Any
     return Denoising(factory, {"net": network}, **{**plain, **values})
 
 
-def captioned(count: int, seed: int = 0) -> Captioned:
+def captioned(count: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     conditioning = Conditioning(1 + torch.rand(count, 3, 2, generator=generator))
-    return Captioned(torch.randn(count, 4, 2, 2, generator=generator), conditioning)
+    return Batch(torch.randn(count, 4, 2, 2, generator=generator), conditioning)
 
 
 @pytest.mark.parametrize(("prediction", "name"), [("eps", "epsilon"), ("v", "v_prediction")])
@@ -106,7 +107,7 @@ def test_a_dropped_row_loses_context_and_vector_together_and_keeps_its_concat_ch
     generator = torch.Generator().manual_seed(2)
     context, vector = torch.rand(count, 3, 2, generator=generator), torch.rand(count, 5, generator=generator)
     concat = torch.rand(count, 5, 2, 2, generator=generator)
-    batch = Captioned(torch.zeros(count, 4, 2, 2), Conditioning(context, vector, concat))
+    batch = Batch(torch.zeros(count, 4, 2, 2), Conditioning(context, vector, concat))
     unconditional = Conditioning(torch.full((1, 3, 2), -1.0), torch.full((1, 5), -2.0))
     drop = torch.tensor([True, False, True, True, False, False])
 
@@ -121,7 +122,7 @@ def test_a_dropped_row_loses_context_and_vector_together_and_keeps_its_concat_ch
 def test_timesteps_are_uniform_over_all_levels_and_noise_is_standard_normal():
     network = Stub()
 
-    objective(network).losses(Captioned(torch.zeros(8000, 4, 2, 2), captioned(8000).conditioning), 0)
+    objective(network).losses(Batch(torch.zeros(8000, 4, 2, 2), captioned(8000).conditioning), 0)
 
     x, t, _ = network.inputs[0]
     histogram = t.round().long().div(100, rounding_mode="floor").bincount(minlength=10)
@@ -191,9 +192,9 @@ def test_training_on_a_gaussian_converges_to_its_known_denoiser(tmp_path, predic
     schedule = Schedule(torch.tensor([0.1, 0.3, 1.0, 3.0, 10.0]))
     network = Affine(times=5)
 
-    def batch(number: int) -> Captioned:
+    def batch(number: int) -> Batch:
         latents = mean + deviation * torch.randn(256, 1, 4, 4, generator=step_generator(7, number))
-        return Captioned(latents, Conditioning(torch.zeros(256, 1, 1)))
+        return Batch(latents, Conditioning(torch.zeros(256, 1, 1)))
 
     train(
         objective(network, schedule, prediction, unconditional=Conditioning(torch.zeros(1, 1, 1))),

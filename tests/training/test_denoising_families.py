@@ -19,7 +19,8 @@ from gouache.layouts.diffusers import unet_rules
 from gouache.layouts.rules import plan
 from gouache.nn.spec import UNetSpec
 from gouache.nn.unet import UNet
-from gouache.training.denoising import Captioned, Denoising
+from gouache.training.batch import Batch
+from gouache.training.denoising import Denoising
 from gouache.training.loop import train
 
 from .toys import denoiser_factory, settings
@@ -94,13 +95,13 @@ def vectors(given: Inputs) -> Tensor:
     return torch.cat([given.pooled, torch.cat([angles.cos(), angles.sin()], dim=-1).flatten(1)], dim=1)
 
 
-def batch_of(family: Narrow, given: Inputs) -> tuple[Captioned, Conditioning]:
+def batch_of(family: Narrow, given: Inputs) -> tuple[Batch, Conditioning]:
     """(batch, unconditional); the latter has no concat channels, as a caller has none to give."""
     vector = vectors(given) if family.spec.vector_channels else None
     concat = given.concat if family.spec.in_channels == 9 else None
     text = Conditioning(given.context, vector)
     rows = text.rows(slice(0, 3))
-    return Captioned(given.latents, Conditioning(rows.context, rows.vector, concat)), text.rows(slice(3, 4))
+    return Batch(given.latents, Conditioning(rows.context, rows.vector, concat)), text.rows(slice(3, 4))
 
 
 def objective(family: Narrow, unet: UNet, unconditional: Conditioning) -> Denoising:
@@ -191,7 +192,7 @@ def test_gradients_are_those_of_finite_differences(name):
     unet = UNet(family.spec).double()
     randomise(unet)
     batch, unconditional = batch_of(family, given)
-    batch = Captioned(batch.latents.double(), batch.conditioning.to(dtype=torch.float64))
+    batch = Batch(batch.latents.double(), batch.conditioning.to(dtype=torch.float64))
     training = objective(family, unet, unconditional.to(dtype=torch.float64))
 
     def loss() -> Tensor:

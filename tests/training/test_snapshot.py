@@ -20,8 +20,9 @@ from gouache.nn.clip_vision import ClipVision
 from gouache.nn.spec import TextSpec, UNetSpec, VisionSpec
 from gouache.nn.unet import UNet
 from gouache.training import state
+from gouache.training.batch import Batch
 from gouache.training.contrastive import Contrast, Pairs
-from gouache.training.denoising import Captioned, Denoising
+from gouache.training.denoising import Denoising
 from gouache.training.loop import train
 from gouache.training.objective import Group, step_generator
 from gouache.training.snapshot import begin, restore
@@ -48,10 +49,10 @@ def denoising():
     unet = UNet(UNetSpec(channels=32, channel_mult=(1,), res_blocks=1, attention_depth=(1,), heads=4, context_dim=8))
     unet = unet.to(memory_format=torch.channels_last)
 
-    def captioned(number: int) -> Captioned:
+    def captioned(number: int) -> Batch:
         generator = step_generator(3, number)
         conditioning = Conditioning(torch.randn(2, 3, 8, generator=generator))
-        return Captioned(torch.randn(2, 4, 4, 4, generator=generator), conditioning)
+        return Batch(torch.randn(2, 4, 4, 4, generator=generator), conditioning)
 
     factory = denoiser_factory(unet, Schedule.scaled_linear(), "v")
     return Denoising(factory, {"unet": unet}, Conditioning(torch.zeros(1, 3, 8)), seed=4), captioned

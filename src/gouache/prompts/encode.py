@@ -8,6 +8,7 @@ states, not on the tokens. Everything is differentiable, down to the vectors of 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, get_args
 
 import torch
@@ -31,6 +32,20 @@ ComfyUI square brackets are text and nested explicit weights do not multiply.
 
 
 MAX_WEIGHT = 1e6  # far beyond use; without a limit the text encoder's output overflows
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """SDXL's micro-conditioning of a picture, in pixels (Podell et al. 2023, section 2.2).
+
+    `size` (width, height) is that of the picture, `original` (width, height) what it was scaled from (None: `size`),
+    `crop` (left, top) what was cut off there. `aesthetic`, 0 to 10, replaces `size` in the refiner.
+    """
+
+    size: tuple[int, int]
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+    aesthetic: float = 6.0
 
 
 class TextHidden(Protocol):
@@ -70,6 +85,8 @@ def encode(
     original: tuple[int, int] | None = None,
     crop: tuple[int, int] = (0, 0),
     aesthetic: float = 6.0,
+    sizes: Sequence[Sizes] | None = None,
+    pooled_only: bool = False,
     emphasis: Emphasis = "original",
     negative: bool = False,
     embeddings: Mapping[str, Mapping[str, Tensor]] | None = None,
@@ -83,7 +100,8 @@ def encode(
     `clip_skip` n selects every encoder's n-th hidden state from the end instead of the family's default. `size`
     (width, height) is the size of the picture, `original` (width, height) the size it claims to have been scaled from
     (None: `size`), `crop` (left, top) what was cut off; all in pixels. `aesthetic`, 0 to 10, is the refiner's score;
-    2.5 is usual for a negative prompt. `negative`: these are negative prompts. `embeddings`
+    2.5 is usual for a negative prompt. `sizes`, one per prompt, replace these four. `pooled_only`: if there are none,
+    `vector` is the pooled text alone, for `add_sizes`. `negative`: these are negative prompts. `embeddings`
     {name: {encoder: (vectors, D)}} replace their names in the prompts. `device` is the encoders' device.
 
     Raises RequestError for an unknown emphasis, a layer that an encoder does not have, or a missing size.
@@ -126,13 +144,24 @@ def encode(
         empty = torch.tensor([not text.strip() for text in texts], device=context.device)
         context = context.masked_fill(empty[:, None, None], 0)
         vector = None if vector is None else vector.masked_fill(empty[:, None], 0)
-    if vector is not None and recipe.size_ids is not None:
-        if size is None:
-            raise RequestError("size", "is missing; this model family needs the picture's width and height")
-        numbers = _size_numbers(recipe.size_ids, size, original or size, crop, aesthetic)
-        sinusoids = timestep_embedding(torch.tensor(numbers, device=vector.device), recipe.size_width)
-        vector = torch.cat([vector, sinusoids.to(vector.dtype).flatten().expand(len(texts), -1)], dim=-1)
-    return Conditioning(context, vector)
+    text = Conditioning(context, vector)
+    if sizes is None and size is not None:
+        sizes = [Sizes(size, original, crop, aesthetic)] * len(texts)
+    return add_sizes(text, recipe, sizes) if sizes is not None or not pooled_only else text
+
+
+def add_sizes(text: Conditioning, recipe: TextRecipe, sizes: Sequence[Sizes] | None) -> Conditioning:
+    """`text`, encoded without sizes, with those of each row; unchanged for a family that does not use them.
+
+    Raises RequestError if it uses them and there are none.
+    """
+    if text.vector is None or recipe.size_ids is None:
+        return text
+    if sizes is None:
+        raise RequestError("size", "is missing; this model family needs the picture's width and height")
+    numbers = [_size_numbers(recipe.size_ids, each) for each in sizes]
+    sinusoids = timestep_embedding(torch.tensor(numbers, device=text.vector.device).flatten(), recipe.size_width)
+    return replace(text, vector=torch.cat([text.vector, sinusoids.to(text.vector.dtype).reshape(len(sizes), -1)], -1))
 
 
 def _tokens(rows: list[Chunk], tokenizer: Tokenizer, part: EncoderRecipe) -> Tensor:
@@ -205,9 +234,7 @@ def _interpolate(hidden: Tensor, weights: Tensor, empty: Tensor) -> Tensor:
     return torch.where(factors == 1, wide, start + factors * (wide - start)).to(hidden.dtype)
 
 
-def _size_numbers(
-    ids: SizeIds, size: tuple[int, int], original: tuple[int, int], crop: tuple[int, int], aesthetic: float
-) -> list[float]:
-    """SDXL's micro-conditioning (Podell et al. 2023, section 2.2), in the order that the weights were trained with."""
-    last = (aesthetic,) if ids == "refiner" else reversed(size)
-    return [float(number) for number in (*reversed(original), *reversed(crop), *last)]
+def _size_numbers(ids: SizeIds, sizes: Sizes) -> list[float]:
+    """The numbers in the order that the weights were trained with."""
+    last = (sizes.aesthetic,) if ids == "refiner" else reversed(sizes.size)
+    return [float(number) for number in (*reversed(sizes.original or sizes.size), *reversed(sizes.crop), *last)]

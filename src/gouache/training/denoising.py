@@ -13,17 +13,10 @@ from torch import Tensor, nn
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.denoiser import Denoiser, Prediction, min_snr
 from gouache.diffusion.schedule import Schedule
+from gouache.training.batch import Batch
 from gouache.training.objective import Group, Json, by_decay, step_generator
 
 Weighting = Literal["min-snr", "velocity"]
-
-
-@dataclass(frozen=True)
-class Captioned:
-    """`latents` (B, C, h, w), scaled to about unit variance, and their conditioning (B rows)."""
-
-    latents: Tensor
-    conditioning: Conditioning
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ class Denoising:
             "base": self.base,
         }
 
-    def losses(self, batch: Captioned, step: int) -> Mapping[str, Tensor]:
+    def losses(self, batch: Batch, step: int) -> Mapping[str, Tensor]:
         generator = step_generator(self.seed, step)
         count = len(batch.latents)
         t = torch.randint(len(self.schedule.sigmas), (count,), generator=generator)
@@ -99,11 +92,12 @@ class Denoising:
         drop = torch.rand(count, generator=generator) < self.dropout
         return {"loss": self.loss(batch, t, noise, drop).mean()}
 
-    def loss(self, batch: Captioned, t: Tensor, noise: Tensor, drop: Tensor) -> Tensor:
+    def loss(self, batch: Batch, t: Tensor, noise: Tensor, drop: Tensor) -> Tensor:
         """The weighted squared error of each image (B,) at timesteps t (B,) with `noise` (B, C, h, w).
 
         Where `drop` (B,) is true, the unconditional row replaces the conditioning.
         """
+        assert batch.conditioning is not None
         denoiser = self.denoiser(batch.conditioning.where(drop, self.unconditional))
         if self.autocast:
             denoiser = _autocast(denoiser)
