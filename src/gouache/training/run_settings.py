@@ -1,0 +1,358 @@
+"""All settings of a training run, as in its TOML file: what is trained, from which model, on which pictures, and how.
+
+Each table is a class, each key a field with a default and a sentence; `template` writes a commented file from them.
+Names that other trainers use (`network_dim`, `learning_rate_te1`, `noise_offset`, ...) are accepted for `--set` and are
+listed in `ALIASES`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from gouache.errors import FileError, RequestError, printable
+from gouache.outside import MalformedText, parse_toml, read_text
+from gouache.training.settings import Settings
+
+Mode = Literal["lora", "dreambooth", "finetune"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Table(BaseModel):
+    """A table of the file: unknown keys and impossible values are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelSettings(Table):
+    name: str = Field("mini", description="The model to start from: a file, a folder, or a name in the library.")
+    sha256: str = Field("", description="Its hash, checked when the run starts or resumes; filled in at the start.")
+    weights: Literal["last", "ema"] = Field(
+        "last", description="Of files that hold both: the last weights, or the averages (EMA)."
+    )
+    vae: str = Field("automatic", description="Another file's autoencoder, or none for the model's own.")
+    prediction: Literal["", "eps", "v"] = Field("", description="What the U-Net predicts; empty: what the file says.")
+    family: str = Field("", description="sd1, sd2 or sdxl; empty: what the file says.")
+    inpainting: bool = Field(
+        False, description="Train the 9-channel inpainting form; a 4-channel model grows by channels of zeros."
+    )
+    zero_terminal_snr: bool = Field(
+        False, description="Train on noise levels whose last has no signal; the exported file is marked."
+    )
+    clip_skip: int = Field(0, ge=0, description="Layer of the text encoders, from the end; 0: the model's own.")
+
+
+class DataSettings(Table):
+    folder: str = Field("", description="A folder of pictures, or a TOML or JSON file in kohya's form.")
+    trigger: str = Field("", description="A word put in front of every caption that does not have it.")
+    class_word: str = Field("", description="What the subject is, in one or two words (DreamBooth).")
+    class_folder: str = Field("", description="Pictures of the class (prior preservation); painted if missing.")
+    class_pictures: int = Field(0, ge=0, description="How many pictures of the class to paint; 0 for none.")
+    resolution: list[int] = Field(
+        [], description="Side of the training pictures in pixels; several: each picture at each. Empty: the model's."
+    )
+    bucket_step: int = Field(64, gt=0, description="Sides of buckets are multiples of this.")
+    bucket_min: int = Field(0, ge=0, description="Smallest side of a bucket; 0: half of the resolution.")
+    bucket_max: int = Field(0, ge=0, description="Largest side of a bucket; 0: twice the resolution.")
+    upscale: bool = Field(True, description="Enlarge pictures that are smaller than their bucket.")
+    repeats: int = Field(1, gt=0, description="How often each picture is seen per epoch.")
+    filter: list[str] = Field([], description='Keep pictures by their scores, such as "punsafe<0.1".')
+    weigh: str = Field("", description="A score that multiplies the loss of its picture.")
+    shuffle: bool = Field(False, description="Shuffle the comma-separated parts of captions.")
+    keep_tokens: int = Field(0, ge=0, description="So many parts stay in front.")
+    caption_dropout: Share = Field(0.0, description="Share of captions left out, for guidance without a prompt.")
+    tag_dropout: Share = Field(0.0, description="Share of the parts of each caption left out.")
+    prefix: str = Field("", description="Put before every caption.")
+    suffix: str = Field("", description="Put after every caption.")
+    wildcard: bool = Field(False, description="Draw one line of a caption file, and one of {a|b}, each time.")
+    flip: bool = Field(False, description="Mirror pictures at random.")
+    random_crop: bool = Field(False, description="Crop at random positions instead of the centre.")
+    color: bool = Field(False, description="Vary colours slightly.")
+    masks: Literal["none", "alpha", "file"] = Field(
+        "none", description="Limit the loss to a mask: the alpha channel, or NAME.mask.png beside the picture."
+    )
+    cache: bool = Field(True, description="Keep latents and text encodings on disk, and free the encoders.")
+    cache_variations: int = Field(4, gt=0, description="Variations cached per picture where crops or colours vary.")
+    cache_folder: str = Field("", description="Folder of the cache; empty: in the run's folder.")
+    workers: int = Field(2, ge=0, description="Threads that read pictures ahead.")
+
+
+class AdapterSettings(Table):
+    form: Literal["lora", "locon", "loha", "lokr", "dora", "ia3", "oft", "full", "none"] = Field(
+        "lora", description="lora, locon, loha, lokr, dora, ia3, oft; full: differences; none: the weights themselves."
+    )
+    rank: int = Field(16, gt=0, description="Rank of the factors (kohya: network_dim).")
+    alpha: float = Field(16, ge=0, description="Scale of the change is alpha / rank.")
+    conv_rank: int = Field(0, ge=0, description="Rank for 3x3 convolutions; 0: they are not trained.")
+    conv_alpha: float = Field(0, ge=0, description="Alpha for 3x3 convolutions; 0: as `alpha`, relative to the rank.")
+    ranks: dict[str, int] = Field({}, description="Other ranks by part or block, such as {mid = 32, text_encoder = 4}.")
+    alphas: dict[str, float] = Field({}, description="Other alphas, by the same names.")
+    modules: Literal["attention", "linear", "all"] = Field(
+        "linear", description="Layers of the U-Net: attention alone, all linear ones, or all (with norms for full)."
+    )
+    rank_dropout: Share = Field(0.0, description="Share of ranks left out per batch.")
+    module_dropout: Share = Field(0.0, description="Share of modules left out per batch.")
+    dropout: Share = Field(0.0, description="Share of the inner activations left out (kohya: network_dropout).")
+    plus_ratio: float = Field(
+        1.0, gt=0, description="LoRA+: rate of the up factors relative to the others; 16 is usual."
+    )
+    start: str = Field("", description="An adapter file to start from; only its weights are taken.")
+
+
+class PartsSettings(Table):
+    unet: bool = Field(True, description="Train the U-Net.")
+    text_encoder: bool = Field(False, description="Train the text encoder (SDXL: both).")
+    text_rate: float = Field(0.5, gt=0, description="Rate of the text encoders, relative to the learning rate.")
+    text_rate_2: float = Field(0.0, ge=0, description="Rate of SDXL's second text encoder; 0: as the first.")
+    text_stop: int = Field(0, ge=0, description="Train the text encoders for so many steps; 0: to the end.")
+
+
+class LossSettings(Table):
+    loss: Literal["l2", "l1", "huber", "smooth_l1"] = Field("l2", description="Of the error of the prediction.")
+    huber: float = Field(0.1, gt=0, description="Where huber and smooth_l1 turn from square to linear.")
+    huber_schedule: Literal["constant", "exponential", "snr"] = Field("snr", description="How that changes with noise.")
+    weighting: Literal["none", "min-snr", "debiased", "velocity"] = Field(
+        "none", description="Weights by noise level: none, min-snr (Hang 2023), debiased, velocity."
+    )
+    gamma: float = Field(5.0, gt=0, description="Limit of min-snr and velocity.")
+    noise_offset: float = Field(
+        0.0, ge=0, description="Noise that is equal over the picture, for very dark or light ones."
+    )
+    noise_offset_random: bool = Field(False, description="Draw the offset's strength per picture.")
+    adaptive_noise_scale: float = Field(0.0, description="Adds so much of the latent's mean to the offset.")
+    pyramid_iterations: int = Field(0, ge=0, description="Levels of pyramid (multires) noise; 6 to 10 are usual.")
+    pyramid_discount: float = Field(0.3, gt=0, lt=1, description="Strength of each further level.")
+    input_perturbation: float = Field(0.0, ge=0, description="Additional noise on the input alone; 0.1 is usual.")
+    timesteps: Literal["uniform", "sigmoid", "logit-normal", "beta"] = Field(
+        "uniform", description="How timesteps are drawn."
+    )
+    timestep_min: Share = Field(0.0, description="Smallest timestep, as a share of all.")
+    timestep_max: Share = Field(1.0, description="Largest timestep, as a share of all.")
+    prior: Literal["none", "pictures", "model"] = Field(
+        "none", description="Prior preservation: pictures of the class, or the frozen model's own prediction."
+    )
+    prior_weight: float = Field(1.0, ge=0, description="Weight of the prior's loss.")
+
+
+class ValidationSettings(Table):
+    share: Share = Field(0.0, description="Share of the pictures held out; near duplicates stay together.")
+    pictures: int = Field(0, ge=0, description="Or so many; 0 and a share of 0: training pictures with fixed noise.")
+    timesteps: int = Field(4, gt=0, description="Fixed noise levels per picture.")
+    every: int = Field(100, gt=0, description="Steps between measurements.")
+    patience: int = Field(0, ge=0, description="Stop after so many measurements without improvement; 0: never.")
+    min_change: float = Field(0.0, ge=0, description="What counts as an improvement.")
+
+
+class SampleSettings(Table):
+    prompts: list[str] = Field([], description="Painted at the moments below; empty: one made of the trigger word.")
+    negative: str = Field("", description="Negative prompt of all.")
+    every: int = Field(0, ge=0, description="Steps between samples; 0: at the start, the middle and the end.")
+    steps: int = Field(0, ge=0, description="Sampling steps; 0: the default of `paint`.")
+    seed: int = Field(1, ge=0, description="Seed of the first sample; it is the same at every moment.")
+    sampler: str = Field("", description="Sampler; empty: the default of `paint`.")
+
+
+class MemorySettings(Table):
+    dtype: Literal["", "fp32", "bf16", "fp16"] = Field("", description="Of frozen weights; empty: fastest here.")
+    autocast: Literal["auto", "yes", "no"] = Field("auto", description="Compute in bf16 while weights stay float32.")
+    stochastic_rounding: bool = Field(False, description="Train bf16 weights without float32 copies.")
+    checkpointing: bool = Field(False, description="Compute activations twice instead of keeping them.")
+    ema_device: Literal["same", "cpu"] = Field("cpu", description="Where the averages are kept.")
+
+
+class RunSettings(Table):
+    """Everything that a run depends on, apart from the content of its files."""
+
+    mode: Mode = Field("lora", description="lora, dreambooth or finetune.")
+    output: str = Field("", description="The file to write at the end, or when `gouache train export` asks.")
+    device: str = Field("", description="cpu, cuda, mps; empty: the best there is.")
+    lineage: Literal["none", "hashed", "plain"] = Field(
+        "hashed", description="What the file says of its data: nothing, hashes, or names and tag counts as kohya's."
+    )
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    adapter: AdapterSettings = AdapterSettings()
+    parts: PartsSettings = PartsSettings()
+    train: Settings
+    loss: LossSettings = LossSettings()
+    validation: ValidationSettings = ValidationSettings()
+    samples: SampleSettings = SampleSettings()
+    memory: MemorySettings = MemorySettings()
+
+
+ALIASES: Mapping[str, str] = {
+    "network_dim": "adapter.rank",
+    "network_alpha": "adapter.alpha",
+    "conv_dim": "adapter.conv_rank",
+    "network_dropout": "adapter.dropout",
+    "network_weights": "adapter.start",
+    "loraplus_lr_ratio": "adapter.plus_ratio",
+    "pretrained_model_name_or_path": "model.name",
+    "train_data_dir": "data.folder",
+    "reg_data_dir": "data.class_folder",
+    "class_tokens": "data.class_word",
+    "instance_prompt": "data.trigger",
+    "shuffle_caption": "data.shuffle",
+    "caption_dropout_rate": "data.caption_dropout",
+    "caption_tag_dropout_rate": "data.tag_dropout",
+    "caption_prefix": "data.prefix",
+    "caption_suffix": "data.suffix",
+    "enable_wildcard": "data.wildcard",
+    "flip_aug": "data.flip",
+    "color_aug": "data.color",
+    "cache_latents": "data.cache",
+    "min_bucket_reso": "data.bucket_min",
+    "max_bucket_reso": "data.bucket_max",
+    "bucket_reso_steps": "data.bucket_step",
+    "num_repeats": "data.repeats",
+    "max_data_loader_n_workers": "data.workers",
+    "max_train_steps": "train.steps",
+    "max_train_epochs": "train.epochs",
+    "train_batch_size": "train.batch",
+    "gradient_accumulation_steps": "train.accumulate",
+    "max_grad_norm": "train.clip_norm",
+    "lr": "train.learning_rate",
+    "unet_lr": "train.learning_rate",
+    "lr_scheduler": "train.schedule",
+    "lr_warmup_steps": "train.warmup",
+    "optimizer_type": "train.optimizer",
+    "min_snr_gamma": "loss.gamma",
+    "loss_type": "loss.loss",
+    "huber_c": "loss.huber",
+    "noise_offset_random_strength": "loss.noise_offset_random",
+    "multires_noise_iterations": "loss.pyramid_iterations",
+    "multires_noise_discount": "loss.pyramid_discount",
+    "ip_noise_gamma": "loss.input_perturbation",
+    "prior_loss_weight": "loss.prior_weight",
+    "zero_terminal_snr": "model.zero_terminal_snr",
+    "v_parameterization": "model.prediction",
+    "gradient_checkpointing": "memory.checkpointing",
+    "mixed_precision": "memory.dtype",
+    "sample_every_n_steps": "samples.every",
+}
+"""Names of kohya's scripts and diffusers' examples -> the setting they mean. `v_parameterization` and
+`cache_latents` are switches there; see `read_overrides`."""
+
+TABLES = {name: field.annotation for name, field in RunSettings.model_fields.items() if name not in (
+    "mode", "output", "device", "lineage")}  # fmt: skip
+
+
+def read(path: Path) -> RunSettings:
+    """The settings in a TOML file. Raises FileError or RequestError naming the key."""
+    try:
+        table = parse_toml(read_text(path))
+    except MalformedText as error:
+        raise FileError(path, str(error)) from None
+    return checked(table, printable(path.name))
+
+
+def checked(values: Mapping[str, Any], where: str = "") -> RunSettings:
+    """`values` as RunSettings. Raises RequestError naming the first key that is unknown or impossible."""
+    try:
+        return RunSettings.model_validate(dict(values))
+    except ValidationError as error:
+        fault = error.errors()[0]
+        key = ".".join(map(str, fault["loc"]))
+        if fault["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, list(keys()), n=1)
+            message = "is not a setting" + (f"; did you mean {near[0]}?" if near else "; see `gouache train new`")
+        elif fault["type"] == "missing":
+            message = "is missing and has no default"
+        else:
+            message = printable(f"{fault['msg'].lower()}, received {fault['input']!r}", 200)
+        raise RequestError(f"{where + ' ' if where else ''}{printable(key)}", message) from None
+
+
+def keys() -> Iterator[str]:
+    """Every setting, as `table.key`; those outside tables by their key."""
+    for name, field in RunSettings.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from (f"{name}.{key}" for key in annotation.model_fields)
+        else:
+            yield name
+
+
+def with_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`values`, as in the file, with `key=value` texts applied: `train.steps=300`, `rank=8`, `network_dim=8`.
+
+    A key without its table must be unique. Values are TOML; what is not TOML is text. Raises RequestError.
+    """
+    result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    for text in overrides:
+        key, sign, value = text.partition("=")
+        if not sign:
+            raise RequestError("set", f"{printable(text, 80)!r} is not key=value")
+        table, name = _key(key.strip())
+        parsed = _value(value.strip())
+        if name == "prediction" and isinstance(parsed, bool):
+            parsed = "v" if parsed else "eps"
+        if name == "gamma" and key.strip() == "min_snr_gamma":
+            result.setdefault("loss", {})["weighting"] = "min-snr"
+        if table:
+            result.setdefault(table, {})[name] = parsed
+        else:
+            result[name] = parsed
+    return result
+
+
+def _key(text: str) -> tuple[str, str]:
+    """(table, key) of a setting's name; the table is "" for those outside tables."""
+    text = ALIASES.get(text.lstrip("-").replace("-", "_"), text.replace("-", "_"))
+    every = list(keys())
+    # The keys of a dictionary are its own: adapter.ranks.mid
+    found = [each for each in every if each == text or each.rpartition(".")[2] == text]
+    if text in every:
+        found = [text]
+    if len(found) != 1:
+        near = difflib.get_close_matches(text, [*every, *ALIASES], n=3)
+        problem = f"is in several tables: {', '.join(found)}" if found else "is not a setting"
+        hint = f"; did you mean {' or '.join(near)}?" if near and not found else ""
+        raise RequestError("set", f"{printable(text, 80)} {problem}{hint}")
+    table, _, name = found[0].rpartition(".")
+    return table, name
+
+
+def _value(text: str) -> JsonValue:
+    try:
+        return parse_toml(f"value = {text}")["value"]
+    except (MalformedText, KeyError):
+        return text
+
+
+def template(settings: RunSettings) -> str:
+    """A commented TOML file of these settings, with every key; reading it gives them back."""
+    lines = ["# Settings of a training run. Start it, or go on with it: gouache train run THIS_FILE"]
+    tables: list[str] = []
+    for name, field in RunSettings.model_fields.items():
+        value = getattr(settings, name)
+        if isinstance(value, BaseModel):
+            tables += ["", f"[{name}]"]
+            for key, inner in type(value).model_fields.items():
+                tables += _lines(key, getattr(value, key), inner.description)
+        else:
+            lines += _lines(name, value, field.description)
+    return "\n".join([*lines, *tables]) + "\n"
+
+
+def _lines(key: str, value: object, description: str | None) -> list[str]:
+    text = _toml(value)
+    commented = f"# {key} = " if text is None else f"{key} = {text}"
+    return [*([f"# {description}"] if description else []), commented]
+
+
+def _toml(value: object) -> str | None:
+    """A value as TOML; None if TOML has no such value."""
+    if value is None:
+        return None
+    if isinstance(value, Mapping):
+        inner = (f"{json.dumps(name, ensure_ascii=False)} = {_toml(each)}" for name, each in value.items())
+        return "{" + ", ".join(inner) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_toml(each) or '""' for each in value) + "]"
+    return json.dumps(value, ensure_ascii=False)
