@@ -1,0 +1,92 @@
+"""The folder of a run: where its parts are, and its measurements read back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gouache.errors import FileError, RequestError, printable
+from gouache.outside import MalformedText, parse_json, read_text
+from gouache.training import run_settings, state
+from gouache.training.run_settings import RunSettings
+
+SETTINGS = "settings.toml"
+_MOST = 1 << 30  # bytes of a log
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`path` has `settings.toml`, `log.jsonl`, checkpoints, `samples/`, `cache/` and, once exported, the result."""
+
+    path: Path
+
+    @property
+    def settings_file(self) -> Path:
+        return self.path / SETTINGS
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def cache(self) -> Path:
+        return self.path / "cache"
+
+    @property
+    def newest(self) -> Path:
+        """The newest weights as a file that can be painted with; written when asked for."""
+        return self.path / "newest.safetensors"
+
+    def settings(self) -> RunSettings:
+        """Raises FileError or RequestError."""
+        return run_settings.read(self.settings_file)
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints, ascending."""
+        return [int(each.name[5:]) for each in state.checkpoints(self.path)]
+
+    def log(self) -> list[Mapping[str, float]]:
+        """The lines of the log that are whole: numbers by name, each with "step". Raises FileError."""
+        path = self.path / "log.jsonl"
+        if not path.exists():
+            return []
+        lines = list[Mapping[str, float]]()
+        for line in read_text(path, _MOST, errors="replace").splitlines():
+            try:
+                values = parse_json(line)
+            except MalformedText:
+                continue  # a killed run may have written half a line
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                lines.append({name: value for name, value in values.items() if _is_number(value)})
+        return lines
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is the folder of a run."""
+    try:
+        return (path / SETTINGS).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def opened(path: Path) -> RunFolder:
+    """The run in the folder `path`, or whose settings file is `path`. Raises RequestError if there is none."""
+    if is_run(path):
+        return RunFolder(path)
+    if path.name == SETTINGS and is_run(path.parent):
+        return RunFolder(path.parent)
+    if not path.exists():
+        raise FileError(path, "does not exist")
+    raise RequestError("run", f"{printable(str(path))} is not the folder of a training run: it has no {SETTINGS}")
+
+
+def curve(lines: list[Mapping[str, float]], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the measurement `name`."""
+    points = [(int(line["step"]), line[name]) for line in lines if name in line]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

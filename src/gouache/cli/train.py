@@ -1,0 +1,241 @@
+"""`gouache train`: runs from a folder of pictures, and what is in their folders."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from typer import Argument, Option
+
+from gouache.cli.text import json_text, shown
+from gouache.errors import RequestError
+
+if TYPE_CHECKING:
+    from gouache.app.training.runs import Finished
+    from gouache.training.run_settings import RunSettings
+
+app = typer.Typer(
+    help="Train a LoRA, a DreamBooth model or a fine-tuned checkpoint on a folder of pictures.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Data = Annotated[str, Argument(help="A folder of pictures, or kohya's TOML or JSON file.", show_default=False)]
+Model = Annotated[str, Option("--model", "-m", help="The model to start from: a file, a folder, or a name.")]
+Set = Annotated[
+    list[str] | None,
+    Option("--set", help="A setting as key=value, as in the settings file; can be repeated.", show_default=False),
+]
+DryRun = Annotated[
+    bool, Option("--dry-run", help="Train nothing: predict steps, time, disk and memory, and say what would not fit.")
+]
+Out = Annotated[Path | None, Option("--output", "-o", help="The file to write.", show_default="named like DATA")]
+Steps = Annotated[int | None, Option(help="Training steps.", show_default="chosen for the data")]
+Trigger = Annotated[str, Option(help="A word put in front of every caption that does not have it.", show_default=False)]
+ClassWord = Annotated[str, Option("--class", help="What the subject is, in one or two words.", show_default=False)]
+Overwrite = Annotated[bool, Option("--overwrite", help="Replace the file given with -o if it exists.")]
+Run = Annotated[Path, Argument(help="The folder of a run.", show_default=False)]
+
+
+@app.command()
+def lora(
+    data: Data, model: Model = "mini", output: Out = None, trigger: Trigger = "", class_word: ClassWord = "",
+    steps: Steps = None, settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train a LoRA (or LoCon, LoHa, LoKr, DoRA, IA3, OFT: --set form=...) on a folder of pictures."""
+    _start("lora", data, model, output, trigger, class_word, steps, settings, dry_run, overwrite)
+
+
+@app.command()
+def dreambooth(
+    data: Data, model: Model = "mini", output: Out = None, trigger: Trigger = "", class_word: ClassWord = "",
+    steps: Steps = None, settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Teach a model one subject from 3 to 5 pictures, and keep what it knows of the class."""
+    _start("dreambooth", data, model, output, trigger, class_word, steps, settings, dry_run, overwrite)
+
+
+@app.command()
+def finetune(
+    data: Data, model: Model = "mini", output: Out = None, trigger: Trigger = "", class_word: ClassWord = "",
+    steps: Steps = None, settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train the weights of the U-Net itself on a folder of pictures with captions."""
+    _start("finetune", data, model, output, trigger, class_word, steps, settings, dry_run, overwrite)
+
+
+@app.command()
+def new(
+    mode: Annotated[str, Argument(help="lora, dreambooth or finetune.", show_default=False)],
+    data: Data,
+    output: Annotated[Path, Option("--output", "-o", help="The settings file to write.", show_default=False)],
+    model: Model = "mini",
+    settings: Set = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a commented settings file, with values chosen for this model, data and device."""
+    from gouache.app.training import defaults
+    from gouache.files.write import write_atomic, write_new
+    from gouache.training.run_settings import template
+
+    chosen = _chosen(mode, data, model, None, "", "", None, settings)
+    text = f"{defaults.explained(chosen)}{template(chosen)}".encode()
+    try:
+        (write_atomic if overwrite else write_new)(output, text)
+    except FileExistsError:
+        raise RequestError("output", f"{shown(output)} exists; add --overwrite to replace it") from None
+    print(f"{shown(output)} is written; start the run with: gouache train run {shown(output)}")
+
+
+@app.command()
+def run(
+    settings_file: Annotated[Path, Argument(metavar="SETTINGS.toml|RUN", show_default=False)],
+    settings: Set = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Start the run of a settings file, or go on with it where it stopped."""
+    from gouache.app.training import runs
+
+    chosen, folder = runs.opened(settings_file, settings or [])
+    _train(chosen, folder, dry_run)
+
+
+@app.command()
+def status(run: Run, as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
+    """Show what a run has done, how stable it is, and what needs a look."""
+    from dataclasses import asdict
+
+    from gouache.app.training.folder import opened
+    from gouache.app.training.status import status as service
+
+    found = service(opened(run))
+    if as_json:
+        print(json_text({**asdict(found), "path": str(found.path), "finished": found.finished}, indent=1))
+        return
+    for line in found.lines():
+        print(line)
+    for remark in found.remarks:
+        print(f"note  {remark}")
+    for change in found.changes:
+        print(f"changed  {change}")
+
+
+@app.command()
+def report(
+    run: Run,
+    output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write curves, samples, settings and changes as one HTML file that needs nothing else."""
+    _report([run], output)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], Argument(help="Folders of runs.", show_default=False)],
+    output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("comparison.html"),
+) -> None:
+    """Set runs side by side: settings that differ, curves, samples with equal seeds."""
+    if len(runs) < 2:
+        raise RequestError("runs", "expected at least two runs to compare")
+    _report(runs, output)
+
+
+@app.command()
+def export(
+    run: Run,
+    output: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    step: Annotated[str, Option(help="A checkpoint's step, best or last.")] = "last",
+    weights: Annotated[str, Option(help="ema, last or both.", show_default="ema if kept")] = "",
+    form: Annotated[str, Option(help="adapter, full, pruned or pruned-emaonly.", show_default="adapter, or full")] = "",
+    names: Annotated[str, Option(help="Names in adapter files: kohya, peft or diffusers.")] = "kohya",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a run's weights as a file that other tools read."""
+    from gouache.app.training import export as service
+    from gouache.app.training.folder import opened
+
+    path = service.export(
+        opened(run), output, step=step, weights=weights, form=form, names=names, overwrite=overwrite, on_note=_note
+    )
+    print(shown(path))
+
+
+def _start(
+    mode: str,
+    data: str,
+    model: str,
+    output: Path | None,
+    trigger: str,
+    class_word: str,
+    steps: int | None,
+    overrides: list[str] | None,
+    dry_run: bool,
+    overwrite: bool,
+) -> None:
+    from gouache.app.training import runs
+
+    chosen = _chosen(mode, data, model, output, trigger, class_word, steps, overrides)
+    folder = runs.new_folder(chosen, overwrite=overwrite, dry_run=dry_run)
+    _train(chosen, folder, dry_run)
+
+
+def _chosen(
+    mode: str,
+    data: str,
+    model: str,
+    output: Path | None,
+    trigger: str,
+    class_word: str,
+    steps: int | None,
+    overrides: list[str] | None,
+) -> RunSettings:
+    from gouache.app.settings import read
+    from gouache.app.training import defaults
+
+    return defaults.choose(
+        mode, data, model, output=output, trigger=trigger, class_word=class_word, steps=steps,
+        overrides=overrides or [], settings=read(), on_note=_note,
+    )  # fmt: skip
+
+
+def _train(chosen: RunSettings, folder: Path, dry_run: bool) -> None:
+    from gouache.app.settings import read
+    from gouache.app.training import estimate, runs
+    from gouache.cli.training_progress import TrainingProgress
+
+    if dry_run:
+        found = estimate.estimate(chosen, folder, read(), on_note=_note)
+        for line in found.lines():
+            print(line)
+        if not found.fits:
+            sys.exit(1)
+        return
+    with TrainingProgress() as progress:
+        finished = runs.run(
+            chosen, folder, read(), on_note=progress.note, on_progress=progress.show, on_work=progress.work
+        )
+    _finished(finished, folder)
+
+
+def _finished(finished: Finished, folder: Path) -> None:
+    if finished.path is None:
+        print(f"stopped at step {finished.step}; everything is saved in {shown(folder)}", file=sys.stderr)
+        print(f"to go on: gouache train run {shown(folder)}", file=sys.stderr)
+        sys.exit(130)
+    print(shown(finished.path))
+    print(f"to paint with it: {finished.command}", file=sys.stderr)
+
+
+def _report(runs: list[Path], output: Path) -> None:
+    from gouache.app.training.folder import opened
+    from gouache.app.training.report import report as service
+    from gouache.files.write import write_atomic
+
+    write_atomic(output, service([opened(each) for each in runs]).encode())
+    print(shown(output))
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
