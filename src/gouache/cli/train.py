@@ -76,12 +76,11 @@ def new(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a commented settings file, with values chosen for this model, data and device."""
-    from gouache.app.training import defaults
     from gouache.files.write import write_atomic, write_new
     from gouache.training.run_settings import template
 
     chosen = _chosen(mode, data, model, None, "", "", None, settings)
-    text = f"{defaults.explained(chosen)}{template(chosen)}".encode()
+    text = template(chosen).encode()
     try:
         (write_atomic if overwrite else write_new)(output, text)
     except FileExistsError:

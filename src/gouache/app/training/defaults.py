@@ -126,12 +126,3 @@ def _merged(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, An
     for name, value in given.items():
         merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
     return merged
-
-
-def explained(settings: RunSettings) -> str:
-    """Comments for the head of a settings file: what was chosen and why."""
-    train = settings.train
-    return (
-        f"# {train.steps} steps of {train.batch}: chosen for the number of pictures. Fewer if the samples copy them, more\n"
-        "# if they do not show the subject yet. Every key may be left out; it then has the value that is written here.\n"
-    )
