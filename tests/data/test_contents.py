@@ -8,7 +8,6 @@ import os
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
@@ -16,11 +15,7 @@ from gouache.data import contents as module
 from gouache.data.contents import contents, hashes, look_of, sizes
 from gouache.errors import RequestError
 
-
-def photo(seed: int, size: tuple[int, int] = (160, 120)) -> Image.Image:
-    """A picture with large shapes, as a photograph has: random colours on a coarse grid, enlarged."""
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 7, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+from .pictures import photo
 
 
 def bits_apart(a: int, b: int) -> int:
