@@ -7,18 +7,17 @@ them can be cached under (content, view).
 from __future__ import annotations
 
 import hashlib
-import io
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from PIL import ExifTags, Image, ImageEnhance, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from gouache.data import masks
 from gouache.data.buckets import Crop, Size
 from gouache.data.record import PictureOptions, Record
-from gouache.errors import RequestError, TrainingError, printable
+from gouache.errors import TrainingError, printable
 from gouache.images import pixels
 
 SETTING = "data"  # the name of the option that pictures are given for, in messages
@@ -66,10 +65,15 @@ def view(crop: Crop, options: PictureOptions, flip: bool, generator: torch.Gener
     return View(crop, flip and options.flip, color, options.alpha_mask)  # type: ignore[arg-type]
 
 
-def examine(record: Record) -> Content:
-    """The content of the files of `record`, without decoding the pictures. Raises RequestError."""
+def examine(record: Record, known: Mapping[str, Size] | None = None) -> Content:
+    """The content of the files of `record`. They are decoded once, so that a damaged one is found before it is used.
+
+    `known` are the sizes of contents that were decoded before, by digest. Raises RequestError.
+    """
     data, mask = _read(record)
-    return Content(_digest(data, mask), _size(data, record))
+    digest = _digest(data, mask)
+    size = (known or {}).get(digest)
+    return Content(digest, _decode(record, data, mask)[0].size if size is None else size)
 
 
 def decode(record: Record) -> tuple[Image.Image, Image.Image | None]:
@@ -121,22 +125,6 @@ def _decode(record: Record, data: bytes, mask: bytes | None) -> tuple[Image.Imag
     picture = pixels.decode(data, str(record.path), SETTING)
     file = None if mask is None else pixels.decode(mask, str(record.mask), "mask")
     return picture, masks.mask_of(picture, record.picture_options.alpha_mask, file, str(record.mask))
-
-
-def _size(data: bytes, record: Record) -> Size:
-    """(width, height) of an encoded picture, turned as its EXIF says, from its header."""
-    try:
-        with Image.open(io.BytesIO(data), formats=pixels.FORMATS) as picture:
-            width, height = picture.size
-            try:
-                turned = picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            except (SyntaxError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
-                turned = False  # damaged: the picture is read as it is stored
-    except Exception:  # Pillow raises almost any exception on damaged files
-        return pixels.decode(data, str(record.path), SETTING).size  # raises the message for it
-    if not 0 < width * height <= pixels.MAX_PIXELS:
-        raise RequestError(SETTING, f"{printable(str(record.path))} has {width}x{height} pixels; at most 64 million")
-    return (height, width) if turned else (width, height)
 
 
 def _cut(picture: Image.Image, view: View, filter: Image.Resampling) -> Image.Image:

@@ -192,15 +192,6 @@ class Batches:
         first = number * self.options.batch
         return [self._example(self.rows[row], epoch, first + place) for place, row in enumerate(rows)]
 
-    def check_pictures(self) -> None:
-        """Decode every picture of which nothing is cached, so that a damaged one is found before training.
-
-        Raises RequestError for the first one. No network is used.
-        """
-        unseen = {row.record.path: row.record for row in self.rows if not self._is_cached(row)}
-        for _ in _in_order(self._pool, pictures.decode, unseen.values()):
-            pass
-
     def needs(self, numbers: Iterable[int], chunk_bytes: int = 0) -> Needs:
         """What the batches `numbers` need of the caches. A text is counted as one chunk of `chunk_bytes`."""
         examples, texts = self._distinct(numbers)
@@ -253,8 +244,11 @@ class Batches:
         repeats = [record.repeats for record in records]
         if self.options.balance:
             repeats = balance(repeats, [record.regularization for record in records])
+        known = self._latents.sizes()
+        contents = list(_in_order(self._pool, lambda record: pictures.examine(record, known), records))
+        self._latents.keep_sizes({content.digest: content.size for content in contents})
         rows = []
-        for record, content, count in zip(records, _in_order(self._pool, pictures.examine, records), repeats):
+        for record, content, count in zip(records, contents, repeats):
             crops = (buckets.crop(content.size) for buckets in self.options.buckets)
             by_size = {crop.size: crop for crop in crops}  # a small picture may have the same size in two of them
             rows += [Row(record, content, crop, count) for crop in by_size.values()]
@@ -274,10 +268,6 @@ class Batches:
     def _view(self, row: Row, flip: bool, variation: int) -> View:
         generator = step_generator(_number(row.content.digest), variation)
         return pictures.view(row.crop, row.record.picture_options, flip, generator)
-
-    def _is_cached(self, row: Row) -> bool:
-        views = (self._view(row, flip, 0) for flip in (False, True))
-        return any(self._latents.key(row.content, view) in self._latents for view in views)
 
     def _distinct(self, numbers: Iterable[int]) -> tuple[list[Example], list[str]]:
         """The examples of these batches whose cached pictures differ, and their different captions."""

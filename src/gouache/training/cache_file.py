@@ -26,12 +26,17 @@ def key_of(*parts: str) -> str:
 
 def write(path: Path, entries: Mapping[str, Entry]) -> None:
     """Write `entries` {key: {name: tensor}}. Raises FileError, for instance if the disk is full."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(path.parent, f"cannot be made: {error.strerror}") from None
+    make_folder(path.parent)
     tensors = {f"{key}.{name}": tensor for key, entry in entries.items() for name, tensor in entry.items()}
     write_safetensors(path, tensors, {key: _digest(entry) for key, entry in entries.items()})
+
+
+def make_folder(folder: Path) -> None:
+    """Raises FileError if that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(folder, f"cannot be made: {error.strerror}") from None
 
 
 def open_entries(path: Path) -> ModelFile | None:

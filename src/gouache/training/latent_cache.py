@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from gouache.data import masks
 from gouache.data.buckets import Size
 from gouache.data.pictures import Content, View
-from gouache.files.write import bytes_of, describe
+from gouache.errors import FileError
+from gouache.files.write import bytes_of, describe, write_atomic
+from gouache.outside import MalformedText, parse_json, read_outside
 from gouache.training import cache_file
 from gouache.training.cache_file import Entry
 from gouache.training.inpainting import concat_channels
 
 FORMAT = "1"  # of the entries; another one makes all of them anew
+SIZES = "sizes.json"
 
 
 class LatentCache:
@@ -73,6 +76,23 @@ class LatentCache:
         with torch.no_grad():
             concat = concat_channels(self._encode, picture[None], hole[None])[0]
         return self._store(key, {"concat": concat.float().cpu()})
+
+    def sizes(self) -> dict[str, Size]:
+        """The sizes of pictures that were decoded before, by the digest of their content."""
+        if self.folder is None:
+            return {}
+        try:
+            values = parse_json(read_outside(self.folder / SIZES))
+            return {str(digest): (int(width), int(height)) for digest, (width, height) in values.items()}
+        except (FileError, MalformedText, AttributeError, TypeError, ValueError):  # missing or damaged
+            return {}
+
+    def keep_sizes(self, sizes: Mapping[str, Size]) -> None:
+        """Add to `sizes`. Raises FileError if that is impossible."""
+        known = self.sizes()
+        if self.folder is not None and not sizes.items() <= known.items():
+            cache_file.make_folder(self.folder)
+            write_atomic(self.folder / SIZES, json.dumps({**known, **sizes}).encode())
 
     def nbytes(self, size: Size, *, mask: bool = False, concat: bool = False) -> int:
         """The bytes on disk, within a few hundred, of an entry for a picture of `size`, or of its concat channels."""
