@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_bad_toml_is_one_line(text: str):
         parse_toml(text)
 
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("part", ["a.", '"a b" . ', "'a'.", '"\\" ".', "a.'b c' ."])
+@pytest.mark.parametrize("line", ["{}b = 1", "[{}b]", "x = {{{}b = 1}}"])
+def test_toml_keys_of_very_many_parts_take_no_time(part: str, line: str):
+    started = time.perf_counter()
+    with pytest.raises(MalformedText, match="has a key of more than 64 parts"):
+        parse_toml(line.format(part * 200_000))
+    assert time.perf_counter() - started < 5
+
+    assert parse_toml(line.format(part * 30))
+    assert parse_toml("text = '" + "a b. " * 1000 + "'")
 
 
 @pytest.mark.parametrize("text", [

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import tomllib
 from pathlib import Path
@@ -24,6 +25,9 @@ from gouache.errors import FileError, printable
 MAX_TEXT = 16_000_000  # bytes of a text file
 MAX_DEPTH = 64  # of nested lists and tables
 MAX_DIGITS = 400  # of a number; a float64 has at most 309 before its point
+
+_KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
+_LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}""")
 
 
 class MalformedText(ValueError):
@@ -105,6 +109,8 @@ def parse_json(text: str | bytes) -> Any:
 def parse_toml(text: str) -> dict[str, Any]:
     """A TOML document. Raises MalformedText."""
     _check_size(text)
+    if _LONG_KEY.search(text):  # the time that tomllib needs grows with the square of its length
+        raise MalformedText(f"has a key of more than {MAX_DEPTH} parts")
     try:
         return tomllib.loads(text, parse_float=_float)
     except MalformedText:

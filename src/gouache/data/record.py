@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,23 +11,28 @@ from pathlib import Path
 class CaptionOptions:
     """How captions are changed each time they are used, as in kohya's scripts.
 
-    A caption is split at `separator`; the first `keep_tokens` parts, or those before `keep_tokens_separator`, stay in
-    front. `shuffle` changes the order of the others, `tag_dropout` leaves each of them out with that probability.
-    `dropout` replaces the whole caption by "" with that probability, `dropout_every_epochs` in every n-th epoch (0:
-    never). `prefix` and `suffix` are joined with a space before anything else and are kept. `wildcard`: one of the
-    lines of a caption file is drawn instead of the first, and one of the alternatives in each `{a|b}`.
+    A caption is split into tags at `separator`; the first `keep_tokens` tags, or those before `keep_tokens_separator`
+    and after its second occurrence, stay where they are. `shuffle` changes the order of the others, `tag_dropout`
+    leaves each of them out with that probability. `dropout` replaces the whole caption by "" with that probability,
+    `dropout_every_epochs` in every n-th epoch (0: never). `prefix` and `suffix` are joined to the caption with a space
+    before it is split. `wildcard`: one of the lines of a caption is chosen at random instead of the first, and one of
+    the alternatives in each `{a|b}`. `secondary_separator` joins tags that stay together; it becomes `separator` at the
+    end. During the first `warmup_steps` steps (below 1: a share of the run) the number of tags grows from `warmup_min`.
     """
 
     shuffle: bool = False
     keep_tokens: int = 0
     keep_tokens_separator: str = ""
     separator: str = ","
+    secondary_separator: str = ""
     dropout: float = 0.0
     dropout_every_epochs: int = 0
     tag_dropout: float = 0.0
     prefix: str = ""
     suffix: str = ""
     wildcard: bool = False
+    warmup_min: int = 1
+    warmup_steps: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Record:
     multiplied by `weight`. `regularization`: it shows the class, not the subject (DreamBooth's prior preservation).
     `mask` is a picture file whose white parts count in the loss. `scores` are numbers of its metadata (`punsafe`,
     `aesthetic`, `watermark`). `conditioning` is a second picture (control, edit), for targets that use one.
+    `resolution` (width, height) is that of its part of the data set, if it differs from the run's.
     """
 
     path: Path
@@ -63,6 +70,7 @@ class Record:
     regularization: bool = False
     mask: Path | None = None
     conditioning: Path | None = None
-    scores: dict[str, float] = field(default_factory=dict)
+    scores: Mapping[str, float] = field(default_factory=dict)
+    resolution: tuple[int, int] | None = None
     caption_options: CaptionOptions = CaptionOptions()
     picture_options: PictureOptions = PictureOptions()

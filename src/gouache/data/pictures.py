@@ -1,0 +1,147 @@
+"""Pictures of a data set as tensors: scaled, cut, mirrored, recoloured, with their masks.
+
+A `View` states everything that decides the pixels apart from the content of the file, so that what is computed from
+them can be cached under (content, view).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch import Tensor
+
+from gouache.data import masks
+from gouache.data.buckets import Crop, Size
+from gouache.data.record import PictureOptions, Record
+from gouache.errors import TrainingError, printable
+from gouache.images import pixels
+
+SETTING = "data"  # the name of the option that pictures are given for, in messages
+COLOR = 0.1  # the largest change of brightness, contrast and saturation, as a share
+HUE = 0.02  # the largest change of hue, in turns
+
+
+@dataclass(frozen=True)
+class Content:
+    """What is in the file of a record: a `digest` of the picture and its mask file, the picture's `size`, upright."""
+
+    digest: str
+    size: Size
+
+
+@dataclass(frozen=True)
+class View:
+    """A way to see a picture: `crop` is cut out, then mirrored if `flip`, then recoloured.
+
+    `color` are factors of brightness, contrast and saturation and a shift of the hue in turns. `alpha_mask`: the alpha
+    channel is a mask; otherwise the transparent parts of the picture are white.
+    """
+
+    crop: Crop
+    flip: bool = False
+    color: tuple[float, float, float, float] | None = None
+    alpha_mask: bool = False
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """(left, top) of what is cut out, in the scaled picture as it is seen: mirrored if the view is."""
+        left, top = self.crop.offset
+        return (self.crop.room[0] - left if self.flip else left), top
+
+
+def view(crop: Crop, options: PictureOptions, flip: bool, generator: torch.Generator) -> View:
+    """The view of `crop` with its random position and colours, as far as `options` ask for them."""
+    if options.random_crop:
+        left, top = (int(torch.randint(room + 1, (), generator=generator)) for room in crop.room)
+        crop = replace(crop, offset=(left, top))
+    color = None
+    if options.color:
+        *factors, hue = (torch.rand(4, generator=generator, dtype=torch.float64) * 2 - 1).tolist()
+        color = (*(round(1 + COLOR * factor, 4) for factor in factors), round(HUE * hue, 4))
+    return View(crop, flip and options.flip, color, options.alpha_mask)  # type: ignore[arg-type]
+
+
+def examine(record: Record, known: Mapping[str, Size] | None = None) -> Content:
+    """The content of the files of `record`. They are decoded once, so that a damaged one is found before it is used.
+
+    `known` are the sizes of contents that were decoded before, by digest. Raises RequestError.
+    """
+    data, mask = _read(record)
+    digest = _digest(data, mask)
+    size = (known or {}).get(digest)
+    return Content(digest, _decode(record, data, mask)[0].size if size is None else size)
+
+
+def decode(record: Record) -> tuple[Image.Image, Image.Image | None]:
+    """The picture of `record`, as `images.pixels.normalise` gives it, and its mask in mode L.
+
+    Raises RequestError if one of its files cannot be read.
+    """
+    return _decode(record, *_read(record))
+
+
+def load(record: Record, content: Content, view: View) -> tuple[Tensor, Tensor | None]:
+    """The picture (3, H, W) in [-1, 1] and its mask (1, H, W), 0 to 1, if it has one.
+
+    Raises RequestError if a file cannot be read, TrainingError if it is not the one that `content` describes.
+    """
+    data, mask = _read(record)
+    if _digest(data, mask) != content.digest:
+        raise TrainingError(
+            f"{printable(str(record.path))}: the picture or its mask was changed while it was used for training; "
+            "resume the run to train with what is there now"
+        )
+    return render(*_decode(record, data, mask), view)
+
+
+def render(picture: Image.Image, mask: Image.Image | None, view: View) -> tuple[Tensor, Tensor | None]:
+    """`picture`, as `decode` gives it, as `view` sees it, with its mask; see `load`."""
+    # Under an alpha mask the colours count as they are; white would shine through at soft edges.
+    opaque = picture.convert("RGB") if view.alpha_mask else pixels.on_white(picture)
+    seen = _recolor(_cut(opaque, view, Image.Resampling.LANCZOS), view)
+    cut = None if mask is None else masks.to_tensor(_cut(mask, view, Image.Resampling.BOX))
+    return pixels.to_tensor([seen])[0], cut
+
+
+def _read(record: Record) -> tuple[bytes, bytes | None]:
+    data = pixels.read_bytes(record.path, SETTING)
+    return data, None if record.mask is None else pixels.read_bytes(record.mask, "mask")
+
+
+def _digest(data: bytes, mask: bytes | None) -> str:
+    digest = hashlib.sha256(data)
+    return (
+        digest.hexdigest()
+        if mask is None
+        else hashlib.sha256(digest.digest() + hashlib.sha256(mask).digest()).hexdigest()
+    )
+
+
+def _decode(record: Record, data: bytes, mask: bytes | None) -> tuple[Image.Image, Image.Image | None]:
+    picture = pixels.decode(data, str(record.path), SETTING)
+    file = None if mask is None else pixels.decode(mask, str(record.mask), "mask")
+    return picture, masks.mask_of(picture, record.picture_options.alpha_mask, file, str(record.mask))
+
+
+def _cut(picture: Image.Image, view: View, filter: Image.Resampling) -> Image.Image:
+    crop = view.crop
+    (left, top), (width, height) = crop.offset, crop.size
+    if picture.size != crop.scaled:
+        picture = picture.resize(crop.scaled, filter)
+    picture = picture.crop((left, top, left + width, top + height))
+    return ImageOps.mirror(picture) if view.flip else picture
+
+
+def _recolor(picture: Image.Image, view: View) -> Image.Image:
+    if view.color is None:
+        return picture
+    *factors, hue = view.color
+    for change, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
+        picture = change(picture).enhance(factor)
+    h, s, v = picture.convert("HSV").split()
+    shift = round(hue * 256)
+    return Image.merge("HSV", (h.point([(level + shift) % 256 for level in range(256)]), s, v)).convert("RGB")

@@ -1,0 +1,372 @@
+"""Batches of a data set: pictures and captions to latents and conditioning, through caches, read ahead by threads.
+
+    number -> plan (which rows) -> examples (view, caption) -> caches, or decoded and encoded now -> `Batch`
+
+Everything random in an example is drawn from (seed, its position in the run). A batch is therefore a function of its
+number, whatever the number of threads, the state of the caches, and the batch that a run begins with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gouache.data import pictures
+from gouache.data.buckets import Buckets, Crop
+from gouache.data.epochs import Plan, balance
+from gouache.data.pictures import Content, View
+from gouache.data.record import Record
+from gouache.diffusion.conditioning import Conditioning
+from gouache.errors import RequestError
+from gouache.prompts.encode import Sizes, add_sizes
+from gouache.prompts.recipe import TextRecipe
+from gouache.training.batch import Batch
+from gouache.training.inpainting import draw_mask
+from gouache.training.latent_cache import LatentCache
+from gouache.training.objective import step_generator
+from gouache.training.text_cache import TextCache
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Caption = Callable[[Record, int, torch.Generator], str]
+"""The caption of a record in an epoch, with its random changes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How batches are made.
+
+    Each picture is seen at a size of each of `buckets`. Where options of a record ask for random positions or colours,
+    one of `variations` versions is used, the same ones in every run, so that they can be cached; so is one of as many
+    masks per picture with `inpainting`. `balance`: class pictures are repeated until there are as many of them as
+    others. `workers` threads read and decode ahead; with 0 that happens when a batch is asked for. `device` is that of
+    the batches.
+    """
+
+    buckets: tuple[Buckets, ...]
+    batch: int = 1
+    seed: int = 0
+    variations: int = 8
+    inpainting: bool = False
+    balance: bool = True
+    workers: int = 2
+    device: torch.device | str = "cpu"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A record at one size, seen `repeats` times per epoch."""
+
+    record: Record
+    content: Content
+    crop: Crop
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Example:
+    """One of a batch, before anything is read: how a picture is seen, with which caption.
+
+    `key` is that of its latents in the cache. `hole` is the number of its mask of inpainting, None if there is none,
+    and `hole_key` the key of its concat channels.
+    """
+
+    row: Row
+    view: View
+    caption: str
+    key: str
+    hole: int | None = None
+    hole_key: str = ""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run needs of the caches: a number of entries and their bytes, of which `missing` are still to be made."""
+
+    latents: int
+    texts: int
+    latent_bytes: int
+    text_bytes: int
+    missing_latents: int
+    missing_texts: int
+
+    @property
+    def bytes(self) -> int:
+        return self.latent_bytes + self.text_bytes
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a thread has read for an example. `picture` is None if the caches have all that is needed of it."""
+
+    latents: dict[str, Tensor] | None
+    concat: dict[str, Tensor] | None
+    text: Conditioning | None
+    picture: tuple[Tensor, Tensor | None] | None
+
+
+class Batches:
+    """`batches(number)` is the batch of that number, counted from 0.
+
+    `texts` None: a text encoder is trained, so batches have captions instead of conditioning. `caption` makes the
+    caption of a record. `recipe` is the family's, for the sizes that SDXL receives. `waited` is the time in seconds
+    that callers have spent waiting for batches.
+
+    Raises RequestError if there are no pictures or a file is not one.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        options: Options,
+        latents: LatentCache,
+        texts: TextCache | None,
+        caption: Caption,
+        recipe: TextRecipe | None = None,
+    ) -> None:
+        for buckets in options.buckets:
+            if buckets.step % latents.factor:
+                raise RequestError("bucket_step", f"is {buckets.step}; expected a multiple of {latents.factor}")
+        self.options, self._latents, self._texts = options, latents, texts
+        self._caption, self._recipe = caption, recipe
+        self.waited = 0.0
+        self._pool = ThreadPoolExecutor(options.workers or 1, "gouache-data")
+        self._ahead: dict[int, Future[list[tuple[Example, _Loaded]]]] = {}
+        self.rows = self._rows(records)
+        self.plan = Plan(
+            [row.crop.size for row in self.rows],
+            [row.repeats for row in self.rows],
+            options.batch,
+            lambda epoch: step_generator(_stream(options.seed, "epochs"), epoch),
+        )
+        if not len(self.plan):
+            raise RequestError(pictures.SETTING, "has no pictures")
+
+    def __len__(self) -> int:
+        """The number of batches per epoch."""
+        return len(self.plan)
+
+    def __call__(self, number: int) -> Batch:
+        """The batch. Raises RequestError or TrainingError for a picture, FileError for a full disk."""
+        began = time.perf_counter()
+        batch = self._batch(self._read_ahead(number))
+        self.waited += time.perf_counter() - began
+        return batch
+
+    @property
+    def identity(self) -> str:
+        """A hash of everything that examples depend on: pictures, captions, options, encoders; not batch and seed."""
+        rows = [
+            {
+                **asdict(row.record),
+                "path": None,
+                "name": None,
+                "mask": None,
+                "conditioning": None,
+                "scores": None,
+                "content": row.content.digest,
+                "crop": asdict(row.crop),
+                "repeats": row.repeats,
+            }
+            for row in self.rows
+        ]
+        others = self.options.variations, self.options.inpainting, self._latents.vae
+        text = json.dumps([rows, others, self._texts.encoders if self._texts is not None else None])
+        return hashlib.sha256(text.encode()).hexdigest()[:40]
+
+    def examples(self, number: int) -> list[Example]:
+        """The examples of a batch. Nothing is read."""
+        epoch, rows = self.plan.batch(number)
+        first = number * self.options.batch
+        return [self._example(self.rows[row], epoch, first + place) for place, row in enumerate(rows)]
+
+    def needs(self, numbers: Iterable[int], chunk_bytes: int = 0) -> Needs:
+        """What the batches `numbers` need of the caches. A text is counted as one chunk of `chunk_bytes`."""
+        examples, texts = self._distinct(numbers)
+        latents, options = self._latents, self.options
+        first = {example.key: example for example in examples}
+        bytes_of_latents = sum(
+            latents.nbytes(example.row.crop.size, mask=example.row.record.mask is not None or example.view.alpha_mask)
+            for example in first.values()
+        )
+        missing = sum(key not in latents for key in first)
+        count = len(first)
+        if options.inpainting:
+            count += len(examples)
+            bytes_of_latents += sum(latents.nbytes(example.row.crop.size, concat=True) for example in examples)
+            missing += sum(example.hole_key not in latents for example in examples)
+        absent = sum(text not in self._texts for text in texts) if self._texts is not None else 0
+        return Needs(count, len(texts), bytes_of_latents, len(texts) * chunk_bytes, missing, absent)
+
+    def prepare(self, numbers: Iterable[int], on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Fill the caches with all that the batches `numbers` need; afterwards these use no encoder.
+
+        `on_progress` receives how many entries are done and how many there are.
+        """
+        examples, texts = self._distinct(numbers)
+        total = len(examples) + len(texts)
+        for done, (example, loaded) in enumerate(_in_order(self._pool, self._load, examples), 1):
+            self._complete(example, loaded)
+            if on_progress is not None:
+                on_progress(done, total)
+        if self._texts is not None:
+            for done, text in enumerate(texts, len(examples) + 1):
+                self._texts.row(text)
+                if on_progress is not None:
+                    on_progress(done, total)
+            self._texts.flush()
+
+    def close(self) -> None:
+        """End the threads and write what is only in memory."""
+        self._pool.shutdown(cancel_futures=True)
+        if self._texts is not None:
+            self._texts.flush()
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _rows(self, records: Sequence[Record]) -> list[Row]:
+        repeats = [record.repeats for record in records]
+        if self.options.balance:
+            repeats = balance(repeats, [record.regularization for record in records])
+        known = self._latents.sizes()
+        contents = list(_in_order(self._pool, lambda record: pictures.examine(record, known), records))
+        self._latents.keep_sizes({content.digest: content.size for content in contents})
+        rows = []
+        for record, content, count in zip(records, contents, repeats):
+            crops = (buckets.crop(content.size) for buckets in self.options.buckets)
+            by_size = {crop.size: crop for crop in crops}  # a small picture may have the same size in two of them
+            rows += [Row(record, content, crop, count) for crop in by_size.values()]
+        return rows
+
+    def _example(self, row: Row, epoch: int, position: int) -> Example:
+        generator = step_generator(_stream(self.options.seed, "examples"), position)
+        flip = bool(torch.rand((), generator=generator) < 0.5)
+        variation, hole = torch.randint(self.options.variations, (2,), generator=generator).tolist()
+        caption = self._caption(row.record, epoch, generator)
+        view = self._view(row, flip, variation)
+        key = self._latents.key(row.content, view)
+        if not self.options.inpainting:
+            return Example(row, view, caption, key)
+        return Example(row, view, caption, key, hole, self._latents.key(row.content, view, hole))
+
+    def _view(self, row: Row, flip: bool, variation: int) -> View:
+        generator = step_generator(_number(row.content.digest), variation)
+        return pictures.view(row.crop, row.record.picture_options, flip, generator)
+
+    def _distinct(self, numbers: Iterable[int]) -> tuple[list[Example], list[str]]:
+        """The examples of these batches whose cached pictures differ, and their different captions."""
+        examples: dict[tuple[str, str], Example] = {}
+        texts: dict[str, None] = {}
+        for number in numbers:
+            for example in self.examples(number):
+                examples.setdefault((example.key, example.hole_key), example)
+                texts[example.caption] = None
+        if self._texts is None:
+            return list(examples.values()), []
+        return list(examples.values()), list({"": None, **texts})  # "" extends captions of fewer chunks
+
+    def _read_ahead(self, number: int) -> list[tuple[Example, _Loaded]]:
+        if not self.options.workers:
+            return self._read(number)
+        wanted = range(number, number + self.options.workers + 1)
+        for other in [other for other in self._ahead if other not in wanted]:
+            self._ahead.pop(other).cancel()
+        for each in wanted:
+            if each not in self._ahead:
+                self._ahead[each] = self._pool.submit(self._read, each)
+        return self._ahead.pop(number).result()
+
+    def _read(self, number: int) -> list[tuple[Example, _Loaded]]:
+        return [self._load(example) for example in self.examples(number)]
+
+    def _load(self, example: Example) -> tuple[Example, _Loaded]:
+        """Read the cached parts of an example, and its picture if one is missing. Called by threads."""
+        latents = self._latents.read(example.key)
+        concat = self._latents.read(example.hole_key) if example.hole is not None else None
+        picture = None
+        if latents is None or (example.hole is not None and concat is None):
+            picture = pictures.load(example.row.record, example.row.content, example.view)
+        text = self._texts.read(example.caption) if self._texts is not None else None
+        return example, _Loaded(latents, concat, text, picture)
+
+    def _complete(self, example: Example, loaded: _Loaded) -> tuple[dict[str, Tensor], Tensor | None]:
+        """The latents of an example with their mask, and its concat channels; what is missing is encoded now."""
+        latents, concat = loaded.latents, loaded.concat
+        if loaded.picture is not None:
+            picture, mask = loaded.picture
+            if latents is None:
+                latents = dict(self._latents.make(example.key, picture, mask))
+            if example.hole is not None and concat is None:
+                hole = draw_mask(example.row.crop.size, step_generator(_number(example.key), example.hole))
+                concat = dict(self._latents.make_concat(example.hole_key, picture, hole))
+        assert latents is not None
+        return latents, None if concat is None else concat["concat"]
+
+    def _batch(self, loaded: list[tuple[Example, _Loaded]]) -> Batch:
+        device, examples = self.options.device, [example for example, _ in loaded]
+        records = [example.row.record for example in examples]
+        entries, channels = zip(*(self._complete(*each) for each in loaded))
+        latents = torch.stack([entry["latents"] for entry in entries]).to(device)
+        concat = torch.stack(channels).to(device) if self.options.inpainting else None
+        mask = None
+        if any("mask" in entry for entry in entries):
+            whole = torch.ones_like(latents[0, :1], device="cpu")
+            mask = torch.stack([entry.get("mask", whole) for entry in entries]).to(device)
+        # A short batch counts by its size, so that every picture counts the same.
+        share = len(loaded) / self.options.batch
+        sizes = tuple(
+            Sizes(example.view.crop.size, example.view.crop.original, example.view.corner) for example in examples
+        )
+        conditioning = None
+        if self._texts is not None:
+            texts = [self._texts.row(each.caption) if read.text is None else read.text for each, read in loaded]
+            conditioning = self._texts.join(texts).to(device)
+            if self._recipe is not None:
+                conditioning = add_sizes(conditioning, self._recipe, sizes)
+            conditioning, concat = replace(conditioning, concat=concat), None
+        return Batch(
+            latents,
+            conditioning,
+            tuple(example.caption for example in examples),
+            sizes,
+            concat,
+            torch.tensor([record.weight * share for record in records], device=device),
+            mask,
+            torch.tensor([record.regularization for record in records], device=device),
+            tuple(record.name for record in records),
+        )
+
+
+def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`pool.map`, but only a few results ahead: pictures of a whole data set do not fit into memory."""
+    remaining = iter(items)
+    futures = [pool.submit(function, item) for item in islice(remaining, 2 * (os.cpu_count() or 1))]
+    while futures:
+        yield futures.pop(0).result()
+        futures += [pool.submit(function, item) for item in islice(remaining, 1)]
+
+
+def _number(digest: str) -> int:
+    """A seed from a hash in hexadecimal."""
+    return int(digest[:15], 16)
+
+
+def _stream(seed: int, use: str) -> int:
+    """A seed for one use of random numbers, unlike those of other uses of `seed`, such as the noise of a step."""
+    return _number(hashlib.sha256(f"{use} {seed}".encode()).hexdigest())

@@ -1,0 +1,65 @@
+"""What an inpainting network receives beside the noisy latent: a mask, and the picture without what is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from gouache.data.buckets import Size
+
+SHARES = {"strokes": 0.4, "rectangles": 0.35, "everything": 0.2, "nothing": 0.05}
+"""How often each kind of mask is drawn. Without "everything" a network forgets to paint from the caption alone."""
+
+
+def draw_mask(size: Size, generator: torch.Generator) -> Tensor:
+    """A random mask (1, H, W) of 0 and 1 for a picture of `size` (width, height): 1 is to be painted."""
+    kind = list(SHARES)[int(torch.multinomial(torch.tensor(list(SHARES.values())), 1, generator=generator))]
+    image = Image.new("L", size, 255 if kind == "everything" else 0)
+    if kind == "strokes":
+        _strokes(image, generator)
+    elif kind == "rectangles":
+        _rectangles(image, generator)
+    return torch.from_numpy(np.array(image))[None].float().div(255)
+
+
+def concat_channels(encode: Callable[[Tensor], Tensor], pictures: Tensor, masks: Tensor) -> Tensor:
+    """pictures (B, 3, H, W) in [-1, 1], masks (B, 1, H, W) of 0 and 1 -> (B, 1 + C, h, w): mask, masked latent.
+
+    What is masked is mid-grey before it is encoded.
+    """
+    kept = encode(pictures * (masks < 0.5))
+    small = F.interpolate(masks, size=kept.shape[2:], mode="nearest").to(kept)
+    return torch.cat([small, kept], dim=1)
+
+
+def _rectangles(image: Image.Image, generator: torch.Generator) -> None:
+    """One to three, each side a tenth to two thirds of the picture's."""
+    draw = ImageDraw.Draw(image)
+    for _ in range(_between(1, 3, generator)):
+        width, height = (_between(max(1, side // 10), max(1, side * 2 // 3), generator) for side in image.size)
+        left, top = _between(0, image.width - width, generator), _between(0, image.height - height, generator)
+        draw.rectangle((left, top, left + width - 1, top + height - 1), fill=255)
+
+
+def _strokes(image: Image.Image, generator: torch.Generator) -> None:
+    """One to four bent strokes of a round brush, a twentieth to a fifth of the shorter side wide."""
+    draw, short = ImageDraw.Draw(image), min(image.size)
+    for _ in range(_between(1, 4, generator)):
+        radius = max(1, _between(short // 20, short // 5, generator) // 2)
+        points = [
+            (_between(0, image.width - 1, generator), _between(0, image.height - 1, generator))
+            for _ in range(_between(2, 6, generator))
+        ]
+        draw.line(points, fill=255, width=2 * radius)
+        for x, y in points:  # round ends and joints
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=255)
+
+
+def _between(low: int, high: int, generator: torch.Generator) -> int:
+    """A random integer from `low` to `high`, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))

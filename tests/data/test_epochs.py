@@ -1,0 +1,92 @@
+"""The order of examples: nothing is lost, nothing is mixed, and a batch depends on its number alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gouache.data.epochs import Plan, balance
+
+
+def seeded(seed: int):
+    return lambda epoch: torch.Generator().manual_seed(1000 * seed + epoch)
+
+
+def plan(sizes: list, repeats: list[int], batch: int, seed: int = 0) -> Plan:
+    return Plan(sizes, repeats, batch, seeded(seed))
+
+
+def test_seven_pictures_of_five_shapes_are_each_seen_repeats_times_per_epoch():
+    shapes = ["a", "b", "b", "c", "d", "e", "e"]
+    repeats = [1, 2, 3, 10, 1, 5, 4]
+    order = plan(shapes, repeats, batch=4)
+
+    for epoch in range(5):
+        batches = [order.batch(epoch * len(order) + index) for index in range(len(order))]
+
+        assert {number for number, _ in batches} == {epoch}
+        assert Counter(row for _, rows in batches for row in rows) == Counter(dict(enumerate(repeats)))
+        assert all(len({shapes[row] for row in rows}) == 1 and len(rows) <= 4 for _, rows in batches)
+    # a: 1, b: 5, c: 10, d: 1, e: 9
+    assert len(order) == 1 + 2 + 3 + 1 + 3
+    assert order.examples == sum(repeats)
+
+
+@settings(max_examples=50)
+@given(rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), min_size=1, max_size=40), batch=st.integers(1, 9))
+def test_every_row_is_seen_repeats_times_whatever_the_sizes(rows: list[tuple[int, int]], batch: int):
+    sizes, repeats = [size for size, _ in rows], [count for _, count in rows]
+    order = plan(sizes, repeats, batch)
+
+    seen = [order.batch(number)[1] for number in range(len(order), 2 * len(order))]
+
+    assert Counter(row for each in seen for row in each) == Counter(dict(enumerate(repeats)))
+    assert all(len({sizes[row] for row in each}) == 1 for each in seen)
+    per_size = Counter(size for size, count in rows for _ in range(count))
+    assert len(order) == sum(-(-count // batch) for count in per_size.values())
+
+
+def test_a_batch_depends_on_its_number_alone():
+    sizes, repeats = [number % 3 for number in range(20)], [3] * 20
+    order = plan(sizes, repeats, 4)
+    forwards = [order.batch(number) for number in range(60)]
+
+    backwards = [plan(sizes, repeats, 4).batch(number) for number in reversed(range(60))]
+
+    assert forwards == backwards[::-1]
+    assert forwards == [order.batch(number) for number in range(60)]
+
+
+def test_epochs_and_seeds_have_different_orders():
+    first, other = plan([0] * 50, [1] * 50, 10), plan([0] * 50, [1] * 50, 10, seed=1)
+    epochs = [[first.batch(epoch * 5 + index)[1] for index in range(5)] for epoch in range(3)]
+
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert epochs[0] != [other.batch(index)[1] for index in range(5)]
+
+
+def test_batches_of_different_sizes_are_in_random_order():
+    order = plan([0] * 50 + [1] * 50, [1] * 100, 10)
+
+    firsts = Counter(order.batch(epoch * len(order))[1][0] < 50 for epoch in range(100))
+
+    assert 25 < firsts[True] < 75
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_size=30))
+def test_class_pictures_are_seen_as_often_as_the_others(rows: list[tuple[int, bool]]):
+    repeats, kinds = [count for count, _ in rows], [kind for _, kind in rows]
+
+    balanced = balance(repeats, kinds)
+
+    others = [count for count, kind in zip(balanced, kinds) if not kind]
+    classes = [count for count, kind in zip(balanced, kinds) if kind]
+    assert others == [count for count, kind in rows if not kind]
+    if others and classes:
+        assert sum(classes) == sum(others)
+        assert max(classes) - min(classes) <= 1
+    else:
+        assert balanced == repeats
