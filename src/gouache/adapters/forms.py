@@ -92,6 +92,24 @@ def sparse(parts: Parts, shape: torch.Size) -> Tensor:
     return delta.reshape(shape)
 
 
+def dora(weight: Tensor, delta: Tensor, magnitude: Tensor, by_row: bool) -> Tensor:
+    """m (W + delta) / |W + delta| - W, with one norm per row or per column.
+
+    The quotient is computed first: it is exactly 1, and the change exactly 0, before m and delta are trained.
+    """
+    updated = weight + delta
+    norms = dora_magnitude(updated, by_row)
+    quotient = magnitude.reshape(norms.shape) / norms.clamp_min(torch.finfo(weight.dtype).eps)
+    return quotient * updated - weight
+
+
+def dora_magnitude(weight: Tensor, by_row: bool = True) -> Tensor:
+    """The norms of the rows of W, (out, 1) or (out, 1, 1, 1), or of its columns, (1, in) or (1, in, 1, 1)."""
+    if by_row:
+        return weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
+    return weight.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (weight.ndim - 2))
+
+
 def _tucker(core: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """sum over i, j of left[o, i] core[i, j, ...] right[j, n]: (out, in, k, k)."""
     return torch.einsum("ij...,oi,jn->on...", core, left, right)

@@ -7,11 +7,13 @@ change of the weight adds to the output what the module would compute with the c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gouache.adapters.parameters import Dropout, TrainedPatch
 from gouache.adapters.patch import Patch
 from gouache.adapters.read import SHAPE_ERRORS
 from gouache.errors import ModelError
@@ -22,7 +24,7 @@ class LivePatch:
 
     `beneath` returns the weight it acts on, for forms that depend on it; `error` is the start of its messages. Where
     the patch has parameters that require gradients, its factors are computed from them at each call, under autograd;
-    otherwise what can be computed once is kept.
+    otherwise what can be computed once is kept. Its dropout acts where gradients are enabled.
     """
 
     def __init__(self, module: nn.Module, patch: Patch, beneath: Callable[[], Tensor], error: str) -> None:
@@ -30,6 +32,7 @@ class LivePatch:
         self._strength = 0.0
         self._patch, self._beneath, self._error = patch, beneath, error
         self._trained = any(part.requires_grad for part in patch.parts.values())
+        self._dropout = patch.dropout if isinstance(patch, TrainedPatch) else None
         # An embedding is looked up by integers, which no factor can multiply.
         self._by_factors = isinstance(module, nn.Linear | nn.Conv2d) and patch.factors is not None
         self._factors: tuple[Tensor, Tensor] | None = None
@@ -56,36 +59,41 @@ class LivePatch:
     def _add(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if not self.on or not self._strength:
             return output
+        dropout = self._dropout if torch.is_grad_enabled() else None
+        if dropout is not None and dropout.skips:
+            return output
         if not self._valid or self._trained:
             try:
                 if self._trained:
-                    self._compute(module)
+                    self._compute(module, dropout)
                 else:
                     with torch.inference_mode(False), torch.no_grad():
-                        self._compute(module)
+                        self._compute(module, None)
             except (ModelError, *SHAPE_ERRORS) as error:
                 raise ModelError(f"{self._error}: {error}") from None
         extra = None
         if self._factors is not None:
-            extra = _product(module, inputs[0], *self._factors)
+            extra = _product(module, inputs[0], *self._factors, dropout)
         elif self._weight is not None:
             extra = _run(module, inputs[0], self._weight.to(inputs[0].device), None)
+            extra = extra if dropout is None else dropout.of_values(extra)
         if self._bias is not None:
             bias = self._bias.reshape(-1, 1, 1) if isinstance(module, nn.Conv2d | nn.GroupNorm) else self._bias
             extra = bias.to(output) if extra is None else extra + bias.to(extra)
         return output if extra is None else output + extra.to(output.dtype)
 
-    def _compute(self, module: nn.Module) -> None:
+    def _compute(self, module: nn.Module, dropout: Dropout | None) -> None:
         weight, bias = module.weight, getattr(module, "bias", None)
         assert isinstance(weight, Tensor)
+        patch = self._patch if dropout is None else replace(self._patch, parts=dropout.of_parts(self._patch.parts))
         if self._by_factors:
-            factors = self._patch.factors
+            factors = patch.factors
             assert factors is not None
             self._factors = factors[0] * self._strength, factors[1]
         else:
-            change = self._patch.change(self._beneath(), self._strength)
+            change = patch.change(self._beneath(), self._strength)
             self._weight = change if change is None else change.to(_compute_dtype(weight))
-        delta = self._patch.bias_delta(bias) if isinstance(bias, Tensor) else None
+        delta = patch.bias_delta(bias) if isinstance(bias, Tensor) else None
         self._bias = None if delta is None else delta * self._strength
         self._valid = True
 
@@ -95,12 +103,13 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype if weight.element_size() > 1 else torch.float32
 
 
-def _product(module: nn.Module, x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+def _product(module: nn.Module, x: Tensor, up: Tensor, down: Tensor, dropout: Dropout | None) -> Tensor:
     """up (down x) of a linear layer or a convolution, whichever of the two forms the file stores."""
-    if isinstance(module, nn.Conv2d):
-        inner = down.reshape(len(down), module.in_channels, *module.kernel_size).to(x)
-        return F.conv2d(_run(module, x, inner, None), up[..., None, None].to(x))
-    return F.linear(_run(module, x, down.flatten(1).to(x), None), up.to(x))
+    convolution = isinstance(module, nn.Conv2d)
+    inner = down.reshape(len(down), module.in_channels, *module.kernel_size) if convolution else down.flatten(1)
+    values = _run(module, x, inner.to(x), None)
+    values = values if dropout is None else dropout.of_values(values)
+    return F.conv2d(values, up[..., None, None].to(x)) if convolution else F.linear(values, up.to(x))
 
 
 def _run(module: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

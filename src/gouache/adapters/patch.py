@@ -158,19 +158,12 @@ def _computed(form: str, compute: Callable[[], Tensor]) -> Tensor:
 
 
 def _dora(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """m (W + delta) / |W + delta| - W, with one norm per column or per row.
-
-    The magnitude's shape shows which: (1, in, 1, 1) is per column, (out,) and (out, 1, 1, 1) are per row.
-    """
-    updated = weight + delta
+    """The change of DoRA. The magnitude's shape shows its side: (1, in, 1, 1) is per column, (out,) per row."""
     by_row = magnitude.numel() == weight.shape[0] and not (magnitude.ndim > 1 and magnitude.shape[0] == 1)
-    if by_row:
-        norm = updated.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.ndim - 1))
-    else:
-        norm = updated.transpose(0, 1).flatten(1).norm(dim=1).reshape(1, -1, *[1] * (weight.ndim - 2))
-    if magnitude.numel() != norm.numel():
-        raise ModelError(f"its DoRA magnitude has size {magnitude.numel()}, expected {norm.numel()}")
-    return magnitude.reshape(norm.shape) * updated / norm.clamp_min(torch.finfo(weight.dtype).eps) - weight
+    expected = weight.shape[0 if by_row else 1]
+    if magnitude.numel() != expected:
+        raise ModelError(f"its DoRA magnitude has size {magnitude.numel()}, expected {expected}")
+    return forms.dora(weight, delta, magnitude, by_row)
 
 
 # Form -> (parts any of which identifies it, function that computes the change). The first match is used.

@@ -83,7 +83,7 @@ def prune(
         raise RequestError("keep", f"{printable(str(source))} has no EMA weights ({hint}); use last instead of ema")
     chosen = keep or ("ema" if found.ema_names or only else "last")
 
-    kept, dropped = _pruned(file, found, chosen, drop)
+    kept, dropped = pruned(file, found, chosen, drop)
     exempt = {name for name in kept if name in found.leftovers and len(kept.tensors[name].shape) < 2}
     result = derive.cast(kept, dtype, exempt)
     result = save.with_metadata(result, {**describe(found), **result.metadata})
@@ -95,9 +95,10 @@ def prune(
     return Pruned(len(result), result.nbytes, _description(chosen, found), dropped, kept.nbytes - result.nbytes)
 
 
-def _pruned(
+def pruned(
     file: ModelFile, found: Found, keep: str, drop: tuple[str, ...]
 ) -> tuple[ModelFile, dict[str, tuple[int, int]]]:
+    """(`file` without what `keep` and `drop` leave out, {reason: (tensors, bytes) left out}); see `prune`."""
     reasons: dict[str, str] = dict.fromkeys(found.unknown, "not part of any component")
     reasons |= {name: found.leftovers[name] for name in found.leftovers if name.startswith(_JUNK)}
     for part in drop:
