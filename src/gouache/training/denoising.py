@@ -17,10 +17,10 @@ from gouache.diffusion.schedule import Schedule
 from gouache.errors import RequestError
 from gouache.prompts.encode import Sizes
 from gouache.training.batch import Batch
-from gouache.training.noise import NoiseOptions, sample_noise
+from gouache.training.noise import WHITE, NoiseOptions, sample_noise
 from gouache.training.objective import Group, Json, by_decay, step_generator
 from gouache.training.target import Target
-from gouache.training.timesteps import Timesteps
+from gouache.training.timesteps import ALL, Timesteps
 from gouache.training.weighting import (
     Distance,
     HuberSchedule,
@@ -88,8 +88,8 @@ class Denoising:
     base: str | None = None
     target: Target | None = None
     encode: Encode | None = None
-    noise: NoiseOptions = NoiseOptions()
-    timesteps: Timesteps = Timesteps()
+    noise: NoiseOptions = WHITE
+    timesteps: Timesteps = ALL
     v_like_loss: float = 0.0
     distance: Distance = "l2"
     huber_c: float = 0.1

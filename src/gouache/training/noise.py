@@ -30,6 +30,9 @@ class NoiseOptions:
     perturbation_random: bool = False
 
 
+WHITE = NoiseOptions()
+
+
 def sample_noise(latents: Tensor, options: NoiseOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(noise of the target, noise of the input) for latents (B, C, h, w), both shaped like them, float32 on the CPU.
 

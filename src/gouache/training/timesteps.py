@@ -87,6 +87,10 @@ class Timesteps:
                 return _inverse(lambda x: x ** (self.alpha - 1) * (1 - x) ** (self.beta - 1), u)
 
 
+ALL = Timesteps()
+"""All timesteps equally often."""
+
+
 def _inverse(density: Callable[[Tensor], Tensor], u: Tensor) -> Tensor:
     """The quantiles u of a density on [0, 1], which need not be normalised: linear between `_POINTS` points."""
     middles = (torch.arange(_POINTS, dtype=torch.float64) + 0.5) / _POINTS
