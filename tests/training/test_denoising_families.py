@@ -196,7 +196,7 @@ def test_gradients_are_those_of_finite_differences(name):
     training = objective(family, unet, unconditional.to(dtype=torch.float64))
 
     def loss() -> Tensor:
-        return training.losses(batch, step=3)["loss"]
+        return training.losses(batch, 3)["loss"]
 
     loss().backward()
     parameters = dict(unet.named_parameters())

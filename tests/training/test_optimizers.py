@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
 import sys
 
@@ -12,7 +14,7 @@ from gouache.errors import RequestError, TrainingError
 from gouache.training import optimizers, state
 from gouache.training.loop import train
 from gouache.training.objective import by_decay
-from gouache.training.optimizers import TABLE, build
+from gouache.training.optimizers import EXTRAS, TABLE, build
 
 from .toys import linear, points, regression, settings
 
@@ -74,7 +76,7 @@ def test_a_module_is_imported_only_when_its_optimizer_is_named(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"optimizer": "adam8"}, r"optimizer: 'adam8' is not known; use adamw, adam, sgd, adafactor, or the dotted"),
+        ({"optimizer": "adam8"}, r"optimizer: 'adam8' is not known; use adamw, adam, sgd, adafactor, muon, .*or the dotted"),
         ({"optimizer": "no.such.Thing"}, "no.such.Thing cannot be imported"),
         ({"optimizer": "torch.optim.Nothing"}, "torch.optim.Nothing cannot be imported"),
         ({"optimizer": "torch.nn.Linear"}, "not a class derived from torch.optim.Optimizer"),
@@ -149,3 +151,55 @@ def test_half_precision_parameters_keep_state_in_its_own_dtype():
 
     assert resumed.state[network.weight]["exp_avg"].dtype == torch.float32
     assert torch.equal(resumed.state[network.weight]["exp_avg"], torch.full((2, 3), 1.00001))
+
+
+def test_muon_trains_matrices_and_adamw_the_rest():
+    given = settings(optimizer="muon", learning_rate=0.02, weight_decay=0.0)
+    network = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 2), torch.nn.Flatten(), torch.nn.Linear(8, 5))
+    optimizer = build(given, by_decay({"net": network}))
+    theirs = copy.deepcopy(network)
+    muon = torch.optim.Muon([theirs[2].weight], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rest = [theirs[0].weight, theirs[0].bias, theirs[2].bias]
+    adamw = torch.optim.AdamW(rest, lr=0.02, betas=(0.9, 0.99), weight_decay=0.0)
+
+    for number in range(3):
+        x = torch.randn(6, 3, 3, generator=torch.Generator().manual_seed(number))
+        for each, optimizers_of_it in ((network, [optimizer]), (theirs, [muon, adamw])):
+            each(x).pow(2).mean().backward()
+            for one in optimizers_of_it:
+                one.step()
+                one.zero_grad()
+
+    for ours, expected in zip(network.parameters(), theirs.parameters()):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_muon_of_a_torch_without_it_is_refused_in_one_line(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+
+    with pytest.raises(RequestError, match="muon does not accept these settings: torch .* has no Muon"):
+        build(settings(optimizer="muon"), by_decay({"net": linear()}))
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_an_extra_whose_package_is_missing_is_one_line_with_the_remedy(monkeypatch, name):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+
+    with pytest.raises(RequestError, match=f"optimizer: {name} needs the package .*: pip install ") as caught:
+        build(settings(optimizer=name), by_decay({"net": linear()}))
+
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["lion", "prodigy", "schedule-free"])
+def test_a_run_with_an_extra_resumes_bit_equal(tmp_path, name):
+    pytest.importorskip(EXTRAS[name][0].partition(".")[0])
+    values = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 0.01, "ema_decay": 0}
+
+    whole = train(regression(), points, settings(**values), tmp_path / "whole")
+    for steps in (2, 4, 6):
+        parts = train(regression(9), points, settings(**{**values, "steps": steps}), tmp_path / "parts")
+
+    torch.testing.assert_close(dict(parts.last), dict(whole.last), rtol=0, atol=0)
+    torch.testing.assert_close(dict(parts.weights), dict(whole.weights), rtol=0, atol=0)
+    assert not torch.equal(whole.last["net.weight"], linear().weight)

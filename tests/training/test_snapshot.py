@@ -24,6 +24,7 @@ from gouache.training.batch import Batch
 from gouache.training.contrastive import Contrast, Pairs
 from gouache.training.denoising import Denoising
 from gouache.training.loop import train
+from gouache.training.noise import NoiseOptions
 from gouache.training.objective import Group, step_generator
 from gouache.training.snapshot import begin, restore
 
@@ -412,7 +413,7 @@ def test_the_configuration_of_every_objective_is_json_and_names_its_settings(mak
     config = dict(objective.config())
 
     assert json.loads(json.dumps(config)) == config
-    networks = {"vae", "text", "vision", "temperature", "denoiser", "networks", "unconditional", "groups"}
+    networks = {"vae", "text", "vision", "temperature", "denoiser", "networks", "unconditional", "groups", "encode"}
     assert {each.name for each in fields(objective)} - networks <= config.keys()
 
 
@@ -421,23 +422,41 @@ def test_the_configuration_of_denoising_identifies_schedule_and_prediction(tmp_p
     train(objective, batches, settings(steps=2), tmp_path)
     unet = objective.networks["unet"]
     zero_snr = denoiser_factory(unet, Schedule.scaled_linear().zero_terminal_snr(), "eps")
-    weights = torch.tensor([1.0, 0.5, 2.0, 0.1])
 
     with pytest.raises(TrainingError) as caught:
-        train(replace(objective, denoiser=zero_snr, channel_weights=weights), batches, settings(steps=4), tmp_path)
+        train(replace(objective, denoiser=zero_snr), batches, settings(steps=4), tmp_path)
 
     message = str(caught.value)
-    assert "objective.channel_weights not set (now [1.0, 0.5, 2.0, 0.1])" in message
     assert "objective.prediction v (now eps)" in message
     assert "objective.schedule.sigma_max 14.6146 (now 4518.76)" in message
-    assert message.count("(now") == 4 and "\n" not in message
+    assert message.count("(now") == 3 and "\n" not in message
 
 
 def test_a_configuration_value_newer_than_the_checkpoint_had_its_default(tmp_path):
     objective, batches = fresh(denoising)
     train(objective, batches, settings(steps=2), tmp_path)
-    rewrite(tmp_path, lambda values: values["objective"].pop("gamma"))
 
-    with pytest.raises(TrainingError, match=r"objective.gamma 5.0 \(now 4.0\)"):
-        train(replace(objective, gamma=4.0), batches, settings(steps=4), tmp_path)
-    assert train(objective, batches, settings(steps=3), tmp_path).step == 3
+    def older(values):
+        for name in ("gamma", "noise", "distance"):
+            del values["objective"][name]
+
+    rewrite(tmp_path, older)
+    changed = replace(objective, gamma=4.0, noise=NoiseOptions(offset=0.1))
+
+    train(changed, batches, settings(steps=4), tmp_path)
+
+    found = state.newest(tmp_path)
+    assert found is not None
+    assert [change for change in found.values["changes"] if change["name"] != "settings.steps"] == [
+        {"step": 2, "name": "objective.gamma", "before": 5.0, "after": 4.0},
+        {"step": 2, "name": "objective.noise.offset", "before": 0.0, "after": 0.1},
+    ]
+
+
+def test_a_newer_value_that_may_not_change_and_differs_from_its_default_is_refused(tmp_path):
+    objective, batches = fresh(denoising)
+    train(objective, batches, settings(steps=2), tmp_path)
+    rewrite(tmp_path, lambda values: values["objective"].pop("base"))
+
+    with pytest.raises(TrainingError, match=r"objective.base not set \(now sd15\)"):
+        train(replace(objective, base="sd15"), batches, settings(steps=4), tmp_path)

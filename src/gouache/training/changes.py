@@ -41,8 +41,9 @@ def compare(
     that `before` does not have is newer than the checkpoint: it had the effect of its default. A name that exists on
     one side only and has no default is None on the other.
     """
-    before = {**{name: value for name, value in defaults.items() if name in after}, **before}
-    there, here = _flat(section, before), _flat(section, after)
+    here = _flat(section, after)
+    known = {name: value for name, value in _flat(section, defaults).items() if name in here}
+    there = {**known, **_flat(section, before)}
     return [
         Change(step, name, there.get(name), here.get(name))
         for name in sorted({*there, *here})
@@ -61,14 +62,16 @@ def as_json(values: Mapping[str, Any]) -> dict[str, Json]:
 
 
 def field_defaults(instance: object) -> dict[str, Json]:
-    """The defaults of a dataclass's fields, as far as they are plain values."""
+    """The defaults of a dataclass's fields, as far as they are plain values or dataclasses of such values."""
     if not dataclasses.is_dataclass(instance):
         return {}
-    return {
-        each.name: each.default
-        for each in dataclasses.fields(instance)
-        if each.default is None or isinstance(each.default, bool | int | float | str)
-    }
+    defaults: dict[str, Json] = {}
+    for each in dataclasses.fields(instance):
+        if each.default is None or isinstance(each.default, bool | int | float | str):
+            defaults[each.name] = each.default
+        elif dataclasses.is_dataclass(each.default) and not isinstance(each.default, type):
+            defaults[each.name] = dataclasses.asdict(each.default)
+    return defaults
 
 
 def _flat(name: str, value: Any) -> dict[str, Json]:

@@ -50,13 +50,16 @@ class Objective(Protocol):
         """
         ...
 
-    def losses(self, batch: Any, step: int) -> Mapping[str, Tensor]:
-        """Named scalars of one batch. "loss" is minimised; the others are only logged."""
+    def losses(self, batch: Any, number: int, /) -> Mapping[str, Tensor]:
+        """Named scalars of batch `number`. "loss" is minimised; the others are only logged.
+
+        Random numbers come from (seed, number) alone, so that the same call gives the same losses.
+        """
         ...
 
 
 def step_generator(seed: int, step: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random generator of one step. It depends on seed and step alone, so no random state has to be saved."""
+    """The random generator of one step or batch. It depends on seed and number alone: no random state is saved."""
     # Neighbouring steps and seeds are spread far apart: the generator itself mixes similar seeds poorly.
     mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) % 2**63
     return torch.Generator(device).manual_seed(mixed)

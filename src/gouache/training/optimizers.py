@@ -1,13 +1,15 @@
 """Optimizers by name, and their state as named tensors and numbers.
 
-`TABLE` has those of torch. Any other class derived from torch.optim.Optimizer can be given by its dotted path; it is
-imported, which runs its module's code, so paths belong only in settings that the user wrote.
+`TABLE` has those of torch, `EXTRAS` well-kept ones of packages that need not be installed. Any other class derived from
+torch.optim.Optimizer can be given by its dotted path; it is imported, which runs its module's code, so paths belong only
+in settings that the user wrote.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping, Sequence
+import importlib.util
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +18,51 @@ from torch import Tensor, nn
 
 from gouache.errors import RequestError, TrainingError, printable
 from gouache.training.objective import Group
+from gouache.training.rates import imported
 from gouache.training.settings import Settings
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon for matrices and AdamW for all other parameters, as its authors advise.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate fits both. `momentum` and `nesterov` are
+    Muon's, `betas` AdamW's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.99),
+        momentum: float = 0.95,
+        nesterov: bool = True,
+    ) -> None:
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"torch {torch.__version__} has no Muon; it needs torch 2.9 or newer")
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        split = [
+            ({**group, "params": [each for each in group["params"] if each.ndim == 2]},
+             {**group, "params": [each for each in group["params"] if each.ndim != 2]})
+            for group in self.param_groups
+        ]  # fmt: skip
+        matrices, others = ([part for part in parts if part["params"]] for parts in zip(*split))
+        self._parts: list[torch.optim.Optimizer] = []
+        if matrices:
+            muon = {"momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
+            self._parts.append(torch.optim.Muon(matrices, **muon))
+        if others:
+            self._parts.append(torch.optim.AdamW(others, betas=betas, fused=True))
+        self.param_groups = [group for part in self._parts for group in part.param_groups]
+        self.state = defaultdict(dict)
+        for part in self._parts:
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
+
 
 # Fused: all parameters in one kernel. For a small network on a CPU, one by one takes a tenth of the step's time.
 TABLE: Mapping[str, tuple[type[torch.optim.Optimizer], Callable[[Settings], dict[str, Any]]]] = {
@@ -24,19 +70,27 @@ TABLE: Mapping[str, tuple[type[torch.optim.Optimizer], Callable[[Settings], dict
     "adam": (torch.optim.Adam, lambda settings: {"betas": settings.betas, "fused": True}),
     "sgd": (torch.optim.SGD, lambda settings: {"fused": True}),
     "adafactor": (torch.optim.Adafactor, lambda settings: {}),
+    "muon": (MuonWithAdamW, lambda settings: {"betas": settings.betas}),
 }
+
+# name: (class, package to install, arguments)
+EXTRAS: Mapping[str, tuple[str, str, Callable[[Settings], dict[str, Any]]]] = {
+    "adamw8bit": ("bitsandbytes.optim.AdamW8bit", "bitsandbytes", lambda settings: {"betas": settings.betas}),
+    "lion": ("lion_pytorch.Lion", "lion-pytorch", lambda settings: {"betas": settings.betas}),
+    "prodigy": ("prodigyopt.Prodigy", "prodigyopt", lambda settings: {"betas": settings.betas}),
+    "schedule-free": (
+        "schedulefree.AdamWScheduleFree", "schedulefree", lambda settings: {"betas": settings.betas}
+    ),
+}  # fmt: skip
 
 
 def build(settings: Settings, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The optimizer `settings.optimizer` for `groups`, in their order; each has its factor under "rate".
 
-    Raises RequestError if the name, the path or an argument is not known.
+    Raises RequestError if the name, the path, the package or an argument is not known.
     """
     name = settings.optimizer
-    if name in TABLE:
-        make, arguments = TABLE[name][0], TABLE[name][1](settings)
-    else:
-        make, arguments = _imported(name), {}
+    make, arguments = _known(name, settings)
     options = [
         {
             "params": list(group.parameters.values()),
@@ -46,10 +100,18 @@ def build(settings: Settings, groups: Sequence[Group]) -> torch.optim.Optimizer:
         for group in groups
     ]
     try:
-        return make(options, **{"lr": settings.learning_rate, **arguments, **settings.optimizer_arguments})
+        optimizer = make(options, **{"lr": settings.learning_rate, **arguments, **settings.optimizer_arguments})
     except (TypeError, ValueError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         raise RequestError("optimizer_arguments", f"{name} does not accept these settings: {problem}") from None
+    if is_schedule_free(optimizer):
+        optimizer.train()
+    return optimizer
+
+
+def is_schedule_free(optimizer: Any) -> bool:
+    """Whether the networks have the weights to use only after its `eval()`, and those to train only after `train()`."""
+    return callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None))
 
 
 @dataclass(frozen=True)
@@ -113,19 +175,22 @@ def restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
         group.update(changed)
 
 
-def _imported(path: str) -> type[torch.optim.Optimizer]:
-    module, _, name = path.rpartition(".")
-    if not module:
-        raise RequestError(
-            "optimizer", f"{printable(path, 80)!r} is not known; use {', '.join(TABLE)}, or the dotted path of a class"
-        )
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RequestError("optimizer", printable(f"{path} cannot be imported: {error}")) from None
+def _known(name: str, settings: Settings) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """(class, its arguments) for a name or a dotted path."""
+    if name in TABLE:
+        return TABLE[name][0], TABLE[name][1](settings)
+    path, arguments = name, {}
+    if name in EXTRAS:
+        path, package, make_arguments = EXTRAS[name]
+        if importlib.util.find_spec(path.partition(".")[0]) is None:
+            raise RequestError(
+                "optimizer", f"{name} needs the package {package}, which is not installed: pip install {package}"
+            )
+        arguments = make_arguments(settings)
+    found = imported("optimizer", path, f"use {', '.join([*TABLE, *EXTRAS])}, or the dotted path of a class")
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise RequestError("optimizer", f"{printable(path)} is not a class derived from torch.optim.Optimizer")
-    return found
+    return found, arguments
 
 
 def _placed(key: str, tensor: Tensor, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
