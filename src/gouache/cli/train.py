@@ -13,6 +13,7 @@ from gouache.cli.text import json_text, shown
 from gouache.errors import RequestError
 
 if TYPE_CHECKING:
+    from gouache.app.training.folder import RunFolder
     from gouache.app.training.runs import Finished
     from gouache.training.run_settings import RunSettings
 
@@ -152,11 +153,20 @@ def export(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a run's weights as a file that other tools read."""
+    from gouache.app.settings import read
     from gouache.app.training import export as service
     from gouache.app.training.folder import opened
 
     path = service.export(
-        opened(run), output, step=step, weights=weights, form=form, names=names, overwrite=overwrite, on_note=_note
+        opened(run),
+        output,
+        read(),
+        step=step,
+        weights=weights,
+        form=form,
+        names=names,
+        overwrite=overwrite,
+        on_note=_note,
     )
     print(shown(path))
 
@@ -176,7 +186,7 @@ def _start(
     from gouache.app.training import runs
 
     chosen = _chosen(mode, data, model, output, trigger, class_word, steps, overrides)
-    folder = runs.new_folder(chosen, overwrite=overwrite, dry_run=dry_run)
+    folder = runs.new_folder(chosen, overwrite=overwrite)
     _train(chosen, folder, dry_run)
 
 
@@ -195,11 +205,11 @@ def _chosen(
 
     return defaults.choose(
         mode, data, model, output=output, trigger=trigger, class_word=class_word, steps=steps,
-        overrides=overrides or [], settings=read(), on_note=_note,
+        overrides=overrides or [], settings=read(),
     )  # fmt: skip
 
 
-def _train(chosen: RunSettings, folder: Path, dry_run: bool) -> None:
+def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool) -> None:
     from gouache.app.settings import read
     from gouache.app.training import estimate, runs
     from gouache.cli.training_progress import TrainingProgress
@@ -215,10 +225,11 @@ def _train(chosen: RunSettings, folder: Path, dry_run: bool) -> None:
         finished = runs.run(
             chosen, folder, read(), on_note=progress.note, on_progress=progress.show, on_work=progress.work
         )
-    _finished(finished, folder)
+    _finished(finished)
 
 
-def _finished(finished: Finished, folder: Path) -> None:
+def _finished(finished: Finished) -> None:
+    folder = finished.folder
     if finished.path is None:
         print(f"stopped at step {finished.step}; everything is saved in {shown(folder)}", file=sys.stderr)
         print(f"to go on: gouache train run {shown(folder)}", file=sys.stderr)

@@ -113,12 +113,13 @@ class PartsSettings(Table):
 
 
 class LossSettings(Table):
-    loss: Literal["l2", "l1", "huber", "smooth_l1"] = Field("l2", description="Of the error of the prediction.")
-    huber: float = Field(0.1, gt=0, description="Where huber and smooth_l1 turn from square to linear.")
+    loss: Literal["l2", "l1", "huber", "smooth-l1"] = Field("l2", description="Of the error of the prediction.")
+    huber: float = Field(0.1, gt=0, description="Where huber and smooth-l1 turn from square to linear.")
     huber_schedule: Literal["constant", "exponential", "snr"] = Field("snr", description="How that changes with noise.")
-    weighting: Literal["none", "min-snr", "debiased", "velocity"] = Field(
-        "none", description="Weights by noise level: none, min-snr (Hang 2023), debiased, velocity."
+    weighting: Literal["none", "min-snr", "debiased", "velocity", "noise"] = Field(
+        "none", description="Weights by noise level: none, min-snr (Hang 2023), debiased, velocity, noise."
     )
+    v_like: float = Field(0.0, ge=0, description="Adds so much of the loss as v-prediction would weigh it.")
     gamma: float = Field(5.0, gt=0, description="Limit of min-snr and velocity.")
     noise_offset: float = Field(
         0.0, ge=0, description="Noise that is equal over the picture, for very dark or light ones."
@@ -128,9 +129,10 @@ class LossSettings(Table):
     pyramid_iterations: int = Field(0, ge=0, description="Levels of pyramid (multires) noise; 6 to 10 are usual.")
     pyramid_discount: float = Field(0.3, gt=0, lt=1, description="Strength of each further level.")
     input_perturbation: float = Field(0.0, ge=0, description="Additional noise on the input alone; 0.1 is usual.")
-    timesteps: Literal["uniform", "sigmoid", "logit-normal", "beta"] = Field(
+    timesteps: Literal["uniform", "logit-normal", "mode", "cos-map", "sigmoid", "parabola", "beta"] = Field(
         "uniform", description="How timesteps are drawn."
     )
+    timestep_shift: float = Field(1.0, gt=0, description="Above 1: more of the noisier timesteps.")
     timestep_min: Share = Field(0.0, description="Smallest timestep, as a share of all.")
     timestep_max: Share = Field(1.0, description="Largest timestep, as a share of all.")
     prior: Literal["none", "pictures", "model"] = Field(
@@ -142,10 +144,8 @@ class LossSettings(Table):
 class ValidationSettings(Table):
     share: Share = Field(0.0, description="Share of the pictures held out; near duplicates stay together.")
     pictures: int = Field(0, ge=0, description="Or so many; 0 and a share of 0: training pictures with fixed noise.")
-    timesteps: int = Field(4, gt=0, description="Fixed noise levels per picture.")
-    every: int = Field(100, gt=0, description="Steps between measurements.")
-    patience: int = Field(0, ge=0, description="Stop after so many measurements without improvement; 0: never.")
-    min_change: float = Field(0.0, ge=0, description="What counts as an improvement.")
+    timesteps: int = Field(8, gt=0, description="Fixed noise levels per picture.")
+    probe: int = Field(4, ge=0, description="So many training pictures are measured too, to see over-fitting.")
 
 
 class SampleSettings(Table):
@@ -160,9 +160,7 @@ class SampleSettings(Table):
 class MemorySettings(Table):
     dtype: Literal["", "fp32", "bf16", "fp16"] = Field("", description="Of frozen weights; empty: fastest here.")
     autocast: Literal["auto", "yes", "no"] = Field("auto", description="Compute in bf16 while weights stay float32.")
-    stochastic_rounding: bool = Field(False, description="Train bf16 weights without float32 copies.")
     checkpointing: bool = Field(False, description="Compute activations twice instead of keeping them.")
-    ema_device: Literal["same", "cpu"] = Field("cpu", description="Where the averages are kept.")
 
 
 class RunSettings(Table):

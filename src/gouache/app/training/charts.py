@@ -65,7 +65,7 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
     return f'<figure><figcaption>{html.escape(title)}</figcaption>{"".join(parts)}<p class="key">{keys}</p></figure>'
 
 
-def _line(steps: Sequence[int], values: Sequence[float], place: Place, color: str, style: str) -> str:
+def _line(steps: Sequence[float], values: Sequence[float], place: Place, color: str, style: str) -> str:
     steps, values = _thinned(steps, values)
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, steps, values))
     return f'<polyline points="{points}" stroke="{color}" class="{style}"/>'

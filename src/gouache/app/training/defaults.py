@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 from gouache.app import names
 from gouache.app.settings import Settings
 from gouache.data import folders
+from gouache.data.subset import Subset
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
@@ -34,7 +35,6 @@ def choose(
     steps: int | None,
     overrides: list[str],
     settings: Settings,
-    on_note: Callable[[str], None] | None = None,
 ) -> RunSettings:
     """The settings of a new run; `overrides` ("key=value") replace what is chosen here.
 
@@ -46,10 +46,7 @@ def choose(
     found = identify(open_model(path))
     spec = trainable(found)
     given = run_settings.with_overrides({}, overrides)
-    pictures = folders.read(Path(data), trigger=trigger)
-    for note in pictures.notes:
-        if on_note is not None:
-            on_note(note)
+    pictures = folders.read(Path(data), Subset(trigger=trigger, class_word=class_word))
     device = residency.device(given.get("device") or settings.device)
     small = spec.channels < _FULL_WIDTH
     side = found.size.value[0] if found.size is not None else 512

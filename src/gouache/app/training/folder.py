@@ -35,6 +35,11 @@ class RunFolder:
         return self.path / "cache"
 
     @property
+    def contents(self) -> Path:
+        """The cache of hashes of pictures."""
+        return self.cache / "contents.jsonl"
+
+    @property
     def newest(self) -> Path:
         """The newest weights as a file that can be painted with; written when asked for."""
         return self.path / "newest.safetensors"

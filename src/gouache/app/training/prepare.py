@@ -19,8 +19,9 @@ from gouache.app.settings import Settings
 from gouache.app.training import class_pictures
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
-from gouache.data import captions, folders, scores, split
+from gouache.data import captions, contents, folders, scores, split
 from gouache.data.buckets import Buckets
+from gouache.data.contents import Content
 from gouache.data.dataset import DataSet
 from gouache.data.record import CaptionOptions, PictureOptions, Record
 from gouache.data.subset import Subset
@@ -32,6 +33,7 @@ from gouache.files.open import open_model
 from gouache.model import residency
 from gouache.prompts.encode import Sizes, encode
 from gouache.training import checkpointing
+from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.denoising import Denoising
 from gouache.training.latent_cache import LatentCache, identity_of
@@ -43,6 +45,8 @@ from gouache.training.targets.options import AdapterOptions
 from gouache.training.targets.weights import WeightsOptions, WeightsTarget
 from gouache.training.text_cache import TextCache
 from gouache.training.timesteps import Timesteps
+from gouache.training.validation import Validation
+from gouache.wording import plural
 
 OnNote = Callable[[str], None]
 OnWork = Callable[[str, int, int], None]
@@ -60,7 +64,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to begin: `batches` of training, `measured` are those of the validation."""
+    """A run that is ready to begin."""
 
     settings: RunSettings
     model: Model
@@ -68,7 +72,7 @@ class Prepared:
     objective: Denoising
     pictures: Pictures
     batches: Batches
-    measured: Batches | None
+    validation: Validation
 
 
 def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote) -> Pictures:
@@ -95,6 +99,8 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote) -> 
     regularization = _class_folder(settings, folder)
     present = regularization if regularization is not None and regularization.is_dir() else None
     found = folders.read(Path(data.folder), subset, regularization=present)
+    found = scores.select(found, data.filter) if data.filter else found
+    found = scores.weigh(found, data.weigh) if data.weigh else found
     for note in found.notes:
         on_note(note)
     records = list(found.records)
@@ -102,20 +108,20 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote) -> 
         records = [replace(record, mask=None) for record in records]
     elif masked := sum(record.mask is not None for record in records):
         on_note(f"{masked} of {len(records)} pictures have a mask; the loss is limited to its white parts")
-    for condition in data.filter:
-        before = len(records)
-        records = scores.keep(records, condition)
-        on_note(f"{printable(condition)} keeps {len(records)} of {before} pictures")
-    if data.weigh:
-        records = scores.weigh(records, data.weigh)
     training, held_out = records, list[Record]()
-    if settings.validation.share or settings.validation.pictures:
-        amount = settings.validation.pictures or settings.validation.share
-        training, held_out = split.split(records, amount, settings.train.seed, folder.cache)
-        on_note(f"{len(held_out)} of {len(records)} pictures are held out for validation")
+    if amount := settings.validation.pictures or settings.validation.share:
+        known = [_readable(each) for each in contents.contents([record.path for record in records], folder.contents)]
+        training, held_out = split.split(records, known, amount, settings.train.seed)
+        on_note(f"{len(held_out)} of {plural(len(records), 'picture')} held out for validation")
     if not training:
         raise RequestError("data.folder", f"{printable(data.folder)}: no picture is left to train on")
     return Pictures(found, training, held_out)
+
+
+def _readable(content: Content | RequestError) -> Content:
+    if isinstance(content, RequestError):
+        raise content
+    return content
 
 
 def _class_folder(settings: RunSettings, folder: RunFolder) -> Path | None:
@@ -158,20 +164,16 @@ def prepared(
     for note in target.notes:
         on_note(note)
     batches = make_batches(settings, folder, model, target, pictures.training)
-    measured = None
     try:
         for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
             checkpointing.enable(network)
         objective = make_objective(settings, model, target, batches, user)
-        if pictures.held_out:
-            measured = make_batches(settings, folder, model, target, pictures.held_out, validation=True)
+        validation = make_validation(settings, folder, model, target, pictures, objective)
         if fill_caches and settings.data.cache:
             _fill(settings, batches, on_work)
-        yield Prepared(settings, model, target, objective, pictures, batches, measured)
+        yield Prepared(settings, model, target, objective, pictures, batches, validation)
     finally:
         batches.close()
-        if measured is not None:
-            measured.close()
         if isinstance(target, AdapterTarget):
             target.detach()
 
@@ -239,9 +241,7 @@ def make_target(settings: RunSettings, model: Model, user: Settings) -> AdapterT
         channels = INPAINTING_CHANNELS if settings.model.inpainting else 0
         return WeightsTarget(
             model,
-            WeightsOptions(
-                trained, rates, stops, settings.model.weights, channels, keep_base=settings.loss.prior == "model"
-            ),
+            WeightsOptions(trained, rates, stops, settings.model.weights, channels, settings.loss.prior == "model"),
         )
     if settings.model.inpainting and model.unet.spec.in_channels != INPAINTING_CHANNELS:
         raise RequestError(
@@ -316,6 +316,27 @@ def make_batches(
     return Batches(records, options, latents, texts, captions.caption, model.text_recipe)
 
 
+def make_validation(
+    settings: RunSettings,
+    folder: RunFolder,
+    model: Model,
+    target: AdapterTarget | WeightsTarget,
+    pictures: Pictures,
+    objective: Denoising,
+) -> Validation:
+    """The validation of the held-out pictures and of some of the training pictures, read into memory."""
+    plain = [record for record in pictures.training if not record.regularization]
+    probe = plain[:: max(1, len(plain) // max(1, settings.validation.probe))][: settings.validation.probe]
+
+    def all_of(records: Sequence[Record]) -> list[Batch]:
+        if not records:
+            return []
+        with make_batches(settings, folder, model, target, records, validation=True) as batches:
+            return [batches(number) for number in range(len(batches))]
+
+    return Validation(objective, all_of(pictures.held_out), all_of(probe), settings.validation.timesteps)
+
+
 def text_encoder(
     settings: RunSettings, model: Model
 ) -> Callable[[Sequence[str], Sequence[Sizes] | None], Conditioning]:
@@ -360,17 +381,19 @@ def make_objective(
         encode=lambda texts, sizes: encode_text(texts, sizes),
         noise=NoiseOptions(
             offset=loss.noise_offset,
-            random_offset=loss.noise_offset_random,
-            adaptive=loss.adaptive_noise_scale,
-            pyramid=loss.pyramid_iterations,
+            offset_random=loss.noise_offset_random,
+            offset_adaptive=loss.adaptive_noise_scale,
+            pyramid_iterations=loss.pyramid_iterations,
             pyramid_discount=loss.pyramid_discount,
             perturbation=loss.input_perturbation,
         ),
         timesteps=Timesteps(
-            minimum=round(loss.timestep_min * levels),
-            maximum=round(loss.timestep_max * levels),
-            distribution=loss.timesteps,
+            loss.timesteps,
+            shift=loss.timestep_shift,
+            first=round(loss.timestep_min * levels),
+            last=round(loss.timestep_max * levels),
         ),
+        v_like_loss=loss.v_like,
         distance=loss.loss,
         huber_c=loss.huber,
         huber_schedule=loss.huber_schedule,

@@ -97,6 +97,7 @@ def run(
             settings.train,
             folder.path,
             on_log=on_progress,
+            validate=ready.validation,
             on_preview=lambda step: _paint(samples, step, on_note),
             preview_steps=_moments(settings),
             should_stop=should_stop,
@@ -106,7 +107,7 @@ def run(
         path = None
         if result.finished:
             path = Path(settings.output)
-            export.write(ready.target, ready, folder, path, overwrite=True)
+            export.write(ready, path, *export.read_weights(folder, "last", settings), overwrite=True)
     return Finished(folder.path, result.step, path, _command(settings, path))
 
 

@@ -1,7 +1,7 @@
 """Trained weights as files that other tools read: adapters in three namings, and whole models in the original names.
 
-    parts of an adapter -> names of kohya's scripts, diffusers or PEFT -> one file, or a folder per component
-    trained weights     -> names of the base file, with its other tensors (and averages as model_ema.*) -> one file
+parts of an adapter -> names of kohya's scripts, diffusers or PEFT -> one file, or a folder per component
+trained weights     -> names of the base file, with its other tensors (and averages as model_ema.*) -> one file
 """
 
 from __future__ import annotations
@@ -280,7 +280,9 @@ def export_model(
     if form == "pruned-emaonly" and averages is not None:
         replaced = {part: _averaged(part, tensors, averages) for part, tensors in weights.items()}
     parts = [_in_file_names(found.component(part), tensors, model, path) for part, tensors in replaced.items()]
-    gone = {source for part in replaced for origin in found.component(part).origins.values() for source in origin.sources}
+    gone = {
+        source for part in replaced for origin in found.component(part).origins.values() for source in origin.sources
+    }
     gone |= {name for name in base if name.startswith(layout.AVERAGES) or name in MARKERS}
     rest = derive.keep(base, (name for name in base if name not in gone))
     extras = _markers(model)

@@ -60,7 +60,9 @@ class WeightsTarget:
         self.model, self.options = model, options
         networks: dict[str, nn.Module] = {"unet": model.unet, **model.text_encoders}
         if unknown := [part for part in options.parts if part not in networks]:
-            raise RequestError("parts", f"{printable(unknown[0], 40)!r} is not a part; the model has {', '.join(networks)}")
+            raise RequestError(
+                "parts", f"{printable(unknown[0], 40)!r} is not a part; the model has {', '.join(networks)}"
+            )
         for network in (model.vae, *networks.values()):
             network.requires_grad_(False)
         self._networks = {part: networks[part] for part in options.parts}
@@ -105,7 +107,9 @@ class WeightsTarget:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         if not self._base:
-            raise RequestError("keep_base", "is off, but the prior of the frozen model needs the weights before training")
+            raise RequestError(
+                "keep_base", "is off, but the prior of the frozen model needs the weights before training"
+            )
         trained = {name: parameter.data for name, parameter in self._parameters()}
         self._put(self._base)
         try:
