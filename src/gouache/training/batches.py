@@ -121,8 +121,10 @@ class Batches:
     """`batches(number)` is the batch of that number, counted from 0.
 
     `texts` None: a text encoder is trained, so batches have captions instead of conditioning. `caption` makes the
-    caption of a record. `recipe` is the family's, for the sizes that SDXL receives. `waited` is the time in seconds
-    that callers have spent waiting for batches.
+    caption of a record. `recipe` is the family's, for the sizes that SDXL receives.
+
+    `rows` are the pictures at their sizes, with what is known of them; `plan` is their order. `waited` is the time in
+    seconds that callers have spent waiting for batches: for threads, disks, and encoders of what is not yet cached.
 
     Raises RequestError if there are no pictures or a file is not one.
     """
@@ -244,9 +246,9 @@ class Batches:
         repeats = [record.repeats for record in records]
         if self.options.balance:
             repeats = balance(repeats, [record.regularization for record in records])
-        known = self._latents.sizes()
+        known = self._latents.contents()
         contents = list(_in_order(self._pool, lambda record: pictures.examine(record, known), records))
-        self._latents.keep_sizes({content.digest: content.size for content in contents})
+        self._latents.keep_contents(contents)
         rows = []
         for record, content, count in zip(records, contents, repeats):
             crops = (buckets.crop(content.size) for buckets in self.options.buckets)
@@ -310,6 +312,8 @@ class Batches:
         latents, concat = loaded.latents, loaded.concat
         if loaded.picture is not None:
             picture, mask = loaded.picture
+            # It may have been made since the thread looked, for another example.
+            latents = latents or self._latents.read(example.key)
             if latents is None:
                 latents = dict(self._latents.make(example.key, picture, mask))
             if example.hole is not None and concat is None:
