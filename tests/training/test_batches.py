@@ -90,7 +90,23 @@ def test_a_batch_is_the_same_with_any_number_of_workers_any_caches_and_any_start
         assert not any(same(source(number), expected[number]) for number in range(30))
 
 
-def test_a_changed_variation_is_drawn_from_few_that_are_the_same_in_every_run(tmp_path: Path):
+def test_a_changed_batch_size_acts_from_its_number_on_and_pictures_count_the_same(tmp_path: Path):
+    records = data_set(tmp_path, repeats=3)
+    with batches(records, None) as source, batches(records, None, changes=((4, 2),)) as changed:
+        assert all(same(source(number), changed(number)) for number in range(4))
+        share: Counter[str] = Counter()
+        epoch = 0
+        for number in range(4, 50):
+            batch = changed(number)
+            if changed.plan.batch(number)[0] != epoch:
+                break
+            assert batch.weights is not None and set(batch.weights.tolist()) == {len(batch) / 2}
+            share.update(batch.names)
+        share.update(name for number in range(4) for name in source(number).names)
+    assert share == {record.name: 3 for record in records}
+
+
+def test_variations_are_drawn_from_few_that_are_the_same_in_every_run(tmp_path: Path):
     records = data_set(tmp_path, repeats=40, picture_options=EVERYTHING)
     seen = []
     for seed in (1, 2):
@@ -290,7 +306,7 @@ def test_masks_follow_their_pictures(tmp_path: Path):
 
 def test_a_batch_of_an_inpainting_model_has_mask_and_masked_latent(tmp_path: Path):
     records = data_set(tmp_path, repeats=10)
-    with batches(records, tmp_path / "cache", inpainting=True, variations=4) as source:
+    with batches(records, tmp_path / "cache", inpainting=True, variations=40) as source:
         covered = []
         for number in range(len(source)):
             batch = source(number)
