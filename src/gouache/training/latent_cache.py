@@ -102,7 +102,7 @@ class LatentCache:
     def nbytes(self, size: Size, *, mask: bool = False, concat: bool = False) -> int:
         """The bytes on disk, within a few hundred, of an entry for a picture of `size`, or of its concat channels."""
         width, height = (side // self.factor for side in size)
-        return (self.channels + (mask or concat)) * width * height * 4 + 400
+        return (self.channels + (mask or concat)) * width * height * 4 + 256
 
     def _store(self, key: str, entry: Entry) -> Entry:
         if self.folder is not None:
