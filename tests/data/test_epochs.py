@@ -60,6 +60,38 @@ def test_a_batch_depends_on_its_number_alone():
     assert forwards == [order.batch(number) for number in range(60)]
 
 
+@settings(max_examples=100)
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4)), min_size=1, max_size=20).filter(
+        lambda rows: any(count for _, count in rows)
+    ),
+    steps=st.lists(st.tuples(st.integers(0, 25), st.integers(1, 6)), max_size=4),
+)
+def test_with_another_batch_size_the_epoch_is_finished_and_the_past_is_kept(
+    rows: list[tuple[int, int]], steps: list[tuple[int, int]]
+):
+    sizes, repeats = [size for size, _ in rows], [count for _, count in rows]
+    changes, number = [], 0
+    for skip, batch in steps:
+        number += skip
+        changes.append((number, batch))
+    order = Plan(sizes, repeats, 3, seeded(0), changes)
+    before = Plan(sizes, repeats, 3, seeded(0), changes[:-1])
+
+    seen = [order.batch(each) for each in range(number + 2 * len(order) + 20)]
+
+    assert seen[:number] == [before.batch(each) for each in range(number)]
+    epochs = [epoch for epoch, _ in seen]
+    assert epochs == sorted(epochs) and set(epochs) == set(range(epochs[-1] + 1))
+    for epoch in range(epochs[-1]):
+        counts = Counter(row for each, members in seen if each == epoch for row in members)
+        assert counts == Counter({row: count for row, count in enumerate(repeats) if count})
+    for each, (_, members) in enumerate(seen):
+        full = next((batch for first, batch in reversed(changes) if first <= each), 3)
+        assert order.full(each) == full and 0 < len(members) <= full
+        assert len({sizes[row] for row in members}) == 1
+
+
 def test_epochs_and_seeds_have_different_orders():
     first, other = plan([0] * 50, [1] * 50, 10), plan([0] * 50, [1] * 50, 10, seed=1)
     epochs = [[first.batch(epoch * 5 + index)[1] for index in range(5)] for epoch in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -154,6 +155,24 @@ def test_of_an_alpha_channel_and_a_mask_file_what_both_allow_counts(record: Reco
     assert both is not None and both.sum() == 32 * 32 and both[0, :32, :32].all()
 
 
+def test_the_content_states_how_much_a_mask_lets_count(record: Record, tmp_path: Path):
+    mask = Image.new("L", (WIDTH, HEIGHT))
+    mask.paste(255, (0, 0, 30, HEIGHT))
+    mask.save(tmp_path / "mask.png")
+    assert pictures.examine(record).counted is None
+    assert pictures.examine(Record(record.path, "", mask=tmp_path / "mask.png")).counted == pytest.approx(1 / 3)
+
+    Image.new("RGBA", (WIDTH, HEIGHT)).save(record.path)
+    clear = Record(record.path, "clear.png", picture_options=PictureOptions(alpha_mask=True))
+    with pytest.raises(
+        RequestError, match=r"mask: .* transparent everywhere, so nothing of clear\.png would be trained"
+    ):
+        pictures.examine(clear)
+    with pytest.raises(RequestError, match=r"mask.png is black"):
+        Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "mask.png")
+        pictures.examine(Record(record.path, "", mask=tmp_path / "mask.png"))
+
+
 def test_a_mask_of_other_proportions_is_refused(record: Record, tmp_path: Path):
     Image.new("L", (50, 64)).save(tmp_path / "mask.png")
     record = Record(record.path, "", mask=tmp_path / "mask.png")
@@ -175,9 +194,9 @@ def test_a_known_content_is_not_decoded_again(record: Record, monkeypatch: pytes
     assert content.size == (WIDTH, HEIGHT)
     monkeypatch.setattr(pictures.pixels, "decode", None)
 
-    assert pictures.examine(record, {content.digest: (1, 2)}) == Content(content.digest, (1, 2))
+    assert pictures.examine(record, {content.digest: Content("known", (1, 2))}) == Content("known", (1, 2))
     with pytest.raises(TypeError):
-        pictures.examine(record, {"another": (1, 2)})
+        pictures.examine(record, {"another": content})
 
 
 def test_a_picture_is_turned_as_its_exif_says(record: Record):
@@ -190,7 +209,7 @@ def test_a_picture_is_turned_as_its_exif_says(record: Record):
 
 def test_the_content_is_that_of_picture_and_mask(record: Record, tmp_path: Path):
     with_mask = Record(record.path, "", mask=tmp_path / "mask.png")
-    Image.new("L", (WIDTH, HEIGHT)).save(tmp_path / "mask.png")
+    Image.new("L", (WIDTH, HEIGHT), 2).save(tmp_path / "mask.png")
     digests = [pictures.examine(record).digest, pictures.examine(with_mask).digest]
     Image.new("L", (WIDTH, HEIGHT), 1).save(tmp_path / "mask.png")
     digests.append(pictures.examine(with_mask).digest)
@@ -199,8 +218,11 @@ def test_the_content_is_that_of_picture_and_mask(record: Record, tmp_path: Path)
     picture.save(record.path)
     digests += [pictures.examine(record).digest, pictures.examine(with_mask).digest]
 
-    assert len(set(digests)) == 5
-    assert pictures.examine(record).digest == digests[3]
+    alpha = Record(record.path, "", picture_options=PictureOptions(alpha_mask=True))
+    digests.append(pictures.examine(alpha).digest)
+
+    assert len(set(digests)) == 6
+    assert digests[3] == hashlib.sha256(record.path.read_bytes()).hexdigest()
 
 
 def test_a_picture_that_was_replaced_is_not_mistaken_for_the_old_one(record: Record):

@@ -17,7 +17,7 @@ from torch import Tensor
 from gouache.data import masks
 from gouache.data.buckets import Crop, Size
 from gouache.data.record import PictureOptions, Record
-from gouache.errors import TrainingError, printable
+from gouache.errors import RequestError, TrainingError, printable
 from gouache.images import pixels
 
 SETTING = "data"  # the name of the option that pictures are given for, in messages
@@ -27,10 +27,15 @@ HUE = 0.02  # the largest change of hue, in turns
 
 @dataclass(frozen=True)
 class Content:
-    """What is in the file of a record: a `digest` of the picture and its mask file, the picture's `size`, upright."""
+    """What is in the files of a record.
+
+    `digest` is a hash of the picture and its mask; of a picture without a mask it is the SHA-256 of its file. `size` is
+    that of the upright picture. `counted` is the share of it, 0 to 1, that its mask lets count; None without a mask.
+    """
 
     digest: str
     size: Size
+    counted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,25 @@ def view(crop: Crop, options: PictureOptions, flip: bool, generator: torch.Gener
     return View(crop, flip and options.flip, color, options.alpha_mask)  # type: ignore[arg-type]
 
 
-def examine(record: Record, known: Mapping[str, Size] | None = None) -> Content:
+def examine(record: Record, known: Mapping[str, Content] | None = None) -> Content:
     """The content of the files of `record`. They are decoded once, so that a damaged one is found before it is used.
 
-    `known` are the sizes of contents that were decoded before, by digest. Raises RequestError.
+    `known` are contents that were decoded before, by digest. Raises RequestError, also for a mask that is black.
     """
-    data, mask = _read(record)
-    digest = _digest(data, mask)
-    size = (known or {}).get(digest)
-    return Content(digest, _decode(record, data, mask)[0].size if size is None else size)
+    data, mask_data = _read(record)
+    digest = _digest(record, data, mask_data)
+    if known is not None and digest in known:
+        return known[digest]
+    picture, mask = _decode(record, data, mask_data)
+    if mask is None:
+        return Content(digest, picture.size)
+    if mask.getbbox() is None:
+        raise RequestError(
+            "mask",
+            f"{printable(str(record.mask or record.path))} is black or transparent everywhere, so nothing of "
+            f"{printable(record.name)} would be trained; make white, or opaque, what counts",
+        )
+    return Content(digest, picture.size, float(masks.to_tensor(mask).mean()))
 
 
 def decode(record: Record) -> tuple[Image.Image, Image.Image | None]:
@@ -90,7 +105,7 @@ def load(record: Record, content: Content, view: View) -> tuple[Tensor, Tensor |
     Raises RequestError if a file cannot be read, TrainingError if it is not the one that `content` describes.
     """
     data, mask = _read(record)
-    if _digest(data, mask) != content.digest:
+    if _digest(record, data, mask) != content.digest:
         raise TrainingError(
             f"{printable(str(record.path))}: the picture or its mask was changed while it was used for training; "
             "resume the run to train with what is there now"
@@ -112,13 +127,12 @@ def _read(record: Record) -> tuple[bytes, bytes | None]:
     return data, None if record.mask is None else pixels.read_bytes(record.mask, "mask")
 
 
-def _digest(data: bytes, mask: bytes | None) -> str:
+def _digest(record: Record, data: bytes, mask: bytes | None) -> str:
     digest = hashlib.sha256(data)
-    return (
-        digest.hexdigest()
-        if mask is None
-        else hashlib.sha256(digest.digest() + hashlib.sha256(mask).digest()).hexdigest()
-    )
+    if mask is None and not record.picture_options.alpha_mask:
+        return digest.hexdigest()
+    parts = digest.hexdigest(), record.picture_options.alpha_mask, mask and hashlib.sha256(mask).hexdigest()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _decode(record: Record, data: bytes, mask: bytes | None) -> tuple[Image.Image, Image.Image | None]:

@@ -2,7 +2,7 @@
 
     number -> plan (which rows) -> examples (view, caption) -> caches, or decoded and encoded now -> `Batch`
 
-Everything random in an example is drawn from (seed, its position in the run). A batch is therefore a function of its
+Everything random in an example is drawn from (seed, number, place in the batch). A batch is therefore a function of its
 number, whatever the number of threads, the state of the caches, and the batch that a run begins with.
 """
 
@@ -48,6 +48,7 @@ Caption = Callable[[Record, int, torch.Generator], str]
 class Options:
     """How batches are made.
 
+    A batch has `batch` examples; `changes` (number, batch) state from which batch on it has another number of them.
     Each picture is seen at a size of each of `buckets`. Where options of a record ask for random positions or colours,
     one of `variations` versions is used, the same ones in every run, so that they can be cached; so is one of as many
     masks per picture with `inpainting`. `balance`: class pictures are repeated until there are as many of them as
@@ -57,6 +58,7 @@ class Options:
 
     buckets: tuple[Buckets, ...]
     batch: int = 1
+    changes: tuple[tuple[int, int], ...] = ()
     seed: int = 0
     variations: int = 8
     inpainting: bool = False
@@ -121,8 +123,10 @@ class Batches:
     """`batches(number)` is the batch of that number, counted from 0.
 
     `texts` None: a text encoder is trained, so batches have captions instead of conditioning. `caption` makes the
-    caption of a record. `recipe` is the family's, for the sizes that SDXL receives. `waited` is the time in seconds
-    that callers have spent waiting for batches.
+    caption of a record. `recipe` is the family's, for the sizes that SDXL receives.
+
+    `rows` are the pictures at their sizes, with what is known of them; `plan` is their order. `waited` is the time in
+    seconds that callers have spent waiting for batches: for threads, disks, and encoders of what is not yet cached.
 
     Raises RequestError if there are no pictures or a file is not one.
     """
@@ -150,6 +154,7 @@ class Batches:
             [row.repeats for row in self.rows],
             options.batch,
             lambda epoch: step_generator(_stream(options.seed, "epochs"), epoch),
+            options.changes,
         )
         if not len(self.plan):
             raise RequestError(pictures.SETTING, "has no pictures")
@@ -161,7 +166,7 @@ class Batches:
     def __call__(self, number: int) -> Batch:
         """The batch. Raises RequestError or TrainingError for a picture, FileError for a full disk."""
         began = time.perf_counter()
-        batch = self._batch(self._read_ahead(number))
+        batch = self._batch(number, self._read_ahead(number))
         self.waited += time.perf_counter() - began
         return batch
 
@@ -189,8 +194,7 @@ class Batches:
     def examples(self, number: int) -> list[Example]:
         """The examples of a batch. Nothing is read."""
         epoch, rows = self.plan.batch(number)
-        first = number * self.options.batch
-        return [self._example(self.rows[row], epoch, first + place) for place, row in enumerate(rows)]
+        return [self._example(self.rows[row], epoch, number, place) for place, row in enumerate(rows)]
 
     def needs(self, numbers: Iterable[int], chunk_bytes: int = 0) -> Needs:
         """What the batches `numbers` need of the caches. A text is counted as one chunk of `chunk_bytes`."""
@@ -198,7 +202,7 @@ class Batches:
         latents, options = self._latents, self.options
         first = {example.key: example for example in examples}
         bytes_of_latents = sum(
-            latents.nbytes(example.row.crop.size, mask=example.row.record.mask is not None or example.view.alpha_mask)
+            latents.nbytes(example.row.crop.size, mask=example.row.content.counted is not None)
             for example in first.values()
         )
         missing = sum(key not in latents for key in first)
@@ -244,9 +248,9 @@ class Batches:
         repeats = [record.repeats for record in records]
         if self.options.balance:
             repeats = balance(repeats, [record.regularization for record in records])
-        known = self._latents.sizes()
+        known = self._latents.contents()
         contents = list(_in_order(self._pool, lambda record: pictures.examine(record, known), records))
-        self._latents.keep_sizes({content.digest: content.size for content in contents})
+        self._latents.keep_contents(contents)
         rows = []
         for record, content, count in zip(records, contents, repeats):
             crops = (buckets.crop(content.size) for buckets in self.options.buckets)
@@ -254,8 +258,8 @@ class Batches:
             rows += [Row(record, content, crop, count) for crop in by_size.values()]
         return rows
 
-    def _example(self, row: Row, epoch: int, position: int) -> Example:
-        generator = step_generator(_stream(self.options.seed, "examples"), position)
+    def _example(self, row: Row, epoch: int, number: int, place: int) -> Example:
+        generator = step_generator(_stream(self.options.seed, f"examples {place}"), number)
         flip = bool(torch.rand((), generator=generator) < 0.5)
         variation, hole = torch.randint(self.options.variations, (2,), generator=generator).tolist()
         caption = self._caption(row.record, epoch, generator)
@@ -310,6 +314,8 @@ class Batches:
         latents, concat = loaded.latents, loaded.concat
         if loaded.picture is not None:
             picture, mask = loaded.picture
+            # It may have been made since the thread looked, for another example.
+            latents = latents or self._latents.read(example.key)
             if latents is None:
                 latents = dict(self._latents.make(example.key, picture, mask))
             if example.hole is not None and concat is None:
@@ -318,7 +324,7 @@ class Batches:
         assert latents is not None
         return latents, None if concat is None else concat["concat"]
 
-    def _batch(self, loaded: list[tuple[Example, _Loaded]]) -> Batch:
+    def _batch(self, number: int, loaded: list[tuple[Example, _Loaded]]) -> Batch:
         device, examples = self.options.device, [example for example, _ in loaded]
         records = [example.row.record for example in examples]
         entries, channels = zip(*(self._complete(*each) for each in loaded))
@@ -329,7 +335,7 @@ class Batches:
             whole = torch.ones_like(latents[0, :1], device="cpu")
             mask = torch.stack([entry.get("mask", whole) for entry in entries]).to(device)
         # A short batch counts by its size, so that every picture counts the same.
-        share = len(loaded) / self.options.batch
+        share = len(loaded) / self.plan.full(number)
         sizes = tuple(
             Sizes(example.view.crop.size, example.view.crop.original, example.view.corner) for example in examples
         )

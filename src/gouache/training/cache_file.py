@@ -58,7 +58,7 @@ def read(file: ModelFile, key: str) -> dict[str, Tensor] | None:
 
 
 def _digest(entry: Entry) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(entry.items()):
         info = describe(tensor)
         digest.update(f"{name} {info.dtype} {info.shape}\n".encode())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from gouache.training.cache_file import Entry
 from gouache.training.inpainting import concat_channels
 
 FORMAT = "1"  # of the entries; another one makes all of them anew
-SIZES = "sizes.json"
+CONTENTS = "contents.json"
 
 
 class LatentCache:
@@ -65,7 +65,7 @@ class LatentCache:
     def make(self, key: str, picture: Tensor, mask: Tensor | None) -> Entry:
         """Encode `picture` (3, H, W) and keep it with its `mask` (1, H, W). Raises FileError if it cannot be stored."""
         with torch.no_grad():
-            latents = self._encode(picture[None])[0].float().cpu()
+            latents = self._encode(picture[None])[0].float().cpu().contiguous()
         entry = {"latents": latents}
         if mask is not None:
             entry["mask"] = masks.to_latent(mask, (latents.shape[1], latents.shape[2]))
@@ -77,27 +77,32 @@ class LatentCache:
             concat = concat_channels(self._encode, picture[None], hole[None])[0]
         return self._store(key, {"concat": concat.float().cpu()})
 
-    def sizes(self) -> dict[str, Size]:
-        """The sizes of pictures that were decoded before, by the digest of their content."""
+    def contents(self) -> dict[str, Content]:
+        """Contents of pictures that were decoded before, by digest."""
         if self.folder is None:
             return {}
         try:
-            values = parse_json(read_outside(self.folder / SIZES))
-            return {str(digest): (int(width), int(height)) for digest, (width, height) in values.items()}
+            values = parse_json(read_outside(self.folder / CONTENTS))
+            return {
+                str(digest): Content(digest, (int(width), int(height)), None if counted is None else float(counted))
+                for digest, (width, height, counted) in values.items()
+            }
         except (FileError, MalformedText, AttributeError, TypeError, ValueError):  # missing or damaged
             return {}
 
-    def keep_sizes(self, sizes: Mapping[str, Size]) -> None:
-        """Add to `sizes`. Raises FileError if that is impossible."""
-        known = self.sizes()
-        if self.folder is not None and not sizes.items() <= known.items():
+    def keep_contents(self, contents: Iterable[Content]) -> None:
+        """Add to `contents`. Raises FileError if that is impossible."""
+        known = self.contents()
+        new = {content.digest: content for content in contents}
+        if self.folder is not None and not new.keys() <= known.keys():
+            values = {digest: [*each.size, each.counted] for digest, each in {**known, **new}.items()}
             cache_file.make_folder(self.folder)
-            write_atomic(self.folder / SIZES, json.dumps({**known, **sizes}).encode())
+            write_atomic(self.folder / CONTENTS, json.dumps(values).encode())
 
     def nbytes(self, size: Size, *, mask: bool = False, concat: bool = False) -> int:
         """The bytes on disk, within a few hundred, of an entry for a picture of `size`, or of its concat channels."""
         width, height = (side // self.factor for side in size)
-        return (self.channels + (mask or concat)) * width * height * 4 + 400
+        return (self.channels + (mask or concat)) * width * height * 4 + 256
 
     def _store(self, key: str, entry: Entry) -> Entry:
         if self.folder is not None:
