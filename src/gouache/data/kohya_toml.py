@@ -168,7 +168,7 @@ def _unless_equal(records: list[Record]) -> list[Record]:
 def _read_subset(path: Path, values: Values, defaults: Subset) -> tuple[list[Record], list[str]]:
     root = _picture_folder(path, values)
     listed = folders(root)
-    repeats = values.get("num_repeats", 1)
+    repeats = values.get("num_repeats", defaults.repeats)
     if repeats < 1:
         return [], [f"{printable(str(root))}: not used, because of num_repeats = 0"]
     masks = values.get("conditioning_data_dir")
