@@ -97,12 +97,13 @@ def show(dataset: DataSet, output: Path, *, count: int = 60, overwrite: bool = F
     total = len(dataset.records)
     count = min(count, total)
     chosen = [dataset.records[place * total // count] for place in range(count)]
-    tiles = [
-        tile if isinstance(tile, Image.Image) else Image.new("RGB", (TILE, TILE), "salmon")
-        for tile in in_threads(_tile, chosen)
-    ]
+    tiles, labels = list[Image.Image](), list[str]()
+    for record, tile in zip(chosen, in_threads(_tile, chosen)):
+        readable = isinstance(tile, Image.Image)
+        tiles.append(tile if readable else Image.new("RGB", (TILE, TILE), "salmon"))
+        labels.append(_label(record) if readable else f"{_label(record)}\n(cannot be read)")
     buffer = io.BytesIO()
-    labelled_tiles(tiles, [_label(record) for record in chosen], across=_ACROSS).save(buffer, "PNG")
+    labelled_tiles(tiles, labels, across=_ACROSS).save(buffer, "PNG")
     try:
         (write_atomic if overwrite else write_new)(output, buffer.getvalue())
     except FileExistsError:

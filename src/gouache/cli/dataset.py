@@ -139,7 +139,8 @@ def _print(report: Report, data: Path, batch: int) -> None:
 
 
 def _line(finding: Finding) -> str:
-    names = ", ".join(printable(name, 100) for name in finding.pictures[:4])
-    more = f" and {len(finding.pictures) - 4} more" if len(finding.pictures) > 4 else ""
+    message = printable(finding.message, 1000)
+    names = [printable(name, 100) for name in finding.pictures if printable(name, 100) not in message]
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     level = "FAULT " if finding.fault else "remark"
-    return f"{level}  {finding.kind}: {printable(finding.message, 1000)}" + (f": {names}{more}" if names else "")
+    return f"{level}  {finding.kind}: {message}" + (f": {', '.join(names[:4])}{more}" if names else "")
