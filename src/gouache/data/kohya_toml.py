@@ -167,7 +167,8 @@ def _unless_equal(records: list[Record]) -> list[Record]:
 
 def _read_subset(path: Path, values: Values, defaults: Subset) -> tuple[list[Record], list[str]]:
     root = _picture_folder(path, values)
-    listed = folders(root)
+    described = "metadata_file" in values
+    listed = folders(root, levels=None if described else 1)
     repeats = values.get("num_repeats", defaults.repeats)
     if repeats < 1:
         return [], [f"{printable(str(root))}: not used, because of num_repeats = 0"]
@@ -179,12 +180,12 @@ def _read_subset(path: Path, values: Values, defaults: Subset) -> tuple[list[Rec
         repeats=repeats,
         regularization=values.get("is_reg", False),
         suffixes=(suffix,) if suffix else defaults.suffixes,
-        masks=folders(_existing(path, masks), deep=False)[0] if masks else None,
+        masks=folders(_existing(path, masks), levels=0)[0] if masks else None,
         resolution=_size(values.get("resolution")),
         caption_options=_options(defaults.caption_options, values, {key: name for key, (name, _) in _CAPTIONS.items()}),
         picture_options=_options(defaults.picture_options, values, _PICTURES),
     )
-    if "metadata_file" in values:
+    if described:
         records, notes = metadata.read(_existing(path, values["metadata_file"]), listed, root.parent, subset)
     else:  # as in kohya's scripts, without sub-folders, which may be subsets of their own
         records, notes = read_pictures(listed[:1], root.parent, subset)

@@ -64,10 +64,11 @@ def is_picture(name: str) -> bool:
     return Path(name).suffix.lower() in PICTURES
 
 
-def folders(root: Path, *, deep: bool = True) -> list[Folder]:
-    """`root` and, if `deep`, all folders below it, in the order of their names; hidden ones are left out.
+def folders(root: Path, levels: int | None = None) -> list[Folder]:
+    """`root` and the folders below it, in the order of their names; hidden ones are left out.
 
-    Each is listed once, also if links lead to it again. Raises FileError if one cannot be read.
+    `levels`: how many levels below it, None for all. Each folder is listed once, also if links lead to it again. Raises
+    FileError if one cannot be read.
     """
     found, seen = list[Folder](), set[Path]()
     waiting = [(root, 0)]
@@ -80,7 +81,7 @@ def folders(root: Path, *, deep: bool = True) -> list[Folder]:
             raise FileError(path, f"is more than {MAX_DEPTH} folders deep in the data set; move it up or take it out")
         names, below = _inside(path)
         found.append(Folder(path, names))
-        if deep:
+        if levels is None or depth < levels:
             waiting += [(path / name, depth + 1) for name in reversed(below)]
     return found
 
