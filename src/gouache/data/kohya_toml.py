@@ -239,7 +239,11 @@ def _table(path: Path, name: str, values: Any, checks: Mapping[str, Check]) -> d
         if key not in checks:
             raise FileError(path, f"{name} has the unknown key {_key([key])}; known are {', '.join(sorted(checks))}")
         if not checks[key](value):
-            shown = printable(repr(value), 60) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+            shown = (
+                printable(repr(value), 60)
+                if isinstance(value, str | int | float)
+                else _KINDS.get(type(value), "a date")
+            )
             raise FileError(path, f"{name} has {key} = {shown}; expected {_EXPECTED[checks[key]]}")
     return values
 
@@ -248,6 +252,7 @@ def _key(keys: Any) -> str:
     return repr(printable(next(iter(keys)), 60))
 
 
+_KINDS = {dict: "a table", list: "a list"}
 _EXPECTED: dict[Check, str] = {
     _is_true_or_false: "true or false",
     _is_text: "text",
