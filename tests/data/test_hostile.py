@@ -87,3 +87,24 @@ def test_any_toml_is_read_or_refused(general, dataset, subset, folder: Path):
     lines = [line for name, values in tables.items() for line in (name, *(f"{k} = {v}" for k, v in values.items()))]
     path.write_text("\n".join(lines))
     attempt(path, folder)
+
+
+def test_names_with_control_characters_are_escaped_in_notes_and_errors(tmp_path: Path):
+    folder = tmp_path / "e\x1b[31m"
+    for name in ("a\x1b.png", "b\n.png", "c\u202e.heic", "10_x\x07/d.png"):
+        if not name.endswith(".heic"):
+            save(folder / name)
+    (folder / "c\u202e.heic").write_text("x")
+    (folder / "m\x1b.jsonl").write_text(
+        json.dumps({"file_name": "a\x1b.png", "no\x1b": "x"}) + '\n{"file_name": "\x7f"}'
+    )
+    (folder / "t\x1b.toml").write_text(
+        '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "../e\\u001b[31m"\ncache_info = true'
+    )
+    for path in (folder, folder / "m\x1b.jsonl", folder / "t\x1b.toml"):
+        notes = read(path).notes
+        assert notes and all(note.isprintable() for note in notes)
+    (folder / "t\x1b.toml").write_text('"\\u001b" = 1\n[[datasets]]\n[[datasets.subsets]]')
+    with pytest.raises(FileError) as caught:
+        read(folder / "t\x1b.toml")
+    assert_one_line(caught.value)

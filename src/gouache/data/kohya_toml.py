@@ -139,10 +139,10 @@ def read(path: Path, defaults: Subset) -> DataSet:
             records += more
             notes += remarks
     if ignored:
-        notes.append(f"{path.name}: {', '.join(ignored)}: without effect here")
+        notes.append(f"{printable(path.name)}: {', '.join(ignored)}: without effect here")
     settings, differing = _settings(datasets)
     if differing:
-        notes.append(f"{path.name}: {', '.join(differing)} differ between data sets and are not used")
+        notes.append(f"{printable(path.name)}: {', '.join(differing)} differ between data sets and are not used")
     return DataSet(_unless_equal(records), notes, settings)
 
 

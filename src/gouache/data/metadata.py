@@ -73,10 +73,12 @@ def read(
     if missing and not records:
         raise FileError(path, f"names {plural(len(missing), 'picture')}, and none is there: {some(missing)}")
     if missing:
-        notes.append(f"{path.name}: {len(missing)} of {plural(len(rows), 'picture')} missing: {some(missing)}")
+        notes.append(
+            f"{printable(path.name)}: {len(missing)} of {plural(len(rows), 'picture')} missing: {some(missing)}"
+        )
     if rows and not column and "tags" not in columns:
         expected = f"has no column {', '.join(_CAPTION_COLUMNS[:2])} or tags; name it with --caption-column"
-        notes.append(f"{path.name} {expected}; it has {some(list(columns), 20)}")
+        notes.append(f"{printable(path.name)} {expected}; it has {some(list(columns), 20)}")
     return records, notes
 
 
