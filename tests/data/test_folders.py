@@ -72,6 +72,13 @@ def test_missing_captions_are_noted(tmp_path: Path):
     assert read(tmp_path).notes == ["1 of 2 pictures without a caption file: b.png"]
 
 
+@pytest.mark.parametrize("end", [".mask.png", "-mask.jpg", "_mask.webp"])
+def test_masks_next_to_pictures(end: str, tmp_path: Path):
+    save(tmp_path / "a.b.jpg", txt="x")
+    mask = save(tmp_path / f"a.b{end}")
+    assert [(each.name, each.mask) for each in read(tmp_path).records] == [("a.b.jpg", mask)]
+
+
 def test_onetrainer_masks_and_conditions_belong_to_their_pictures(tmp_path: Path):
     save(tmp_path / "a.jpg", txt="x")
     save(tmp_path / "a-masklabel.png")

@@ -16,6 +16,7 @@ from gouache.app import threads
 from gouache.cli import (
     compare,
     convert,
+    dataset,
     doctor,
     embedding,
     files,
@@ -47,7 +48,9 @@ for command in (
 ):  # fmt: skip
     app.command()(command)
 app.command("hash")(files.hash_)
-for group, name in ((vae.app, "vae"), (lora.app, "lora"), (embedding.app, "embedding"), (models.app, "models")):
+for group, name in (
+    (dataset.app, "dataset"), (vae.app, "vae"), (lora.app, "lora"), (embedding.app, "embedding"), (models.app, "models"),
+):  # fmt: skip
     app.add_typer(group, name=name)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -29,14 +29,22 @@ def caption(
     if _dropped(options, epoch, generator):
         return ""
     lines = record.captions or ("",)
-    text = _choose(lines, generator) if options.wildcard else lines[0]
-    text = " ".join(part for part in (options.prefix, text, options.suffix) if part)
+    text = _in_frame(_choose(lines, generator) if options.wildcard else lines[0], options)
     if options.wildcard:
-        text = _with_alternatives(text, generator)
+        text = _with_alternatives(text, lambda values: _choose(values, generator))
     text = _with_tags_changed(text, options, generator, step, steps)
     if options.secondary_separator:
         text = text.replace(options.secondary_separator, options.separator)
     return text
+
+
+def longest(record: Record) -> tuple[str, ...]:
+    """The captions with all their tags, in order, and with the longest of all alternatives; several for a wildcard."""
+    options = record.caption_options
+    lines = record.captions or ("",)
+    if not options.wildcard:
+        return (_in_frame(lines[0], options),)
+    return tuple(_with_alternatives(_in_frame(line, options), lambda values: max(values, key=len)) for line in lines)
 
 
 def is_constant(options: CaptionOptions) -> bool:
@@ -50,10 +58,14 @@ def _dropped(options: CaptionOptions, epoch: int, generator: torch.Generator) ->
     return options.dropout_every_epochs > 0 and (epoch + 1) % options.dropout_every_epochs == 0
 
 
-def _with_alternatives(text: str, generator: torch.Generator) -> str:
+def _in_frame(text: str, options: CaptionOptions) -> str:
+    return " ".join(part for part in (options.prefix, text, options.suffix) if part)
+
+
+def _with_alternatives(text: str, choose: Callable[[Sequence[str]], str]) -> str:
     """`text` with one alternative of each `{a|b}`."""
     text = text.replace("{{", _OPEN).replace("}}", _CLOSE)
-    text = _ALTERNATIVES.sub(lambda match: _choose(match[1].split("|"), generator), text)
+    text = _ALTERNATIVES.sub(lambda match: choose(match[1].split("|")), text)
     return text.replace(_OPEN, "{").replace(_CLOSE, "}")
 
 

@@ -32,6 +32,7 @@ SETTING = "data"  # the setting that errors name
 _MAX_CACHE = 2**30  # bytes
 _WORKERS = min(4, os.cpu_count() or 1)  # each holds a decoded picture
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -53,7 +54,7 @@ def sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
 
     Raises RequestError for the first that cannot be read.
     """
-    return [_good(size) for size in _in_threads(lambda path: pixels.read_size(path, SETTING), paths)]
+    return [_good(size) for size in in_threads(lambda path: pixels.read_size(path, SETTING), paths)]
 
 
 def hashes(paths: Sequence[Path], cache: Path | None = None, on_work: OnWork | None = None) -> list[str]:
@@ -128,7 +129,7 @@ def _cached(
 
     found = list[T | RequestError]()
     try:
-        for each in _in_threads(look_up, paths):
+        for each in in_threads(look_up, paths):
             found.append(each)
             if on_work is not None:
                 on_work("reading pictures", len(found), len(paths))
@@ -171,18 +172,18 @@ def _write_cache(cache: Path, values: Mapping[str, Any]) -> None:
         write_atomic(cache, lines.encode())
 
 
-def _in_threads(work: Callable[[Path], T], paths: Sequence[Path]) -> Iterator[T | RequestError]:
-    """`work` on each path, in order, or the RequestError that it raises."""
+def in_threads(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T | RequestError]:
+    """`work` on each item, in order, or the RequestError that it raises."""
 
-    def safe(path: Path) -> T | RequestError:
+    def safe(item: S) -> T | RequestError:
         try:
-            return work(path)
+            return work(item)
         except RequestError as error:
             return error
 
     pool = ThreadPoolExecutor(_WORKERS)
     try:
-        yield from pool.map(safe, paths)
+        yield from pool.map(safe, items)
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -92,7 +92,7 @@ def _described(
         notes += remarks
     used = {path for record in records for path in (record.path, record.mask, record.conditioning)}
     if left := [relative(path, root) for path in all_pictures(listed) if path not in used]:
-        notes.append(f"{plural(len(left), 'picture')} left out, not in {files[0][1]}: {some(left)}")
+        notes.append(f"{plural(len(left), 'picture')} left out, not in {printable(files[0][1])}: {some(left)}")
     return DataSet(records, notes)
 
 

@@ -139,10 +139,10 @@ def read(path: Path, defaults: Subset) -> DataSet:
             records += more
             notes += remarks
     if ignored:
-        notes.append(f"{path.name}: {', '.join(ignored)}: without effect here")
+        notes.append(f"{printable(path.name)}: {', '.join(ignored)}: without effect here")
     settings, differing = _settings(datasets)
     if differing:
-        notes.append(f"{path.name}: {', '.join(differing)} differ between data sets and are not used")
+        notes.append(f"{printable(path.name)}: {', '.join(differing)} differ between data sets and are not used")
     return DataSet(_unless_equal(records), notes, settings)
 
 
@@ -167,8 +167,9 @@ def _unless_equal(records: list[Record]) -> list[Record]:
 
 def _read_subset(path: Path, values: Values, defaults: Subset) -> tuple[list[Record], list[str]]:
     root = _picture_folder(path, values)
-    listed = folders(root)
-    repeats = values.get("num_repeats", 1)
+    described = "metadata_file" in values
+    listed = folders(root, levels=None if described else 1)
+    repeats = values.get("num_repeats", defaults.repeats)
     if repeats < 1:
         return [], [f"{printable(str(root))}: not used, because of num_repeats = 0"]
     masks = values.get("conditioning_data_dir")
@@ -179,12 +180,12 @@ def _read_subset(path: Path, values: Values, defaults: Subset) -> tuple[list[Rec
         repeats=repeats,
         regularization=values.get("is_reg", False),
         suffixes=(suffix,) if suffix else defaults.suffixes,
-        masks=folders(_existing(path, masks), deep=False)[0] if masks else None,
+        masks=folders(_existing(path, masks), levels=0)[0] if masks else None,
         resolution=_size(values.get("resolution")),
         caption_options=_options(defaults.caption_options, values, {key: name for key, (name, _) in _CAPTIONS.items()}),
         picture_options=_options(defaults.picture_options, values, _PICTURES),
     )
-    if "metadata_file" in values:
+    if described:
         records, notes = metadata.read(_existing(path, values["metadata_file"]), listed, root.parent, subset)
     else:  # as in kohya's scripts, without sub-folders, which may be subsets of their own
         records, notes = read_pictures(listed[:1], root.parent, subset)
@@ -238,7 +239,11 @@ def _table(path: Path, name: str, values: Any, checks: Mapping[str, Check]) -> d
         if key not in checks:
             raise FileError(path, f"{name} has the unknown key {_key([key])}; known are {', '.join(sorted(checks))}")
         if not checks[key](value):
-            shown = printable(repr(value), 60) if isinstance(value, str | int | float) else f"a {type(value).__name__}"
+            shown = (
+                printable(repr(value), 60)
+                if isinstance(value, str | int | float)
+                else _KINDS.get(type(value), "a date")
+            )
             raise FileError(path, f"{name} has {key} = {shown}; expected {_EXPECTED[checks[key]]}")
     return values
 
@@ -247,6 +252,7 @@ def _key(keys: Any) -> str:
     return repr(printable(next(iter(keys)), 60))
 
 
+_KINDS = {dict: "a table", list: "a list"}
 _EXPECTED: dict[Check, str] = {
     _is_true_or_false: "true or false",
     _is_text: "text",

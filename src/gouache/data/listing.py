@@ -14,7 +14,9 @@ from gouache.outside import read_text
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
 OTHER_PICTURES = (".gif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".tga", ".jfif", ".svg")  # not read
 CAPTIONS = (".txt", ".caption")
-MASK, CONDITION = "-masklabel", "-condlabel"  # OneTrainer's names of what belongs to another picture
+# Ends of the names of what belongs to another picture, OneTrainer's first.
+MASK = ("-masklabel", ".mask", "-mask", "_mask")
+CONDITION = ("-condlabel",)
 MAX_CAPTION = 1_000_000  # bytes
 MAX_DEPTH = 32  # of folders in each other
 
@@ -43,9 +45,10 @@ class Folder:
         """Pictures in formats that are not read."""
         return [self.path / name for name in self.names if Path(name).suffix.lower() in OTHER_PICTURES]
 
-    def picture(self, stem: str) -> Path | None:
-        """The picture with this name, whatever its suffix."""
-        return self.path / self._pictures[stem] if stem in self._pictures else None
+    def picture(self, stem: str, ends: Sequence[str] = ("",)) -> Path | None:
+        """The picture with this name and the first possible of `ends`, whatever its suffix."""
+        names = (self._pictures.get(stem + end) for end in ends)
+        return next((self.path / name for name in names if name is not None), None)
 
     def captions(self, picture: Path, suffixes: Sequence[str]) -> list[Path]:
         """The caption files of a picture, in the order of `suffixes`."""
@@ -54,17 +57,18 @@ class Folder:
 
     def _belongs_to_another(self, name: str) -> bool:
         stem = Path(name).stem
-        return any(stem.endswith(end) and stem.removesuffix(end) in self._pictures for end in (MASK, CONDITION))
+        return any(stem.endswith(end) and stem.removesuffix(end) in self._pictures for end in MASK + CONDITION)
 
 
 def is_picture(name: str) -> bool:
     return Path(name).suffix.lower() in PICTURES
 
 
-def folders(root: Path, *, deep: bool = True) -> list[Folder]:
-    """`root` and, if `deep`, all folders below it, in the order of their names; hidden ones are left out.
+def folders(root: Path, levels: int | None = None) -> list[Folder]:
+    """`root` and the folders below it, in the order of their names; hidden ones are left out.
 
-    Each is listed once, also if links lead to it again. Raises FileError if one cannot be read.
+    `levels`: how many levels below it, None for all. Each folder is listed once, also if links lead to it again. Raises
+    FileError if one cannot be read.
     """
     found, seen = list[Folder](), set[Path]()
     waiting = [(root, 0)]
@@ -77,7 +81,7 @@ def folders(root: Path, *, deep: bool = True) -> list[Folder]:
             raise FileError(path, f"is more than {MAX_DEPTH} folders deep in the data set; move it up or take it out")
         names, below = _inside(path)
         found.append(Folder(path, names))
-        if deep:
+        if levels is None or depth < levels:
             waiting += [(path / name, depth + 1) for name in reversed(below)]
     return found
 

@@ -73,10 +73,12 @@ def read(
     if missing and not records:
         raise FileError(path, f"names {plural(len(missing), 'picture')}, and none is there: {some(missing)}")
     if missing:
-        notes.append(f"{path.name}: {len(missing)} of {plural(len(rows), 'picture')} missing: {some(missing)}")
+        notes.append(
+            f"{printable(path.name)}: {len(missing)} of {plural(len(rows), 'picture')} missing: {some(missing)}"
+        )
     if rows and not column and "tags" not in columns:
         expected = f"has no column {', '.join(_CAPTION_COLUMNS[:2])} or tags; name it with --caption-column"
-        notes.append(f"{path.name} {expected}; it has {some(list(columns), 20)}")
+        notes.append(f"{printable(path.name)} {expected}; it has {some(list(columns), 20)}")
     return records, notes
 
 
@@ -151,7 +153,7 @@ def _json_rows(path: Path, value: Any) -> Iterator[Row]:
         for number, values in enumerate(value, 1):
             yield f"entry {number}", _table(path, f"entry {number}", values)
     else:
-        raise FileError(path, f"contains a {type(value).__name__}; expected an object with one entry per picture")
+        raise FileError(path, f"contains {_kind(value)}; expected an object with one entry per picture")
 
 
 def _parsed(path: Path, text: str, where: str) -> Any:
@@ -163,7 +165,7 @@ def _parsed(path: Path, text: str, where: str) -> Any:
 
 def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise FileError(path, f"{where}: contains a {type(value).__name__}; expected an object with file_name and text")
+        raise FileError(path, f"{where}: contains {_kind(value)}; expected an object with file_name and text")
     return value
 
 
@@ -174,7 +176,8 @@ def _first_text(path: Path, where: str, values: Mapping[str, Any], names: Sequen
         if value in (None, ""):
             continue
         if not isinstance(value, str) or "\0" in value:
-            raise FileError(path, f"{where}: {name} is {_kind(value)}; expected the name of a picture")
+            found = "has NUL characters" if isinstance(value, str) else f"is {_kind(value)}"
+            raise FileError(path, f"{where}: {name} {found}; expected the name of a picture")
         return value
     return None
 
@@ -206,5 +209,6 @@ def _score(value: Any) -> float | None:
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "text with NUL characters")
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
+    return names.get(type(value), "null")

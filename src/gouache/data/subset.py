@@ -86,7 +86,7 @@ def read_pictures(listed: Sequence[Folder], root: Path, subset: Subset) -> tuple
                 differing.append(name)
             if not found:
                 without.append(name)
-            mask, conditioning = (folder.picture(path.stem + end) for end in (MASK, CONDITION))
+            mask, conditioning = folder.picture(path.stem, MASK), folder.picture(path.stem, CONDITION)
             records.append(subset.record(path, name, found[0] if found else None, mask, conditioning))
     notes = list[str]()
     if unread:

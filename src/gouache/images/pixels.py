@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gouache.errors import RequestError, printable
@@ -226,7 +226,9 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def _unreadable(error: Exception, name: str, setting: str) -> RequestError:
     kinds = "PNG, JPEG, WebP, BMP, TIFF and AVIF are"
-    return RequestError(setting, f"{_printable(name)} is not a picture that can be read; {kinds} ({_printable(error)})")
+    # Pillow's own words for a file that it does not know have the address of an object in memory.
+    why = "" if isinstance(error, UnidentifiedImageError) else f" ({_printable(error)})"
+    return RequestError(setting, f"{_printable(name)} is not a picture that can be read; {kinds}{why}")
 
 
 def _printable(value: object) -> str:

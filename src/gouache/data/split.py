@@ -1,0 +1,55 @@
+"""Divides a data set into pictures to train on and pictures held out for validation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from gouache.data.contents import Content
+from gouache.data.duplicates import groups
+from gouache.data.record import Record
+from gouache.errors import RequestError
+from gouache.wording import plural
+
+SETTING = "holdout"
+
+
+def split(
+    records: Sequence[Record], contents: Sequence[Content], holdout: float | int, seed: int
+) -> tuple[list[Record], list[Record]]:
+    """(to train on, held out). `holdout`: below 1 a share of the pictures, else their number.
+
+    Copies of a picture are never on both sides. What is held out depends on what is in the pictures and on `seed`, not
+    on names and order, and changes little when pictures are added. Regularization pictures are not held out, nor their
+    copies. `contents` are those of `records`. Raises RequestError if no picture can be held out.
+    """
+    wanted = _number(holdout, len(records))
+    if not wanted:
+        return list(records), []
+    eligible = [group for group in groups(contents) if not any(records[row].regularization for row in group)]
+    order = sorted(eligible, key=lambda group: _position(min(contents[row].sha256 for row in group), seed))
+    held = set[int]()
+    for group in order:
+        if len(held) + len(group) <= wanted:
+            held |= set(group)
+    if not held and order:  # every group has more copies than wanted
+        held |= set(min(order, key=len))
+    if not 0 < len(held) < len(records):
+        count = plural(len(records), "picture")
+        raise RequestError(SETTING, f"no picture can be held out: {count}, all copies of one or of the class")
+    return [each for row, each in enumerate(records) if row not in held], [records[row] for row in sorted(held)]
+
+
+def _number(holdout: float | int, count: int) -> int:
+    """How many of `count` pictures to hold out: none for 0, else at least one."""
+    if holdout < 0 or holdout != holdout or (holdout >= 1 and holdout != int(holdout)):
+        raise RequestError(SETTING, f"is {holdout}; expected a share below 1 or a number of pictures")
+    if holdout >= count:
+        raise RequestError(SETTING, f"is {int(holdout)}, and there are {plural(count, 'picture')}; some must be left")
+    if holdout == 0:
+        return 0
+    return int(holdout) if holdout >= 1 else min(max(1, round(holdout * count)), count - 1)
+
+
+def _position(digest: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed} {digest}".encode()).digest()
