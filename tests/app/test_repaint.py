@@ -228,6 +228,11 @@ HOSTILE: list[Callable[[dict[str, Any]], object]] = [
     lambda recipe: recipe["request"].update(refiner="/etc/hostname", refiner_at=0.1, steps=4),
     lambda recipe: recipe["request"].update(lora=["/etc/hostname"]),
     lambda recipe: recipe.update(splices=[{"told": "a"}, 5]),
+    lambda recipe: recipe["model"].update(path="a" * 5000, name="a" * 5000),
+    lambda recipe: recipe.update(adapters=[{"kind": "lora", "setting": "", "path": "a" * 5000, "name": "a"}]),
+    lambda recipe: recipe.update(inputs={"prompt": "abc"}),
+    lambda recipe: recipe.update(inputs={"init": None}),
+    lambda recipe: recipe["request"].update(hires=2.0, hires_strength=1e-300),
 ]
 
 

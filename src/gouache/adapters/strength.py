@@ -111,10 +111,10 @@ def from_json(values: Mapping[str, Any], spec: UNetSpec) -> Strength:
         text = values.get("text")
         text = {str(name): float(each) for name, each in text.items()} if isinstance(text, Mapping) else text
         return Strength(
-            float(values.get("unet", 1.0)), float(text) if isinstance(text, int | float) else text, factors,
+            float(values.get("unet", 1.0)), text if text is None or isinstance(text, Mapping) else float(text), factors,
             float(values.get("start", 0.0)), float(values.get("end", 1.0)), table,
         )  # fmt: skip
-    except (TypeError, ValueError, LookupError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         raise RequestError(
             "strength", "the recorded strength is damaged; expected numbers for unet, text, blocks, start, end"
         ) from None

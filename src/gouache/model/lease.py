@@ -140,6 +140,7 @@ class Lease:
     def _resume(self) -> None:
         model = self._model
         model.holder = self
+        before = set(model.adapters)
         try:
             self._upcast_before = list(model.upcast)
             if self._vae is not None:
@@ -153,6 +154,8 @@ class Lease:
                 if stage not in model.upcast:
                     model.widen(stage)
         except BaseException:
+            for each in set(model.adapters) - before:  # also one that was not handed over yet
+                model.adapters.detach(each)
             self._suspend()
             if len(self.attached) < len(self._uses):  # never to be taken for the whole
                 self.attached, self._suspended = [], None
