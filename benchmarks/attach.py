@@ -62,7 +62,7 @@ def measured(path: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
     import torch
     from safetensors.torch import save_file
 
-    from gouache.adapters.attach import Layers
+    from gouache.adapters.attach import Adapters
     from gouache.adapters.read import read_lora
     from gouache.adapters.strength import Strength
     from gouache.families.sdxl import SDXL
@@ -103,7 +103,7 @@ def measured(path: Path, dtype: str, rounds: int) -> list[dict[str, Any]]:
     def changed_weights() -> list[torch.Tensor]:
         return [networks[component].get_submodule(name).weight.data for component, name in adapter.tensors]  # type: ignore
 
-    adapters = Layers(networks, restore)
+    adapters = Adapters(networks, restore)
     size = sum(weight.nbytes for weight in changed_weights())
     log(f"{len(adapter.tensors)} weights, {size / 1e9:.2f} GB in {dtype}")
     times: dict[str, list[float]] = {"copy": [], "attach": [], "another strength": [], "detach": []}
