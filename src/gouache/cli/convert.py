@@ -44,6 +44,7 @@ def convert(
     from gouache.app.settings import read
     from gouache.cli.pairs import pairs
     from gouache.cli.progress import bytes_bar
+    from gouache.errors import printable
     from gouache.workshop.convert import convert as service
 
     texts = pairs("metadata", metadata or [])
@@ -57,6 +58,8 @@ def convert(
         return
     size = f"{plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     print(f"{shown(target)}: {size}, verified: {_verified(done.rounded_to, dtype)}")
+    for note in done.notes:
+        print(f"note: {printable(note, 400)}")
     for reason, count in done.leftovers.items():
         print(f"saved in its leftovers.safetensors  {plural(count, 'tensor')}: {reason}")
     for reason, count in done.left_out.items():

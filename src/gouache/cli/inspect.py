@@ -76,17 +76,17 @@ def _page(report: Report) -> str:
         if fact.value == "unknown":  # a confidence would be confusing here
             missing = "not recognised"
             text = fact.evidence if fact.evidence.startswith(missing) else f"{missing} ({fact.evidence})"
-            lines.append(f"  {fact.name:14} {text}")
+            lines.append(f"  {fact.name:13}  {text}")
         else:
-            lines.append(f"  {fact.name:14} {fact.value:24} {fact.confidence}: {fact.evidence}")
+            lines.append(f"  {fact.name:13}  {fact.value:23}  {fact.confidence}: {fact.evidence}")
     for detail in report.details:
-        lines.append(f"  {detail.name:14} {detail.value:24} {detail.evidence}")
+        lines.append(f"  {detail.name:13}  {detail.value:23}  {detail.evidence}")
     if report.components:
         lines.append("components")
         for part in report.components:
             fingerprint = f"  {part.fingerprint}" if part.fingerprint else ""
             size = f"{part.parameters / 1e6:9.2f} M"
-            lines.append(f"  {part.name:16} {size}  {part.dtype:6} {part.layout}: {part.evidence}{fingerprint}")
+            lines.append(f"  {part.name:15}  {size}  {part.dtype:6}  {part.layout}: {part.evidence}{fingerprint}")
     for name, reason in report.missing.items():
         lines.append(f"missing  {name}: {reason}")
     for reason, names in report.leftovers.items():

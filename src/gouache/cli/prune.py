@@ -38,6 +38,7 @@ def prune(
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
+    from gouache.errors import printable
     from gouache.workshop.prune import prune as service
 
     path = resolve(source, read())
@@ -49,6 +50,8 @@ def prune(
         print(json_text({"path": str(target), **asdict(done), "saved": done.saved}))
         return
     print(f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
+    for note in done.notes:
+        print(f"note: {printable(note, 400)}")
     for reason, (count, nbytes) in done.dropped.items():
         print(f"dropped  {plural(count, 'tensor')}, {nbytes / 1e6:,.1f} MB: {reason}")
     if done.cast_saved:
