@@ -92,7 +92,8 @@ def _page(report: Report) -> str:
     for reason, names in report.leftovers.items():
         count = plural(len(names), "tensor")
         lines.append(f"not needed  {count}, {names[0]}{', ...' if len(names) > 1 else ''}: {reason}")
-    ignored = {name: near for name, near in report.unknown.items() if name in report.outside}
+    outside = set(report.outside)
+    ignored = {name: near for name, near in report.unknown.items() if name in outside}
     inside = {name: near for name, near in report.unknown.items() if name not in ignored}
     for names, effect in ((inside, ""), (ignored, ", outside every component, ignored when painting")):
         if names:
