@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +201,26 @@ def test_scan_does_not_import_torch(gouache: Command, tmp_path: Path):
     code += "\ntry: app()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
 
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0
+
+
+def test_twenty_thousand_unknown_names_take_seconds(gouache: Command, narrow: Narrows, tmp_path: Path):
+    names = [f"{number:06d}{'a' * 20}" for number in range(20_000)]
+    unknown = {name: torch.zeros(1) for name in names}
+    save_file(unknown, tmp_path / "unknown.safetensors")
+    base = narrow("sd1").file
+    inside = {f"model.diffusion_model.{name}": tensor for name, tensor in unknown.items()}
+    save_file({**load_file(base), **unknown, **inside}, tmp_path / "model.safetensors")
+    paint = ["--steps", "1", "--size", "64x64"]
+
+    start = time.process_time()
+    inspected = [gouache("inspect", f"{name}.safetensors") for name in ("unknown", "model")]
+    refused = [
+        gouache("paint", "a cat", "-m", "model.safetensors", *paint),
+        gouache("paint", "a cat", "-m", base, "--lora", "unknown.safetensors", *paint),
+        gouache("convert", "unknown.safetensors", "folder"),
+    ]
+    seconds = time.process_time() - start
+
+    assert [each.code for each in inspected] == [0, 0] and "40000 tensors" in inspected[1].out.replace(",", "")
+    assert [each.code for each in refused] == [2, 2, 2]
+    assert seconds < 40  # about 10 on one core; the comparison of each name with each other took minutes
