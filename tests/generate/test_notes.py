@@ -45,6 +45,22 @@ def test_names_of_embeddings_are_known_words(small_vocabulary: Model):
     assert not list(notes(small_vocabulary, Request(prompt="a red cat, unicorn"), ["unicorn"]))
 
 
+def test_embeddings_that_are_not_there_are_named_and_no_unknown_words(small_vocabulary: Model):
+    assert not list(notes(small_vocabulary, Request(prompt="a red cat, embedding:unicorn"), ["unicorn"]))
+    assert list(notes(small_vocabulary, Request(prompt="a red cat, embedding:zeppelin"), ["unicorn"])) == [
+        "embedding:zeppelin names no embedding that was found, so it is read as text"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("cats", "cat"), ("Cats", "cat"), ("redd", "red"), ("zeppelin", ""), ("x" * 5000, "")]
+)
+def test_plurals_and_misspelt_words_get_a_known_word_proposed(word: str, near: str, small_vocabulary: Model):
+    found = list(notes(small_vocabulary, Request(prompt=f"a {word}")))
+
+    assert found == [f"the model does not know the word {word!r}" + (f" (did you mean {near}?)" if near else "")]
+
+
 def test_a_model_trained_on_the_whole_vocabulary_gets_no_note(loaded: Callable[[str], Model]):
     assert not list(notes(loaded("sd1"), Request(prompt="a red cat, unicorn", negative="zeppelin")))
 

@@ -104,7 +104,7 @@ class RecordedSource(LibrarySource):
                 return self._locate(each)
         return super().find(kind, name, paths=paths and self._allow_paths)
 
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+    def mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
         used = [each for each in self._adapters if each.get("kind") == "embedding" and not each.get("setting")]
         return {str(each.get("name", "")): self._locate(each) for each in used}
 

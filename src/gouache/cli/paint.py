@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from gouache.errors import RequestError
+from gouache.errors import RequestError, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -223,17 +223,20 @@ def _paint(
 def _notes(model: Model, request: Request) -> None:
     """Print what the user should know about this prompt before the wait."""
     from gouache.app.sources import LibrarySource
-    from gouache.generate.notes import notes
+    from gouache.generate.notes import notes, unescaped_names
+    from gouache.generate.prompting import read_texts
 
-    source, prompts = LibrarySource(model.settings), [request.prompt, request.negative]
-    names = source.mentioned(prompts, model.text_widths)
-    for path in source.mentioned_for_other_models(prompts, model.text_widths):
+    source, texts = LibrarySource(model.settings), read_texts(request)
+    names = source.mentioned(texts, model.text_widths)
+    written = [request.prompt, request.negative, request.hires_prompt, request.hires_negative]
+    for note in unescaped_names(request, source.mentioned(written, model.text_widths)):
+        _note(note)
+    for path in source.mentioned_for_other_models(texts, model.text_widths):
         _note(
             f"embedding '{path.stem}' ({path.name}) does not fit this model; '{path.stem}' in the prompt is read as an "
             f"ordinary word"
         )
-    known = {name.casefold() for name in (*names, *(Path(each).stem for each in request.embedding))}
-    for note in notes(model, request, known):
+    for note in notes(model, request, [*names, *(Path(each).stem for each in request.embedding)]):
         _note(note)
 
 
@@ -248,4 +251,4 @@ def _attached(request: Request, used: list[UsedFile]) -> None:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {printable(text, sys.maxsize)}", file=sys.stderr)

@@ -89,11 +89,10 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     negative, hires_negative = strip_comments(request.negative), strip_comments(request.hires_negative)
     if request.refiner is not None and load is None:
         raise RequestError("refiner", "cannot be loaded here; use gouache.load(...).paint")
-    texts = [prompt, negative, hires_prompt, hires_negative]
 
     with model.exclusive():  # what another request has attached is not the model's
         vae = find_vae(model, request.vae, source)
-        adapters = find_adapters(model, request, texts, tags, source)
+        adapters = find_adapters(model, request, tags, source)
     lease = Lease(model, [each.use for each in adapters], vae)
     stack.callback(lease.close)
     with lease:
@@ -103,7 +102,7 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     if request.hires is not None and request.hires_prompt:
         # A hires prompt has tags of its own, which replace those of the prompt.
         with model.exclusive():
-            adapters = find_adapters(model, request, texts, hires_tags, source)
+            adapters = find_adapters(model, request, hires_tags, source)
         hires_lease = Lease(model, [each.use for each in adapters], vae)
         stack.callback(hires_lease.close)
         with hires_lease:
