@@ -37,7 +37,10 @@ def paint(
     sampler: Annotated[str, Option(help="See `gouache samplers`.")] = "DPM++ 2M",
     schedule: Annotated[str, Option(help="How the noise levels are spaced; see `gouache samplers`.")] = "Automatic",
     steps: Annotated[int, Option(help="Sampling steps.")] = 25,
-    cfg: Annotated[float, Option(help="Guidance scale; 1 turns the negative prompt off.")] = 7.0,
+    cfg: Annotated[
+        float | None,
+        Option(help="Guidance scale; 1 turns the negative prompt off.", show_default="the model's own, else 7"),
+    ] = None,
     seed: Annotated[int | None, Option(help="Seed of the first picture.", show_default="random")] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels.", show_default="the model's size")] = None,
     count: Annotated[int, Option(help="Number of pictures; each has the next seed.")] = 1,

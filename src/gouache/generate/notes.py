@@ -20,6 +20,8 @@ from gouache.prompts.schedule import composed
 from gouache.prompts.tags import strip_comments
 from gouache.workshop.details import trigger_words
 
+SEED_BITS = 2**32  # torch's generator on a CPU is the Mersenne twister, which is seeded with 32 bits
+
 
 def notes(model: Model, request: Request, embeddings: Iterable[str] = ()) -> Iterator[str]:
     """One line each: unknown tags, settings without effect, words that the model was never trained on.
@@ -69,11 +71,24 @@ def unused_settings(model: Model, request: Request) -> Iterator[str]:
         for name in names:
             if not used and getattr(request, name) != getattr(default, name):
                 yield f"{name} has no effect {why}"
-    if request.init is not None and request.size is None:
-        size = pass_size(model, request)
-        if size[0] < request.init.size[0] - 7:
-            width, height = request.init.size
-            yield f"init is {width}x{height}; it is scaled to {size[0]}x{size[1]} for this model (set size for another)"
+    size = pass_size(model, request)
+    if request.init is not None and request.size is None and size != request.init.size:
+        width, height = request.init.size
+        yield f"init is {width}x{height}; it is scaled to {size[0]}x{size[1]} for this model (set size for another)"
+    share = size[0] * size[1] / (model.size[0] * model.size[1])
+    if request.init is None and not 1 / 3 < share < 3:
+        yield (
+            f"the model was made for {model.size[0]}x{model.size[1]}; at {size[0]}x{size[1]} it may draw things in "
+            f"{'pieces' if share < 1 else 'pieces or several times'}"
+        )
+    for name in ("seed", "variation_seed"):
+        seed = getattr(request, name)
+        if request.rng == "cpu" and seed is not None and seed + request.count > SEED_BITS:
+            last = seed + request.count - 1
+            yield (
+                f"{name} {last} gives the noise of {last % SEED_BITS}: with rng cpu only the lower 32 bits of a seed "
+                f"count; with rng nv all do"
+            )
 
 
 def adapter_notes(request: Request, used: Iterable[UsedFile]) -> Iterator[str]:
