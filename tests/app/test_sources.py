@@ -255,6 +255,7 @@ def test_tags_of_a_prompt_name_files_of_the_library_and_no_paths(model: gouache.
             with pytest.raises(RequestError) as caught:
                 next(model.paint(f"a cat <{tag}:{name}:1>", **KNOBS))
             assert "tags in prompts name files of the library, not paths" in str(caught.value)
+            assert caught.value.setting and str(caught.value).startswith(f"{caught.value.setting}: there is no ")
             assert "private" not in str(caught.value) and "\n" not in str(caught.value)
 
     by_option = next(model.paint("a cat", lora=f"{outside}:1", **KNOBS))

@@ -97,7 +97,7 @@ def test_seeds_that_share_their_noise_with_a_smaller_one_are_reported(
     assert len(reported(seed=1, variation_seed=low + 2**32)) == shared
 
 
-@pytest.mark.parametrize(("size", "far"), [(None, 0), ((64, 64), 0), ((96, 64), 0), ((64, 16), 1), ((128, 128), 1)])
+@pytest.mark.parametrize(("size", "far"), [(None, 0), ((64, 64), 0), ((96, 64), 0), ((64, 16), 0), ((128, 72), 1)])
 def test_sizes_far_from_the_models_are_reported(size: tuple[int, int] | None, far: int, loaded: Callable[[str], Model]):
     found = list(notes(loaded("sd1"), Request(prompt="a cat", size=size)))
 
@@ -110,6 +110,26 @@ def test_a_picture_to_start_from_that_is_scaled_is_reported(loaded: Callable[[st
 
     assert not reported((64, 72))
     assert reported((100, 60)) == ["init is 100x60; it is scaled to 96x56 for this model (set size for another)"]
+
+
+@pytest.mark.parametrize(
+    ("sampler", "steps", "few"), [("PLMS", 10, 1), ("pndm", 19, 1), ("PLMS", 20, 0), ("Euler", 1, 0)]
+)
+def test_too_few_steps_for_a_sampler_are_reported(sampler: str, steps: int, few: int, loaded: Callable[[str], Model]):
+    found = list(notes(loaded("sd1"), Request(prompt="a cat", sampler=sampler, steps=steps)))
+
+    assert found == ["PLMS needs about 20 steps; with fewer its pictures may be in pieces"] * few
+
+
+@pytest.mark.parametrize(("level", "black"), [(0, 1), (1, 1), (100, 1), (200, 0), (255, 0)])
+def test_a_mask_that_paints_nothing_is_reported(level: int, black: int, loaded: Callable[[str], Model]):
+    mask = Image.new("L", (64, 64))
+    mask.paste(level, (8, 8, 40, 40))
+    request = Request(prompt="a cat", init=Image.new("RGB", (64, 64)), mask=mask)  # type: ignore[arg-type]
+
+    found = list(notes(loaded("sd1"), request))
+
+    assert len(found) == black and all(f"its highest level is {level} of 255" in each for each in found)
 
 
 @pytest.mark.parametrize(("prompt", "count"), [("a cat:1.5", 1), ("a cat:1.5,", 0), ("a cat :1.5 AND a dog", 0)])

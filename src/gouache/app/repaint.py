@@ -103,20 +103,23 @@ def repaint(
     if not difference.any():
         return Repainted(picture, 0.0, 0, ())
     causes = list(_causes(recipe, request, picture, target, loaded.upcast))
-    batch, index = recipe.get("batch", 1), recipe.get("batch_index")
-    if _is_index(index, batch) and not causes and request.seed is not None:
-        picture, difference = paint(_whole_batch(request, batch, index), index)
-    elif batch != 1:
-        causes.append(f"made in a batch of {printable(str(batch), 20)}, which may round differently")
+    batch = _batch(recipe)
+    if batch is not None and not causes and request.seed is not None:
+        picture, difference = paint(_whole_batch(request, *batch), batch[1])
+    elif recipe.get("batch", 1) != 1:
+        causes.append(f"made in a batch of {printable(str(recipe['batch']), 20)}, which may round differently")
     share, largest = float(difference.any(axis=2).mean()), int(difference.max())
     if largest > 0:
         causes += _causes_by_size(share, largest, certain=bool(causes))
     return Repainted(picture, share, largest, tuple(causes))
 
 
-def _is_index(index: object, batch: object) -> bool:
-    """Whether this is an index in a batch that is small enough to be painted again; older recipes have none."""
-    return type(index) is int and type(batch) is int and 0 <= index < batch and 1 < batch <= MAX_BATCH
+def _batch(recipe: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(size of the batch, index in it) if it is small enough to be painted again; older recipes have no index."""
+    batch, index = recipe.get("batch"), recipe.get("batch_index")
+    if type(batch) is int and type(index) is int and 0 <= index < batch and 1 < batch <= MAX_BATCH:
+        return batch, index
+    return None
 
 
 def _whole_batch(request: Request, batch: int, index: int) -> Request:

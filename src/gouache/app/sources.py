@@ -30,7 +30,10 @@ class LibrarySource:
         except RequestError as error:
             if paths or not re.search(r"[/\\~]", name):
                 raise
-            raise RequestError("", f"{error}; tags in prompts name files of the library, not paths") from None
+            message = str(error).removeprefix(f"{error.setting}: ")
+            raise RequestError(
+                error.setting, f"{message}; tags in prompts name files of the library, not paths"
+            ) from None
 
     def mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
         """Name -> file of the embeddings whose file name occurs in `texts`, which are without escapes and weights.

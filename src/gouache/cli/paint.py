@@ -51,7 +51,9 @@ def paint(
     emphasis: Annotated[str, Option(help="How weights act: original, no norm, ignore, none, comfy.")] = "original",
     init: Annotated[Path | None, Option(help="A picture to start from.")] = None,
     strength: Annotated[float, Option(help="Denoising strength for --init, 0 to 1.")] = 0.6,
-    mask: Annotated[Path | None, Option(help="A mask for --init: white is painted over.")] = None,
+    mask: Annotated[
+        Path | None, Option(help="A mask for --init: white is painted over; the rest only passes through the VAE.")
+    ] = None,
     image_cfg: Annotated[float, Option(help="For instruct-pix2pix: how closely to keep to --init.")] = 1.5,
     depth: Annotated[Path | None, Option(help="For depth models: a depth picture, white is near.")] = None,
     hires: Annotated[

@@ -6,13 +6,17 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
+import numpy as np
 import torch
 
+from gouache.diffusion.samplers import catalog
 from gouache.errors import printable
 from gouache.generate.adapters import UsedFile
+from gouache.generate.memory import check_memory
 from gouache.generate.prompting import read_texts, split_prompt
 from gouache.generate.request import Request
 from gouache.generate.source import pass_size
+from gouache.images import pixels
 from gouache.model.model import Model
 from gouache.prompts import embedding_names
 from gouache.prompts.grammar import escape, unsupported
@@ -72,15 +76,26 @@ def unused_settings(model: Model, request: Request) -> Iterator[str]:
             if not used and getattr(request, name) != getattr(default, name):
                 yield f"{name} has no effect {why}"
     size = pass_size(model, request)
+    check_memory(model, size, min(request.batch, request.count))
     if request.init is not None and request.size is None and size != request.init.size:
         width, height = request.init.size
         yield f"init is {width}x{height}; it is scaled to {size[0]}x{size[1]} for this model (set size for another)"
+    if request.mask is not None:
+        highest = int(np.asarray(pixels.as_mask(request.mask.image)).max())
+        if highest < 128:
+            yield (
+                f"the mask is black, so that nothing is painted: its highest level is {highest} of 255, and 255 is "
+                f"painted"
+            )
     share = size[0] * size[1] / (model.size[0] * model.size[1])
-    if request.init is None and not 1 / 3 < share < 3:
+    if request.init is None and share > 2:
         yield (
             f"the model was made for {model.size[0]}x{model.size[1]}; at {size[0]}x{size[1]} it may draw things in "
-            f"{'pieces' if share < 1 else 'pieces or several times'}"
+            f"pieces or several times"
         )
+    sampler, _ = catalog.find(request.sampler, request.schedule)
+    if request.steps < sampler.least_steps:
+        yield f"{sampler.name} needs about {sampler.least_steps} steps; with fewer its pictures may be in pieces"
     for name in ("seed", "variation_seed"):
         seed = getattr(request, name)
         if request.rng == "cpu" and seed is not None and seed + request.count > SEED_BITS:

@@ -76,7 +76,8 @@ class Request:
     metadata as `gouache.cfg`, else 7. `seed` 0 to 2^64 - 1; picture i has seed + i.
     `size` (width, height) in pixels, multiples of 8. `count` pictures, `batch` of them at once.
     `clip_skip` n uses the text encoder's n-th layer from the end. `emphasis`: how weights in the prompt act.
-    `init`: a picture to start from; `strength` (0 to 1) is A1111's denoising strength. `mask`: white where to paint.
+    `init`: a picture to start from; `strength` (0 to 1) is A1111's denoising strength. `mask`: white where to paint;
+    what it keeps is kept as a latent, so that its pixels change as much as encoding and decoding change them.
     `image_cfg`: how closely instruct-pix2pix keeps to `init`. `depth`: a depth picture, white is near. Pictures are
     paths, bytes, PIL images or arrays; each is opened once, here.
     `hires`: a second pass at a larger size, as a factor or (width, height); `hires_steps` (None: `steps`),

@@ -61,6 +61,9 @@ class Model:
     holder: Lease | None = None
     spare: Lease | None = None
 
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise RequestError("model", f"cannot be pickled or copied; load {printable(str(self.file.path))} once more")
+
     @cached_property
     def adapters(self) -> Adapters:
         """The adapters on the weights of the U-Net and the text encoders."""
