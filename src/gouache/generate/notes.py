@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
 
 from gouache.diffusion.samplers import catalog
 from gouache.errors import printable
@@ -146,10 +145,10 @@ def unknown_words(model: Model, texts: Iterable[str], embeddings: Iterable[str] 
     encoder = next(iter(model.text_encoders.values()))
     table = encoder.text_model.embeddings.token_embedding.weight
     names = list(embeddings)
+    trained: list[bool] = (table != 0).any(dim=1).tolist()
 
     def is_known(tokens: Sequence[int]) -> bool:
-        rows = table[torch.tensor(tokens, device=table.device)]
-        return not bool((rows == 0).all(dim=1).any())
+        return all(trained[token] for token in tokens)
 
     unknown = dict[str, None]()
     for text in texts:
@@ -159,8 +158,7 @@ def unknown_words(model: Model, texts: Iterable[str], embeddings: Iterable[str] 
                     unknown[word] = None
     if not unknown:
         return {}
-    trained = (table != 0).any(dim=1).nonzero().flatten().tolist()
-    entries = (model.tokenizer.token(token) or "" for token in trained)
+    entries = (model.tokenizer.token(token) or "" for token, is_trained in enumerate(trained) if is_trained)
     known = [entry.removesuffix("</w>") for entry in entries if entry.endswith("</w>") and entry[:-4].isalpha()]
 
     def similar(word: str) -> str:
