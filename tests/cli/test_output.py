@@ -63,7 +63,9 @@ def test_a_name_that_is_taken_meanwhile_costs_no_picture(tmp_path: Path):
     assert (tmp_path / "cat.png").read_bytes() == b"another program's"
 
 
-@pytest.mark.parametrize("name", ["cat.jpg", "cat.jxl", "cat.v1", "cat.tar.gz", "-", "file/cat.png", "file/"])
+@pytest.mark.parametrize(
+    "name", ["cat.jpg", "cat.jxl", "cat.v1", "cat.tar.gz", "-", ".png", "new/.PNG", "file/cat.png", "file/"]
+)
 def test_what_cannot_be_saved_is_refused_before_the_first_step(name: str, tmp_path: Path):
     (tmp_path / "file").touch()
 

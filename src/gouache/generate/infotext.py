@@ -30,12 +30,12 @@ def write(
     hires: tuple[str, str] | None = None,
     refiner: str | None = None,
 ) -> str:
-    """`request`, with its size, for the picture of `seed`. `more` follows the usual fields: model, hash, version.
+    """`request`, with its size and guidance scale, for the picture of `seed`.
 
-    `hires`: the sampler and schedule of the hires pass, if there was one; `refiner`: the model that took over, if one
-    did, with its short hash.
+    `more` follows the usual fields: model, hash, version. `hires`: the sampler and schedule of the hires pass, if there
+    was one; `refiner`: the model that took over, if one did, with its short hash.
     """
-    assert request.size is not None
+    assert request.size is not None and request.cfg is not None
     fields: dict[str, object] = {
         "Steps": request.steps,
         "Sampler": sampler,

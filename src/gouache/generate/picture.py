@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from gouache.errors import FileError, RequestError
+from gouache.errors import FileError, RequestError, printable
 from gouache.files.write import write_atomic, write_new
 from gouache.generate.request import IMAGES
 
@@ -38,8 +39,10 @@ class Picture:
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
         """Write a PNG with its recipe inside, whole or not at all.
 
-        Raises RequestError for another suffix, FileExistsError if `path` exists and `overwrite` is False.
+        Raises RequestError for another suffix or a folder, FileExistsError if `path` exists and `overwrite` is False.
         """
+        if str(path).endswith(("/", os.sep)) or os.path.isdir(path):  # noqa: PTH112  # False for no possible path
+            raise RequestError("output", f"{printable(str(path))} is a folder; expected the name of a .png file")
         path = Path(path)
         if path.suffix.lower() not in (".png", ""):
             raise RequestError(

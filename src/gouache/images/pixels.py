@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gouache.errors import RequestError, printable
@@ -163,8 +163,10 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _unreadable(error: Exception, name: str, setting: str) -> RequestError:
+    # Pillow's message for other formats names a Python object.
+    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_printable(error)})"
     kinds = "PNG, JPEG, WebP, BMP, TIFF and AVIF are"
-    return RequestError(setting, f"{_printable(name)} is not a picture that can be read; {kinds} ({_printable(error)})")
+    return RequestError(setting, f"{_printable(name)} is not a picture that can be read; {kinds}{reason}")
 
 
 def _printable(value: object) -> str:
