@@ -68,7 +68,9 @@ def differing(commands: dict[str, Open], paths: Iterable[Path], out: Path) -> di
 
 def test_scan_and_inspect_decide_as_convert_does(corpus: tuple[Path, list[Case]], tmp_path: Path):
     folder, cases = corpus
-    paths = [folder / case.name for case in cases]
+    # One file for each message; a folder is not a file to scan.
+    some = {(case.verdict, case.message): folder / case.name for case in cases if case.name != "special-folder.ckpt"}
+    paths = list(some.values())
     wrong = dict[str, Any]()
     for path, scanned in zip(paths, scan(paths), strict=True):
         kind, message = refusal(lambda path: convert(path, tmp_path / "out.safetensors"), path)
