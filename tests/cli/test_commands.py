@@ -171,4 +171,4 @@ def test_the_version_of_the_package_is_printed(gouache: Command):
 def test_an_invalid_command_line_exits_with_2(arguments: tuple[str, ...], gouache: Command):
     ended = gouache(*arguments)
 
-    assert ended.code == 2 and ended.out == "" and "Traceback" not in ended.err
+    assert ended.code == 2 and ended.out == "" and ended.err.startswith("error: ") and ended.err.count("\n") == 1

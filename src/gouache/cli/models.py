@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,7 +174,7 @@ def set_(
         if vae is not None:
             from gouache.app.names import resolve
 
-            values["vae"] = str(resolve(vae, settings, "vae").resolve()) if vae else ""
+            values["vae"] = os.path.realpath(resolve(vae, settings, "vae")) if vae else ""
         if trigger is not None:
             values["trigger_words"] = tuple(filter(None, trigger))
         if not (values or tag or untag):
