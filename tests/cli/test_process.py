@@ -158,7 +158,7 @@ def test_a_command_that_is_interrupted_says_so(
     read(ours, shown)
     os.close(ours)
 
-    assert process.wait(60) == code
+    assert process.wait(60) == code, shown
     assert "stopped" in "".join(shown) and "Traceback" not in "".join(shown)
     assert [each.name for each in tmp_path.rglob("*") if each.is_file()] in (
         ["big.safetensors"],
@@ -174,7 +174,8 @@ def test_a_command_that_is_interrupted_says_so(
         (
             "ModuleNotFoundError('no', name='typer')",
             2,
-            "error: the package typer is missing; install gouache again (with launch.py: delete .venv and run it again)\n",
+            "error: the package typer is missing; install gouache again "
+            "(with launch.py: delete .venv and run it again)\n",
         ),
     ],
 )
