@@ -7,6 +7,7 @@ commands and their parameters are those of the command line itself, so that a ne
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from gouache.app import loading
 from gouache.cli.main import app
+from gouache.cli.progress import Bar
 from tests.app.model_files import embedding, lora
 from tests.cli.conftest import Command, Ended
 from tests.pipelines import Narrow
@@ -314,3 +316,44 @@ def test_a_hostile_recipe_in_a_picture_is_one_line(gouache: Command, world: dict
             part.clear()
             part.update(before)
     assert not wrong
+
+
+def test_a_progress_bar_shows_hostile_names_as_text(monkeypatch: pytest.MonkeyPatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with Bar() as bar:
+        bar.show(f"hashing [/red] [b]x{ESCAPES}", 1, 2)
+        bar.close()
+
+    shown = terminal.getvalue()
+    assert "[/red] [b]x" in shown
+    assert not any(each in shown for each in ("\x1b[2J", "\x1b]0", "\x07", "\x9b", "\u202e", "\u200b"))
+
+
+@pytest.mark.parametrize("command", ["models add", "models install"])
+def test_a_path_that_must_not_be_read_is_one_line(
+    command: str, gouache: Command, world: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also for the superuser, who may read everything."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+
+    def refuse(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(path: Path, *arguments: Any, **options: Any) -> Any:
+            if path.name == "closed":
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    name = {"models add": "iterdir", "models install": "lstat"}[command]
+    monkeypatch.setattr(Path, name, refuse(getattr(Path, name)))
+
+    ended = gouache(*command.split(), closed)
+
+    assert ended.err == f"error: {closed}: cannot be read: Permission denied\n" and ended.code == 2
