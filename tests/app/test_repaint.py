@@ -244,9 +244,9 @@ def test_a_batch_that_cannot_be_painted_again_is_a_cause(
     size: object, index: object, batch: list[Path], settings: Settings
 ):
     def change(recipe: dict[str, Any]) -> None:
-        recipe.update({"batch": size, "batch_index": index})
-        if index is None:
-            del recipe["batch_index"]
+        recipe.update({"batch": size, "batch_size": size, "batch_index": index})
+        if index is None:  # as older versions wrote it
+            del recipe["batch_index"], recipe["batch_size"]
 
     again = repaint(with_changed_pixel(rewritten(batch[0], change)), settings)
 
@@ -256,7 +256,8 @@ def test_a_batch_that_cannot_be_painted_again_is_a_cause(
 def test_the_size_of_the_batch_and_the_place_in_it_are_recorded(batch: list[Path]):
     recipes = [json.loads(Image.open(path).text["gouache"]) for path in batch]  # type: ignore[attr-defined]
 
-    assert [(each["batch"], each["batch_index"]) for each in recipes] == [(3, 0), (3, 1), (3, 2), (2, 0), (2, 1)]
+    places = [(each["batch_size"], each["batch_index"]) for each in recipes]
+    assert places == [(3, 0), (3, 1), (3, 2), (2, 0), (2, 1)] and all(each["batch"] == 3 for each in recipes)
 
 
 def test_a_scaled_picture_is_refused(model: Path, settings: Settings, tmp_path: Path):

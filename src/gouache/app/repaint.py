@@ -106,8 +106,8 @@ def repaint(
     batch = _batch(recipe)
     if batch is not None and not causes and request.seed is not None:
         picture, difference = paint(_whole_batch(request, *batch), batch[1])
-    elif recipe.get("batch", 1) != 1:
-        causes.append(f"made in a batch of {printable(str(recipe['batch']), 20)}, which may round differently")
+    elif (size := recipe.get("batch_size", recipe.get("batch", 1))) != 1:
+        causes.append(f"made in a batch of {printable(str(size), 20)}, which may round differently")
     share, largest = float(difference.any(axis=2).mean()), int(difference.max())
     if largest > 0:
         causes += _causes_by_size(share, largest, certain=bool(causes))
@@ -116,7 +116,7 @@ def repaint(
 
 def _batch(recipe: Mapping[str, Any]) -> tuple[int, int] | None:
     """(size of the batch, index in it) if it is small enough to be painted again; older recipes have no index."""
-    batch, index = recipe.get("batch"), recipe.get("batch_index")
+    batch, index = recipe.get("batch_size"), recipe.get("batch_index")
     if type(batch) is int and type(index) is int and 0 <= index < batch and 1 < batch <= MAX_BATCH:
         return batch, index
     return None

@@ -234,8 +234,7 @@ def _describe(
     images = {name: image.sha256 for name in IMAGES if (image := getattr(request, name)) is not None}
     recipe: dict[str, Any] = {
         "request": settings,
-        "batch": batch[0],
-        "batch_index": batch[1],
+        "batch": whole.batch,
         "model": _model(model, model_hash),
         "adapters": [each.to_json() for each in job.used],
         "inputs": images,
@@ -244,6 +243,8 @@ def _describe(
         "upcast": upcast,
         "versions": {"gouache": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    if whole.batch > 1:  # the last batch of a series may be smaller
+        recipe |= {"batch_size": batch[0], "batch_index": batch[1]}
     more: dict[str, object] = {"Model hash": model_hash[:10]} if model_hash else {}
     more |= {"Model": model.file.path.stem, **_hashes(job.used), "Version": f"Gouache {__version__}"}
     refiner = next((each.model for each in job.passes if each.model is not model), None)
