@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Annotated
@@ -76,6 +77,7 @@ def main() -> None:
     _prepare_streams()
     sys.argv[1:] = map(_as_utf8, sys.argv[1:])
     threads.configure()  # before torch is loaded
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")  # of Pillow: the picture is refused
     with _terminate_as_interrupt() as terminated:
         code = _run()
     sys.exit(_TERMINATED if terminated() and code == _INTERRUPTED else code)
