@@ -8,7 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -54,7 +55,7 @@ def convert(
             on_work=bar.show,
         )  # fmt: skip
     if as_json:
-        print(json_text({"path": str(target), **asdict(done)}))
+        print(json_line({"path": str(target), **asdict(done)}))
         return
     size = f"{plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     print(f"{shown(target)}: {size}, verified: {_verified(done.rounded_to, dtype)}")

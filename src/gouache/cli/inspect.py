@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def inspect(
             print(_page(each), flush=True)
     if as_json:
         pages = [each.to_json() for each in reports]
-        print(json_text(pages[0] if len(paths) == 1 else pages, indent=1))
+        print(json_line(pages[0] if len(paths) == 1 else pages, indent=1))
     else:
         pairs = [(each.file, each.found) for each in reports if each.file is not None and each.found is not None]
         for line in compare(pairs):

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -47,7 +48,7 @@ def prune(
             path, target, keep=keep, dtype=dtype, drop=tuple(drop or ()), overwrite=overwrite, on_work=bar.show
         )
     if as_json:
-        print(json_text({"path": str(target), **asdict(done), "saved": done.saved}))
+        print(json_line({"path": str(target), **asdict(done), "saved": done.saved}))
         return
     print(f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
     for note in done.notes:

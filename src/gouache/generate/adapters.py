@@ -198,10 +198,10 @@ def find_adapters(model: Model, request: Request, tags: Iterable[Tag], source: F
         spec = read_spec("lora", text)
         path = _find(source, "lora", spec, by_option)
         unet = source.default_strength(path) if spec.unet is None else spec.unet
-        by_block = spec.blocks or blocks.get(path.resolve())
+        by_block = spec.blocks or blocks.get(os.path.realpath(path))
         chosen = strength(unet, spec.text, by_block, spec.start, spec.end, model.unet.spec)
         add("lora", path, text, Use(open_model(path), chosen, spec.how))
-    for path in blocks.keys() - {each.path.resolve() for each in found}:
+    for path in blocks.keys() - {os.path.realpath(each.path) for each in found}:
         raise RequestError("lora_blocks", f"{path} is not a LoRA of this request; name it with lora too")
     for text, by_option in _asked(request.hypernet, tags, "hypernet"):
         spec = read_spec("hypernet", text)
@@ -278,12 +278,12 @@ def _by_caller(attached: Attached, source: FileSource) -> UsedFile:
     return UsedFile(kinds.get(attached.kind, "lora"), path, source.sha256(path), "", attached)
 
 
-def _blocks(request: Request, source: FileSource) -> dict[Path, str]:
+def _blocks(request: Request, source: FileSource) -> dict[str, str]:
     """{LoRA: its block weights} of the settings "NAME=PRESET"."""
-    found: dict[Path, str] = {}
+    found: dict[str, str] = {}
     for text in request.lora_blocks:
         name, sign, weights = text.partition("=")
         if not sign or not name.strip() or not weights.strip():
             raise RequestError("lora_blocks", f"{printable(text, 80)!r} is not NAME=PRESET or NAME=NUMBERS")
-        found[source.find("lora", name.strip()).resolve()] = weights.strip()
+        found[os.path.realpath(source.find("lora", name.strip()))] = weights.strip()
     return found

@@ -17,6 +17,7 @@ from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
 from gouache.nn.blocks import timestep_embedding
 from gouache.prompts.chunks import CHUNK_TOKENS, Chunk, chunk
+from gouache.prompts.grammar import MAX_WEIGHT
 from gouache.prompts.recipe import EncoderRecipe, SizeIds, TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
 
@@ -30,8 +31,7 @@ ComfyUI square brackets are text and nested explicit weights do not multiply.
 """
 
 
-MAX_CHUNKS = 600  # 45,000 tokens; prompts come from strangers, and time and memory grow with their length
-MAX_WEIGHT = 1e6  # far beyond use; without a limit the text encoder's output overflows
+MAX_CHUNKS = 200  # 15,000 tokens; prompts come from strangers, and time and memory grow with their length
 
 
 class TextHidden(Protocol):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from gouache.prompts.tags import KINDS
 
 EMPHASIS = 1.1
+MAX_WEIGHT = 1e6  # far beyond use; without a limit the text encoder's output overflows
 
 
 @dataclass(frozen=True)

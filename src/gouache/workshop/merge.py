@@ -9,6 +9,7 @@ Tensors that are not weights of a network (position ids, noise schedules) are co
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def merge(
     save.check_target(target, overwrite)
     if recipe_file is not None:
         save.check_target(recipe_file, overwrite)
-        if recipe_file.resolve() == target.resolve():
+        if os.path.realpath(recipe_file) == os.path.realpath(target):  # unlike `resolve`, also of a link to itself
             raise RequestError(
                 "recipe", f"{save.shown(recipe_file)} is the file of the merged model; choose another name"
             )
