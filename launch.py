@@ -11,6 +11,7 @@ if sys.version_info < (3, 11):
     sys.stderr.write("error: Gouache needs Python 3.11 or newer; this is Python %d.%d\n" % sys.version_info[:2])
     sys.exit(2)
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -41,7 +42,8 @@ def main() -> int:
         say(f"error: the installation failed: {error}; run the same command again to continue")
         return 2
     except OSError as error:  # no space left, a folder that cannot be written to
-        say(f"error: the installation failed: {error}; check the free space and the permissions of {HERE}")
+        advice = f"check the free space and the permissions of {HERE}, or copy it to a folder of yours"
+        say(f"error: the installation failed: {error}; {advice}")
         return 2
     except KeyboardInterrupt:
         say("\nstopped; run the same command again to continue")
@@ -53,14 +55,65 @@ def main() -> int:
             return subprocess.call(command, cwd=folder)
         except KeyboardInterrupt:
             return 130
-    os.execv(command[0], command)  # replaces this process, so that signals and the exit code need no forwarding
+    try:
+        os.execv(command[0], command)  # replaces this process, so that signals and the exit code need no forwarding
+    except OSError as error:
+        say(f"error: {PYTHON} cannot be run: {error.strerror}; delete {VENV} and run the same command again")
+        return 2
 
 
 def install(extra: str) -> None:
     """Bring `.venv` up to date, unless a stamp file shows that it is. `extra` is "" or an optional dependency group."""
-    current = stamp()
-    if any((VENV / name).is_file() and (VENV / name).read_text() == current for name in stamp_files(extra)):
+    if is_installed(extra):
         return
+    with locked():  # another first start may be installing
+        if not is_installed(extra):
+            install_now(extra)
+
+
+def is_installed(extra: str) -> bool:
+    """Whether the environment has its interpreter and a stamp file of this installation."""
+    current = stamp()
+    return PYTHON.is_file() and any(
+        (VENV / name).is_file() and (VENV / name).read_text() == current for name in stamp_files(extra)
+    )
+
+
+@contextlib.contextmanager
+def locked():
+    """Wait until no other process installs. This file itself is locked, so that nothing is left behind."""
+    with Path(__file__).open("rb") as file:
+        try:
+            lock(file, wait=False)
+        except OSError:
+            say("another start is installing; waiting for it")
+            with contextlib.suppress(OSError):  # a file system without locks
+                lock(file, wait=True)
+        yield  # closing the file releases the lock
+
+
+def lock(file, wait: bool) -> None:
+    """Lock an open file. Raises OSError if another process has the lock and `wait` is False."""
+    if os.name == "nt":
+        import msvcrt
+
+        file.seek(1 << 30)  # a byte after the end, so that the file can still be read
+        while True:
+            try:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+                return
+            except OSError:
+                if not wait:
+                    raise
+                time.sleep(0.5)
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def install_now(extra: str) -> None:
+    """Create or repair the environment, and install into it."""
+    current = stamp()
     if not PYTHON.is_file() or not (VENV / "pyvenv.cfg").is_file():
         say(f"creating a virtual environment in {VENV}")
         create_environment()

@@ -192,3 +192,49 @@ def test_a_folder_that_cannot_be_written_to_is_one_line(
 
     assert launch["main"]() == 2
     assert capsys.readouterr().err.startswith("error: the installation failed: [Errno 13] Permission denied")
+
+
+@posix_only
+def test_an_interpreter_that_is_gone_is_installed_again(home: Path) -> None:
+    """Although the stamp file is there: the link `.venv/bin/python` leads to nothing after an update of the system."""
+    fake_installation(home, "installed", "echo painted")
+    launch = launcher(home)
+    assert launch["is_installed"]("")
+
+    (home / ".venv/bin/python").unlink()
+    assert not launch["is_installed"]("")
+    (home / ".venv/bin/python").symlink_to("nowhere")
+    assert not launch["is_installed"]("")
+
+
+@posix_only
+def test_an_interpreter_that_cannot_be_run_is_one_line(home: Path) -> None:
+    fake_installation(home, "installed", "echo painted")
+    (home / ".venv/bin/python").write_bytes(b"\x7fELF of another machine")
+
+    done = subprocess.run([sys.executable, home / "launch.py", "paint"], capture_output=True, text=True)
+
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "cannot be run" in done.stderr and "delete" in done.stderr
+
+
+@posix_only
+def test_of_two_first_starts_one_installs_and_the_other_waits(home: Path) -> None:
+    code = (
+        "import pathlib, runpy, sys, time\n"
+        f"launch = runpy.run_path({str(home / 'launch.py')!r}, run_name='launch')\n"
+        "def install_now(extra):\n"
+        "    print('installs', flush=True); time.sleep(1)\n"
+        "    python = launch['PYTHON']; python.parent.mkdir(parents=True); python.touch()\n"
+        "    (launch['VENV'] / 'installed').write_text(launch['stamp']())\n"
+        "launch['install'].__globals__['install_now'] = install_now\n"
+        "launch['install']('')\n"
+    )
+    both = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    ended = [(*each.communicate(timeout=60), each.returncode) for each in both]
+
+    assert sorted(out for out, _, _ in ended) == ["", "installs\n"] and [code for *_, code in ended] == [0, 0]
+    assert any("waiting for it" in errors for _, errors, _ in ended)

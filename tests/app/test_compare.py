@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,3 +105,36 @@ def test_the_command_prints_json_and_refuses_bad_arguments(gouache: Command, mod
     assert report["folder"] == "out" and len(report["models"]) == 2 and (tmp_path / "out/sheet.png").is_file()
     assert again.code == 2 and again.err == "error: output: out exists already; give another folder\n"
     assert missing.code == 2 and "nothere" in missing.err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["x" * 20_001, "a cat\n" + "y" * 5_000_000, "\udcff", "cat\n" * 1001, "# only a remark"]
+)
+def test_a_file_that_is_not_prompts_is_refused(text: str, tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+
+    with pytest.raises(FileError) as caught:
+        read_prompts(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+def test_prompts_are_read_from_regular_files_only(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "endless").symlink_to("/dev/zero")
+    for name in ("pipe", "endless", "absent", "."):
+        with pytest.raises(FileError, match="expected a text file with one prompt per line"):
+            read_prompts(tmp_path / name)
+
+
+def test_the_folder_is_claimed_before_a_model_is_loaded(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+
+    def load(name: str) -> Any:
+        raise AssertionError("loaded")
+
+    for out in (tmp_path, tmp_path / "file", tmp_path / "file/below", tmp_path / ("x" * 300), tmp_path / "a\0b"):
+        with pytest.raises(RequestError) as caught:
+            compare(["a", "b"], ["a cat"], out, load)
+        assert caught.value.setting == "output" and "\n" not in str(caught.value)

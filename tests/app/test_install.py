@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -225,6 +228,167 @@ def test_a_web_page_with_the_name_of_a_model_is_refused(own: Settings, site: Sit
         install(site.url("/model.safetensors"), own)
 
     assert data_files(own) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "con", "CON", "nul.safetensors", "aux", "lpt1", "COM¹", "-rf", "--name", ".hidden", "a\u202eb",
+        "a\x9bb", "a\x7f",
+        "a\x1b[31m", "a\u200bb", "a\u2028b", "a\ud800", "x" * 230, "猫" * 70, "a ", " a", "a.", "..", ".", "a/b",
+        "a\\b",
+        "a:b", "a?", "",
+    ],
+)  # fmt: skip
+def test_names_that_are_not_possible_everywhere_are_refused(own: Settings, tmp_path: Path, name: str):
+    """By one rule for --name and for the file's own name."""
+    source = lora(tmp_path / "style.safetensors")
+    if name:
+        with pytest.raises(RequestError, match="cannot be used as a file name") as caught:
+            install(str(source), own, name=name)
+        assert "\n" not in str(caught.value) and str(caught.value).isprintable()
+    try:
+        named = source.rename(tmp_path / f"{name}.safetensors")
+    except (OSError, UnicodeError):
+        return
+    if not name.endswith((" ", ".", "\\", "rs")) and name not in ("", "a/b", "--name"):
+        with pytest.raises(RequestError, match="with --name"):
+            install(str(named), own)
+    assert data_files(own) == []
+
+
+@pytest.mark.parametrize("name", ["猫 é", "style [20240131]", "v1.5", "a'b", "(x), {y}", "console", "comma.1"])
+def test_other_names_are_kept(own: Settings, tmp_path: Path, name: str):
+    done = install(str(lora(tmp_path / "style.safetensors")), own, name=name)
+
+    assert done.path.name == f"{name}.safetensors"
+
+
+def test_a_file_without_a_suffix_gets_that_of_its_format(own: Settings, tmp_path: Path):
+    one = install(str(lora(tmp_path / "style.safetensors").rename(tmp_path / "v1.5")), own)
+
+    assert one.path.name == "v1.5.safetensors"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+def test_what_is_not_a_regular_file_is_refused_at_once(own: Settings, tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "endless.safetensors").symlink_to("/dev/zero")
+    (tmp_path / "loop.safetensors").symlink_to("loop.safetensors")
+
+    for name in ("pipe", "endless", "loop"):
+        with pytest.raises(FileError):
+            install(str(tmp_path / f"{name}.safetensors"), own)
+
+
+def pipeline(folder: Path) -> Path:
+    lora(folder / "unet/diffusion_pytorch_model.safetensors")
+    (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "U"]}')
+    (folder / "unet/config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+def test_of_a_folder_only_the_files_that_a_model_needs_are_copied(own: Settings, tmp_path: Path):
+    folder, private = pipeline(tmp_path / "pipeline"), tmp_path / "private"
+    private.mkdir()
+    (private / "secret.json").write_text("secret")
+    (folder / "outside").symlink_to(private)
+    (folder / "picture.png").write_bytes(b"x")
+    (folder / "dangling").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe")
+
+    done = install(str(folder), own)
+
+    assert sorted(path.relative_to(done.path).as_posix() for path in done.path.rglob("*") if path.is_file()) == [
+        "model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+
+
+def test_a_folder_whose_files_lead_outside_is_refused(own: Settings, tmp_path: Path):
+    folder = pipeline(tmp_path / "pipeline")
+    (tmp_path / "private.txt").write_text("secret")
+    (folder / "notes.txt").symlink_to(tmp_path / "private.txt")
+
+    with pytest.raises(FileError, match="is a link to a file outside of the folder"):
+        install(str(folder), own)
+    assert data_files(own) == []
+
+
+def test_a_folder_of_the_hugging_face_cache_consists_of_links(own: Settings, tmp_path: Path):
+    cache = tmp_path / "models--org--pipe"
+    folder = pipeline(cache / "snapshots/aa")
+    (cache / "blobs").mkdir()
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
+        path.rename(cache / f"blobs/{number}")
+        path.symlink_to(cache / f"blobs/{number}")
+
+    done = install(str(folder), own)
+
+    assert (done.path / "unet/config.json").read_text() == "{}" and not (done.path / "unet/config.json").is_symlink()
+
+
+def test_a_folder_that_cannot_be_copied_leaves_nothing(own: Settings, tmp_path: Path, monkeypatch):
+    folder, models = pipeline(tmp_path / "pipeline"), own.data / "models/Stable-diffusion"
+    usage = shutil.disk_usage(tmp_path)
+
+    def full(what: str, done: int, total: int) -> None:
+        if what == "copying":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(FileError, match="the disk is full"):
+        install(str(folder), own, on_work=full)
+    assert list(models.iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(FileError, match="100 bytes are free"):
+        install(str(folder), own)
+    assert list(models.iterdir()) == []
+
+
+def test_a_models_folder_that_cannot_be_made_is_one_line(own: Settings, tmp_path: Path):
+    own.data.mkdir()
+    (own.data / "models").write_text("a file where the folder should be")
+
+    for source in (lora(tmp_path / "style.safetensors"), pipeline(tmp_path / "pipeline")):
+        with pytest.raises(FileError, match="cannot be installed") as caught:
+            install(str(source), own)
+        assert "\n" not in str(caught.value)
+
+
+def test_without_a_network_a_repository_is_refused_at_once(tmp_path: Path):
+    with serving(Site()) as site:
+        closed = Site(address=site.address)  # after the block nothing answers there
+
+    for source in ("org/hats", "org/hats/style.safetensors", f"{closed.address}/style.safetensors"):
+        began = time.monotonic()
+        ended = from_hub(closed, tmp_path / "data", source)
+
+        assert ended.returncode == 2 and ended.stderr.startswith("error:") and ended.stderr.count("\n") == 1
+        assert "cannot be downloaded" in ended.stderr and time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    "answer", [b"[" * 100_000, b"{", b"[]", b'{"siblings": 5}', b'{"siblings": [{"rfilename": 5}]}']
+)
+def test_a_hub_that_answers_nonsense_is_one_line(site: Site, tmp_path: Path, answer: bytes):
+    repository(site, "org/hats", {})
+    site.files["/api/models/org/hats/revision/main"] = answer
+
+    ended = from_hub(site, tmp_path / "data", "org/hats")
+
+    assert ended.returncode == 2 and ended.stderr.startswith("error:") and ended.stderr.count("\n") == 1
+
+
+def test_files_of_a_repository_that_lead_out_of_it_are_left_out(site: Site, style: bytes, tmp_path: Path):
+    index = b'{"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}'
+    bad = dict.fromkeys(("../up.json", "/etc/up.json", "a/../../up.json", "con/x.safetensors", "\x1b.json"), b"{}")
+    files = {"model_index.json": index, "unet/diffusion_pytorch_model.safetensors": style, **bad}
+    repository(site, "org/pipe", files)
+
+    ended = from_hub(site, tmp_path / "data", "org/pipe")
+
+    assert ended.returncode == 0, ended.stderr
+    assert not list(tmp_path.rglob("up.json")) and not list(tmp_path.rglob("con"))
 
 
 def from_hub(site: Site, data: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import event
+from sqlalchemy.exc import DatabaseError
 
 from gouache.app import indexing, tables
+from gouache.app import library as library_module
 from gouache.app.entry import About
 from gouache.app.library import Library
 from gouache.app.settings import Settings
@@ -245,7 +248,7 @@ def test_the_migrations_create_the_tables_of_the_code(tmp_path: Path):
     from alembic.autogenerate import compare_metadata
     from alembic.migration import MigrationContext
 
-    engine = tables.connect(tmp_path / "library.sqlite")
+    engine = tables.Database(tmp_path / "library.sqlite").engine
     with engine.connect() as connection:
         differences = compare_metadata(MigrationContext.configure(connection), tables.Base.metadata)
 
@@ -255,16 +258,376 @@ def test_the_migrations_create_the_tables_of_the_code(tmp_path: Path):
 
 
 def test_a_database_of_a_newer_gouache_is_refused(tmp_path: Path):
-    tables.connect(tmp_path / "library.sqlite").dispose()
+    tables.Database(tmp_path / "library.sqlite").close()
     with sqlite3.connect(tmp_path / "library.sqlite") as database:
         database.execute("UPDATE alembic_version SET version_num = '9999'")
 
     with pytest.raises(FileError, match="newer Gouache"):
-        tables.connect(tmp_path / "library.sqlite")
+        tables.Database(tmp_path / "library.sqlite")
 
 
 def test_a_file_that_is_not_a_database_is_refused(tmp_path: Path):
     (tmp_path / "library.sqlite").write_bytes(b"no database at all" * 100)
 
     with pytest.raises(FileError, match=r"library\.sqlite.*move it away"):
-        tables.connect(tmp_path / "library.sqlite")
+        tables.Database(tmp_path / "library.sqlite")
+
+
+def processes(own: Settings, code: str, count: int) -> list[tuple[int, str]]:
+    """Run `code` in `count` processes at once, with `own` and `number`; (exit code, error output) of each."""
+    start = (
+        "import sys; from pathlib import Path; from gouache.app.settings import Settings; number = int(sys.argv[1])\n"
+        "from gouache.app.library import Library\n"
+        f"own = Settings((Path({str(own.models[0])!r}),), Path('out'), None, None, Path({str(own.cache)!r}), "
+        f"Path({str(own.data)!r}))\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+    )
+    every = [
+        subprocess.Popen(
+            [sys.executable, "-c", start + code, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )
+        for number in range(count)
+    ]  # fmt: skip
+    for each in every:
+        assert each.stdout is not None and each.stdout.readline() == "ready\n"
+    ended = []
+    for each in every:
+        assert each.stdin is not None
+        each.stdin.write("\n")
+        each.stdin.flush()
+    for each in every:
+        _, errors = each.communicate(timeout=120)
+        ended.append((each.returncode, errors))
+    return ended
+
+
+def test_three_processes_find_the_same_new_files_at_once(own: Settings, tmp_path: Path):
+    """With a new database, and with one that exists."""
+    for round_ in range(2):
+        for number in range(40):
+            lora(tmp_path / f"models/{round_}-{number:03d}.safetensors", number)
+
+        ended = processes(own, "with Library.of(own) as library: library.refresh()", 3)
+
+        assert ended == [(0, "")] * 3
+        with Library.of(own) as library:
+            assert len(library.entries()) == 40 * (round_ + 1)
+
+
+def test_tags_that_several_processes_add_at_once_are_all_kept(own: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    with Library.of(own) as library:
+        library.refresh()
+
+    code = f"with Library.of(own) as library: library.describe(Path({str(path)!r}), add_tags=[f't{{number}}'])"
+    ended = processes(own, code, 4)
+
+    assert ended == [(0, "")] * 4
+    with Library.of(own) as library:
+        entry = library.describe(path, remove_tags=["t0"])
+        assert sorted(entry.about.tags) == ["t1", "t2", "t3"] and library.entry(path) == entry
+
+
+def test_a_refresh_does_not_remove_a_hash_that_another_process_stored(own: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    with Library.of(own) as library, Library.of(own) as other:
+        library.refresh()
+        rows = library._rows()
+        hash_all(other)
+        path.with_suffix(".json").write_text('{"notes": "new"}')
+        library._store([replace(row, kind="lora") for row in rows.values()])
+        entry = other.entry(path)
+
+    assert entry is not None and entry.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_stopped_refresh_keeps_what_it_read(own: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(library_module, "_BATCH", 5)
+    for number in range(20):
+        lora(tmp_path / f"models/{number:03d}.safetensors")
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done == 12:
+            raise KeyboardInterrupt
+
+    with Library.of(own) as library:
+        with pytest.raises(KeyboardInterrupt):
+            library.refresh(stop)
+        kept = len(library.entries())
+        new = len(library.refresh().new)
+
+    assert (kept, new) == (10, 10)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "facts='{'", "facts='[1]'", f"facts='{'[' * 100_000}'", f"facts='{{\"a\": {'9' * 5000}}}'", "added='x'",
+        "names='{'", "names='[]'", "names='[1]'", "names='null'", "sidecar='5'", "size='x'", "mtime_ns='x'",
+        "kind=x'ff'",
+        "facts=x'ff'", "sha256=x'ff'", "sha256='\x1b[31m'",
+        'sidecar=\'{"title": 5, "tags": [1, "a"], "weight": "x", "files": {}, "other": 1}\'',
+    ],
+)  # fmt: skip
+def test_a_damaged_row_is_read_again(own: Settings, tmp_path: Path, change: str):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    lora(tmp_path / "models/b.safetensors", 2.0)
+    with Library.of(own) as library:
+        library.refresh()
+        before = library.entry(path)
+    with sqlite3.connect(own.data / "library.sqlite") as database:
+        database.execute(f"UPDATE file SET {change} WHERE path = ?", (os.fsencode(path),))
+
+    with Library.of(own) as library:
+        assert len(library.entries()) == 2 and library.find("nothing") == []
+        library.refresh()
+        after = library.entry(path)
+
+    assert before is not None and after is not None
+    assert replace(after, added=before.added) == before
+
+
+@pytest.mark.parametrize("change", ["tags='{'", "tags='5'", "tags='[1]'", "weight='x'", "weight=1e9", "use='cubist'"])
+def test_damaged_notes_are_left_out(own: Settings, tmp_path: Path, change: str):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    with Library.of(own) as library:
+        library.refresh()
+        library.describe(path, notes="mine")
+    with sqlite3.connect(own.data / "library.sqlite") as database:
+        database.execute(f"UPDATE about SET {change}")
+
+    with Library.of(own) as library:
+        (entry,) = library.entries()
+
+    assert entry.about == About(notes="mine")
+
+
+def refuse(own: Settings) -> str:
+    """The error of a refresh."""
+    with pytest.raises(FileError) as caught, Library.of(own) as library:
+        library.refresh()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "damage", ["drop table file", "drop table about", "alter table file drop column kind", "alter table about drop vae"]
+)
+def test_a_database_without_a_table_or_column_is_damaged(own: Settings, tmp_path: Path, damage: str):
+    lora(tmp_path / "models/a.safetensors")
+    Library.of(own).close()
+    with sqlite3.connect(own.data / "library.sqlite") as database:
+        database.execute(damage)
+
+    with pytest.raises(FileError, match=r"is damaged .*move it away and keep it"), Library.of(own) as library:
+        library.refresh()
+        library.entries()
+
+
+@pytest.mark.parametrize("where", [0, 4096, 8192, 20000])
+def test_a_database_with_damaged_pages_is_one_line(own: Settings, tmp_path: Path, where: int):
+    for number in range(30):
+        lora(tmp_path / f"models/{number}.safetensors")
+    with Library.of(own) as library:
+        library.refresh()
+    path = own.data / "library.sqlite"
+    data = bytearray(path.read_bytes())
+    data[where : where + 8192] = os.urandom(8192)
+    for each in path.parent.glob("library.sqlite-*"):
+        each.unlink()
+    path.write_bytes(data)
+
+    try:
+        with Library.of(own) as library:
+            library.refresh()
+            library.entries()
+    except FileError as error:
+        assert "\n" not in str(error) and "is damaged" in str(error)
+
+
+@pytest.mark.parametrize("version", ["../../../x", "\x1b[31mX", "x" * 5000, "9999", "", "0001x"])
+def test_an_unknown_version_is_one_line(own: Settings, version: str):
+    Library.of(own).close()
+    with sqlite3.connect(own.data / "library.sqlite") as database:
+        database.execute("UPDATE alembic_version SET version_num = ?", (version,))
+
+    error = refuse(own)
+
+    assert "newer Gouache" in error and "\x1b" not in error and len(error) < 400
+
+
+def test_a_database_of_an_older_gouache_is_upgraded(own: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    with Library.of(own) as library:
+        library.refresh()
+        library.describe(path, notes="mine")
+    with sqlite3.connect(own.data / "library.sqlite") as database:
+        database.execute("DROP INDEX ix_file_autov3")
+        database.execute("ALTER TABLE file DROP COLUMN autov3")
+        database.execute("UPDATE alembic_version SET version_num = '0002'")
+
+    with Library.of(own) as library:
+        library.refresh()
+        (entry,) = library.entries()
+
+    assert entry.about.notes == "mine"
+
+
+def test_a_full_disk_does_not_advise_to_move_a_sound_database_away(own: Settings, tmp_path: Path):
+    lora(tmp_path / "models/a.safetensors", 1.0)
+    for code, reason in (
+        (sqlite3.SQLITE_FULL, "the disk is full"),
+        (sqlite3.SQLITE_READONLY, "is read-only"),
+        (sqlite3.SQLITE_READONLY_DIRECTORY, "is read-only"),
+        (sqlite3.SQLITE_BUSY, "another process has been writing"),
+        (sqlite3.SQLITE_IOERR, "check the permissions"),
+        (sqlite3.SQLITE_CANTOPEN, "check the permissions"),
+    ):
+        cause = sqlite3.OperationalError("some message")
+        cause.sqlite_errorcode = code
+        found = tables._reason(tmp_path / "library.sqlite", DatabaseError("", {}, cause))
+
+        assert reason in found and "move" not in found and "\n" not in found
+
+
+@pytest.mark.skipif(os.name != "posix" or not Path("/dev/shm").is_dir(), reason="there is no small file system")
+def test_a_real_full_or_read_only_database_is_one_line(own: Settings, tmp_path: Path):
+    lora(tmp_path / "models/a.safetensors", 1.0)
+    Library.of(own).close()
+    with sqlite3.connect(own.data / "library.sqlite") as database:
+        pages = database.execute("PRAGMA page_count").fetchone()[0]
+    limited = Library.of(own)
+    event.listen(
+        limited._database.engine,
+        "connect",
+        lambda connection, _: connection.execute(f"PRAGMA max_page_count = {pages}"),
+    )
+    limited._database.engine.dispose()
+    for number in range(100):
+        lora(tmp_path / f"models/{'x' * 100}{number}.safetensors")
+
+    with pytest.raises(FileError, match=r"the disk is full.*sound"), limited:
+        limited.refresh()
+
+
+def test_a_database_that_another_process_is_writing_is_waited_for(
+    own: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    lora(tmp_path / "models/a.safetensors", 1.0)
+    Library.of(own).close()
+    monkeypatch.setattr(tables, "WAIT", 0.2)
+    writer = sqlite3.connect(own.data / "library.sqlite", isolation_level=None)
+    writer.execute("BEGIN IMMEDIATE")
+
+    assert "another process has been writing" in refuse(own)
+    with Library.of(own) as library:
+        assert library.entries() == []
+    writer.execute("COMMIT")
+    writer.close()
+    with Library.of(own) as library:
+        library.refresh()
+        assert len(library.entries()) == 1
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a#b", "file:x?mode=memory", "ü é"])
+def test_the_data_folder_is_taken_literally(own: Settings, tmp_path: Path, name: str):
+    with Library.of(replace(own, data=tmp_path / name)) as library:
+        library.refresh()
+
+    assert (tmp_path / name / "library.sqlite").is_file()
+    assert sorted(each.name for each in tmp_path.iterdir() if each.name != "cache") == [name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there are no such permissions")
+def test_notes_are_private(own: Settings, tmp_path: Path):
+    with Library.of(own) as library:
+        library.refresh()
+
+    assert own.data.stat().st_mode & 0o777 == 0o700
+    assert (own.data / "library.sqlite").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+def test_what_is_no_database_is_one_line(own: Settings, tmp_path: Path):
+    own.data.mkdir()
+    path = own.data / "library.sqlite"
+    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), path.mkdir):
+        make()
+        assert "not a regular file" in refuse(own)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_odd_files_do_not_hide_the_others(own: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    (tmp_path / "models/self.safetensors").symlink_to("self.safetensors")
+    (tmp_path / "models/dangling.safetensors").symlink_to("nowhere")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "models/pipe.safetensors")
+        (tmp_path / "models/endless.safetensors").symlink_to("/dev/zero")
+    with Library.of(own) as library:
+        library.refresh()
+        hash_all(library)
+        errors = {each.name: each.error for each in library.entries()}
+
+    assert errors.pop("a") == "" and all(errors.values()) and set(errors) >= {"self", "dangling"}
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("seconds", [-(10**12), 10**12])
+def test_a_file_of_an_impossible_time_is_listed(own: Settings, tmp_path: Path, seconds: int, monkeypatch):
+    path = lora(tmp_path / "models/a.safetensors", 1.0)
+    real = path.stat()
+    monkeypatch.setattr(library_module, "_size_and_mtime", lambda path: (real.st_size, clamp(seconds * 10**9)))
+    with Library.of(own) as library:
+        library.refresh()
+        assert len(library.entries()) == 1
+        assert library.read_entry(path).added
+
+
+def clamp(mtime: int) -> int:
+    return max(-(2**63), min(mtime, 2**63 - 1))
+
+
+def test_words_of_a_sidecar_file_that_stayed_behind_are_still_found(own: Settings, tmp_path: Path):
+    path = lora(tmp_path / "models/hats.safetensors", 1.0)
+    path.with_suffix(".json").write_text(json.dumps({"activation text": "blue hat", "preferred weight": 0.7}))
+    moved, again = tmp_path / "models/hats-v2.safetensors", tmp_path / "models/sub/hats-v3.safetensors"
+    again.parent.mkdir()
+    with Library.of(own) as library:
+        library.refresh()
+        hash_all(library)
+
+        def words() -> list[str]:
+            library.refresh()
+            return [each.name for each in library.find("blue hat")]
+
+        path.rename(moved)
+        assert words() == ["hats-v2"] and words() == ["hats-v2"]
+        (entry,) = library.entries()
+        assert entry.details.weight == 0.7 and entry.sidecar.left_at == str(path)
+        moved.rename(again)
+        assert words() == ["hats-v3"]
+        lora(path, 5.0)  # another model, to which the file belongs now
+        assert words() == ["hats"]
+        path.unlink()
+        path.with_suffix(".json").unlink()
+        assert words() == []
+
+
+def test_names_that_are_not_text_can_be_described(own: Settings, tmp_path: Path):
+    path = Path(os.fsdecode(os.fsencode(tmp_path / "models") + b"/\xff.safetensors"))
+    path.parent.mkdir()
+    try:
+        lora(tmp_path / "a.safetensors").rename(path)
+    except OSError:
+        pytest.skip("this file system requires names in Unicode")
+    path.with_suffix(".json").write_text('{"notes": "\\udcff"}')
+    path.with_suffix(".png").write_bytes(b"x")
+
+    with Library.of(own) as library:
+        library.refresh()
+        entry = library.describe(path, source=str(path), notes="\udcff", add_tags=["\udcff"])
+        assert library.refresh() == type(library.refresh())()
+
+    assert entry.about.notes == "\\udcff" or entry.about.notes == "\udcff"

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import unicodedata
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gouache.app import names, search_paths
 from gouache.app.library import Library
 from gouache.app.settings import Settings
 from gouache.errors import RequestError
+from tests.app.model_files import lora
 
 
 @pytest.fixture
@@ -46,6 +52,7 @@ def two_folders(tmp_path: Path, settings: Settings) -> Settings:
         ("folder", "b/folder"),
         ("photo V2", "b/sub/Photo v2.ckpt"),  # if there is no exact match
         ("sub\\Photo v2", "b/sub/Photo v2.ckpt"),
+        (" dream ", "a/dream.safetensors"),
     ],
 )
 def test_a_name_is_found_in_the_first_folder_that_has_it(name: str, found: str, two_folders: Settings, tmp_path: Path):
@@ -140,3 +147,125 @@ def test_a_folder_for_the_requested_kind_comes_first(settings: Settings, tmp_pat
 
     assert names.resolve("dream", both, "lora").parent.name == "Lora"
     assert names.resolve("dream", both, "checkpoint").parent.name == "Stable-diffusion"
+
+
+@pytest.fixture
+def webui(settings: Settings, tmp_path: Path) -> Settings:
+    """An installation with LoRAs; nothing was listed yet."""
+    folder = tmp_path / "webui/models/Lora"
+    lora(folder / "hats.safetensors", 1.0)
+    lora(folder / "sub/scarf.safetensors", 2.0)
+    return replace(settings, models=(tmp_path / "webui",), cache=tmp_path / "cache", data=tmp_path / "data")
+
+
+@pytest.mark.parametrize("name", ["hats", "hats.safetensors", "Lora/hats", "Lora/hats.safetensors", "lora/HATS"])
+def test_the_names_that_the_guide_promises(name: str, webui: Settings, tmp_path: Path):
+    assert names.resolve(name, webui, "lora") == tmp_path / "webui/models/Lora/hats.safetensors"
+    assert names.resolve("Lora/sub/scarf", webui) == names.resolve("sub/scarf", webui)
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_something_called_like_a_model_in_the_working_folder_does_not_hide_it(
+    make: Callable[[Path], None], webui: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    work = tmp_path / "work"
+    (work / "sub").mkdir(parents=True)
+    monkeypatch.chdir(work)
+    for name in ("mini", "hats", "sub/scarf", "own"):
+        make(work / name)
+
+    assert names.resolve("hats", webui, "lora") == tmp_path / "webui/models/Lora/hats.safetensors"
+    assert names.resolve("sub/scarf", webui) == tmp_path / "webui/models/Lora/sub/scarf.safetensors"
+    assert names.resolve("./hats", webui) == Path("hats")
+    assert names.resolve("own", webui) == Path("own")  # no model has that name
+    if (path := names.embedded("mini")) is not None:
+        assert names.resolve("mini", webui) == path
+
+
+def test_a_model_file_in_the_working_folder_is_meant_by_its_full_name(
+    webui: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    lora(tmp_path / "hats.safetensors", 3.0)
+    (tmp_path / "scarf.safetensors").mkdir()
+
+    assert names.resolve("hats.safetensors", webui) == Path("hats.safetensors")
+    assert names.resolve("scarf.safetensors", webui).parent.name == "sub"
+
+
+def test_names_of_the_library_only(webui: Settings, tmp_path: Path):
+    path = lora(tmp_path / "outside.safetensors", 4.0)
+
+    for name in (str(path), "../outside.safetensors", "/etc/passwd", "~/.bashrc"):
+        with pytest.raises(RequestError, match="there is no lora named") as caught:
+            names.resolve(name, webui, "lora", paths=False)
+        assert "\n" not in str(caught.value)
+    assert names.resolve("hats", webui, "lora", paths=False).name == "hats.safetensors"
+
+
+@pytest.mark.parametrize("name", ["style [20240131]", "style [20240131].safetensors", "STYLE [20240131]"])
+def test_a_name_that_ends_like_a_hash_is_a_name(name: str, webui: Settings, tmp_path: Path):
+    path = lora(tmp_path / "webui/models/Lora/style [20240131].safetensors", 5.0)
+
+    assert names.resolve(name, webui, "lora") == path
+    assert names.resolve(f"style [20240131] [{sha256(path)[:10]}]", webui, "lora") == path
+
+
+@pytest.mark.parametrize("typed", ["NFC", "NFD"])
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_composed_and_decomposed_names_are_the_same(typed: str, stored: str, webui: Settings, tmp_path: Path):
+    folder = tmp_path / "webui/models/Lora"
+    path = lora(folder / (unicodedata.normalize(stored, "Übermäßig é") + ".safetensors"), 5.0)
+
+    assert names.resolve(unicodedata.normalize(typed, "Übermäßig é"), webui, "lora") == path
+    assert names.resolve(unicodedata.normalize(typed, "übermässig É"), webui, "lora") == path
+
+
+def autov3(path: Path) -> str:
+    """SHA-256 of what follows the header of a safetensors file; A1111 writes 12 digits of it into pictures."""
+    data = path.read_bytes()
+    return hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
+
+
+@pytest.mark.parametrize("digits", [10, 12])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("renamed", [False, True])
+def test_a_lora_is_found_by_the_hash_that_pictures_carry(
+    digits: int, listed: bool, renamed: bool, webui: Settings, tmp_path: Path
+):
+    """Also if it was renamed before it was ever listed, and so was never hashed."""
+    path = tmp_path / "webui/models/Lora/hats.safetensors"
+    for digest in (autov3(path)[:digits], sha256(path)[:digits], sha256(path)):
+        if listed:
+            with Library.of(webui) as library:
+                library.refresh()
+                while library.hash_next() is not None:
+                    pass
+        if renamed:
+            path = path.rename(path.with_name(f"new-{path.name}"))
+
+        assert names.resolve(f"hats [{digest}]", webui, "lora") == path
+
+
+def test_a_checkpoint_is_found_by_its_first_hash_after_it_was_renamed(webui: Settings, tmp_path: Path):
+    path = tmp_path / "webui/models/Stable-diffusion/new.safetensors"
+    path.parent.mkdir()
+    save_file({"weight": torch.rand(300_000)}, path)
+    data = path.read_bytes()
+    first = hashlib.sha256(data[0x100000:0x110000]).hexdigest()[:8]
+
+    assert names.resolve(f"old [{first}]", webui) == path
+
+
+def test_the_library_s_hash_of_a_file_that_was_replaced_is_not_believed(webui: Settings, tmp_path: Path):
+    path = tmp_path / "webui/models/Lora/hats.safetensors"
+    digest, times = sha256(path), path.stat()
+    with Library.of(webui) as library:
+        library.refresh()
+        while library.hash_next() is not None:
+            pass
+    lora(path, 9.0)  # of the same size
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    with pytest.raises(RequestError, match=f"has the hash {digest}"):
+        names.resolve(f"gone [{digest}]", webui, "lora")

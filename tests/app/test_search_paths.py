@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,7 +98,18 @@ def test_extra_model_paths_are_read_as_in_comfyui(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("text", "reason"),
-    [("a: [", "cannot be read as YAML"), ("- a\n- b", "a list"), ("!!python/object/apply:os.system [x]", "YAML")],
+    [
+        ("a: [", "is not YAML"),
+        ("- a\n- b", "a list"),
+        ("!!python/object/apply:os.system [x]", "YAML"),
+        ("[" * 3000, "nested more than 64 deep"),
+        ("s: {base_path: 1" + "0" * 5000 + "}", "is not YAML"),
+        ("s: 2020-99-99", "is not YAML"),
+        ('s: {base_path: "\\0", loras: x}', "base_path: is not a path"),
+        ("s: {base_path: ~nobody_zz/x, loras: x}", "unknown user"),
+        ("s: {base_path: [a], loras: x}", "not a path"),
+        ("a: &a [x,x,x]\nb: {base_path: *a, loras: x}", "aliases"),
+    ],
 )
 def test_an_invalid_yaml_is_refused_in_one_line(text: str, reason: str, tmp_path: Path):
     path = tmp_path / "extra_model_paths.yaml"
@@ -106,7 +118,7 @@ def test_an_invalid_yaml_is_refused_in_one_line(text: str, reason: str, tmp_path
     with pytest.raises(FileError) as caught:
         search_folders(path)
 
-    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path)) and reason in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_any_other_folder_is_searched_recursively(settings: Settings, tmp_path: Path):
@@ -163,3 +175,48 @@ def test_a_damaged_list_of_folders_is_refused(content: str, tmp_path: Path):
 
     with pytest.raises(FileError, match=r"folders\.json.*delete it"):
         folders.added(tmp_path)
+
+
+def test_deep_folders_and_links_in_loops_end(settings: Settings, tmp_path: Path):
+    deep = tmp_path / "deep"
+    for _ in range(400):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    touch(tmp_path / "a.safetensors", tmp_path / "deep/b.safetensors", deep / "c.safetensors")
+    (tmp_path / "self.safetensors").symlink_to("self.safetensors")
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+
+    assert set(found(tmp_path, settings)) == {"a.safetensors", "deep/b.safetensors", "self.safetensors"}
+
+
+def test_a_folder_to_which_several_links_lead_is_searched_once(settings: Settings, tmp_path: Path):
+    webui, other = tmp_path / "webui", tmp_path / "other"
+    touch(webui / "models/Stable-diffusion/a.ckpt", webui / "models/Lora/b.safetensors", other / "c.safetensors")
+    (webui / "models/Stable-diffusion/all").symlink_to("..")
+    for name in ("first", "second"):
+        (webui / "models/Lora" / name).symlink_to(other)
+
+    every = list(candidates(replace(settings, models=(webui, webui / "models/Lora", other))))
+
+    assert [(each.path.name, each.category) for each in every] == [
+        ("a.ckpt", "checkpoint"), ("b.safetensors", "lora"), ("c.safetensors", "lora"),
+    ]  # fmt: skip
+    assert "Lora/first/c" in every[2].names
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+def test_what_is_wrong_in_the_hugging_face_cache_is_passed_over(settings: Settings, tmp_path: Path):
+    hub = tmp_path / "hub"
+    for name in ("pipe", "endless", "outside", "deep"):
+        touch(hub / f"models--org--{name}/snapshots/aa/{name}.safetensors")
+        (hub / f"models--org--{name}/refs").mkdir()
+    touch(tmp_path / "private/secret.safetensors")
+    os.mkfifo(hub / "models--org--pipe/refs/main")
+    (hub / "models--org--endless/refs/main").symlink_to("/dev/zero")
+    (hub / "models--org--outside/refs/main").write_text("../../../private")
+    (hub / "models--org--deep/refs/main").write_text("x" * 5000)
+
+    every = [each.path.name for each in candidates(replace(settings, hub=hub))]
+
+    assert every == [f"{name}.safetensors" for name in ("deep", "endless", "outside", "pipe")]

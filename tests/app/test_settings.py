@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from gouache.app.settings import read
-from gouache.errors import FileError
+from gouache.errors import FileError, RequestError
 
 
 @pytest.fixture
@@ -52,8 +54,10 @@ def test_the_environment_takes_precedence_over_the_file(config: Path):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("models = ", "cannot be read as TOML"),
-        ("\xff", "cannot be read as TOML"),
+        ("models = ", "is not TOML"),
+        ("\xff", "is not text in UTF-8"),
+        ("a = " + "[" * 20_000, "is not TOML"),
+        ("models = 1" + "0" * 5000, "is not TOML"),
         ('moddels = ["/one"]', "unknown key 'moddels'; the keys are models, output, device, dtype"),
         ('models = "/one"', "models is '/one'; expected a list of folders"),
         ("models = [1]", "expected a list of folders"),
@@ -70,3 +74,52 @@ def test_an_invalid_file_is_refused_in_one_line(text: str, reason: str, tmp_path
 
     assert str(caught.value).startswith(str(path))
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["~nobody_zz/x", "x" * 5000, "/" + "y" * 300, "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["GOUACHE_MODELS", "GOUACHE_OUTPUT", "GOUACHE_DATA", "GOUACHE_CONFIG", "HF_HUB_CACHE", "HF_HOME"]
+)
+def test_an_impossible_path_is_refused_with_the_name_of_its_variable(name: str, value: str):
+    with pytest.raises(RequestError) as caught:
+        read({name: value})
+
+    assert caught.value.setting == name and "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("value", ["~nobody_zz/x", "x" * 5000, "a\\u0000b"])
+def test_an_impossible_path_in_the_file_is_refused_with_its_key(value: str, tmp_path: Path):
+    path = tmp_path / "config.toml"
+    for key, text in (("models", f'["{value}"]'), ("output", f'"{value}"')):
+        path.write_text(f"{key} = {text}")
+        with pytest.raises(RequestError, match=f"{key} in .*config.toml"):
+            read({"GOUACHE_CONFIG": str(path)})
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes on this system")
+@pytest.mark.parametrize("name", ["config.toml", "folders.json"])
+def test_what_is_not_a_regular_file_is_refused(name: str, tmp_path: Path):
+    pipe, endless = tmp_path / "pipe" / name, tmp_path / "endless" / name
+    for path in (pipe, endless):
+        path.parent.mkdir()
+    os.mkfifo(pipe)
+    endless.symlink_to("/dev/zero")
+
+    for path in (pipe, endless):
+        environment = {"GOUACHE_CONFIG": str(path), "GOUACHE_DATA": str(path.parent)}
+        with pytest.raises(FileError, match="not a regular file"):
+            read(environment)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the home folder is found in another way")
+def test_a_user_without_a_home_folder_is_told_to_set_one():
+    code = "import os; from gouache.app.settings import read; os.setuid(54321); read()"
+    if os.getuid() != 0:
+        pytest.skip("only root can become an unknown user")
+    environment = {name: value for name, value in os.environ.items() if name != "HOME" and not name.startswith("XDG_")}
+
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert done.stderr.splitlines()[-1] == (
+        "gouache.errors.RequestError: HOME: is not set, and the system has no home folder for user 54321; set HOME"
+    )

@@ -65,12 +65,15 @@ def test_the_adapters_used_are_printed_on_the_error_stream_and_in_the_json(
     assert gouache("repaint", recipe["path"]).code == 0
 
 
-def test_missing_trigger_words_are_reported(gouache: Command, file: Path, lora: Path, tmp_path: Path):
+def test_missing_trigger_words_are_reported(
+    gouache: Command, file: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GOUACHE_MODELS", str(tmp_path))
     path = tmp_path / "fur.safetensors"
     save_file(load_file(lora), path, {"modelspec.trigger_phrase": "in fur style"})
 
-    without = gouache("paint", f"a cat <lora:{path}:1>", "-m", file, *QUICK)
-    with_words = gouache("paint", f"a cat in fur style <lora:{path}:1>", "-m", file, *QUICK)
+    without = gouache("paint", "a cat <lora:fur:1>", "-m", file, *QUICK)
+    with_words = gouache("paint", "a cat in fur style <lora:fur:1>", "-m", file, *QUICK)
 
     assert "note: fur was trained with the words in fur style; the prompt has none of them" in without.err
     assert "note" not in with_words.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,19 @@ def test_list_prints_lines_and_json(gouache: Command, folder: Path):
     assert every.code == 0 and [line.split()[:3] for line in every.out.splitlines()] == [
         ["bad", "embedding", "sd1"], ["style", "lora", "sd1"],
     ]  # fmt: skip
-    assert "hashing 2 files" in every.err
+    assert "hashing" not in every.err  # a list starts no work
     assert [(each["names"][0], each["kind"], each["path"]) for each in some] == [
         ("style", "lora", str(folder / "Lora/style.safetensors"))
     ]
+
+
+def test_a_long_list_has_column_names_dates_and_paths(gouache: Command, folder: Path):
+    head, first, second = gouache("models", "list", "--long").out.splitlines()
+
+    assert head.split() == ["name", "kind", "family", "size", "AutoV2", "added", "path,", "tags"]
+    for line, path in ((first, "embeddings/bad.safetensors"), (second, "Lora/style.safetensors")):
+        assert line.split()[-2:] == [f"{datetime.now():%Y-%m-%d}", str(folder / path)]
+        assert line.index(f"{datetime.now():%Y}") == head.index("added")
 
 
 def test_values_that_are_set_are_shown_found_and_kept_when_the_file_is_renamed(gouache: Command, folder: Path):
@@ -100,15 +110,36 @@ def test_what_is_not_in_the_library_is_never_deleted(gouache: Command, folder: P
         assert refused.code == 2 and "is not in the library" in refused.err and other.exists()
 
 
-def test_the_way_to_remove_a_model_from_the_library_is_shown(gouache: Command, folder: Path, tmp_path: Path):
+def test_a_model_file_that_was_added_is_taken_off_the_list_by_its_name(gouache: Command, folder: Path, tmp_path: Path):
     path = lora(tmp_path / "single.safetensors", 5.0)
     gouache("models", "add", path)
 
-    refused = gouache("models", "remove", "single")
-    removed = gouache("models", "remove", path)
+    removed = gouache("models", "remove", "single")
 
-    assert refused.code == 2 and f"to remove it from the library, give {path}, which was added" in refused.err
-    assert removed.code == 0 and path.exists() and "single" not in gouache("models", "list").out
+    assert removed.code == 0 and "no file was deleted" in removed.out
+    assert path.exists() and "single" not in gouache("models", "list").out
+
+
+def test_the_folder_to_remove_is_named(gouache: Command, folder: Path, tmp_path: Path):
+    path = lora(tmp_path / "more/single.safetensors", 5.0)
+    gouache("models", "add", path.parent)
+
+    refused = gouache("models", "remove", "single")
+
+    assert refused.code == 2 and f"`gouache models remove {path.parent}`" in refused.err
+    assert "--delete" not in refused.err and path.exists()
+
+
+def test_sidecar_files_that_stayed_elsewhere_are_not_deleted(gouache: Command, folder: Path):
+    path = folder / "Lora/style.safetensors"
+    path.with_suffix(".json").write_text('{"notes": "mine"}')
+    gouache("models", "set", "style", "--tag", "hat")
+    path.rename(folder / "Lora/new.safetensors")
+    found = gouache("models", "find", "mine")
+    done = json.loads(gouache("models", "remove", "new", "--delete", "--json").out)
+
+    assert found.out.split()[0] == "new"
+    assert [Path(each).name for each in done["deleted"]] == ["new.safetensors"] and path.with_suffix(".json").exists()
 
 
 def test_verify_prints_a_line_per_model(gouache: Command, folder: Path, tmp_path: Path):
@@ -134,14 +165,23 @@ def test_install_prints_path_and_name(gouache: Command, folder: Path, tmp_path: 
     assert json.loads(gouache("models", "show", "new", "--json").out)["source"] == str(tmp_path / "new.safetensors")
 
 
-def test_the_background_process_is_started_only_for_unhashed_files(
-    gouache: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_only_adding_starts_the_background_process(
+    gouache: Command, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     started = list[bool]()
-    monkeypatch.setattr(indexing, "start", lambda: started.append(True))
 
-    gouache("models", "list")
-    gouache("models", "verify")
-    gouache("models", "list")
+    def start(starts: bool) -> bool:
+        started.append(starts)
+        return starts
 
-    assert started == [True]
+    monkeypatch.setattr(indexing, "start", lambda: start(True))
+    for command in (["list"], ["find", "style"], ["show", "style"]):
+        gouache("models", *command)
+    assert started == []
+    lora(tmp_path / "more/a.safetensors", 7.0)
+    noted = gouache("models", "add", tmp_path / "more")
+    monkeypatch.setattr(indexing, "start", lambda: start(False))  # GOUACHE_INDEX=0
+    silent = gouache("models", "add", tmp_path / "more")
+
+    assert started == [True, False]
+    assert "in the background" in noted.err and "in the background" not in silent.err

@@ -287,13 +287,16 @@ def test_an_unknown_family_or_prediction_is_refused_with_the_choices():
         identify(record({}), prediction="x0")
 
 
-def test_fp8_scales_and_other_additions_are_unknown_but_the_model_is_recognised():
-    extra = {"model.diffusion_model.out.2.scale_weight": TensorInfo((), "F32"), "scaled_fp8": TensorInfo((0,), "F32")}
+def test_unknown_tensors_inside_and_outside_the_parts_are_told_apart():
+    inside, outside = "model.diffusion_model.out.2.scale_weight", "safety_checker.concept_embeds"
+    extra = {inside: TensorInfo((), "F32"), outside: TensorInfo((17,), "F32"), "padding": TensorInfo((0,), "F32")}
 
     found = identify(record(official("sd15_emaonly") | extra))
 
     assert set(found.components) == SD
-    assert set(found.unknown) == set(extra)
+    assert set(found.unknown) == {inside, outside}
+    assert found.outside == {outside}
+    assert found.leftovers["padding"] == "an empty tensor"
 
 
 def test_the_training_size_of_a_fine_tune_is_read_from_metadata():

@@ -151,6 +151,70 @@ def calls(folder: str) -> Iterator[tuple[str, bytes, str, bool]]:
     yield "rebuild-from-type", program(call(
         "torch._tensor", "_rebuild_from_type_v2", name("os", "system"), name("torch", "Tensor"),
         tuple_of(text("mkdir " + proof("rebuild-from-type"))), b"N")), "os.system", True  # fmt: skip
+
+    # An object is given `__setstate__`; a second state, or attribute access to its own entries, then calls it.
+    def made(module: str, attribute: str) -> bytes:
+        return name(module, attribute) + b")\x81"
+
+    method = dict_of(text("__setstate__"), name("os", "mkdir"))
+    for kind in ("argparse.Namespace", "collections.OrderedDict", "types.SimpleNamespace"):
+        case = f"setstate-{kind}"
+        yield case, program(made(*kind.rsplit(".", 1)), method, b"b", sized(case), b"b"), mkdir, True
+    slots = tuple_of(b"N", method)
+    yield (
+        "setstate-slots",
+        program(made("argparse", "Namespace"), slots, b"b", sized("setstate-slots"), b"b"),
+        mkdir,
+        True,
+    )
+    inner = call("collections", "OrderedDict", list_of(tuple_of(text("__setstate__"), name("os", "mkdir"))))
+    yield (
+        "setstate-pairs",
+        program(made("argparse", "Namespace"), inner, b"b", sized("setstate-pairs"), b"b"),
+        mkdir,
+        True,
+    )
+    old = b"X" + struct.pack("<I", 12) + b"__setstate__"
+    for case, spelled in (("short", b"\x8c\x0c__setstate__"), ("py2", b"U\x0c__setstate__"), ("text", old),
+                          ("long", b"\x8d" + struct.pack("<Q", 12) + b"__setstate__"),
+                          ("quoted", b"S'__setstate__'\n"), ("line", b"V__setstate__\n")):  # fmt: skip
+        yield f"setstate-{case}", program(
+            made("argparse", "Namespace"), b"}", spelled, name("os", "mkdir"), b"sb", sized(f"setstate-{case}"), b"b",
+            protocol=4), mkdir, True  # fmt: skip
+    twice = program(made("argparse", "Namespace"), dict_of(), b"b", dict_of(), b"b")
+    yield "state-twice", twice, "a second state for argparse.Namespace", False
+    yield "state-memo", program(
+        made("argparse", "Namespace"), b"q\x01", dict_of(), b"b", b"0h\x01", dict_of(), b"b"
+    ), "a second state", False  # fmt: skip
+    yield "state-class", program(
+        made("argparse", "Namespace"), dict_of(text("__class__"), name("collections", "OrderedDict")), b"b"
+    ), "with __class__", False  # fmt: skip
+    yield "entries-setstate", program(
+        made("easydict", "EasyDict"), text("__setstate__"), name("collections", "OrderedDict"), b"s"
+    ), "__setstate__", False  # fmt: skip
+    # Only named: another loader imports its module, and whoever uses the value may call it.
+    yield "named", program(dict_of(text("w"), name("os", "system"))), "os.system", False
+    yield "named-popped", program(name("antigravity", "x"), b"0", dict_of()), "antigravity.x", False
+    yield "named-in-state", program(
+        made("argparse", "Namespace"), dict_of(text("f"), name("os", "system")), b"b"
+    ), "os.system", False  # fmt: skip
+    yield "named-argument", program(call("collections", "defaultdict", name("os", "getcwd"))), "os.getcwd", False
+    # numpy data types that hold objects: their bytes are another pickle.
+    inner_pickle = b"B" + struct.pack("<I", 25) + b"cos\nsystem\n(S'echo hi'\ntR."
+    for objects in ("O", "|O", "O8", "object", "f4,O"):
+        dtype = call("numpy", "dtype", text(objects), b"\x89", b"\x88")
+        yield f"numpy-{objects.replace('|', '-')}", program(
+            call("numpy.core.multiarray", "scalar", dtype, inner_pickle)
+        ), "numpy.dtype of", False  # fmt: skip
+    plain = call("numpy", "dtype", text("V8"), b"\x89", b"\x88")
+    fields = tuple_of(number(3), text("|"), b"N", tuple_of(text("a")), dict_of(text("a"), number(1)),
+                      number(1), number(1), number(0))  # fmt: skip
+    yield "numpy-fields", program(
+        call("numpy.core.multiarray", "scalar", plain + fields + b"b", b"C\x08aaaaaaaa")
+    ), "numpy.dtype with a state", False  # fmt: skip
+    flags = tuple_of(number(3), text("|"), b"NNN", number(8), number(1), number(63))
+    yield "numpy-flags", program(plain + flags + b"b0", dict_of()), "numpy.dtype with a state", False
+    yield "codec", program(call("_codecs", "encode", text("a"), text("uu"))), "_codecs.encode as uu", False
     many = b"".join(call("os", f"mkdir{i}") + b"0" for i in range(300))
     yield "many", program(many, b"N"), "os.mkdir0 (byte 15)", False
 
@@ -182,6 +246,25 @@ def _call_containers(folder: str) -> Iterator[tuple[Case, bytes]]:
     case = Case("container-plain-then-zip.ckpt", DAMAGED, "after the end")
     yield case, program(dict_of(text("w"), number(1))) + a.torch_zip()
     yield Case("container-zip-then-pickle.ckpt", DAMAGED, "zip"), a.torch_zip() + payload("x")
+    for at in (0, 1):  # the code is compressed
+        yield (
+            Case(f"container-torchscript-{at}.pt", NOT_A_MODEL, "TorchScript"),
+            a.zip_archive(
+                *a.torch_members(),
+                *[
+                    Member("archive/constants.pkl", b"N."),
+                    Member("archive/code/__torch__.py", b"import os" * 9, method=8),
+                ][at:],
+            ),
+        )
+    for case_name, pickle in (("number", b"\x80\x02K\x05."), ("text", program(text("hello")))):
+        yield Case(f"container-{case_name}.pt", NOT_A_MODEL, "holds no tensors"), pickle
+        yield Case(f"container-{case_name}-zip.pt", NOT_A_MODEL, "holds no tensors"), a.torch_zip(pickle)
+    frame = b"\x80\x04\x95" + struct.pack("<Q", 1 << 40)
+    yield Case("container-frame.pt", DAMAGED, "a frame of"), frame + b"}."
+    yield Case("container-frame-zip.pt", DAMAGED, "a frame of"), a.torch_zip(frame + b"}.")
+    nested = b"\x80\x04\x95" + struct.pack("<Q", 12) + b"\x95" + struct.pack("<Q", 1) + b"}0}."
+    yield Case("container-frame-nested.pt", DAMAGED, "inside another"), nested
     yield (
         Case("container-torchscript.pt", NOT_A_MODEL, "TorchScript"),
         a.zip_archive(
@@ -276,7 +359,7 @@ def _pickle_bombs() -> Iterator[tuple[Case, bytes]]:
     yield case("memo-index", "memo index of 1,000,000 or more", program(b"Nr\xff\xff\xff\xff"))
     yield case("decimal", "line without an end", program(b"I" + b"9" * 1_000_000 + b"\n"), DAMAGED)
     yield case("too-long", "longer than", program(b"N0" * 40 + text("a" * 70_000_000)))
-    yield case("frame", "ends without", program(b"\x95" + b"\xff" * 8 + b"N", protocol=4)[:-1], DAMAGED)
+    yield case("frame", "a frame of", program(b"\x95" + b"\xff" * 8 + b"N", protocol=4)[:-1], DAMAGED)
     yield case("empty-stack", "empty stack", program(b"2"), DAMAGED)
     yield case("pop-nothing", "mark", program(b"0"), DAMAGED)
     yield case("bare-stop", "empty stack", program(), DAMAGED)
@@ -514,12 +597,12 @@ def _special_files(folder: Path) -> list[Case]:
             ("special-endless.ckpt", "/dev/zero", NOT_A_MODEL, "a device"),
             ("special-terminal.ckpt", "/dev/tty", FILE, ""),
             ("special-null.safetensors", "/dev/null", NOT_A_MODEL, "a device"),
-            ("special-dangling.ckpt", "nowhere", FILE, "no such file"),
-            ("special-loop.ckpt", "special-loop.ckpt", FILE, "cannot be opened"),
+            ("special-dangling.ckpt", "nowhere", FILE, "does not exist"),
+            ("special-loop.ckpt", "special-loop.ckpt", FILE, "cannot be read"),
         ]:
             (folder / link).symlink_to(target)
             cases.append(Case(link, verdict, message))
     (folder / "special-folder.ckpt").mkdir()
     cases.append(Case("special-folder.ckpt", NOT_A_MODEL, "a folder without a model"))
-    cases.append(Case("special-absent.ckpt", FILE, "no such file"))
+    cases.append(Case("special-absent.ckpt", FILE, "does not exist"))
     return cases

@@ -26,7 +26,8 @@ HARMLESS = {"mmap.__new__", "os.listdir", "os.scandir", "builtins.id"}
 def audit(event: str, args: tuple) -> None:
     if events is None or event in HARMLESS:
         return
-    if event == "open" and isinstance(args[0], str) and args[0].startswith(current):
+    # By its path, then as a file object on the descriptor.
+    if event == "open" and (isinstance(args[0], int) or (isinstance(args[0], str) and args[0].startswith(current))):
         return
     events.append(f"{event} {str(args)[:200]}")
 

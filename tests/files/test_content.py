@@ -180,11 +180,11 @@ def test_a_file_without_read_permission_is_an_error(tmp_path: Path, monkeypatch:
     # Patched, because permissions do not apply to the superuser, who may run the tests.
     monkeypatch.setattr("os.open", denied)
 
-    with pytest.raises(FileError, match="permission denied"):
+    with pytest.raises(FileError, match="Permission denied"):
         open_model(tmp_path / "m.ckpt")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
 def test_an_invalid_path_is_a_one_line_error(name: str):
-    with pytest.raises(FileError, match="cannot be opened"):
+    with pytest.raises(FileError, match=r"cannot be (read|opened)|not a possible file name"):
         open_model(Path(name))

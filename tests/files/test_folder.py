@@ -142,7 +142,7 @@ def test_shards_are_opened_as_one_model(tmp_path: Path, kind: str):
 @pytest.mark.parametrize(
     ("where", "error", "message"),
     [
-        ({"a.weight": "gone.safetensors"}, FileError, "no such file"),
+        ({"a.weight": "gone.safetensors"}, FileError, "does not exist"),
         ({"a.weight": "one.safetensors", "missing": "one.safetensors"}, DamagedFile, "'missing' is not in"),
         ({"a.weight": "../one.safetensors"}, DamagedFile, "plain file name"),
         ({"a.weight": "/etc/passwd"}, DamagedFile, "plain file name"),

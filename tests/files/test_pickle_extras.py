@@ -128,19 +128,35 @@ def test_a_lightning_checkpoint_opens_without_lightning(tmp_path: Path):
     assert file.notes == ()
 
 
-def test_an_unknown_class_may_be_imported_but_not_called(tmp_path: Path):
+@pytest.mark.parametrize("form", ["key", "value", "object"])
+def test_an_unknown_class_is_refused_even_if_it_is_only_named(tmp_path: Path, form: str):
     from gouache.errors import UnsafeFile
 
     with fake_modules() as classes:
-        torch.save({"w": torch.zeros(1), "callbacks": {classes["Callback"]: 1}}, tmp_path / "imported.ckpt")
-        torch.save({"w": torch.zeros(1), "callbacks": classes["Callback"]()}, tmp_path / "called.ckpt")
+        unknown = classes["Callback"]
+        values = {"key": {unknown: 1}, "value": unknown, "object": unknown()}
+        torch.save({"w": torch.zeros(1), "callbacks": values[form]}, tmp_path / "unknown.ckpt")
 
-    file = open_model(tmp_path / "imported.ckpt")
     with pytest.raises(UnsafeFile, match=r"somewhere\.training\.Callback \(byte \d+\)"):
-        open_model(tmp_path / "called.ckpt")
+        open_model(tmp_path / "unknown.ckpt")
 
-    assert file.extra == {"callbacks": {"somewhere.training.Callback": 1}}
-    assert any("somewhere.training.Callback" in note for note in file.notes)
+
+@pytest.mark.parametrize(
+    "value",
+    [collections.defaultdict(float), collections.defaultdict(str, {"a": "b"}), nn.ReLU, int, numpy.str_("ab"),
+     numpy.datetime64("2024-01-01"), numpy.zeros(2, numpy.float16), numpy.zeros(3, "S2"), numpy.array(["a", "bc"])],
+    ids=repr,
+)  # fmt: skip
+def test_default_factories_classes_and_plain_arrays_are_read(tmp_path: Path, value: Any):
+    extra_of(tmp_path, value)
+
+
+@pytest.mark.parametrize("value", [numpy.array([None, 1]), numpy.zeros(1, [("a", "f4"), ("b", "O")])], ids=["O", "V"])
+def test_arrays_of_objects_and_fields_are_refused(tmp_path: Path, value: Any):
+    from gouache.errors import UnsafeFile
+
+    with pytest.raises(UnsafeFile, match=r"numpy\.dtype"):
+        extra_of(tmp_path, value)
 
 
 def test_a_pickled_module_is_refused_with_the_name_of_its_class(tmp_path: Path):

@@ -42,10 +42,15 @@ events: list[str] = []
 audited = ""  # while a file is read: the folder whose files may be opened; else ""
 
 
+def _is_inside(path: object) -> bool:
+    """Whether it is in the folder that may be read, or a descriptor, which was opened before."""
+    return isinstance(path, int) or str(path).startswith(audited)
+
+
 def audit(event: str, arguments: tuple[object, ...]) -> None:
     if not audited or event.startswith(HARMLESS):
         return
-    if event == "open" and str(arguments[0]).startswith(audited) and not int(str(arguments[2])) & os.O_ACCMODE:
+    if event == "open" and _is_inside(arguments[0]) and not int(str(arguments[2])) & os.O_ACCMODE:
         return
     events.append(f"{event} {str(arguments)[:200]}")
 

@@ -18,7 +18,8 @@ import gouache
 from gouache import Model
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import GouacheError, RequestError
-from gouache.generate.adapters import AdapterSpec, read_spec
+from gouache.generate import run
+from gouache.generate.adapters import AdapterSpec, Kind, PathSource, read_spec
 from gouache.generate.notes import adapter_notes, notes
 from gouache.generate.request import Request
 from gouache.nn.blocks import timestep_embedding
@@ -39,6 +40,16 @@ def models(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
         return loaded[family]
 
     return load
+
+
+class In(PathSource):
+    """Files of one folder, by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def find(self, kind: Kind, name: str, *, paths: bool = True) -> Path:
+        return self.folder / f"{name}.safetensors"
 
 
 def latent(model: Model, prompt: str = "a cat", **options: object) -> Tensor:
@@ -91,7 +102,7 @@ def test_a_tag_an_option_and_attach_give_the_same_picture(models: Callable[[str]
     before = weights(model)
     plain = latent(model)
 
-    by_tag = latent(model, f"a cat<lora:{path}:0.8>")
+    by_tag = next(run.paint(model, Request(prompt="a cat<lora:style:0.8>", **OPTIONS), source=In(tmp_path))).latent
     by_option = latent(model, lora=f"{path}:0.8")
     attached = model.attach(path, 0.8)
     by_caller = latent(model)
@@ -128,7 +139,7 @@ def test_closing_the_iteration_detaches_everything(models: Callable[[str], Model
     path = save_kohya(tmp_path / "style.safetensors", model, factors(model))
     before = weights(model)
 
-    pictures = model.paint(f"<lora:{path}:1>", count=3, **OPTIONS)
+    pictures = model.paint("", lora=f"{path}:1", count=3, **OPTIONS)
     next(pictures)
     assert not same(before, weights(model))
     pictures.close()
@@ -216,10 +227,27 @@ def test_a_name_with_strengths_is_parsed(text: str, spec: AdapterSpec):
     assert read_spec("lora", text) == spec
 
 
-@pytest.mark.parametrize("text", ["", ":0.8", "a:1:2:3", "a:te=x", "a:start=0.9:end=0.1", "a:how=sideways"])
+@pytest.mark.parametrize("text", ["", ":0.8", "a:1:2:3", "a:te=x", "a:te=1_0", "a:start=0.9:end=0.1", "a:how=sideways"])
 def test_an_invalid_name_with_strengths_is_refused(text: str):
     with pytest.raises(RequestError, match="lora"):
         read_spec("lora", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("a:te=nan", "te"), ("a:1:te2=inf", "te2"), ("a:unet=1e999", "unet"), ("a:start=", "start")]
+)
+def test_a_strength_that_is_not_a_number_is_named(text: str, key: str):
+    with pytest.raises(RequestError, match=f"lora: '{text}': {key} is '{text.rpartition('=')[2]}', which is not"):
+        read_spec("lora", text)
+
+
+@pytest.mark.parametrize("tag", ["<lyco:plain:te=1:unet=1:dyn=4>", "<lora:plain:1:hr=0.5>", "<hypernet:x:a=1:b=2>"])
+def test_an_unknown_key_is_named(tag: str, models: Callable[[str], Model]):
+    keys = {"dyn": "dyn", "hr": "hr", "a=": "a, b"}
+    expected = next(name for key, name in keys.items() if key in tag)
+
+    with pytest.raises(RequestError, match=f": {expected} is not known here; the keys are blocks, end, how"):
+        next(models("sd1").paint(f"a cat {tag}", **OPTIONS))
 
 
 def test_missing_trigger_words_and_unused_embeddings_are_reported(models: Callable[[str], Model], tmp_path: Path):

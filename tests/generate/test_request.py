@@ -18,7 +18,7 @@ from gouache.images.input_image import InputImage
 WRONG: list[tuple[str, Any]] = [
     ("steps", 0), ("steps", 1001), ("steps", 2.5), ("steps", "20"), ("steps", True), ("steps", None),
     ("cfg", -1), ("cfg", float("nan")), ("cfg", float("inf")), ("cfg", "7"),
-    ("seed", -1), ("seed", 2**64), ("seed", 1.5), ("seed", "1"),
+    ("seed", -2), ("seed", 2**64), ("seed", 1.5), ("seed", "1"),
     ("count", 0), ("batch", 0), ("batch", 1025), ("count", 1.0),
     ("clip_skip", 0), ("clip_skip", 49), ("strength", 1.01), ("strength", -0.1),
     ("variation_strength", 2), ("variation_seed", -5), ("rescale", 1.5), ("image_cfg", -1), ("eta", -1),

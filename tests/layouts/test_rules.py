@@ -103,7 +103,7 @@ def test_join_is_the_inverse_of_split():
         (Split("a", ("x", "y", "z")), {"a": (4, 4)}),
         (Split("a", ("x", "y")), {"a": ()}),
         (Transpose("a", "x"), {"a": (4,)}),
-        (AsConv("a", "x"), {"a": (4, 4, 1, 1)}),
+        (AsConv("a", "x"), {"a": (4, 4, 3, 3)}),
         (AsLinear("a", "x"), {"a": (4, 4, 3, 3)}),
         (Join(("a", "b"), "x"), {"a": (2, 3), "b": (2, 4)}),
     ],

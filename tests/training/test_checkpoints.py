@@ -97,9 +97,13 @@ def test_if_the_newest_checkpoint_is_damaged_the_one_before_it_is_used(tmp_path,
     saved(tmp_path, 1, 2, 3)
     damage(tmp_path / "step-00000003" / name)
 
-    found = state.newest(tmp_path)
+    notes: list[str] = []
+    found = state.newest(tmp_path, on_note=notes.append)
 
     assert same(found, example(2))
+    (note,) = notes
+    assert "step-00000003 is damaged (" in note and note.endswith("goes on from step 2") and "\n" not in note
+    assert (name if damage is not Path.unlink else "does not exist") in note or "manifest.json" in note
 
 
 def test_a_checkpoint_copied_to_the_name_of_another_step_is_ignored(tmp_path):
@@ -138,6 +142,91 @@ def test_a_checkpoint_of_a_newer_format_is_not_reported_as_damaged(tmp_path):
 
     with pytest.raises(TrainingError, match="newer Gouache"):
         state.newest(tmp_path)
+
+
+def seal(path: Path) -> None:
+    """Make manifest.json agree with state.json, as somebody does who edits a checkpoint by hand."""
+    import hashlib
+
+    manifest, content = json.loads((path / "manifest.json").read_text()), (path / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def edit(path: Path, **values: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def without_files(path: Path) -> None:
+    edit(path / "manifest.json", files={})
+
+
+def without_a_seal_for_the_state(path: Path) -> None:
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    edit(path / "manifest.json", files={name: entry for name, entry in files.items() if name != "state.json"})
+    edit(path / "state.json", seed=8)
+
+
+def of_another_step(path: Path) -> None:
+    edit(path / "manifest.json", step=99)
+
+
+def with_a_path(path: Path) -> None:
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    edit(path / "manifest.json", files={**files, "../step-00000001/state.json": files["state.json"]})
+
+
+def with_a_step_that_is_text(path: Path) -> None:
+    edit(path / "state.json", step="2")
+    seal(path)
+
+
+def with_deep_json(path: Path) -> None:
+    (path / "manifest.json").write_text("[" * 100_000)
+
+
+def with_a_huge_number(path: Path) -> None:
+    (path / "manifest.json").write_text('{"format": ' + "9" * 5000 + "}")
+
+
+def with_a_list(path: Path) -> None:
+    (path / "manifest.json").write_text("[1]")
+
+
+def with_a_pipe(path: Path) -> None:
+    (path / "state.json").unlink()
+    os.mkfifo(path / "state.json")
+
+
+def with_an_endless_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+    (path / "manifest.json").symlink_to("/dev/zero")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes and devices of POSIX")
+@pytest.mark.parametrize("change", [
+    without_files, without_a_seal_for_the_state, of_another_step, with_a_path, with_a_step_that_is_text, with_deep_json,
+    with_a_huge_number, with_a_list, with_a_pipe, with_an_endless_manifest,
+])  # fmt: skip
+def test_a_checkpoint_edited_by_hand_counts_as_damaged(tmp_path, change):
+    saved(tmp_path, 1, 2)
+    change(tmp_path / "step-00000002")
+
+    notes: list[str] = []
+    assert same(state.newest(tmp_path, on_note=notes.append), example(1))
+
+    assert len(notes) == 1 and "step-00000002 is damaged (" in notes[0] and len(notes[0]) < 600
+
+
+def test_a_damaged_checkpoint_that_cannot_be_renamed_is_a_clean_error(tmp_path, monkeypatch):
+    saved(tmp_path, 1, 2)
+
+    def refused(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(TrainingError, match=r"step-00000002: is damaged and cannot be renamed \(Permission denied\)"):
+        state.set_aside(tmp_path, after=1)
 
 
 class Killed(BaseException):

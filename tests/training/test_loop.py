@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,6 +189,108 @@ def test_a_run_out_of_time_stops_and_a_finished_run_does_nothing(tmp_path):
 
     assert done.finished and again.finished and again.step == 6
     torch.testing.assert_close(again.last, done.last, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_callback", [True, False])
+def test_a_damaged_newest_checkpoint_is_reported(tmp_path, capsys, with_callback):
+    train(regression(), points, settings(steps=4, save_seconds=1e-9), tmp_path)
+    (tmp_path / "step-00000004" / "weights.safetensors").write_bytes(b"")
+
+    notes: list[str] = []
+    done = train(regression(), points, settings(), tmp_path, on_note=notes.append if with_callback else None)
+
+    printed = capsys.readouterr().err
+    assert done.finished and (tmp_path / "step-00000004.bad").is_dir()
+    (line,) = notes if with_callback else printed.splitlines()
+    assert "step-00000004 is damaged (" in line and line.endswith("the run goes on from step 3")
+    assert (printed == "") == with_callback
+
+
+@pytest.mark.parametrize("key", ["best", "settings", "ema_updates"])
+def test_a_checkpoint_whose_state_lacks_a_value_is_passed_over(tmp_path, key):
+    from .test_checkpoints import seal
+
+    train(regression(), points, settings(steps=4, save_seconds=1e-9), tmp_path)
+    path = tmp_path / "step-00000004" / "state.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != key}))
+    seal(path.parent)
+
+    notes: list[str] = []
+    assert train(regression(), points, settings(), tmp_path, on_note=notes.append).finished
+    assert len(notes) == 1 and f"state.json has no valid '{key}'" in notes[0]
+
+
+def test_a_checkpoint_without_the_optimizer_is_passed_over(tmp_path):
+    train(regression(), points, settings(steps=4, save_seconds=1e-9), tmp_path)
+    path = tmp_path / "step-00000004" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["optimizer.safetensors"]
+    path.write_text(json.dumps(manifest))
+
+    notes: list[str] = []
+    assert train(regression(), points, settings(), tmp_path, on_note=notes.append).finished
+    assert len(notes) == 1 and "optimizer.safetensors is missing" in notes[0]
+
+
+def test_a_run_whose_checkpoints_are_gone_says_so_and_keeps_the_best_weights(tmp_path):
+    score = {"loss": 1.0}
+    train(regression(), points, settings(validate_steps=3), tmp_path, validate=lambda: score)
+    best = (tmp_path / "best.safetensors").read_bytes()
+    for path in state.checkpoints(tmp_path):
+        path.rename(path.with_name(f"{path.name}.bad"))
+
+    notes: list[str] = []
+    train(regression(9), points, settings(validate_steps=3), tmp_path, validate=lambda: score, on_note=notes.append)
+
+    (note,) = notes
+    assert "has no checkpoint, but log.jsonl, best.safetensors, step-00000006.bad of an earlier run" in note
+    assert "from step 0" in note and note.endswith("best.safetensors is best.safetensors.earlier now")
+    assert (tmp_path / "best.safetensors.earlier").read_bytes() == best != (tmp_path / "best.safetensors").read_bytes()
+
+
+def test_a_first_run_has_no_notes(tmp_path, capsys):
+    train(regression(), points, settings(), tmp_path)
+    train(regression(), points, settings(), tmp_path)
+
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_log_on_a_full_disk_is_one_error_and_the_checkpoints_remain(tmp_path):
+    import resource
+    import signal
+
+    train(regression(), points, settings(steps=2), tmp_path)
+    (tmp_path / "log.jsonl").write_text((tmp_path / "log.jsonl").read_text().ljust(4000))
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(number: int):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+        return points(number)
+
+    try:
+        with pytest.raises(
+            TrainingError, match=r"log.jsonl: cannot be written: .*; the checkpoints are kept"
+        ) as caught:
+            train(regression(), limited, settings(log_steps=1), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert "\n" not in str(caught.value)
+    found = state.newest(tmp_path)
+    assert found is not None and found.step == 2
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"\xff\xfe", b"5"])
+def test_damaged_lines_of_the_log_are_removed(tmp_path, text):
+    train(regression(), points, settings(steps=2, log_steps=1), tmp_path)
+    with (tmp_path / "log.jsonl").open("ab") as file:
+        file.write(text + b"\n")
+
+    train(regression(), points, settings(steps=3, log_steps=1), tmp_path)
+
+    assert [line["step"] for line in log_of(tmp_path)] == [1, 2, 3]
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ def test_a_bad_setting_is_refused_with_its_name_and_table(tmp_path, line, words)
     [
         ("[text]\nsteps = 1", r"no table \[vae\]; it has text"),
         ("vae = 3", r"no table \[vae\]"),
-        ("[vae", "is not valid TOML"),
+        ("[vae", "is not TOML: "),
+        ("a = " + "[" * 100_000, "is not TOML|nested"),
+        ("a = " + "1" * 5000, "is not TOML|digits"),
         ("", r"no table \[vae\]; it has none"),
     ],
 )
@@ -65,7 +67,7 @@ def test_the_error_for_a_missing_table_lists_the_tables_of_the_file(tmp_path, te
 
 
 def test_the_error_for_a_missing_file_names_it(tmp_path):
-    with pytest.raises(FileError, match=r"recipe.toml: cannot be read"):
+    with pytest.raises(FileError, match=r"recipe.toml: does not exist"):
         read(tmp_path / "recipe.toml", "vae")
 
 

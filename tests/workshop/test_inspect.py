@@ -209,3 +209,10 @@ def test_advice_for_a_model_without_a_vae_says_which_vae_fits(narrow: Narrows, t
 
     assert any("cannot paint because its vae is missing; use an SDXL VAE" in hint for hint in hints)
     assert "vae" not in {part.name for part in report(file).components} and open_model(file)
+
+
+def test_only_models_of_the_released_size_may_need_clip_skip_2(narrow: Narrows):
+    """Models based on NovelAI's have the released text encoder; narrow ones are trained without clip skip."""
+    advice = report(narrow("sd1").file).advice
+
+    assert "use clip skip 1" in advice and not any("NovelAI" in line for line in advice)

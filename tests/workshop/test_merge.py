@@ -311,3 +311,15 @@ def test_an_existing_file_is_not_overwritten_by_default(family: dict[str, Path],
     with pytest.raises(RequestError, match="already exists"):
         merge(Recipe(models=sources(family["a"], family["b"])), tmp_path / "m.safetensors")
     assert (tmp_path / "m.safetensors").read_text() == "older"
+
+
+def test_two_variants_with_extra_channels_are_not_merged_in_either_order(narrow: Narrows, tmp_path: Path):
+    """Inpainting has 9 input channels and editing 8; the extra ones mean different things."""
+    a, b = narrow("sd1-inpainting").file, narrow("sd1-edit").file
+
+    for models in (sources(a, b), sources(b, a)):
+        with pytest.raises(ModelError, match="different variants") as caught:
+            merge(Recipe(models=models), tmp_path / "m.safetensors")
+        assert "first" not in str(caught.value)
+    with pytest.raises(ModelError, match=r"give the inpainting .* model first"):
+        merge(Recipe(models=sources(narrow("sd1").file, a)), tmp_path / "m.safetensors")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
-from gouache.layouts.adapters import BUNDLE_PREFIX, SDXL_VECTORS, read_embedding
+from gouache.layouts.adapters import SDXL_VECTORS, bundled_name, embedding_entries, read_embedding
 
 MOST = 75  # vectors, the size of a prompt's chunk
 
@@ -32,15 +32,20 @@ def vectors_of(file: ModelFile) -> dict[str, Tensor]:
 
 def bundled_vectors(file: ModelFile, names: list[str]) -> dict[str, Tensor]:
     """The vectors of an embedding bundled in a LoRA; `names` are its tensors."""
-    return _vectors(file, {name.removeprefix(BUNDLE_PREFIX).partition(".")[2]: name for name in names})
+    return _vectors(file, {parts[1]: name for name in names if (parts := bundled_name(name)) is not None})
 
 
 def _vectors(file: ModelFile, names: Mapping[str, str]) -> dict[str, Tensor]:
+    where = printable(str(file.path))
     found = {SDXL_VECTORS[name]: names[name] for name in SDXL_VECTORS if name in names}
     if not found:
-        first = next((name for name in names if name.startswith("string_to_param.")), next(iter(names)))
-        found = {"text_encoder": names[first]}
-    where = printable(str(file.path))
+        entries = embedding_entries(name for name in names if file.tensors[names[name]].shape not in ((), (1,)))
+        if len(entries) != 1:
+            listed = ", ".join(printable(name.removeprefix("string_to_param."), 40) for name in entries[:5])
+            raise ModelError(
+                f"{where} holds {len(entries)} embeddings ({listed}), expected one; save each in a file of its own"
+            )
+        found = {"text_encoder": names[entries[0]]}
     vectors = {encoder: file.tensor(name).float() for encoder, name in found.items()}
     vectors = {encoder: each[None] if each.ndim == 1 else each for encoder, each in vectors.items()}
     shapes = [list(each.shape) for each in vectors.values()]

@@ -16,6 +16,8 @@ from gouache.errors import ModelError
 PART_ALIASES: Mapping[str, str] = {
     "lora_A.weight": "lora_down.weight",
     "lora_B.weight": "lora_up.weight",
+    "lora_B.bias": "lora_up.bias",
+    "lora.up.bias": "lora_up.bias",
     "lora.down.weight": "lora_down.weight",
     "lora.up.weight": "lora_up.weight",
     "lora_linear_layer.down.weight": "lora_down.weight",
@@ -69,6 +71,7 @@ class Patch:
             return _computed(form, lambda: _MULTIPLICATIVE[form][1](self.parts, weight, strength))
         delta = self._sparse(weight.shape) if form == _SPARSE else self.delta()
         assert delta is not None
+        delta = _widened(delta, weight.shape)
         if delta.numel() != weight.numel() or delta.shape[0] != weight.shape[0]:
             raise ModelError(f"its delta is {list(delta.shape)}, the weight is {list(weight.shape)}")
         delta = delta.reshape(weight.shape)  # a 1x1 convolution and a linear layer are the same matrix
@@ -124,6 +127,8 @@ class Patch:
         if not {"lora_up.weight", "lora_down.weight"} <= set(self.parts):
             return None  # `change` raises the error
         up, down = self.parts["lora_up.weight"], self.parts["lora_down.weight"]
+        if down.ndim == 4 and down.shape[1] == LATENT_CHANNELS:
+            return None  # of a first convolution, which may have more channels (`_widened`)
         index, count = self.share
         return up.flatten(1).chunk(count)[index] * forms.scale(self.parts, down.shape[0]), down
 
@@ -131,6 +136,17 @@ class Patch:
     def rank(self) -> int | None:
         """The rank of a LoRA; None for other forms."""
         return self.parts["lora_down.weight"].shape[0] if "lora_down.weight" in self.parts else None
+
+
+LATENT_CHANNELS = 4
+
+
+def _widened(delta: Tensor, shape: torch.Size) -> Tensor:
+    """The delta of a first convolution for an inpainting, edit or depth model: further input channels are unchanged."""
+    first = delta.ndim == len(shape) == 4 and delta.shape[1] == LATENT_CHANNELS < shape[1] < 4 * LATENT_CHANNELS
+    if not first or delta.shape[0] != shape[0] or delta.shape[2:] != shape[2:]:
+        return delta
+    return torch.cat([delta, delta.new_zeros(shape[0], shape[1] - LATENT_CHANNELS, *shape[2:])], 1)
 
 
 def _computed(form: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -167,6 +183,14 @@ _ADDITIVE: Mapping[str, tuple[tuple[str, ...], Callable[[Parts], Tensor]]] = {
 _SPARSE = "sparse difference"
 
 
+def _replaced(parts: Parts, weight: Tensor, strength: float) -> Tensor:
+    """ComfyUI's `set_weight`: at strength 1 the weight is the stored one."""
+    new = parts["set_weight"]
+    if new.numel() != weight.numel() or new.shape[:1] != weight.shape[:1]:
+        raise ModelError(f"its set_weight is {list(new.shape)}, the weight is {list(weight.shape)}")
+    return strength * (new.reshape(weight.shape) - weight)
+
+
 def _oft(parts: Parts, weight: Tensor, strength: float) -> Tensor:
     """OFT, or BOFT, whose blocks have one more dimension."""
     butterfly = "oft_blocks" in parts and parts["oft_blocks"].ndim == 4
@@ -174,6 +198,7 @@ def _oft(parts: Parts, weight: Tensor, strength: float) -> Tensor:
 
 
 _MULTIPLICATIVE: Mapping[str, tuple[tuple[str, ...], Callable[[Parts, Tensor, float], Tensor]]] = {
+    "set weight": (("set_weight",), _replaced),
     "GLoRA": (("a1.weight", "a2.weight", "b1.weight", "b2.weight"), forms.glora),
     "IA3": (("on_input", "weight"), forms.ia3),
     "PEFT's IA3": (("ia3_l",), forms.peft_ia3),

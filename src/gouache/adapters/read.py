@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from gouache.adapters import forms
 from gouache.adapters.config import Scales, scales
-from gouache.adapters.patch import PART_ALIASES, Patch
+from gouache.adapters.patch import LATENT_CHANNELS, PART_ALIASES, Patch
 from gouache.errors import ModelError, printable
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import bundled, split_names
 from gouache.layouts.modules import Module
+from gouache.layouts.nearest import nearest
 
-NEAREST = 20  # unmatched names for which the nearest known one is searched, which is slow
+NEAREST = 20  # unmatched names for which the nearest known one is searched
 
 SHAPE_ERRORS = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError)
 """What torch raises for tensors whose shapes do not fit each other."""
@@ -59,7 +60,11 @@ class AdapterFile:
             if not bool(torch.isfinite(tensor).all()):
                 raise ModelError(f"{self._where(name)} holds NaN or infinite numbers, so the file is damaged")
             parts[part] = tensor
-        return Patch({**self.scales.of(self.stems[module], parts), **parts}, self.shares[module])
+        try:
+            parts = {**self.scales.of(self.stems[module], parts), **parts}
+        except ModelError as error:
+            raise ModelError(f"{printable(str(self.file.path))}: {error}") from None
+        return Patch(_with_bias(parts), self.shares[module])
 
     def sketch(self, module: Module) -> Patch:
         """The patch without values, on the meta device: enough to check shapes."""
@@ -68,7 +73,7 @@ class AdapterFile:
                  for part, name in names.items() if part not in _NUMBERS}  # fmt: skip
         if "on_input" in names:  # its value decides which side the other parts act on
             parts["on_input"] = self._number(names["on_input"])
-        return Patch(parts, self.shares[module])
+        return Patch(_with_bias(parts), self.shares[module])
 
     def mismatch(self, module: Module, shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Why the patch does not fit a module of these shapes ({"weight": ..., "bias": ...}), by the header alone."""
@@ -78,8 +83,8 @@ class AdapterFile:
             return plain
         try:
             sketch = self.sketch(module)
-            if "bias" not in shapes and set(sketch.parts) == {"diff_b"}:
-                return "the module has no bias"
+            if "bias" not in shapes and ("lora_up.bias" in self.tensors[module] or set(sketch.parts) == {"diff_b"}):
+                return "it changes the bias, and the module has none"
             # The shape of a sparse difference depends on its values, which are not read here.
             dense = {part: tensor for part, tensor in sketch.parts.items() if not part.startswith("bias_")}
             if dense:
@@ -102,6 +107,9 @@ class AdapterFile:
         if len(up) < 2 or len(down) < 2 or up[1] != down[0] or math.prod(up[2:]) != 1 or not math.prod(down):
             return "its parts do not fit each other"
         rows, count = up[0], self.shares[module][1]
+        first = len(weight) == len(down) == 4 and down[1] == LATENT_CHANNELS < weight[1]
+        if first:
+            return None
         if len(weight) < 2 or (rows, math.prod(down[1:])) != (weight[0] * count, math.prod(weight[1:])):
             return f"it changes a weight of {[rows, *down[1:]]}, the weight is {list(weight)}" + (
                 f", {count} times" * (count > 1)
@@ -115,6 +123,18 @@ class AdapterFile:
 
     def _where(self, name: str) -> str:
         return f"{printable(str(self.file.path))}: {printable(name)}"
+
+
+def _with_bias(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`parts` with the bias of a LoRA, scaled like its product, as the change of the module's bias."""
+    if "lora_up.bias" not in parts:
+        return parts
+    parts = dict(parts)
+    bias = parts.pop("lora_up.bias")
+    if bias.is_meta:
+        return {**parts, "diff_b": parts.get("diff_b", bias)}
+    rank = parts["lora_down.weight"].shape[0] if "lora_down.weight" in parts else 0
+    return {**parts, "diff_b": parts.get("diff_b", 0) + forms.scale(parts, rank) * bias}
 
 
 def read_lora(file: ModelFile, names: Mapping[str, tuple[Module, ...]]) -> AdapterFile:
@@ -132,8 +152,7 @@ def read_lora(file: ModelFile, names: Mapping[str, tuple[Module, ...]]) -> Adapt
         stem, suffix = split.get(name, (name, ""))
         modules = names.get(stem, ())
         if not suffix or not modules:
-            near = difflib.get_close_matches(stem, names, n=1) if len(unmatched) < NEAREST else []
-            unmatched[name] = near[0] if near else ""
+            unmatched[name] = nearest(stem, names) if len(unmatched) < NEAREST else ""
             continue
         if other := next((stems[module] for module in modules if stems.get(module, stem) != stem), None):
             unmatched[name] = other  # the file names the module twice; the first one is used

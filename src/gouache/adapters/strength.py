@@ -54,10 +54,11 @@ class Strength:
     def __post_init__(self) -> None:
         texts = self.text.values() if isinstance(self.text, Mapping) else [self.text or 0.0]
         values = [self.unet, *texts, self.start, self.end, *(self.blocks or {}).values()]
-        if not all(math.isfinite(number) and abs(number) <= MAX_STRENGTH for number in values):
-            raise RequestError(
-                "strength", f"{max(values, key=abs):g} is out of range; expected -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
-            )
+        for number in values:
+            if not (math.isfinite(number) and abs(number) <= MAX_STRENGTH):
+                raise RequestError(
+                    "strength", f"{number:g} is out of range; expected -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+                )
 
     def of(self, module: Module) -> float:
         """The strength for one module."""

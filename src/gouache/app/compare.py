@@ -27,8 +27,11 @@ from gouache.generate.picture import Picture
 from gouache.generate.request import Request
 from gouache.images.sheet import sheet
 from gouache.model import clip
+from gouache.outside import read_text, reason
 
 MAX_PROMPTS = 1000
+MAX_LENGTH = 20_000  # characters of a prompt
+MAX_FILE = 4_000_000  # bytes of the file
 
 
 class Painter(Protocol):
@@ -88,16 +91,14 @@ def read_prompts(path: Path) -> list[str]:
     Raises FileError.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except FileNotFoundError:
-        raise FileError(path, "does not exist; expected a text file with one prompt per line") from None
-    except OSError as error:
-        raise FileError(path, f"cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise FileError(path, f"is not text in UTF-8: {error}") from None
+        lines = read_text(path, MAX_FILE).splitlines()
+    except FileError as error:
+        raise FileError(path, f"{reason(error)}; expected a text file with one prompt per line") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not 0 < len(prompts) <= MAX_PROMPTS:
         raise FileError(path, f"contains {len(prompts)} prompts; expected 1 to {MAX_PROMPTS}, one per line")
+    if (longest := max(map(len, prompts))) > MAX_LENGTH:
+        raise FileError(path, f"has a prompt of {longest:,} characters, expected at most {MAX_LENGTH:,}")
     return prompts
 
 
@@ -118,10 +119,9 @@ def compare(
     """
     if len(set(models)) < 2:
         raise RequestError("models", "nothing to compare; give two or more different models")
-    if out.exists():
-        raise RequestError("output", f"{out} exists already; give another folder")
     request = Request.from_json({**knobs, "prompt": prompts[0], "seed": knobs.get("seed") or 0}).settled()
     scorer = clip.load(encoder) if encoder is not None else None
+    _claim(out)
     total, done = len(models) * len(prompts) * request.count, 0
     columns, measures, size = list[list[Image.Image]](), list[Measures](), None
     for number, name in enumerate(models, 1):
@@ -157,6 +157,18 @@ def compare(
     return measures
 
 
+def _claim(out: Path) -> None:
+    """Create the folder before the first picture is painted, so that no other process uses it too."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.mkdir()
+    except FileExistsError:
+        raise RequestError("output", f"{printable(str(out))} exists already; give another folder") from None
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "strerror", None) or error
+        raise RequestError("output", f"{printable(str(out))} cannot be created: {cause}") from None
+
+
 def _scores(
     scorer: clip.Clip | None, prompts: list[str], images: list[Image.Image], first: list[Image.Image]
 ) -> tuple[float | None, float | None, float | None]:
@@ -180,10 +192,10 @@ def _memory_in_use(device: torch.device | None) -> int:
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        for line in read_text("/proc/self/status").splitlines():
             if line.startswith("RssAnon:"):
                 return 1024 * int(line.split()[1])
-    except OSError:
+    except (FileError, OSError):
         pass
     return 0
 
@@ -202,4 +214,4 @@ def _write(
     sheet(["\n".join([Path(each.model).stem, *each.texts()]) for each in measures], rows, pictures).save(draft, "PNG")
     draft.replace(out / "sheet.png")
     report = {"prompts": list(prompts), "request": request.to_json(), "models": [asdict(each) for each in measures]}
-    write_atomic(out / "measures.json", json.dumps(report, indent=1, ensure_ascii=False, default=str).encode())
+    write_atomic(out / "measures.json", json.dumps(report, indent=1, default=str).encode())

@@ -7,12 +7,13 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from gouache.app import machine, names, search_paths
 from gouache.app.settings import Settings
-from gouache.errors import GouacheError
+from gouache.errors import GouacheError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.model import load, residency
@@ -28,7 +29,7 @@ def examine(settings: Settings, measure: bool = False) -> dict[str, list[str]]:
         "devices": list(_devices(settings)),
         "dtypes": list(_dtypes(settings, measure)),
         "memory": list(_memory()),
-        "disk": [f"{shutil.disk_usage('.').free / 1e9:.0f} GB free in the current folder"],
+        "disk": [*_disk()],
         "models": list(_models(settings)),
         "step": list(_step(settings)),
     }
@@ -78,11 +79,19 @@ def _memory() -> Iterator[str]:
         yield "unknown on this system"
 
 
+def _disk() -> Iterator[str]:
+    try:
+        yield f"{shutil.disk_usage('.').free / 1e9:.0f} GB free in the current folder"
+    except OSError as error:  # a working folder that was deleted
+        yield f"unknown: {error.strerror}"
+
+
 def _models(settings: Settings) -> Iterator[str]:
     for root in settings.models:
-        folders = search_paths.search_folders(root)
-        count = len({path for each in folders for path in search_paths.model_files(each.path, each.category)})
-        yield f"{root}: {plural(count, 'model') if root.exists() else 'does not exist yet'}"
+        alone = replace(settings, models=(root,), hub=None)
+        count = sum(1 for _ in search_paths.candidates(alone))
+        exists = count or root.is_dir()
+        yield f"{printable(str(root))}: {plural(count, 'model') if exists else 'does not exist yet'}"
     if settings.hub is not None and settings.hub.is_dir():
         yield f"{settings.hub}: {plural(len(list(search_paths.hub_candidates(settings))), 'model')}"
     yield "mini: the model inside the package" if names.embedded("mini") else "mini: not in this build"

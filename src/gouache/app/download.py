@@ -27,6 +27,7 @@ from typing import Any
 from gouache.errors import FileError, RequestError, printable
 from gouache.files.source import size_text
 from gouache.files.write import write_atomic
+from gouache.outside import parse_json, read_outside
 from gouache.version import __version__
 
 _CHUNK = 1 << 20
@@ -70,6 +71,8 @@ def download(
             if isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code != 429:
                 raise RequestError("source", _refusal(url, error)) from None
             received = part.stat().st_size if part.exists() else 0
+            if not received and _is_unreachable(error):  # no network: waiting does not help
+                raise FileError(without_query(url), f"cannot be downloaded: {_reason(error)}") from None
             failures = 1 if received > before else failures + 1
             if failures >= _MAX_FAILURES:
                 kept = f"; {size_text(received)} are kept, run the same command again to resume" if received else ""
@@ -80,7 +83,7 @@ def download(
 def _resume(url: str, folder: Path, part: Path, token: str, on_work: OnWork | None) -> _Version:
     """Download all missing bytes. Errors of the connection are raised as they are."""
     stored = _stored_version(folder, url)
-    have = part.stat().st_size if stored and part.exists() else 0
+    have = part.stat().st_size if stored and part.is_file() else 0
     if stored is not None and stored.size and have == stored.size:
         return stored
     request = urllib.request.Request(
@@ -99,7 +102,9 @@ def _resume(url: str, folder: Path, part: Path, token: str, on_work: OnWork | No
         _check_content_type(url, response.headers)
         _check_disk_space(folder, version.size - begin)
         write_atomic(folder / "source.json", json.dumps(asdict(version)).encode())
-        with part.open("r+b" if begin else "wb") as file:
+        if not begin:
+            part.unlink(missing_ok=True)  # whatever has that name: a named pipe would block
+        with part.open("r+b" if begin else "xb") as file:
             file.seek(begin)
             done = begin
             while chunk := response.read(_CHUNK):
@@ -141,6 +146,17 @@ def _refusal(url: str, error: urllib.error.HTTPError) -> str:
     return f"{answer}; check that this is the address of the file itself"
 
 
+def _is_unreachable(error: Exception) -> bool:
+    """Whether no connection was made at all: an unknown host, no network, a refused connection."""
+    cause = getattr(error, "reason", error)
+    return (
+        isinstance(error, urllib.error.URLError)
+        and isinstance(cause, OSError)
+        and not isinstance(cause, ConnectionResetError)
+        and not isinstance(error, urllib.error.HTTPError)
+    )
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"the server answers {error.code} {printable(str(error.reason), 80)}"
@@ -151,8 +167,8 @@ def _reason(error: Exception) -> str:
 
 def _stored_version(folder: Path, url: str) -> _Version | None:
     """The version that an interrupted download of the same URL belongs to."""
-    with suppress(OSError, ValueError, TypeError):
-        version = _Version(**json.loads((folder / "source.json").read_text(encoding="utf-8")))
+    with suppress(FileError, OSError, ValueError, TypeError):
+        version = _Version(**parse_json(read_outside(folder / "source.json")))
         if version.url == url:
             return version
     return None
@@ -176,7 +192,8 @@ def _file_name(url: str, final_url: str, headers: Message) -> str:
     sent = headers.get_filename() or ""
     for name in (sent, *(urllib.parse.unquote(urllib.parse.urlsplit(each).path) for each in (url, final_url))):
         last = re.split(r"[/\\]", name)[-1]
-        clean = re.sub(r'[<>:"|?*\x00-\x1f\x7f]', "_", last).strip(". ")
+        clean = "".join(each if each.isprintable() else "_" for each in re.sub(r'[<>:"|?*]', "_", last))
+        clean = clean.strip(". ").lstrip("-. ")
         if clean:
             return clean[:200]
     return "model"

@@ -9,6 +9,7 @@ meanwhile ends at once.
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gouache.app.cache import make_private
 from gouache.app.library import Library
 from gouache.app.settings import Settings, read
 from gouache.errors import GouacheError
@@ -37,23 +39,29 @@ def index(settings: Settings, should_stop: Callable[[], bool] = lambda: False) -
         return count
 
 
-def start() -> None:
-    """Start `index` in a background process that outlives this one."""
+def start() -> bool:
+    """Start `index` in a background process that outlives this one; False if GOUACHE_INDEX=0 forbids it."""
     if os.environ.get("GOUACHE_INDEX") == "0":
-        return
+        return False
     nothing = subprocess.DEVNULL
     detached: dict[str, Any] = {"start_new_session": True}
     if os.name == "nt":
         detached = {"creationflags": 0x00000208}  # DETACHED_PROCESS, CREATE_NEW_PROCESS_GROUP
     command = [sys.executable, "-m", "gouache.app.indexing"]
     subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=nothing, **detached)
+    return True
 
 
 @contextmanager
 def _lock(path: Path) -> Iterator[bool]:
     """Whether this process got the lock on the file `path`. The lock of a killed process is released."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    make_private(path.parent)
+    # O_NONBLOCK: a named pipe of that name must not block; it cannot be locked either.
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+    with os.fdopen(os.open(path, flags, 0o600), "r+b", buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            yield False
+            return
         try:
             import fcntl
 

@@ -7,14 +7,17 @@ Nothing is placed in the models folder before all checks have passed, and a file
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote
 
+from gouache.app.cache import make_private
 from gouache.app.categories import FOLDERS, category
 from gouache.app.download import download, without_query
 from gouache.app.hashes import read_now
@@ -22,7 +25,9 @@ from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError, UnsafeFile, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
-from gouache.files.write import atomic_output
+from gouache.files.source import size_text
+from gouache.files.write import atomic_output, remove_stale_temporaries, temporary_name
+from gouache.outside import MalformedText, open_outside, parse_json, read_outside, read_text
 from gouache.workshop.scan import scan
 
 OnWork = Callable[[str, int, int], None]
@@ -32,6 +37,8 @@ _HUB = re.compile(
     r"https?://(?:www\.)?huggingface\.co/([\w.-]+/[\w.-]+)(?:/(?:blob|resolve|tree)/([\w.-]+)(?:/(.+?))?)?/?(?:\?.*)?"
 )
 _WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+_SUFFIXES = (*_WEIGHTS, ".sft", ".png", ".webp")
+_MAX_NAME = 200  # bytes: temporary names beside it need room
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,8 @@ def install(
     Raises RequestError for an invalid source, or a name that another file has; FileError if it cannot be downloaded or
     read or has another hash; UnsafeFile if the scan refuses it.
     """
+    if name and (fault := name_fault(name)):
+        raise RequestError("name", f"{printable(name)!r} cannot be used as a file name: {fault}")
     if kind and kind not in FOLDERS:
         raise RequestError("kind", f"{printable(kind, 60)!r} is not a category; use one of {', '.join(FOLDERS)}")
     if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
@@ -100,49 +109,107 @@ def install(
     return Installed(target, found, digest, size, fetched.source, already)
 
 
+def _existing(source: str) -> Path | None:
+    try:
+        path = Path(source).expanduser()
+        path.lstat()
+    except PermissionError as error:
+        raise FileError(source, f"cannot be read: {error.strerror}") from None
+    except (OSError, RuntimeError, ValueError):
+        return None
+    return path
+
+
+def _escaped(path: Path) -> str:
+    """The path as text that can be stored: a name need not be valid Unicode. Raises FileError."""
+    try:
+        return printable(str(path.resolve()), 4000)
+    except (OSError, RuntimeError):
+        raise FileError(path, "cannot be followed: it is a link to itself") from None
+
+
 def _delete_temporary(fetched: _Download) -> None:
     if fetched.folder is not None:
         shutil.rmtree(fetched.folder, ignore_errors=True)
 
 
 def _download(source: str, settings: Settings, token: str, on_work: OnWork | None) -> _Download:
-    path = Path(source).expanduser()
-    if path.exists():
-        return _Download(path, path.name, str(path.resolve()), None)
-    folder = settings.data / "downloads" / hashlib.sha256(source.encode()).hexdigest()[:16]
+    path = _existing(source)
+    if path is not None:
+        if not path.is_dir():
+            open_outside(path).close()  # a named pipe or a device would never end
+        return _Download(path, path.resolve().name if path.name in ("", "..") else path.name, _escaped(path), None)
+    folder = settings.data / "downloads" / hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     if match := _HUB.fullmatch(source):
-        return _from_hub(match[1], match[2] or "main", match[3] or "", folder, token)
+        return _from_hub(match[1], match[2] or "main", match[3] or "", folder, token, on_work)
     if "://" in source:
         part, name = download(source, folder, token=token, on_work=on_work)
         return _Download(part, name, without_query(source), folder)
     if match := _REPOSITORY.fullmatch(source):
-        return _from_hub(match[1], match[2] or "main", match[3] or "", folder, token)
+        return _from_hub(match[1], match[2] or "main", match[3] or "", folder, token, on_work)
     shown = printable(source)
     raise RequestError("source", f"{shown!r} is not a file, not a URL and not a Hugging Face repository ORG/NAME")
 
 
-def _from_hub(repository: str, revision: str, file: str, folder: Path, token: str) -> _Download:
-    """One file of a repository, or a whole diffusers folder. huggingface_hub resumes interrupted downloads itself."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
+def _from_hub(repository: str, revision: str, file: str, folder: Path, token: str, on_work: OnWork | None) -> _Download:
+    """One file of a repository, or a whole diffusers folder. What was downloaded is not downloaded again."""
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     page = f"https://huggingface.co/{repository}"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise FileError(f"huggingface.co/{repository}", "cannot be downloaded: HF_HUB_OFFLINE is set")
+    token = token or _hub_token()
+    if not file:
+        address = f"{endpoint}/api/models/{repository}/revision/{quote(revision, safe='')}"
+        files = _files_of(address, folder, token)
+        if "model_index.json" in files:
+            target = folder / "folder"
+            for each in _needed(files):
+                part = folder / "parts" / hashlib.sha256(each.encode()).hexdigest()[:16]
+                place = target / each
+                if not place.exists():
+                    url = f"{endpoint}/{repository}/resolve/{quote(revision, safe='')}/{quote(each)}"
+                    received, _ = download(url, part, token=token, on_work=on_work)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    received.replace(place)
+            return _Download(target, repository.replace("/", "--"), f"{page}/tree/{revision}", folder)
+        file = _only_weights(repository, files)
+    url = f"{endpoint}/{repository}/resolve/{quote(revision, safe='')}/{quote(file)}"
+    path, _ = download(url, folder / "file", token=token, on_work=on_work)
+    return _Download(path, PurePosixPath(file).name, f"{page}/resolve/{revision}/{file}", folder)
+
+
+def _files_of(url: str, folder: Path, token: str) -> list[str]:
+    """The names of the files of a repository. Those that lead out of it are left out."""
+    listing = folder / "listing"
+    shutil.rmtree(listing, ignore_errors=True)  # never the one of an earlier try
+    path, _ = download(url, listing, token=token)
     try:
-        if not file:
-            files = HfApi(token=token or None).list_repo_files(repository, revision=revision)
-            if "model_index.json" in files:
-                target = folder / "folder"
-                snapshot_download(
-                    repository, revision=revision, local_dir=target, allow_patterns=_needed(files), token=token or None
-                )
-                return _Download(target, repository.replace("/", "--"), f"{page}/tree/{revision}", folder)
-            file = _only_weights(repository, files)
-        path = hf_hub_download(repository, file, revision=revision, local_dir=folder / "file", token=token or None)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = printable(" ".join(str(error).split()), 300)
-        raise FileError(f"huggingface.co/{repository}", f"cannot be downloaded: {reason}") from None
-    return _Download(Path(path), Path(file).name, f"{page}/resolve/{revision}/{file}", folder)
+        answer = parse_json(read_outside(path))
+    except MalformedText as error:
+        raise FileError(without_query(url), f"the server's answer {error}") from None
+    siblings = answer.get("siblings") if isinstance(answer, dict) else None
+    if not isinstance(siblings, list):
+        raise FileError(without_query(url), "the server's answer has no list of files")
+    names = [each.get("rfilename") for each in siblings if isinstance(each, dict)]
+    return [each for each in names if isinstance(each, str) and _is_inside(each)]
+
+
+def _is_inside(name: str) -> bool:
+    """Whether the relative path `name` is a possible one that stays in its folder."""
+    parts = name.split("/")
+    return all(part not in ("", ".", "..") and not name_fault(part) for part in parts)
+
+
+def _hub_token() -> str:
+    """The token that huggingface_hub's login has stored, as huggingface_hub finds it."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        if token := os.environ.get(name, "").strip():
+            return token
+    try:
+        home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+        return read_text(os.environ.get("HF_TOKEN_PATH") or home / "token", 1000).strip()
+    except (FileError, RuntimeError):
+        return ""
 
 
 def _needed(files: list[str]) -> list[str]:
@@ -184,31 +251,59 @@ def _check_safe(path: Path, source: str) -> None:
             raise UnsafeFile(without_query(source), f"refused and deleted, {reason}")
 
 
+def name_fault(name: str) -> str:
+    """Why `name` cannot be the name of a file on all systems; "" if it can. One rule for --name, files and servers."""
+    if not name or name != name.strip(" ."):
+        return "it is empty, hidden, or begins or ends with a space or a dot"
+    if name.startswith("-"):
+        return "it would be read as an option"
+    if re.search(r'[<>:"/\\|?*]', name):
+        return 'it has one of the characters < > : " / \\ | ? *'
+    if not name.isprintable():
+        return "it has characters that cannot be seen"
+    device = name.split(".")[0].strip().lower().translate(str.maketrans("¹²³", "123"))
+    if re.fullmatch(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9]", device):
+        return f"Windows has a device called {device}"
+    size = len(name.encode())
+    return f"it has {size} bytes, at most {_MAX_NAME} are possible" if size > _MAX_NAME else ""
+
+
 def _target(settings: Settings, kind: str, fetched: _Download, name: str) -> Path:
     folder = settings.data / "models" / FOLDERS.get(kind, "")
-    suffix = "" if fetched.path.is_dir() else Path(fetched.name).suffix
-    chosen = fetched.name
-    if name:
-        if re.search(r'[<>:"/\\|?*\x00-\x1f]', name) or name.strip(". ") != name:
-            raise RequestError("name", f"{printable(name)!r} cannot be used as a file name")
-        chosen = name if not suffix or name.endswith(suffix) else name + suffix
+    chosen = name or fetched.name
+    if not fetched.path.is_dir():
+        suffix = Path(fetched.name).suffix
+        if suffix.lower() not in _SUFFIXES:  # without one the library would never list it
+            suffix = ".safetensors" if open_model(fetched.path).format == "safetensors" else ".ckpt"
+        if not chosen.lower().endswith(suffix.lower()):
+            chosen += suffix
+    if fault := name_fault(chosen):
+        advice = "" if name else "; give it another name with --name"
+        raise RequestError("name", f"{printable(chosen)!r} cannot be used as a file name: {fault}{advice}")
     return folder / chosen
 
 
 def _place(fetched: _Download, target: Path, on_work: OnWork | None) -> None:
     """Move a download, or copy the user's own file, to `target`, where only the complete model appears."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if fetched.folder is not None:
-        shutil.rmtree(fetched.path / ".cache", ignore_errors=True)  # huggingface_hub's own metadata in a folder
-        fetched.path.replace(target)
-    elif fetched.path.is_dir():
-        draft = target.with_name(f".gouache-{target.name}.tmp")
-        shutil.rmtree(draft, ignore_errors=True)
-        shutil.copytree(fetched.path, draft)
-        draft.replace(target)
-    else:
-        size, done = fetched.path.stat().st_size, 0
-        with fetched.path.open("rb") as file, atomic_output(target, size) as output:
+    try:
+        make_private(target.parent.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if fetched.folder is not None:
+            fetched.path.replace(target)
+        elif fetched.path.is_dir():
+            _copy_folder(fetched.path, target, on_work)
+        else:
+            _copy_file(fetched.path, target, on_work)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = "the disk is full" if full else error.strerror or str(error)
+        raise FileError(target, f"cannot be installed: {reason}") from None
+
+
+def _copy_file(path: Path, target: Path, on_work: OnWork | None) -> None:
+    with open_outside(path) as file:
+        size, done = os.fstat(file.fileno()).st_size, 0
+        with atomic_output(target, size) as output:
             while chunk := file.read(1 << 24):
                 output.write(chunk)
                 done += len(chunk)
@@ -216,6 +311,46 @@ def _place(fetched: _Download, target: Path, on_work: OnWork | None) -> None:
                     on_work("copying", done, size)
 
 
+def _copy_folder(folder: Path, target: Path, on_work: OnWork | None) -> None:
+    """The files that a diffusers folder needs, by way of a temporary folder that is removed if anything fails."""
+    files = _needed_files(folder)
+    total, done = sum(path.stat().st_size for path, _ in files), 0
+    free = shutil.disk_usage(target.parent).free
+    if total > free:
+        raise FileError(target, f"cannot be installed: it needs {size_text(total)}, and {size_text(free)} are free")
+    remove_stale_temporaries(target.parent, ".tmp")
+    draft = temporary_name(target.parent, ".tmp")
+    try:
+        for path, name in files:
+            place = draft / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with open_outside(path) as file, place.open("xb") as output:
+                while chunk := file.read(1 << 24):
+                    output.write(chunk)
+                    done += len(chunk)
+                    if on_work is not None:
+                        on_work("copying", done, total)
+        draft.replace(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _needed_files(folder: Path) -> list[tuple[Path, str]]:
+    """(path, name in the folder) of the regular files to copy. Raises FileError for a needed one that leads outside."""
+    names = [each.name for each in folder.iterdir() if each.is_file()]
+    for inner in folder.iterdir():
+        if inner.is_dir() and not inner.is_symlink() and not inner.name.startswith("."):
+            names += [f"{inner.name}/{each.name}" for each in inner.iterdir() if each.is_file()]
+    found = [(folder / name, name) for name in dict.fromkeys(_needed(sorted(names)))]
+    inside = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":  # of the Hugging Face cache, which is made of links to its blobs
+        inside.append(folder.resolve().parent.parent / "blobs")
+    for path, _ in found:
+        if not any(path.resolve().is_relative_to(each) for each in inside):
+            raise FileError(path, "is a link to a file outside of the folder, which is not installed")
+    return found
+
+
 def _size(path: Path) -> int:
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
+    files = [path] if path.is_file() else [each for each, _ in _needed_files(path)]
     return sum(each.stat().st_size for each in files)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import functools
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gouache.outside import parse_toml, read_text
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class KnownModel:
 @functools.cache
 def known_models() -> tuple[KnownModel, ...]:
     """All entries, in the order of the file."""
-    text = Path(__file__).with_name("known_models.toml").read_text(encoding="utf-8")
-    return tuple(KnownModel(**_with_tuples(each)) for each in tomllib.loads(text)["model"])
+    text = read_text(Path(__file__).with_name("known_models.toml"))
+    return tuple(KnownModel(**_with_tuples(each)) for each in parse_toml(text)["model"])
 
 
 def _with_tuples(table: dict[str, Any]) -> dict[str, Any]:

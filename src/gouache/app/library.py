@@ -1,33 +1,44 @@
 """The library: which models there are, what each is, and what the user noted about them. SQLite, `library.sqlite`.
 
 `refresh` searches all folders and reads the headers of new files: milliseconds per file. `hash_next` reads whole files,
-one per call, and should run in the background (`app.indexing`). A file that was moved or renamed is recognised by its
+one per call, and can run in the background (`app.indexing`). A file that was moved or renamed is recognised by its
 hash. Model files are never changed.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Iterable
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy import Connection, Table, and_, case, delete, func, or_, select, update
+from sqlalchemy.dialects.sqlite import insert
 
 from gouache.app import sidecars
-from gouache.app.entry import About, Entry, read_header
-from gouache.app.hashes import sha256, sha256_of
+from gouache.app.categories import category
+from gouache.app.entry import MAX_WEIGHT, USES, About, Entry, read_header
+from gouache.app.hashes import hashes, sha256, sha256_of
 from gouache.app.search_paths import Candidate, candidates
 from gouache.app.settings import DATABASE, Settings
 from gouache.app.sidecars import Sidecar
-from gouache.app.tables import AboutRow, FileRow, connect
-from gouache.errors import GouacheError, RequestError, printable
+from gouache.app.tables import AboutRow, Database, FileRow
+from gouache.errors import FileError, GouacheError, RequestError, printable
 from gouache.files.open import open_model
+from gouache.outside import open_outside
 
 OnWork = Callable[[str, int, int], None]
+
+_FILE, _ABOUT = cast(Table, FileRow.__table__), cast(Table, AboutRow.__table__)
+_BATCH = 200  # rows written at once: so much is lost if a refresh is stopped
+_INTEGERS = 1 << 63  # SQLite's are smaller
+_MAX_SEARCH = 50_000_000_000  # bytes read at most to find one hash
 
 
 @dataclass
@@ -40,13 +51,40 @@ class Changes:
     moved: list[tuple[Path, Path]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of the table `file`; the fields are explained there. `size` is -1 if the row is damaged."""
+
+    path: bytes
+    names: list[str] = field(default_factory=list)
+    size: int = -1
+    mtime_ns: int = 0
+    folder_category: str = ""
+    kind: str = ""
+    family: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    sidecar: dict[str, Any] = field(default_factory=dict)
+    error: str = ""
+    sha256: str = ""
+    missing: bool = False
+    added: datetime = field(default_factory=lambda: datetime.now(UTC).replace(tzinfo=None, microsecond=0))
+    autov3: str | None = None
+
+    @property
+    def location(self) -> Path:
+        return Path(os.fsdecode(self.path))
+
+    @property
+    def hashed(self) -> bool:
+        return bool(self.sha256) and (self.autov3 is not None or not _is_lora(self.kind))
+
+
 class Library:
     """An open library. To be used from one thread only; other processes may have it open at the same time."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
         self._settings = settings
-        self._engine = connect(path)
-        self._session = Session(self._engine)
+        self._database = Database(path)
 
     @classmethod
     def of(cls, settings: Settings) -> Library:
@@ -59,203 +97,413 @@ class Library:
         self.close()
 
     def close(self) -> None:
-        self._session.close()
-        self._engine.dispose()
+        self._database.close()
 
     def refresh(self, on_work: OnWork | None = None) -> Changes:
         """Search all folders; read the headers of new and changed files, and the sidecar files of all.
 
-        Raises FileError if the database cannot be written, or a list of folders cannot be read.
+        What was found is stored after every 200 files, so that a refresh that was stopped goes on where it was. Raises
+        FileError if the database cannot be written, or a list of folders cannot be read.
         """
         changes, rows = Changes(), self._rows()
-        found = list(candidates(self._settings))
+        found, pending = list(candidates(self._settings)), list[Row]()
+        folders = _Folders()
+        present = set[bytes]()
         for number, candidate in enumerate(found):
             if on_work is not None:
                 on_work("searching", number, len(found))
-            self._update(candidate, rows, changes)
-        present = {os.fsencode(candidate.path) for candidate in found}
-        for key, row in rows.items():
-            if key not in present and not row.missing:
-                row.missing = True
-                changes.gone.append(row.location)
-        self._session.flush()
-        self._detect_moved(changes)
-        self._session.commit()
+            key = os.fsencode(candidate.path)
+            present.add(key)
+            row = self._updated(key, candidate, rows.get(key), folders, changes)
+            if row is not None and row != rows.get(key):
+                rows[key] = row
+                pending.append(row)
+                if len(pending) >= _BATCH:
+                    self._store(pending)
+                    pending = []
+        self._store(pending)
+        gone = [row for key, row in rows.items() if key not in present and not row.missing]
+        changes.gone += [row.location for row in gone]
+        if gone:
+            with self._database.writing() as connection:
+                for row in gone:
+                    rows[row.path] = replace(row, missing=True)
+                    connection.execute(update(_FILE).where(_FILE.c.path == row.path).values(missing=True))
+        self._detect_moved(rows, changes)
         return changes
 
-    def _update(self, candidate: Candidate, rows: dict[bytes, FileRow], changes: Changes) -> None:
-        key = os.fsencode(candidate.path)
+    def _updated(
+        self, key: bytes, candidate: Candidate, row: Row | None, folders: _Folders, changes: Changes
+    ) -> Row | None:
+        """The row of a file as it is now; None for one that was deleted since it was listed, or is not readable."""
+        path = candidate.path
         try:
-            size, mtime = _size_and_mtime(candidate.path)
+            size, mtime = _size_and_mtime(path)
         except OSError:
-            return  # deleted since it was listed, or not readable
-        row = rows.get(key)
+            return None
         if row is None or (row.size, row.mtime_ns) != (size, mtime):
-            (changes.new if row is None else changes.changed).append(candidate.path)
-            if row is None:
-                row = rows[key] = FileRow(path=key)
-                self._session.add(row)
-            row.size, row.mtime_ns, row.sha256 = size, mtime, _hub_hash(candidate.path)
-            row.kind, row.family, row.facts, row.error = read_header(candidate.path)
-        _set(row, names=list(candidate.names), folder_category=candidate.category, missing=False)
-        _set(row, sidecar=_with_lists(sidecars.read(candidate.path)))
+            (changes.new if row is None else changes.changed).append(path)
+            kind, family, facts, error = read_header(path)
+            row = replace(
+                row or Row(key), size=size, mtime_ns=mtime, sha256=_hub_hash(path), autov3=None, kind=kind,
+                family=family, facts=_plain(facts), error=error,
+            )  # fmt: skip
+        left_at = str(row.sidecar.get("left_at", ""))
+        sidecar = sidecars.read(path, folders.names(path.parent), Path(left_at) if left_at else None)
+        return replace(
+            row, names=list(candidate.names), folder_category=candidate.category, missing=False,
+            sidecar=_plain(_with_lists(sidecar)),
+        )  # fmt: skip
 
-    def _detect_moved(self, changes: Changes) -> None:
+    def _store(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        with self._database.writing() as connection:
+            _write(connection, rows)
+
+    def _detect_moved(self, rows: dict[bytes, Row], changes: Changes) -> None:
         """Hash the new files that have the size of a missing one: they may be the same file under another name."""
-        missing_sizes = {row.size for row in self._rows().values() if row.missing and row.sha256}
+        missing_sizes = {row.size for row in rows.values() if row.missing and row.sha256}
         for path in changes.new:
-            row = self._session.get_one(FileRow, os.fsencode(path))
+            row = rows[os.fsencode(path)]
             if row.size in missing_sizes:
                 self._hash(row, changes)
 
     def hash_next(self) -> Entry | None:
         """Compute the hash of one file that has none; None if all have one. Raises FileError."""
-        row = next(iter(self._unhashed_rows()), None)
-        if row is None:
-            return None
-        self._hash(row, Changes())
-        self._session.commit()
-        return self._entry(row)
+        row = next((row for row in self._rows().values() if _wants_hash(row)), None)
+        return None if row is None else self.entry(self._hash(row, Changes()).location)
 
     @property
     def unhashed(self) -> tuple[int, int]:
         """(files, bytes) that `hash_next` still has to read."""
-        rows = self._unhashed_rows()
+        rows = [row for row in self._rows().values() if _wants_hash(row)]
         return len(rows), sum(row.size for row in rows)
-
-    def _unhashed_rows(self) -> list[FileRow]:
-        return [row for row in self._rows().values() if not row.sha256 and not row.missing and not row.error]
 
     def store_hash(self, path: Path, sha256: str) -> None:
         """Store a hash that was computed elsewhere."""
-        if (row := self._session.get(FileRow, os.fsencode(path))) is not None:
-            row.sha256 = sha256
-            self._session.commit()
+        with self._database.writing() as connection:
+            connection.execute(update(_FILE).where(_FILE.c.path == os.fsencode(path)).values(sha256=sha256))
 
-    def _hash(self, row: FileRow, changes: Changes) -> None:
+    def _hash(self, row: Row, changes: Changes) -> Row:
+        """`row` with its hashes, or the reason why it has none. Rows of missing files with that hash are removed."""
         try:
-            row.sha256 = _digest(row.location, self._settings)
+            sha256, autov3 = _digests(row, self._settings)
         except (GouacheError, OSError) as error:
-            row.error = printable(str(error), 400)
-            return
-        same = select(FileRow).where(FileRow.sha256 == row.sha256, FileRow.missing)
-        for before in self._session.scalars(same).all():
-            changes.moved.append((before.location, row.location))
-            row.added = before.added
-            self._session.delete(before)
+            row = replace(row, error=printable(str(error), 400))
+            self._store([row])
+            return row
+        row = replace(row, sha256=sha256, autov3=autov3)
+        with self._database.writing() as connection:
+            same = select(_FILE).where(_FILE.c.sha256 == sha256, _FILE.c.missing, _FILE.c.path != row.path)
+            for found in connection.execute(same).mappings().all():
+                before = _row(found)
+                changes.moved.append((before.location, row.location))
+                row = replace(row, added=before.added, sidecar=self._left_behind(before, row))
+                connection.execute(delete(_FILE).where(_FILE.c.path == before.path))
+            _write(connection, [row], hashed=True)
+        return row
+
+    def _left_behind(self, before: Row, row: Row) -> dict[str, Any]:
+        """The sidecar values of a moved file: of the files next to it, or else of those that stayed where it was."""
+        if row.sidecar.get("files"):
+            return row.sidecar
+        left_at = Path(str(before.sidecar.get("left_at") or before.location))
+        return _plain(_with_lists(sidecars.read(row.location, None, left_at)))
 
     def entries(self, kind: str = "", family: str = "", tag: str = "", missing: bool = False) -> list[Entry]:
         """Models in name order; only those of a `kind` or category, `family` or `tag`. `missing`: the deleted ones."""
-        found = [self._entry(row) for row in self._rows().values() if row.missing == missing]
+        wanted = _folded(tag)
         kept = [
             each
-            for each in found
-            if (not kind or kind in (each.category, each.kind))
+            for each in self._entries()
+            if each.missing == missing
+            and (not kind or kind in (each.category, each.kind))
             and (not family or each.family == family)
-            and (not tag or tag.casefold() in (one.casefold() for one in each.details.tags))
+            and (not tag or wanted in map(_folded, each.details.tags))
         ]
         return sorted(kept, key=lambda each: (each.name.casefold(), str(each.path)))
 
     def find(self, words: str) -> list[Entry]:
         """Models for which every word occurs in a name, title, tag, note, description, trigger word or other text."""
-        wanted = words.casefold().split()
+        wanted = _folded(words).split()
         return [each for each in self.entries() if all(word in _all_text(each) for word in wanted)]
 
     def entry(self, path: Path) -> Entry | None:
         """The model at `path`; None if it is not in the library."""
-        row = self._session.get(FileRow, os.fsencode(path))
-        return None if row is None else self._entry(row)
+        with self._database.reading() as connection:
+            row = _find(connection, path)
+            return None if row is None else _entry(row, _about(connection, row.sha256))
 
     def read_entry(self, path: Path) -> Entry:
-        """An entry for a model that is in no folder of the library, from its header and sidecar files. Not stored."""
-        size, mtime = _size_and_mtime(path)
+        """An entry for a model that is in no folder of the library, from its header and sidecar files. Not stored.
+
+        Raises FileError if it does not exist or cannot be read.
+        """
+        try:
+            size, mtime = _size_and_mtime(path)
+        except OSError as error:
+            raise FileError(path, f"cannot be read: {error.strerror}") from None
         kind, family, facts, error = read_header(path)
         return Entry(
-            path=path, names=(path.stem, path.name), size=size, folder_category="", kind=kind, family=family,
-            facts=facts, sidecar=sidecars.read(path), about=About(), error=error, sha256="", missing=False,
-            added=datetime.fromtimestamp(mtime / 1e9, UTC),
+            path=path, names=tuple(dict.fromkeys((path.stem, path.name))), size=size, folder_category="", kind=kind,
+            family=family, facts=facts, sidecar=sidecars.read(path), about=About(), error=error, sha256="",
+            missing=False, added=_time(mtime),
         )  # fmt: skip
 
     def paths_of_hash(self, start: str) -> list[Path]:
-        """The existing files whose hash begins with `start`."""
-        rows = self._session.scalars(select(FileRow).where(FileRow.sha256.startswith(start, autoescape=True)))
-        return [row.location for row in rows if row.location.exists()] if start else []
+        """The existing files of which the SHA-256 or AutoV3, as stored, begins with `start`."""
+        if not start:
+            return []
+        columns = (_FILE.c.sha256.startswith(start, autoescape=True), _FILE.c.autov3.startswith(start, autoescape=True))
+        with self._database.reading() as connection:
+            found = [_row(each).location for each in connection.execute(select(_FILE).where(or_(*columns))).mappings()]
+        return [path for path in found if _exists(path)]
 
-    def describe(self, path: Path, **values: Any) -> Entry:
+    def find_hash(self, digest: str, kind: str = "") -> Path | None:
+        """The file with this hash among those that were never hashed; they are hashed until it is found.
+
+        `kind`, if given, is the category in which to look first. AutoV1 (8 digits) is read of all files: it takes
+        64 KiB of each. At most 50 GB are read for the other hashes.
+        """
+        rows = [row for row in self._rows().values() if not row.missing and not row.error]
+        if len(digest) == 8:
+            for row in rows:
+                if _autov1(row.location) == digest:
+                    return row.location
+        left = _MAX_SEARCH
+        for row in sorted((row for row in rows if not row.hashed), key=lambda row: (_category(row) != kind, row.size)):
+            left -= row.size
+            if left < 0:
+                return None
+            row = self._hash(row, Changes())
+            if row.sha256.startswith(digest) or (row.autov3 or "").startswith(digest):
+                return row.location
+        return None
+
+    def describe(
+        self, path: Path, *, add_tags: Iterable[str] = (), remove_tags: Iterable[str] = (), **values: Any
+    ) -> Entry:
         """Store what the user notes about the model at `path`: fields of About, which replace their former values.
 
-        If the model has no hash yet, it is computed. Raises RequestError for values out of range, FileError.
+        Tags can also be added and removed, so that two processes can do that at once. If the model has no hash yet, it
+        is computed. Raises RequestError for values out of range, FileError.
         """
-        row = self._session.get(FileRow, os.fsencode(path))
+        with self._database.reading() as connection:
+            row = _find(connection, path)
         if row is None:
-            raise RequestError("model", f"{path} is not in the library; add its folder with `gouache models add`")
-        about = replace(self._about(row), **values)
+            shown = printable(str(path))
+            raise RequestError("model", f"{shown} is not in the library; add its folder with `gouache models add`")
+        replace(About(), **values)  # checked before gigabytes are hashed
         if not row.sha256:
-            row.sha256 = _digest(row.location, self._settings)
-        about_row = self._session.get(AboutRow, row.sha256) or AboutRow(sha256=row.sha256)
-        for name, value in _with_lists(about).items():
-            setattr(about_row, name, value)
-        self._session.add(about_row)
-        self._session.commit()
-        return self._entry(row)
+            digest = _digests(row, self._settings)[0]
+            self.store_hash(path, digest)
+            row = replace(row, sha256=digest)
+        with self._database.writing() as connection:
+            about = replace(_about(connection, row.sha256), **values)
+            removed = set(remove_tags)
+            tags = [each for each in (*about.tags, *add_tags) if each not in removed]
+            about = replace(about, tags=tuple(dict.fromkeys(tags)))
+            new = insert(_ABOUT).values(sha256=row.sha256, **_plain(_with_lists(about)))
+            changed = {each.name: new.excluded[each.name] for each in fields(About)}
+            connection.execute(new.on_conflict_do_update(index_elements=["sha256"], set_=changed))
+        return _entry(row, about)
 
     def forget(self, paths: Iterable[Path]) -> None:
         """Delete the rows of these files. The user's notes are kept, in case the models are added again."""
-        for path in paths:
-            if (row := self._session.get(FileRow, os.fsencode(path))) is not None:
-                self._session.delete(row)
-        self._session.commit()
+        with self._database.writing() as connection:
+            for path in paths:
+                connection.execute(delete(_FILE).where(_FILE.c.path == os.fsencode(path)))
 
-    def _rows(self) -> dict[bytes, FileRow]:
-        return {row.path: row for row in self._session.scalars(select(FileRow))}
+    def _rows(self) -> dict[bytes, Row]:
+        with self._database.reading() as connection:
+            rows = map(_row, connection.execute(select(_FILE)).mappings())
+            return {row.path: row for row in rows}
 
-    def _about(self, row: FileRow) -> About:
-        about_row = self._session.get(AboutRow, row.sha256) if row.sha256 else None
-        if about_row is None:
-            return About()
-        return About(**_with_tuples({each.name: getattr(about_row, each.name) for each in fields(About)}))
+    def _entries(self) -> Iterator[Entry]:
+        with self._database.reading() as connection:
+            rows = [_row(each) for each in connection.execute(select(_FILE)).mappings()]
+            abouts = {each["sha256"]: _about_of(each) for each in connection.execute(select(_ABOUT)).mappings()}
+        for row in rows:
+            yield _entry(row, abouts.get(row.sha256, About()) if row.sha256 else About())
 
-    def _entry(self, row: FileRow) -> Entry:
-        return Entry(
-            path=row.location, names=tuple(row.names), size=row.size, folder_category=row.folder_category,
-            kind=row.kind, family=row.family, facts=row.facts, sidecar=Sidecar(**_with_tuples(row.sidecar)),
-            about=self._about(row), error=row.error, sha256=row.sha256, missing=row.missing,
-            added=row.added.replace(tzinfo=UTC),
-        )  # fmt: skip
+
+class _Folders:
+    """The names of the files in each folder, listed once."""
+
+    def __init__(self) -> None:
+        self._names = dict[Path, frozenset[str]]()
+
+    def names(self, folder: Path) -> frozenset[str]:
+        if folder not in self._names:
+            try:
+                self._names[folder] = frozenset(os.listdir(folder))  # noqa: PTH208 - names, thousands of them
+            except OSError:
+                self._names[folder] = frozenset()
+        return self._names[folder]
+
+
+def _write(connection: Connection, rows: list[Row], hashed: bool = False) -> None:
+    """Insert or replace `rows`. A hash that another process has stored meanwhile is kept, unless these are `hashed`."""
+    columns = [each.name for each in fields(Row)]
+    new = insert(_FILE)
+    excluded = new.excluded
+    changed: dict[str, Any] = {_column(name): excluded[_column(name)] for name in columns if name != "path"}
+    if not hashed:
+        known = and_(func.typeof(_FILE.c.sha256) == "text", func.length(_FILE.c.sha256) == 64)
+        same = and_(_FILE.c.size == excluded.size, _FILE.c.mtime_ns == excluded.mtime_ns, known)
+        for name in ("sha256", "autov3"):
+            changed[name] = case((same, _FILE.c[name]), else_=excluded[name])
+    statement = new.on_conflict_do_update(index_elements=["path"], set_=changed)
+    connection.execute(statement, [{_column(name): getattr(row, name) for name in columns} for row in rows])
+
+
+def _column(name: str) -> str:
+    return {"folder_category": "place", "error": "trouble"}.get(name, name)
+
+
+def _find(connection: Connection, path: Path) -> Row | None:
+    found = connection.execute(select(_FILE).where(_FILE.c.path == os.fsencode(path))).mappings().first()
+    return None if found is None else _row(found)
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "names": list, "size": int, "mtime_ns": int, "folder_category": str, "kind": str, "family": str, "facts": dict,
+    "sidecar": dict, "error": str, "sha256": str, "missing": bool, "added": datetime, "autov3": (str, type(None)),
+}  # fmt: skip
+
+
+def _row(found: Mapping[Any, Any]) -> Row:
+    """A row of the database. What is damaged in it is left out, and the file is read again at the next refresh."""
+    path = found["path"]
+    values = {name: found[_column(name)] for name in _TYPES}
+    sound = {name: value for name, value in values.items() if isinstance(value, _TYPES[name])}
+    if not re.fullmatch("[0-9a-f]*", sound.get("sha256", "")):
+        sound["sha256"] = ""
+    if not sound.get("names") or not all(isinstance(each, str) for each in sound["names"]):
+        sound["names"] = [os.path.basename(os.fsdecode(path))]  # noqa: PTH119
+    if len(sound) < len(_TYPES):
+        sound["size"] = -1
+    return Row(path if isinstance(path, bytes) else os.fsencode(str(path)), **sound)
+
+
+def _about(connection: Connection, sha256: str) -> About:
+    if not sha256:
+        return About()
+    found = connection.execute(select(_ABOUT).where(_ABOUT.c.sha256 == sha256)).mappings().first()
+    return About() if found is None else _about_of(found)
+
+
+def _about_of(found: Mapping[Any, Any]) -> About:
+    """Notes of the database, without what is damaged."""
+    values: dict[str, Any] = {}
+    for each in fields(About):
+        value = found[each.name]
+        if isinstance(each.default, tuple):
+            values[each.name] = tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
+        elif each.name == "weight":
+            sound = isinstance(value, int | float) and abs(value) <= MAX_WEIGHT
+            values[each.name] = float(value) if sound else None
+        elif isinstance(value, str) and (each.name != "use" or value in USES):
+            values[each.name] = value
+    return About(**values)
+
+
+def _entry(row: Row, about: About) -> Entry:
+    return Entry(
+        path=row.location, names=tuple(row.names), size=max(0, row.size), folder_category=row.folder_category,
+        kind=row.kind, family=row.family, facts=row.facts, sidecar=sidecars.from_stored(row.sidecar), about=about,
+        error=row.error, sha256=row.sha256, missing=row.missing, added=row.added.replace(tzinfo=UTC),
+    )  # fmt: skip
+
+
+def _wants_hash(row: Row) -> bool:
+    return not row.hashed and not row.missing and not row.error
+
+
+def _category(row: Row) -> str:
+    return category(row.kind) if row.kind not in ("", "unknown") else row.folder_category
+
+
+def _is_lora(kind: str) -> bool:
+    return category(kind) == "lora"
 
 
 def _size_and_mtime(path: Path) -> tuple[int, int]:
-    """(bytes, newest modification time in ns) of a file, or of all files in a folder."""
-    files = [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
-    stats = [each.stat() for each in files]
-    return sum(each.st_size for each in stats), max((each.st_mtime_ns for each in stats), default=0)
+    """(bytes, newest modification time in ns) of a file, or of all files in a folder. Raises OSError."""
+    try:
+        status = path.stat()
+    except OSError:
+        status = path.lstat()  # a link to nothing, or to itself, is listed with the reason why it cannot be opened
+    stats = [status]
+    if stat.S_ISDIR(status.st_mode):
+        stats = [each.stat() for each in path.rglob("*") if each.is_file()]
+    elif not stat.S_ISREG(status.st_mode):
+        return 0, 0
+    newest = max((each.st_mtime_ns for each in stats), default=0)
+    return sum(each.st_size for each in stats), max(-_INTEGERS, min(newest, _INTEGERS - 1))
+
+
+def _time(mtime_ns: int) -> datetime:
+    try:
+        return datetime.fromtimestamp(mtime_ns / 1e9, UTC)
+    except (ValueError, OverflowError, OSError):
+        return datetime.fromtimestamp(0, UTC)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _hub_hash(path: Path) -> str:
     """In the Hugging Face cache a large file is named by its SHA-256, and the snapshot contains a link to it."""
-    real = path.resolve()
+    try:
+        real = path.resolve() if path.is_symlink() else path
+    except (OSError, RuntimeError):  # a link to itself
+        return ""
     name = real.name
     return name if real.parent.name == "blobs" and len(name) == 64 and set(name) <= set("0123456789abcdef") else ""
 
 
-def _digest(path: Path, settings: Settings) -> str:
-    return sha256(open_model(path), settings) if path.is_dir() else sha256_of(path, settings)
+def _digests(row: Row, settings: Settings) -> tuple[str, str | None]:
+    """(SHA-256, AutoV3); the second only of LoRAs: it takes a second pass. Raises FileError."""
+    path = row.location
+    if path.is_dir():
+        return sha256(open_model(path), settings), "" if _is_lora(row.kind) else None
+    if _is_lora(row.kind):
+        every = hashes(path, settings)
+        return every.sha256, every.autov3
+    return sha256_of(path, settings), None
 
 
-def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
-    """Lists of JSON as the tuples of our dataclasses."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _autov1(path: Path) -> str:
+    """A1111's first hash: 8 digits of the SHA-256 of 64 KiB at offset 1 MiB."""
+    try:
+        with open_outside(path) as file:
+            file.seek(0x100000)
+            return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    except (FileError, OSError):
+        return ""
 
 
 def _with_lists(record: Sidecar | About) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()}
 
 
-def _set(row: FileRow, **values: Any) -> None:
-    """Set only values that differ, so that a refresh without changes writes nothing."""
-    for name, value in values.items():
-        if getattr(row, name, None) != value:
-            setattr(row, name, value)
+def _plain(value: Any) -> Any:
+    """`value` without lone surrogates (from names that are not valid text), which SQLite cannot store."""
+    if isinstance(value, str):
+        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 def _all_text(entry: Entry) -> str:
@@ -265,4 +513,4 @@ def _all_text(entry: Entry) -> str:
         details.notes, *details.trigger_words, details.base, details.use, entry.sidecar.description,
         *(str(value) for value in entry.facts.values()),
     ]  # fmt: skip
-    return "\n".join(texts).casefold()
+    return _folded("\n".join(texts))

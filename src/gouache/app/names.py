@@ -1,48 +1,91 @@
-"""Finds model files by name: "mini", a path, or a name as in A1111: `name`, `folder/name`, `name [hash]`."""
+"""Finds model files by name: "mini", a path, or a name as in A1111: `name`, `folder/name`, `name [hash]`.
+
+A name without a folder, such as `mini` or `hats`, is looked up in the library first: a file or folder of that name in
+the working folder does not hide a model. `./hats` and `hats.safetensors` are paths first.
+"""
 
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import unicodedata
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from gouache.app.hashes import hashes, sha256_of
-from gouache.app.search_paths import Candidate, candidates
+from gouache.app.search_paths import SUFFIXES, Candidate, candidates
 from gouache.app.settings import Settings
 from gouache.errors import FileError, RequestError, printable
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "embedded"
 DEFAULT = "mini"
-_WITH_HASH = re.compile(r"(.*?)\s*\[([0-9a-fA-F]{8,64})\]")
+_WITH_HASH = re.compile(r"(.*?)\s*\[([0-9a-fA-F]{8,64})\]", re.DOTALL)
+_MAX_NAME = 1000  # letters; what is longer is nobody's name
 
 
-def resolve(name: str, settings: Settings, kind: str = "", setting: str = "") -> Path:
+def resolve(name: str, settings: Settings, kind: str = "", setting: str = "", paths: bool = True) -> Path:
     """The file or folder called `name`. If several have that name, the first in a folder for `kind`, if given.
 
-    Raises RequestError, with similar names, if there is none, or none with that name and hash; `setting` is the name
-    of the option in its message.
+    `paths` False: only names of the library, for text that others wrote: a prompt's tags, a picture's recipe. Raises
+    RequestError, with similar names, if there is none, or none with that name and hash; `setting` is the name of the
+    option in its message.
     """
-    try:
-        path = Path(name).expanduser()
-        if path.exists():
-            return path
-    except (OSError, RuntimeError):
-        pass  # too long for a path, or ~user with an unknown user
-    inside = embedded(name) if kind in ("", "checkpoint") else None
-    if inside is not None:
+    path = _existing(name) if paths else None
+    if path is not None and _is_explicit(name, path):
+        return path
+    if (inside := embedded(name) if kind in ("", "checkpoint") else None) is not None:
         return inside
     every = list(candidates(settings))
+    for matching in (_exactly, _loosely):
+        if found := _with_name(name, every, kind, matching):
+            return found[0].path
+        if path is not None:
+            return path
     bare, digest = _split_hash(name)
-    found = _with_name(bare, every, kind)
     if digest:
-        return _with_hash(bare, digest, found, settings)
-    if found:
-        return found[0].path
+        found = _with_name(bare, every, kind, _exactly) or _with_name(bare, every, kind, _loosely)
+        return _with_hash(bare, digest, found, kind, setting, settings)
     name = printable(name)
-    near = difflib.get_close_matches(name, [*(each for one in every for each in one.names), DEFAULT], n=3)
-    hint = f"similar names: {', '.join(near)}" if near else f"searched {', '.join(map(str, settings.models))}"
+    known = [each for one in every if not kind or one.category in ("", kind) for each in one.names]
+    known += [DEFAULT] if kind in ("", "checkpoint") else []
+    near = difflib.get_close_matches(name, known, n=3) if len(name) < _MAX_NAME else []
+    hint = f"similar names: {', '.join(map(printable, near))}" if near else _searched(settings)
     what = kind or "model"
-    raise RequestError(setting or what, f"there is no file {name!r} and no {what} of that name; {hint}")
+    there = f"there is no file {name!r} and no {what} of that name" if paths else f"there is no {what} named {name!r}"
+    raise RequestError(setting or what, f"{there}; {hint}")
+
+
+def _searched(settings: Settings) -> str:
+    return f"searched {', '.join(printable(str(each)) for each in settings.models)}; `gouache models add` adds folders"
+
+
+def _existing(name: str) -> Path | None:
+    """`name` as a path, if there is something, or may be: a link to nothing, a file in a folder without permission."""
+    try:
+        path = Path(name).expanduser()
+    except RuntimeError:  # ~user with an unknown user
+        return None
+    try:
+        path.lstat()
+    except PermissionError:
+        return path
+    except (OSError, ValueError):
+        return None  # there is none, or it is too long for a path
+    return path
+
+
+def _is_explicit(name: str, path: Path) -> bool:
+    """Whether `name`, which exists as `path`, can only mean that: `/x`, `./x`, `~/x`, a model file or model folder."""
+    first = re.split(r"[/\\]" if os.name == "nt" else "/", name, maxsplit=1)[0]
+    if path.is_absolute() or first in (".", "..") or first.startswith("~"):
+        return True
+    try:
+        if path.is_dir():  # `sub/name`, as a diffusers folder or one of its components
+            return first != name and any((path / each).is_file() for each in ("model_index.json", "config.json"))
+    except OSError:
+        return first != name
+    return path.suffix.lower() in SUFFIXES
 
 
 def _split_hash(name: str) -> tuple[str, str]:
@@ -51,41 +94,70 @@ def _split_hash(name: str) -> tuple[str, str]:
     return (match[1], match[2].lower()) if match else (name, "")
 
 
-def _with_name(name: str, every: list[Candidate], kind: str) -> list[Candidate]:
-    """Those with that name: exact matches if there are any, else ignoring case.
+def _exactly(name: str) -> str:
+    # macOS stores names decomposed (NFD); keyboards and pictures write them composed.
+    return unicodedata.normalize("NFC", name)
 
-    Those in folders for `kind` come first, those in folders for another kind last.
-    """
-    exact = [each for each in every if name in each.names]
-    folded = name.casefold().replace("\\", "/")
-    found = exact or [each for each in every if folded in (one.casefold() for one in each.names)]
+
+def _loosely(name: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold()).replace("\\", "/").strip()
+
+
+def _with_name(name: str, every: list[Candidate], kind: str, form: Callable[[str], str]) -> list[Candidate]:
+    """Those with that name in that form. Those in folders for `kind` come first, those for another kind last."""
+    wanted = form(name)
+    found = [each for each in every if any(form(one) == wanted for one in each.names)]
     return sorted(found, key=lambda each: 0 if not kind or each.category == kind else 1 if not each.category else 2)
 
 
-def _with_hash(name: str, digest: str, found: list[Candidate], settings: Settings) -> Path:
+def _with_hash(name: str, digest: str, found: list[Candidate], kind: str, setting: str, settings: Settings) -> Path:
     """The one of `found` with that hash, or, if the file was renamed, any file with that hash in the library."""
-    from gouache.app.library import Library
-
     others = list[str]()
     for each in found:
         if each.path.is_dir():
             continue
         try:
-            full = sha256_of(each.path, settings)
-            if full.startswith(digest) or (len(digest) == 8 and hashes(each.path, settings).autov1 == digest):
+            if has_hash(each.path, digest, settings):
                 return each.path
-        except (OSError, FileError):
+            others.append(f"{printable(each.names[0])} [{sha256_of(each.path, settings)[:10]}]")
+        except FileError:
             continue
-        others.append(f"{each.names[0]} [{full[:10]}]")
+    from gouache.app.library import Library
+
     with Library.of(settings) as library:
-        renamed = library.paths_of_hash(digest)
-        if not renamed:  # it may have been renamed since the last refresh
+        renamed = _first_with_hash(library.paths_of_hash(digest), digest, settings)
+        if renamed is None:  # it may have been renamed since the last refresh
             library.refresh()
-            renamed = library.paths_of_hash(digest)
-    if renamed:
-        return renamed[0]
-    hint = f"there is {', '.join(others)}" if others else "`gouache models list` lists all models"
-    raise RequestError("model", f"no model {printable(name)!r} has the hash {digest}; {hint}")
+            renamed = _first_with_hash(library.paths_of_hash(digest), digest, settings)
+            renamed = renamed or library.find_hash(digest, kind)
+    if renamed is not None:
+        return renamed
+    hint = f"there is {', '.join(others[:5])}" if others else "`gouache models list` lists all models"
+    raise RequestError(setting or kind or "model", f"no model {printable(name)!r} has the hash {digest}; {hint}")
+
+
+def _first_with_hash(paths: Iterable[Path], digest: str, settings: Settings) -> Path | None:
+    """The library's hash may be that of a file that was replaced by one of the same size and time."""
+    for path in paths:
+        try:
+            if path.is_dir() or has_hash(path, digest, settings):
+                return path
+        except FileError:
+            continue
+    return None
+
+
+def has_hash(path: Path, digest: str, settings: Settings) -> bool:
+    """Whether `digest` begins one of the hashes that pictures carry for this file. Raises FileError.
+
+    A1111 writes AutoV2 (or, long ago, AutoV1) for checkpoints and AutoV3 for LoRAs.
+    """
+    if sha256_of(path, settings).startswith(digest):
+        return True
+    if len(digest) not in (8, 10, 12):
+        return False
+    every = hashes(path, settings)
+    return digest == every.autov1 or bool(every.autov3 and every.autov3.startswith(digest))
 
 
 def embedded(name: str) -> Path | None:

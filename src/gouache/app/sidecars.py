@@ -12,25 +12,29 @@ For NAME.safetensors; of the same value in several files the later one in this l
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import printable
+from gouache.errors import FileError, printable
+from gouache.outside import MalformedText, parse_json, read_text
 
 PREVIEWS = tuple(
     f"{middle}{suffix}" for middle in (".preview", "") for suffix in (".png", ".jpg", ".jpeg", ".webp", ".gif")
 )
+MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".sft", ".png", ".webp")
 _MAX_BYTES = 4_000_000  # larger files hold previews embedded in JSON and are not read
 _MAX_TEXT = 20_000
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The combined values; "", () or None where no file has one. `sha256` in lower case. `files`: those read."""
+    """The combined values; "", () or None where no file has one. `sha256` in lower case. `files`: those read.
+
+    `left_at`: the path that the model had before it was moved, if the files stayed there.
+    """
 
     title: str = ""
     description: str = ""
@@ -45,24 +49,60 @@ class Sidecar:
     preview: str = ""
     config: str = ""
     files: tuple[str, ...] = ()
+    left_at: str = ""
 
 
-def read(model: Path) -> Sidecar:
-    """Read all sidecar files of `model`; files that cannot be read are skipped."""
+def read(model: Path, names: Container[str] | None = None, before: Path | None = None) -> Sidecar:
+    """Read all sidecar files of `model`; files that cannot be read are skipped.
+
+    `names`, if given, are the names in its folder. If there are no sidecar files, those of `before` are read: the path
+    that the model had until it was moved, unless there is another model now.
+    """
+    found = _read(model, names)
+    if found.files or before is None or before == model or _exists(before):
+        return found
+    left = _read(before, None)
+    return replace(left, left_at=str(before)) if left.files else found
+
+
+def from_stored(values: Mapping[str, Any]) -> Sidecar:
+    """A Sidecar from its fields as stored, without those that are damaged."""
+    sound: dict[str, Any] = {}
+    for each in fields(Sidecar):
+        value = values.get(each.name)
+        if isinstance(each.default, tuple) and isinstance(value, list):
+            sound[each.name] = tuple(one for one in value if isinstance(one, str))
+        elif isinstance(value, str if isinstance(each.default, str) else int | float):
+            sound[each.name] = value
+    return Sidecar(**sound)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def _read(model: Path, names: Container[str] | None) -> Sidecar:
     values: dict[str, Any] = {}
     files = list[str]()
-    stem = model if model.is_dir() else model.with_suffix("")
+    # By its suffix, not by what it is: the file may not be there any more. A folder "v1.5" has none.
+    stem = model.with_suffix("") if model.suffix.lower() in MODEL_SUFFIXES else model
     for suffix, reader in _READERS.items():
-        path = stem.with_name(stem.name + suffix)
-        found = {key: value for key, value in reader(path) if value not in ("", (), None)}
+        name = stem.name + suffix
+        if names is not None and name not in names:
+            continue
+        found = {key: value for key, value in reader(stem.with_name(name)) if value not in ("", (), None)}
         if found:
-            files.append(path.name)
+            files.append(name)
             values.update(found)
-    for name, suffixes in (("preview", PREVIEWS), ("config", (".yaml",))):
-        paths = (stem.with_name(stem.name + suffix) for suffix in suffixes)
-        if (path := next((path for path in paths if path != model and path.is_file()), None)) is not None:
-            values[name] = str(path)
-            files.append(path.name)
+    for field, suffixes in (("preview", PREVIEWS), ("config", (".yaml",))):
+        for name in (stem.name + suffix for suffix in suffixes):
+            if name != model.name and (name in names if names is not None else _exists(stem.with_name(name))):
+                values[field] = str(stem.with_name(name))
+                files.append(name)
+                break
     return Sidecar(**values, files=tuple(files))
 
 
@@ -129,17 +169,15 @@ _READERS = {
 
 def _read_text(path: Path) -> str | None:
     try:
-        if not path.is_file() or path.stat().st_size > _MAX_BYTES:
-            return None
-        return path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError:
+        return read_text(path, _MAX_BYTES, errors="replace")
+    except (FileError, OSError):
         return None
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        value = json.loads(_read_text(path) or "{}")
-    except (ValueError, RecursionError):
+        value = parse_json(_read_text(path) or "{}")
+    except MalformedText:
         return {}
     return value if isinstance(value, dict) else {}
 

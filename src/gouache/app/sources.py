@@ -1,22 +1,21 @@
-"""File sources for `generate`: finds LoRAs, embeddings, hypernetworks and VAEs in the library or by a recipe."""
+"""File sources for `generate`: finds LoRAs, embeddings, hypernetworks and VAEs in the library."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from gouache.adapters.embedding import fits
 from gouache.app import hashes, names
 from gouache.app.search_paths import Candidate, candidates
 from gouache.app.settings import Settings
-from gouache.errors import FileError
+from gouache.errors import FileError, RequestError
 from gouache.files.open import open_model
-from gouache.generate.adapters import Kind, read_spec
+from gouache.generate.adapters import Kind
 from gouache.layouts.adapters import read_embedding
+from gouache.prompts.embedding_names import used
 
 
 class LibrarySource:
@@ -25,30 +24,40 @@ class LibrarySource:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def find(self, kind: Kind, name: str) -> Path:
-        return names.resolve(name, self._settings, kind)
+    def find(self, kind: Kind, name: str, *, paths: bool = True) -> Path:
+        try:
+            return names.resolve(name, self._settings, kind, paths=paths)
+        except RequestError as error:
+            if paths or not re.search(r"[/\\~]", name):
+                raise
+            message = str(error).removeprefix(f"{error.setting}: ")
+            raise RequestError(
+                error.setting, f"{message}; tags in prompts name files of the library, not paths"
+            ) from None
 
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
-        """Name -> file of the embeddings whose file name occurs in `prompts` as a separate word, ignoring case.
+    def mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+        """Name -> file of the embeddings whose file name occurs in `texts`, which are without escapes and weights.
 
         `widths`: the widths of the model's text encoders. Of several embeddings with one name, the first that fits
-        them; those for other models are skipped.
+        them, those in a folder that the text names before others; those for other models are skipped.
         """
-        return {name: path for name, path, fit in self._mentioned(prompts, widths) if fit}
+        return {name: path for name, path, fit in self._mentioned(texts, widths) if fit}
 
-    def mentioned_for_other_models(self, prompts: Sequence[str], widths: Mapping[str, int]) -> list[Path]:
+    def mentioned_for_other_models(self, texts: Sequence[str], widths: Mapping[str, int]) -> list[Path]:
         """The embeddings that are mentioned, but are for other models."""
-        every = list(self._mentioned(prompts, widths))
+        every = list(self._mentioned(texts, widths))
         used = {name.casefold() for name, _, fit in every if fit}
         return [path for name, path, fit in every if not fit and name.casefold() not in used]
 
-    def _mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Iterator[tuple[str, Path, bool]]:
+    def _mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Iterator[tuple[str, Path, bool]]:
         """(name, file, whether it fits) of the embeddings that are mentioned."""
-        text = " ".join(prompts).casefold()
+        every = "\n".join(texts).casefold()
         seen = set[str]()
-        for path in self._embeddings:
+        for path in sorted(
+            self._embeddings, key=lambda path: f"{path.parent.name}/{path.stem}".casefold() not in every
+        ):
             name = path.stem
-            if not _is_mentioned(name.casefold(), text):
+            if not used(texts, [name]):
                 continue
             fit = _fits(path, widths)
             if not fit or name.casefold() not in seen:
@@ -59,8 +68,11 @@ class LibrarySource:
         """The weight set by the user or a sidecar file, else 1."""
         from gouache.app.library import Library
 
-        with Library.of(self._settings) as library:
-            entry = library.entry(path)
+        try:
+            with Library.of(self._settings) as library:
+                entry = library.entry(path)
+        except FileError:  # a home folder that is read-only or full: painting does not need the library
+            return 1.0
         weight = entry.details.weight if entry is not None else None
         return 1.0 if weight is None else weight
 
@@ -70,56 +82,6 @@ class LibrarySource:
     @cached_property
     def _embeddings(self) -> list[Path]:
         return [each.path for each in _embeddings_of(candidates(self._settings))]
-
-
-class RecordedSource(LibrarySource):
-    """Finds the adapter files of a recipe: by their path, else by their hash, else by their name.
-
-    `adapters` are the recipe's entries.
-    """
-
-    def __init__(self, settings: Settings, adapters: Sequence[Mapping[str, Any]]) -> None:
-        super().__init__(settings)
-        self._adapters = adapters
-
-    def find(self, kind: Kind, name: str) -> Path:
-        for each in self._adapters:
-            if each.get("kind") == kind and each.get("setting") and read_spec(kind, str(each["setting"])).name == name:
-                return self._locate(each)
-        return super().find(kind, name)
-
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
-        used = [each for each in self._adapters if each.get("kind") == "embedding" and not each.get("setting")]
-        return {str(each.get("name", "")): self._locate(each) for each in used}
-
-    def default_strength(self, path: Path) -> float:
-        """The recorded strength, because the default may have changed since."""
-        for each in self._adapters:
-            strength = each.get("strength")
-            if (
-                each.get("name") == path.stem
-                and isinstance(strength, Mapping)
-                and isinstance(strength.get("unet"), int | float)
-            ):
-                return float(strength["unet"])
-        return super().default_strength(path)
-
-    def attached_before(self) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
-        """(file, strength, how) of the LoRAs and hypernetworks that were attached to the model, not by the request."""
-        for each in self._adapters:
-            if each.get("kind") in ("lora", "hypernetwork") and not each.get("setting"):
-                strength = each.get("strength")
-                yield self._locate(each), strength if isinstance(strength, Mapping) else {}, str(each.get("how", ""))
-
-    def vae(self) -> Path | None:
-        """The VAE from another file, if there was one."""
-        return next((self._locate(each) for each in self._adapters if each.get("kind") == "vae"), None)
-
-    def _locate(self, used: Mapping[str, Any]) -> Path:
-        path, digest = Path(str(used.get("path", ""))), str(used.get("sha256", ""))
-        if os.path.exists(path):  # noqa: PTH110  # False for what is no possible path
-            return path
-        return names.resolve(f"{path.stem} [{digest}]" if digest else path.stem, self._settings, used["kind"])
 
 
 def _embeddings_of(every: Iterable[Candidate]) -> Iterable[Candidate]:
@@ -150,7 +112,3 @@ def _is_small_embedding(path: Path) -> bool:
         return read_embedding({name: info.shape for name, info in file.tensors.items()}, file.extra) is not None
     except (FileError, OSError):
         return False
-
-
-def _is_mentioned(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None

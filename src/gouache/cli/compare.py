@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
+
+from gouache.outside import json_line
 
 
 def compare(
@@ -23,7 +24,10 @@ def compare(
     sampler: Annotated[str, Option(help="See `gouache samplers`.")] = "DPM++ 2M",
     schedule: Annotated[str, Option(help="The noise schedule; see `gouache samplers`.")] = "Automatic",
     steps: Annotated[int, Option(help="Number of sampling steps.")] = 25,
-    cfg: Annotated[float, Option(help="Guidance scale: how closely to follow the prompt.")] = 7.0,
+    cfg: Annotated[
+        float | None,
+        Option(help="Guidance scale: how closely to follow the prompt.", show_default="each model's own, else 7"),
+    ] = None,
     seed: Annotated[int, Option(help="The first seed of each prompt.")] = 0,
     count: Annotated[int, Option(help="Pictures per prompt.")] = 1,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT.", show_default="the first model's default")] = None,
@@ -56,7 +60,7 @@ def compare(
             cfg=cfg, seed=seed, count=count, size=size,
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"folder": str(out), "models": [asdict(each) for each in measures]}, ensure_ascii=False))
+        print(json_line({"folder": str(out), "models": [asdict(each) for each in measures]}))
         return
     for each in measures:
         print(f"{each.model}: {', '.join([f'loaded in {each.load_seconds:.1f} s', *each.texts()])}")

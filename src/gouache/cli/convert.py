@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -17,7 +18,13 @@ def convert(
         str, Argument(metavar="IN", help="A model: any readable file, folder or name.", show_default=False)
     ],
     target: Annotated[
-        Path, Argument(metavar="OUT", help="The .safetensors or .ckpt file, or folder, to write.", show_default=False)
+        Path,
+        Argument(
+            metavar="OUT",
+            help="The .safetensors or .ckpt file, or folder, to write.",
+            readable=False,
+            show_default=False,
+        ),
     ],
     to: Annotated[
         str | None,
@@ -38,6 +45,7 @@ def convert(
     from gouache.app.settings import read
     from gouache.cli.pairs import pairs
     from gouache.cli.progress import bytes_bar
+    from gouache.errors import printable
     from gouache.workshop.convert import convert as service
 
     texts = pairs("metadata", metadata or [])
@@ -47,10 +55,12 @@ def convert(
             on_work=bar.show,
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"path": str(target), **asdict(done)}))
+        print(json_line({"path": str(target), **asdict(done)}))
         return
     size = f"{plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
-    print(f"{target}: {size}, verified: {_verified(done.rounded_to, dtype)}")
+    print(f"{shown(target)}: {size}, verified: {_verified(done.rounded_to, dtype)}")
+    for note in done.notes:
+        print(f"note: {printable(note, 400)}")
     for reason, count in done.leftovers.items():
         print(f"saved in its leftovers.safetensors  {plural(count, 'tensor')}: {reason}")
     for reason, count in done.left_out.items():

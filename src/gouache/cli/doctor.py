@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 from typer import Option
+
+from gouache.outside import json_line
 
 
 def doctor(
@@ -20,7 +21,7 @@ def doctor(
 
     report = examine(read(), measure)
     if as_json:
-        print(json.dumps(report, indent=1))
+        print(json_line(report, 1))
         return
     for topic, lines in report.items():
         for index, line in enumerate(lines):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -29,9 +30,9 @@ def hash_(
         with bytes_bar() as bar:
             found = hashes(path, settings, bar.show)
         if as_json:
-            print(json.dumps({"path": str(path), **asdict(found)}))
+            print(json_line({"path": str(path), **asdict(found)}))
             continue
-        print(path)
+        print(shown(path))
         for kind, digest in asdict(found).items():
             print(f"  {kind:8} {digest or '- (only for .safetensors files)'}")
 
@@ -44,10 +45,13 @@ def metadata(
     unset: Annotated[
         list[str] | None, Option(help="A key to remove, KEY; can be repeated.", show_default=False)
     ] = None,
-    thumbnail: Annotated[Path | None, Option(help="A picture to embed as thumbnail for model browsers.")] = None,
-    output: Annotated[
-        Path | None, Option("--output", "-o", help="The file to write.", show_default="FILE itself")
+    thumbnail: Annotated[
+        Path | None, Option(help="A picture to embed as thumbnail for model browsers.", readable=False)
     ] = None,
+    output: Annotated[
+        Path | None, Option("--output", "-o", help="The file to write.", readable=False, show_default="FILE itself")
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file of --output if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show or change the metadata in a file's header. Weights, and hashes of the weights alone, do not change."""
@@ -60,19 +64,20 @@ def metadata(
     path = resolve(file, read())
     texts = pairs("set", put or [])
     if texts or unset or thumbnail:
-        texts = change(path, output or path, texts, unset or [], thumbnail)
-        print(f"saved in {output or path}", file=sys.stderr)
+        saved, texts = change(path, output, texts, unset or [], thumbnail, overwrite=overwrite)
+        link = f", which {shown(path)} is a link to" if output is None and saved != path else ""
+        print(f"saved in {shown(saved)}{link}", file=sys.stderr)
     else:
         texts = dict(open_model(path).metadata)
     if as_json:
-        print(json.dumps(texts, ensure_ascii=False))
+        print(json_line(texts))
         return
     from gouache.errors import printable
 
     for key, value in sorted(texts.items()):
         print(f"{printable(key)}: {printable(value)}")
     if not texts:
-        print(f"{path} has no metadata")
+        print(f"{shown(path)} has no metadata")
 
 
 def diff(
@@ -80,23 +85,23 @@ def diff(
     b: Annotated[str, Argument(help="Another.", show_default=False)],
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare the weights of two models. Lists names, shapes, dtypes and values that differ, tensor by tensor.
+    """Compare the weights of two models, in any layouts. Lists names, shapes, dtypes and values that differ.
 
-    Tensors are paired by name: convert one of the models first if their layouts differ. Exit code 1 if weights differ.
+    Exit code 1 if weights differ.
     """
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
-    from gouache.files.open import open_model
-    from gouache.workshop.convert import progress
     from gouache.workshop.diff import diff as service
+    from gouache.workshop.diff import open_both
+    from gouache.workshop.progress import progress
 
     settings = read()
-    first, second = (open_model(resolve(each, settings)) for each in (a, b))
+    first, second = open_both(resolve(a, settings), resolve(b, settings))
     with bytes_bar() as bar:
         found = service(first, second, progress("comparing", first.nbytes, bar.show))
     if as_json:
-        print(json.dumps({"equal": found.equal, **asdict(found)}))
+        print(json_line({"equal": found.equal, **asdict(found)}))
     else:
         for title, lines in (
             ("only in the first", found.only_a), ("only in the second", found.only_b),
@@ -114,7 +119,7 @@ def diff(
         if found.equal:
             print("the weights are equal")
         elif not found.parts and not found.shapes:
-            print("no tensor names in common; convert one of the models to the layout of the other first")
+            print("the models have no component and no tensor name in common")
         elif all(part.same == part.tensors for part in found.parts):
             print("the weights with the same name and shape are equal")
         else:

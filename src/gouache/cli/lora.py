@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ Energy = Annotated[
     float | None, Option(help="Keep only as many directions as hold this share of the squared difference (0 to 1).")
 ]
 Ratio = Annotated[float | None, Option(help="Drop directions more than RATIO times weaker than the strongest.")]
-Out = Annotated[Path, Argument(metavar="OUT", help="The .safetensors file to write.", show_default=False)]
+Out = Annotated[
+    Path, Argument(metavar="OUT", help="The .safetensors file to write.", readable=False, show_default=False)
+]
 
 
 @app.command()
@@ -86,15 +89,15 @@ def bake(
         )  # fmt: skip
     if as_json:
         print(
-            json.dumps(
+            json_line(
                 {"path": str(target), "loras": {k: {"modules": m, "unmatched": u} for k, (m, u) in counts.items()}}
             )
         )
         return
-    print(target)
+    print(shown(target))
     for path, (modules, unmatched) in counts.items():
         names = f", {plural(unmatched, 'name')} without a matching module" if unmatched else ""
-        print(f"  {path}: {plural(modules, 'module')} changed{names}")
+        print(f"  {shown(path)}: {plural(modules, 'module')} changed{names}")
 
 
 @app.command()
@@ -177,12 +180,12 @@ def rename(
 
 def _print(done: Made, target: Path, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"path": str(target), **asdict(done)}))
+        print(json_line({"path": str(target), **asdict(done)}))
         return
     low, high = done.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     modules = plural(done.modules, "module")
-    print(f"{target}: {modules}, {ranks}, {done.nbytes / 1e6:,.1f} MB; {done.held:.1%} of the difference")
+    print(f"{shown(target)}: {modules}, {ranks}, {done.nbytes / 1e6:,.1f} MB; {done.held:.1%} of the difference")
     if left_out := _left_out(done.left_out):
         print(left_out)
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
+from gouache.cli.text import shown
 from gouache.errors import RequestError
+from gouache.outside import json_line
 from gouache.wording import plural
+
+if TYPE_CHECKING:
+    from gouache.files.record import ModelFile
 
 METHOD_NAMES = (
     "weighted-sum",
@@ -65,8 +69,10 @@ def merge(
     vae: Annotated[str, Option(help="Model to copy the VAE from (a, b, c, ...), or merge.")] = "a",
     text: Annotated[str, Option(help="merge, or the model to copy the text encoders from (a, b, c, ...).")] = "merge",
     dtype: Annotated[str | None, Option(help="fp32, bf16, fp16 or fp8_e4m3.", show_default="A's dtype")] = None,
-    recipe: Annotated[Path | None, Option(help="Write a recipe (TOML) that reproduces the merge.")] = None,
-    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    recipe: Annotated[
+        Path | None, Option(help="Write a recipe (TOML) that reproduces the merge.", readable=False)
+    ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT and the recipe if they exist.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Merge models: weighted sums, differences, TIES, DARE and more. Weights can be set per U-Net block or tensor."""
@@ -76,6 +82,7 @@ def merge(
     from gouache.cli.progress import bytes_bar
     from gouache.workshop import recipe as recipes
     from gouache.workshop.merge import merge as service
+    from gouache.workshop.progress import progress
 
     if len(models) < 2:
         raise RequestError("models", "name the models (or a recipe.toml), then the file to write")
@@ -92,14 +99,19 @@ def merge(
         )  # fmt: skip
     resolved = tuple(replace(each, path=str(resolve(each.path, settings))) for each in requested.models)
     with bytes_bar() as bar:
+
+        def hash_of(file: ModelFile) -> str:
+            size = sum(path.stat().st_size for path in file.files)
+            return sha256(file, settings, progress("hashing", size, bar.show))
+
         done = service(
-            replace(requested, models=resolved), target, hash_of=lambda file: sha256(file, settings),
-            recipe_file=recipe, overwrite=overwrite, on_work=bar.show,
+            replace(requested, models=resolved), target, hash_of=hash_of, recipe_file=recipe, overwrite=overwrite,
+            on_work=bar.show,
         )  # fmt: skip
     if as_json:
-        print(json.dumps({"path": str(target), **asdict(done)}))
+        print(json_line({"path": str(target), **asdict(done)}))
         return
-    print(f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB, sha256 {done.sha256}")
+    print(f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB, sha256 {done.sha256}")
     for note in done.notes:
         print(f"note: {note}")
     for reason, count in done.left_out.items():

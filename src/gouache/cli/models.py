@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from typer import Argument, Option, Typer
 from gouache.cli.models_page import known_page, page, table
 from gouache.errors import GouacheError, RequestError, printable
 from gouache.files.source import size_text
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -34,15 +35,15 @@ def list_(
     family: Annotated[str, Option(help="Only sd1, sd2, sdxl, ...")] = "",
     tag: Annotated[str, Option(help="Only models with this tag.")] = "",
     missing: Annotated[bool, Option("--missing", help="Models whose files no longer exist.")] = False,
+    long: Annotated[bool, Option("--long", help="Also the date when it was added, and the path.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the models in all folders. Each with data from its header and your notes."""
     with _library() as (library, settings):
         _refresh(library, quiet=as_json)
-        table(library.entries(kind, family, tag, missing), as_json)
+        table(library.entries(kind, family, tag, missing), as_json, long)
         if not as_json:
-            print(f"searched {', '.join(map(str, settings.models))}", file=sys.stderr)
-        _hash_in_background(library, quiet=as_json)
+            print(f"searched {', '.join(printable(str(each)) for each in settings.models)}", file=sys.stderr)
 
 
 @app.command()
@@ -50,7 +51,9 @@ def add(
     paths: Annotated[
         list[Path],
         Argument(
-            metavar="PATH...", help="Folders, model files, A1111 or ComfyUI installations, or extra_model_paths.yaml."
+            metavar="PATH...",
+            help="Folders, model files, A1111 or ComfyUI installations, or extra_model_paths.yaml.",
+            readable=False,  # reported by the service
         ),
     ],
     as_json: AsJson = False,
@@ -67,10 +70,10 @@ def add(
     with _library() as (library, _):
         changes = _refresh(library, quiet=True)
         if as_json:
-            print(json.dumps({"added": sum(new), "new": [str(path) for path in changes.new]}))
+            print(json_line({"added": sum(new), "new": [str(path) for path in changes.new]}))
         else:
             for path, fresh in zip(paths, new):
-                print(f"{path}: {'added' if fresh else 'was added before'}")
+                print(f"{printable(str(path))}: {'added' if fresh else 'was added before'}")
             print(f"{plural(len(changes.new), 'new model')} in the library")
         _hash_in_background(library, quiet=as_json)
 
@@ -89,10 +92,7 @@ def remove(
 
     settings = read()
     if folders.remove(settings.data, Path(name)):
-        with _library() as (library, _):
-            changes = _refresh(library, quiet=True)
-            library.forget(changes.gone)
-        _print(as_json, f"{name} was removed from the library; no file was deleted", removed=name, deleted=[])
+        _forget_gone(as_json, name)
         return
     with _library() as (library, _):
         _refresh(library, quiet=True)
@@ -101,11 +101,25 @@ def remove(
             raise RequestError(
                 "name", f"{printable(name)} is not in the library; `gouache models list` lists its models"
             )
-        if not delete:
+        deleted = list[str]()
+        if delete:
+            deleted = _delete(entry)
+            library.forget([entry.path])
+        elif not folders.remove(settings.data, entry.path):
             raise RequestError("name", _how_to_remove(entry.path, folders.added(settings.data)))
-        deleted = _delete(entry)
-        library.forget([entry.path])
-    _print(as_json, f"deleted {', '.join(deleted)}", removed=str(entry.path), deleted=deleted)
+    if not delete:  # the file itself was added, and is called by its name
+        _forget_gone(as_json, str(entry.path))
+        return
+    _print(as_json, f"deleted {', '.join(map(printable, deleted))}", removed=str(entry.path), deleted=deleted)
+
+
+def _forget_gone(as_json: bool, removed: str) -> None:
+    """Forget the files that are in no folder of the library any more, after a path was removed from its list."""
+    with _library() as (library, _):
+        changes = _refresh(library, quiet=True)
+        library.forget(changes.gone)
+    line = f"{printable(removed)} was removed from the library; no file was deleted"
+    _print(as_json, line, removed=removed, deleted=[])
 
 
 @app.command()
@@ -129,13 +143,12 @@ def show(name: Name, as_json: AsJson = False) -> None:
             published = entry.known or published
         if as_json:
             values = entry.to_json() if entry is not None else {}
-            print(json.dumps(values | {"known": asdict(published) if published else None}, ensure_ascii=False))
+            print(json_line(values | {"known": asdict(published) if published else None}))
         else:
             if entry is not None:
                 print("\n".join(page(entry)))
             if published is not None:
                 print("\n".join(known_page(published)))
-        _hash_in_background(library, quiet=as_json)
 
 
 @app.command("set")
@@ -164,16 +177,13 @@ def set_(
         if vae is not None:
             from gouache.app.names import resolve
 
-            values["vae"] = str(resolve(vae, settings, "vae").resolve()) if vae else ""
+            values["vae"] = os.path.realpath(resolve(vae, settings, "vae")) if vae else ""
         if trigger is not None:
             values["trigger_words"] = tuple(filter(None, trigger))
-        if tag or untag:
-            tags = [each for each in (*entry.about.tags, *(tag or [])) if each not in (untag or [])]
-            values["tags"] = tuple(dict.fromkeys(tags))
-        if not values:
+        if not (values or tag or untag):
             raise RequestError("set", "nothing to set; give --tag, --notes, --weight, --trigger, --use, ...")
-        entry = library.describe(entry.path, **values)
-    print(json.dumps(entry.to_json(), ensure_ascii=False) if as_json else "\n".join(page(entry)))
+        entry = library.describe(entry.path, add_tags=tag or (), remove_tags=untag or (), **values)
+    print(json_line(entry.to_json()) if as_json else "\n".join(page(entry)))
 
 
 @app.command()
@@ -191,7 +201,6 @@ def find(
         _refresh(library, quiet=as_json)
         found = library.find(" ".join(words))
         table(found, as_json)
-        _hash_in_background(library, quiet=as_json)
     if not found:
         sys.exit(1)
 
@@ -214,7 +223,7 @@ def verify(
                 found = service(entry, library, bar.show)
             bad += not found.good
             if as_json:
-                print(json.dumps(asdict(found), ensure_ascii=False), flush=True)
+                print(json_line(asdict(found)), flush=True)
             else:
                 reason = found.reason.removeprefix(f"{found.path}: ")  # an error of the file begins with its path
                 print(f"{'good' if found.good else 'BAD':4}  {found.path}: {reason}", flush=True)
@@ -246,11 +255,10 @@ def install(
         library.refresh()
         entry = library.describe(done.path, source=done.source)
     if as_json:
-        print(json.dumps({**asdict(done), "path": str(done.path)}))
+        print(json_line({**asdict(done), "path": str(done.path)}))
     else:
-        print(
-            f"{done.path}: {'already installed' if done.already else 'installed'}; {done.kind}, {size_text(done.size)}"
-        )
+        how = "already installed" if done.already else "installed"
+        print(f"{printable(str(done.path))}: {how}; {done.kind}, {size_text(done.size)}")
         print(f"sha256 {done.sha256}; its name is {entry.name!r}")
 
 
@@ -272,7 +280,7 @@ def _refresh(library: Library, quiet: bool) -> Changes:
         changes = library.refresh(bar.show)
     if not quiet:
         for before, now in changes.moved:
-            print(f"note: {before} was moved to {now} (same hash)", file=sys.stderr)
+            print(f"note: {printable(str(before))} was moved to {printable(str(now))} (same hash)", file=sys.stderr)
     return changes
 
 
@@ -281,10 +289,8 @@ def _hash_in_background(library: Library, quiet: bool) -> None:
     from gouache.app import indexing
 
     files, size = library.unhashed
-    if files:
-        indexing.start()
-        if not quiet:
-            print(f"note: hashing {plural(files, 'file')} ({size_text(size)}) in the background", file=sys.stderr)
+    if files and indexing.start() and not quiet:
+        print(f"note: hashing {plural(files, 'file')} ({size_text(size)}) in the background", file=sys.stderr)
 
 
 def _entry(library: Library, name: str, settings: Settings) -> Entry:
@@ -297,9 +303,11 @@ def _entry(library: Library, name: str, settings: Settings) -> Entry:
 
 def _how_to_remove(path: Path, added: list[Path]) -> str:
     """What to do about `models remove` with a model instead of a path that was added."""
-    source = next((each for each in added if each in (path, *path.parents)), None)
-    keep = f"to remove it from the library, give {source}, which was added; " if source is not None else ""
-    return f"{path} is a model; {keep}to delete the file, use --delete"
+    source = next((each for each in added if each in path.parents), None)
+    shown = printable(str(path))
+    if source is not None:
+        return f"{shown} is in {source}, which was added; `gouache models remove {source}` takes that off the list"
+    return f"{shown} is in one of the library's folders; move it elsewhere, or delete the file for good with --delete"
 
 
 def _delete(entry: Entry) -> list[str]:
@@ -309,14 +317,14 @@ def _delete(entry: Entry) -> list[str]:
     try:
         shutil.rmtree(entry.path) if entry.path.is_dir() else entry.path.unlink()
         deleted = [str(entry.path)]
-        for file in entry.sidecar.files:
+        for file in () if entry.sidecar.left_at else entry.sidecar.files:
             sidecar = entry.path.with_name(file)
             sidecar.unlink(missing_ok=True)
             deleted.append(str(sidecar))
     except OSError as error:
-        raise GouacheError(f"{entry.path}: cannot be deleted: {error.strerror}") from None
+        raise GouacheError(f"{printable(str(entry.path))}: cannot be deleted: {error.strerror}") from None
     return deleted
 
 
 def _print(as_json: bool, line: str, **values: object) -> None:
-    print(json.dumps(values) if as_json else line)
+    print(json_line(values) if as_json else line)

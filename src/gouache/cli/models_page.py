@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from gouache.errors import printable
 from gouache.files.source import size_text
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -16,30 +16,41 @@ if TYPE_CHECKING:
     from gouache.app.known_models import KnownModel
 
 
-def table(entries: list[Entry], as_json: bool) -> None:
+def table(entries: list[Entry], as_json: bool, long: bool = False) -> None:
+    """One line per model; `long` adds the date when it was added, and the path.
+
+    The names of the columns are for people: they are printed on a terminal, and with `long`.
+    """
     if as_json:
-        print(json.dumps([each.to_json() for each in entries], ensure_ascii=False))
+        print(json_line([each.to_json() for each in entries]))
         return
     width = min(48, max((len(each.name) for each in entries), default=0))
+    if entries and (long or sys.stdout.isatty()):
+        print(_row("name", width, "kind", "family", "size", "AutoV2", "added", "path, tags" if long else "tags", long))
     for each in entries:
         details = each.details
         notes = [details.use, *details.tags, f"cannot be opened: {each.error}" if each.error else ""]
-        family = each.family or "-"
-        columns = (
-            each.category.ljust(12),
-            family.ljust(8),
-            size_text(each.size).rjust(8),
-            each.sha256[:10].ljust(10),
-            ", ".join(filter(None, notes)),
-        )
-        print("  ".join((printable(each.name).ljust(width), *columns)).rstrip())
+        last = [str(each.path), *notes] if long else notes
+        print(
+            _row(
+                each.name, width, each.category, each.family or "-", size_text(each.size), each.sha256[:10],
+                f"{each.added:%Y-%m-%d}" if long else "", ", ".join(filter(None, last)), long,
+            )
+        )  # fmt: skip
     print(plural(len(entries), "model"), file=sys.stderr)
+
+
+def _row(
+    name: str, width: int, kind: str, family: str, size: str, digest: str, added: str, last: str, long: bool
+) -> str:
+    columns = [name.ljust(width), kind.ljust(12), family.ljust(8), size.rjust(11), digest.ljust(10)]
+    return printable("  ".join([*columns, *([added.ljust(10)] if long else []), last]).rstrip(), 5000)
 
 
 def page(entry: Entry) -> Iterator[str]:
     details, facts = entry.details, entry.facts
     misplaced = entry.folder_category and entry.folder_category != entry.category
-    yield f"{entry.path}  ({size_text(entry.size)}{', missing' if entry.missing else ''})"
+    yield f"{printable(str(entry.path), 1000)}  ({size_text(entry.size)}{', missing' if entry.missing else ''})"
     lines = {
         "names": ", ".join(entry.names),
         "title": details.title,

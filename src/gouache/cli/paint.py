@@ -11,17 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from gouache.errors import RequestError
+from gouache.errors import RequestError, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from gouache.app.model import Model
     from gouache.generate.adapters import UsedFile
+    from gouache.generate.picture import Picture
     from gouache.generate.request import Request
-
-
-OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 def paint(
@@ -33,12 +31,16 @@ def paint(
         str, Option("--model", "-m", help="A model file, a folder, or a name; see `gouache models list`.")
     ] = "mini",
     output: Annotated[
-        Path | None, Option("--output", "-o", help="A .png file, or a folder ending in /.", show_default="outputs/")
+        str | None, Option("--output", "-o", help="A .png file, or a folder ending in /.", show_default="outputs/")
     ] = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file given with -o if it exists.")] = False,
     sampler: Annotated[str, Option(help="See `gouache samplers`.")] = "DPM++ 2M",
     schedule: Annotated[str, Option(help="How the noise levels are spaced; see `gouache samplers`.")] = "Automatic",
     steps: Annotated[int, Option(help="Sampling steps.")] = 25,
-    cfg: Annotated[float, Option(help="Guidance scale; 1 turns the negative prompt off.")] = 7.0,
+    cfg: Annotated[
+        float | None,
+        Option(help="Guidance scale; 1 turns the negative prompt off.", show_default="the model's own, else 7"),
+    ] = None,
     seed: Annotated[int | None, Option(help="Seed of the first picture.", show_default="random")] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels.", show_default="the model's size")] = None,
     count: Annotated[int, Option(help="Number of pictures; each has the next seed.")] = 1,
@@ -49,7 +51,9 @@ def paint(
     emphasis: Annotated[str, Option(help="How weights act: original, no norm, ignore, none, comfy.")] = "original",
     init: Annotated[Path | None, Option(help="A picture to start from.")] = None,
     strength: Annotated[float, Option(help="Denoising strength for --init, 0 to 1.")] = 0.6,
-    mask: Annotated[Path | None, Option(help="A mask for --init: white is painted over.")] = None,
+    mask: Annotated[
+        Path | None, Option(help="A mask for --init: white is painted over; the rest only passes through the VAE.")
+    ] = None,
     image_cfg: Annotated[float, Option(help="For instruct-pix2pix: how closely to keep to --init.")] = 1.5,
     depth: Annotated[Path | None, Option(help="For depth models: a depth picture, white is near.")] = None,
     hires: Annotated[
@@ -115,9 +119,7 @@ def paint(
         hypernet=hypernet or (),
     )  # fmt: skip
     request = Request.from_json(options)
-    if output is not None and output.suffix.lower() in OTHER_PICTURES:
-        raise RequestError("output", f"{output} does not end in .png, the one format that holds the whole recipe")
-    if examples and output is not None and output.suffix:
+    if examples and output is not None and Path(output).suffix:
         raise RequestError("output", f"{output} is the name of a file; --examples writes a folder of pictures")
     from gouache.diffusion.samplers import catalog
 
@@ -129,9 +131,11 @@ def paint(
 
     from gouache.app.loading import load
     from gouache.app.settings import read
+    from gouache.cli.output import Output
 
     settings = read()
-    target = output if output is not None else settings.output
+    default = settings.output / "examples" if examples else settings.output
+    target = Output(output, default, 1 if examples else request.count, overwrite)
     loaded = load(
         model,
         device=device,
@@ -145,21 +149,18 @@ def paint(
     if examples:
         from gouache.cli.examples import requests_of, write_sheet
 
-        folder = target if output is not None else target / "examples"
-        path_of = lambda index, _: folder / f"{index + 1:02d}.png"  # noqa: E731
-        images = _paint(loaded, requests_of(request), path_of, as_json, steps_sheet)
-        print(write_sheet(images, folder / "sheet.png"), file=sys.stderr if as_json else sys.stdout)
+        save = lambda picture, index: picture.save(target.folder / f"{index + 1:02d}.png")  # noqa: E731
+        images = _paint(loaded, requests_of(request), save, as_json, steps_sheet)
+        print(write_sheet(images, target.folder / "sheet.png"), file=sys.stderr if as_json else sys.stdout)
         return
     _notes(loaded, request)
-    as_file = output is not None and output.suffix.lower() == ".png"
-    path_of = lambda index, seed: _path(target, seed, index, request.count, as_file)  # noqa: E731
-    _paint(loaded, [request], path_of, as_json, steps_sheet)
+    _paint(loaded, [request], target.save, as_json, steps_sheet)
 
 
 def _explain(request: Request) -> None:
     """How the prompts are read, without loading a model."""
+    from gouache.generate.prompting import split_prompt
     from gouache.prompts.explain import explain
-    from gouache.prompts.tags import take_tags
     from gouache.prompts.tokenizer import Tokenizer
 
     tokenizer = Tokenizer()
@@ -170,7 +171,7 @@ def _explain(request: Request) -> None:
     for title, text in parts:
         if title.startswith("hires") and not text:
             continue
-        text, tags = take_tags(text)
+        text, tags = split_prompt(text)
         print(f"{title}: {text}" if text else f"{title}: (empty)")
         for tag in tags:
             print(f"  adapter {tag}")
@@ -184,11 +185,11 @@ def _explain(request: Request) -> None:
 def _paint(
     model: Model,
     requests: Sequence[Request],
-    path_of: Callable[[int, int], Path],
+    save: Callable[[Picture, int], Path],
     as_json: bool,
     steps_sheet: bool,
 ) -> list[Image]:
-    """Paint all requests; `path_of` gives the path of a picture by its number, from 0, and its seed."""
+    """Paint all requests; `save` saves a picture with its number, from 0."""
     from gouache.cli.progress import Steps
     from gouache.cli.steps_sheet import StepsSheet
 
@@ -206,7 +207,7 @@ def _paint(
             for request in requests:
                 attached = partial(_attached, request)
                 for picture in model.paint(request, on_step=on_step, on_attached=attached, on_hash=steps.show):
-                    path = picture.save(path_of(len(images), picture.seed))
+                    path = save(picture, len(images))
                     images.append(picture.image)
                     if as_json:
                         print(json.dumps({"path": str(path), "seed": picture.seed, **picture.recipe}), flush=True)
@@ -224,28 +225,23 @@ def _paint(
     return images
 
 
-def _path(target: Path, seed: int, index: int, count: int, as_file: bool) -> Path:
-    """The path of a picture: the named file (numbered, if there are several), or the next free name in a folder."""
-    if as_file:
-        return target if count == 1 else target.with_stem(f"{target.stem}-{index + 1:0{len(str(count))}d}")
-    taken = [int(path.name[:5]) for path in target.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")] if target.is_dir() else []
-    return target / f"{max(taken, default=-1) + 1:05d}-{seed}.png"
-
-
 def _notes(model: Model, request: Request) -> None:
     """Print what the user should know about this prompt before the wait."""
     from gouache.app.sources import LibrarySource
-    from gouache.generate.notes import notes
+    from gouache.generate.notes import notes, unescaped_names
+    from gouache.generate.prompting import read_texts
 
-    source, prompts = LibrarySource(model.settings), [request.prompt, request.negative]
-    names = source.mentioned(prompts, model.text_widths)
-    for path in source.mentioned_for_other_models(prompts, model.text_widths):
+    source, texts = LibrarySource(model.settings), read_texts(request)
+    names = source.mentioned(texts, model.text_widths)
+    written = [request.prompt, request.negative, request.hires_prompt, request.hires_negative]
+    for note in unescaped_names(request, source.mentioned(written, model.text_widths)):
+        _note(note)
+    for path in source.mentioned_for_other_models(texts, model.text_widths):
         _note(
             f"embedding '{path.stem}' ({path.name}) does not fit this model; '{path.stem}' in the prompt is read as an "
             f"ordinary word"
         )
-    known = {name.casefold() for name in (*names, *(Path(each).stem for each in request.embedding))}
-    for note in notes(model, request, known):
+    for note in notes(model, request, [*names, *(Path(each).stem for each in request.embedding)]):
         _note(note)
 
 
@@ -260,4 +256,4 @@ def _attached(request: Request, used: list[UsedFile]) -> None:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {printable(text, sys.maxsize)}", file=sys.stderr)

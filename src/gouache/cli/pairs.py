@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from gouache.errors import RequestError
+from gouache.errors import RequestError, printable
 
 
 def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
@@ -13,6 +13,6 @@ def pairs(option: str, texts: Iterable[str]) -> dict[str, str]:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise RequestError(option, f"{text!r} is not KEY=VALUE")
+            raise RequestError(option, f"{printable(text, 80)!r} is not KEY=VALUE")
         values[key.strip()] = value
     return values

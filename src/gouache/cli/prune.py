@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
 def prune(
     source: Annotated[str, Argument(metavar="IN", help="A checkpoint: file, folder or name.", show_default=False)],
     target: Annotated[
-        Path, Argument(metavar="OUT", help="The .safetensors or .ckpt file to write.", show_default=False)
+        Path,
+        Argument(metavar="OUT", help="The .safetensors or .ckpt file to write.", readable=False, show_default=False),
     ],
     keep: Annotated[
         str | None,
@@ -37,6 +39,7 @@ def prune(
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
+    from gouache.errors import printable
     from gouache.workshop.prune import prune as service
 
     path = resolve(source, read())
@@ -45,9 +48,11 @@ def prune(
             path, target, keep=keep, dtype=dtype, drop=tuple(drop or ()), overwrite=overwrite, on_work=bar.show
         )
     if as_json:
-        print(json.dumps({"path": str(target), **asdict(done), "saved": done.saved}))
+        print(json_line({"path": str(target), **asdict(done), "saved": done.saved}))
         return
-    print(f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
+    print(f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
+    for note in done.notes:
+        print(f"note: {printable(note, 400)}")
     for reason, (count, nbytes) in done.dropped.items():
         print(f"dropped  {plural(count, 'tensor')}, {nbytes / 1e6:,.1f} MB: {reason}")
     if done.cast_saved:

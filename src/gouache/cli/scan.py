@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -11,29 +10,28 @@ from typing import Annotated
 
 from typer import Argument, Option
 
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
 def scan(
-    paths: Annotated[list[Path], Argument(metavar="PATH...", help="Files, or folders to search.", show_default=False)],
+    paths: Annotated[list[str], Argument(metavar="PATH...", help="Files, or folders to search.", show_default=False)],
     as_json: Annotated[bool, Option("--json", help="Print JSON, one object per file.")] = False,
 ) -> None:
     """Check files for hostile code without running it. Shows what it would do. Exit code 1 if any file is hostile."""
     from gouache.workshop.scan import scan as service
 
     verdicts = Counter[str]()
-    for found in service(paths):
+    for found in service([Path(path) for path in paths]):
         verdicts[found.verdict] += 1
         if as_json:
-            print(json.dumps(asdict(found), ensure_ascii=False), flush=True)
+            print(json_line(asdict(found)), flush=True)
             continue
         print(f"{found.verdict:11} {found.path}: {found.reason}", flush=True)
         for intent in found.intents:
             arguments = f"({', '.join(map(repr, intent.arguments))})" if intent.arguments else ""
             offset = "" if intent.byte is None else f"byte {intent.byte}: "
             print(f"{'':11}   {offset}{intent.name}{arguments}: {intent.effect}")
-        for mention in found.mentions:
-            print(f"{'':11}   {mention}")
     if not as_json:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
         print(f"{plural(sum(verdicts.values()), 'file')}" + (f": {counts}" if counts else " to scan"))

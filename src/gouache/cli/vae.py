@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option, Typer
 
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 app = Typer(help="Replace or extract a model's VAE.", no_args_is_help=True, rich_markup_mode=None)
@@ -18,7 +19,7 @@ app = Typer(help="Replace or extract a model's VAE.", no_args_is_help=True, rich
 def bake(
     model: Annotated[str, Argument(help="The model: file, folder or name.", show_default=False)],
     vae: Annotated[str, Argument(help="A VAE file, or any model that has a VAE.", show_default=False)],
-    target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", readable=False, show_default=False)],
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -32,16 +33,16 @@ def bake(
     with bytes_bar() as bar:
         done = service(resolve(model, settings), resolve(vae, settings), target, overwrite=overwrite, on_work=bar.show)
     print(
-        json.dumps({"path": str(target), **asdict(done)})
+        json_line({"path": str(target), **asdict(done)})
         if as_json
-        else f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
+        else f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )
 
 
 @app.command()
 def extract(
     model: Annotated[str, Argument(help="The model: file, folder or name.", show_default=False)],
-    target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
+    target: Annotated[Path, Argument(metavar="OUT", help="The file to write.", readable=False, show_default=False)],
     dtype: Annotated[str | None, Option(help="fp32, bf16 or fp16.", show_default="unchanged")] = None,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace OUT if it exists.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
@@ -55,7 +56,7 @@ def extract(
     with bytes_bar() as bar:
         done = service(resolve(model, read()), target, only="vae", dtype=dtype, overwrite=overwrite, on_work=bar.show)
     print(
-        json.dumps({"path": str(target), **asdict(done)})
+        json_line({"path": str(target), **asdict(done)})
         if as_json
-        else f"{target}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
+        else f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )

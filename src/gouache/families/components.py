@@ -7,6 +7,7 @@ requires are compared with those in the file.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -16,9 +17,17 @@ from gouache.errors import ModelError, printable
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family, Spec
 from gouache.families.found import Component, Fact
-from gouache.families.shapes import check_heads_divide, text_config, text_spec, unet_heads, unet_spec, vae_spec
-from gouache.files.record import ModelFile
-from gouache.layouts.diffusers import unet_rules, unet_topology, vae_rules, vae_topology
+from gouache.families.shapes import (
+    check_heads_divide,
+    distilled,
+    text_config,
+    text_spec,
+    unet_heads,
+    unet_spec,
+    vae_spec,
+)
+from gouache.files.record import FLOATS, FP8, ModelFile
+from gouache.layouts.diffusers import HYBRID_VAE, unet_rules, unet_topology, vae_rules, vae_topology
 from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules
 from gouache.layouts.original import text_shapes, unet_shapes, vae_shapes
 from gouache.layouts.rules import Plan, Rename, Rule, Shape, plan, under
@@ -31,8 +40,27 @@ PREFIXES: dict[str, str] = {
     **{f"{name}/": name for name in ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder")},
     "diffusion_model.": "unet",  # U-Nets saved alone by ComfyUI
     "vae.": "vae",
+    # Forge's checkpoints: each encoder is a Transformers model inside a module of its own.
+    "text_encoders.clip_l.transformer.": "text_encoder",
+    "text_encoders.clip_g.transformer.": "text_encoder_2",
+    "text_encoders.clip_h.transformer.": "text_encoder",
 }
 """Prefix of tensor names -> component. No prefix begins with another one."""
+_OPENCLIP_FORGE = re.compile(r"text_encoders\.clip_[gh]\.(?:model\.)?(?=transformer\.resblocks\.|token_embedding\.|"
+                             r"positional_embedding$|ln_final\.|text_projection$|logit_scale$|attn_mask$)")  # fmt: skip
+
+
+def prefix_of(name: str) -> str:
+    """The prefix of the component that the tensor `name` belongs to; "" if it has none."""
+    if name.startswith("text_encoders.") and (match := _OPENCLIP_FORGE.match(name)) is not None:
+        return match[0]
+    return next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+
+
+def _component_of(prefix: str) -> str:
+    forge = "text_encoder_2" if ".clip_g." in prefix else "text_encoder"
+    return PREFIXES.get(prefix, forge)
+
 
 _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
 _UNET_HEADS = frozenset(("input_blocks", "middle_block", "output_blocks", "time_embed", "label_emb", "out"))
@@ -75,11 +103,11 @@ def read_components(file: ModelFile, names: Iterable[str]) -> tuple[dict[str, Ca
     groups: dict[str, list[str]] = {}
     rest: list[str] = []
     for name in names:
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-        (rest if prefix is None else groups.setdefault(prefix, [])).append(name)
+        prefix = prefix_of(name)
+        (rest if not prefix else groups.setdefault(prefix, [])).append(name)
     candidates: dict[str, Candidate] = {}
     for prefix, members in groups.items():
-        candidate = _read(file, PREFIXES[prefix], prefix, members)
+        candidate = _read(file, _component_of(prefix), prefix, members)
         if candidate is None or candidate.name in candidates:
             rest += members
         else:
@@ -161,9 +189,32 @@ def _read(file: ModelFile, component: str, prefix: str, names: list[str]) -> Can
         found = plan(rules, names)
         candidate = Candidate(component, prefix, layout, rules, found, unexpected=found.unnamed, video=video)
         moved = {name: origin.shape(shapes) for name, origin in found.origins.items()}
-        return candidate if video else _measure(candidate, moved)
+        measured = candidate if video else _measure(candidate, moved)
+        return replace(measured, problem=_quantised(file, measured) or measured.problem)
     except ModelError as error:
-        return replace(candidate, problem=str(error))
+        return replace(candidate, problem=_quantised(file, candidate) or str(error))
+
+
+def _quantised(file: ModelFile, candidate: Candidate) -> str:
+    """Why the stored weights of `candidate` are codes of an unknown quantisation and not numbers; "" if they are not.
+
+    Such codes would give noise, or raise an error of PyTorch in the middle of painting.
+    """
+    sources = {source for origin in candidate.plan.origins.values() for source in origin.sources}
+    dtypes = {name: file.tensors[name].dtype for name in sources}
+    codes = sorted(name for name, dtype in dtypes.items() if dtype not in FLOATS)
+    if codes:
+        kinds = ", ".join(sorted({dtypes[name] for name in codes}))
+        first = printable(codes[0])
+        return f"{len(codes)} of its tensors are stored as {kinds}, a quantisation that is not supported: {first}, ..."
+    modules = {
+        name.removesuffix("weight") for name, dtype in dtypes.items() if dtype in FP8 and name.endswith(".weight")
+    }
+    for name in candidate.unexpected if modules else ():
+        stem = name.rpartition(".")[0]
+        if f"{stem}." in modules or f"{stem.rpartition('.')[0]}." in modules:
+            return f"its fp8 weights have tensors beside them that are no known scales, such as {printable(name)}"
+    return ""
 
 
 def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[Rule, ...]]:
@@ -177,7 +228,10 @@ def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[R
     if any(name.startswith(("encoder.down_blocks.", "decoder.up_blocks.")) for name in names):
         levels, old_attention = vae_topology(names)
         return "diffusers", video_vae_rules(levels) if video else vae_rules(levels, old_attention)
-    return "original", _SAME
+    return "original", (*HYBRID_VAE, *_SAME) if component == "vae" and not video else _SAME
+
+
+_DISTILLED = "this is a distilled U-Net, which is not supported yet: "
 
 
 def _measure(candidate: Candidate, shapes: Mapping[str, Shape]) -> Candidate:
@@ -186,7 +240,12 @@ def _measure(candidate: Candidate, shapes: Mapping[str, Shape]) -> Candidate:
     Raises ModelError if the shapes do not determine a spec.
     """
     if candidate.name == "unet":
-        spec = unet_spec(shapes)
+        try:
+            spec = unet_spec(shapes)
+        except ModelError:
+            if lacks := distilled(shapes):
+                raise ModelError(_DISTILLED + lacks) from None
+            raise
         expected = unet_shapes(spec)
     elif candidate.name.startswith("text_encoder"):
         spec = text_spec(shapes, "gelu" if candidate.layout == "openclip" else "quick_gelu")
@@ -197,12 +256,15 @@ def _measure(candidate: Candidate, shapes: Mapping[str, Shape]) -> Candidate:
     unexpected = sorted(set(shapes) - set(expected))
     sources = {source for name in unexpected for source in candidate.plan.origins[name].sources}
     origins = {name: candidate.plan.origins[name] for name in expected if name in shapes}
+    problem = _problem(shapes, expected, unexpected)
+    if problem and candidate.name == "unet" and (lacks := distilled(shapes)):
+        problem = _DISTILLED + lacks
     return replace(
         candidate,
         spec=spec,
         plan=replace(candidate.plan, origins=origins),
         unexpected=(*candidate.unexpected, *sorted(sources)),
-        problem=_problem(shapes, expected, unexpected),
+        problem=problem,
     )
 
 

@@ -101,8 +101,12 @@ COMMON_LEFTOVERS: tuple[Drop, ...] = (
     Drop("model_ema.num_updates", "the counter of the weight average (EMA)"),
     Drop("loss.{rest*}", "the loss that the autoencoder was trained with"),
     Drop("first_stage_model.loss.{rest*}", "the loss that the autoencoder was trained with"),
-    Drop("cond_stage_model.logit_scale", "the temperature of CLIP's contrastive loss"),
-    Drop("conditioner.embedders.0.logit_scale", "the temperature of CLIP's contrastive loss"),
+    Drop("first_stage_model.model_ema.{rest*}", "an average of the autoencoder, which is complete without it"),
+    Drop("first_stage_model.logvar", "the weight of the loss that the autoencoder was trained with"),
+    *(
+        Drop(f"{prefix}.logit_scale", "the temperature of CLIP's contrastive loss")
+        for prefix in ("cond_stage_model", "conditioner.embedders.{i}", "text_encoders.{i}")
+    ),
     Drop("safety_checker/{rest*}", "the safety checker for finished pictures, which generation does not use"),
     *(
         Drop(name, "a marker of what the network predicts")

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from gouache.errors import RequestError, printable
+from gouache.families.averages import as_weights, averages_only, with_averages
 from gouache.families.catalog import family_named
-from gouache.families.components import Candidate, config, finish, read_components
+from gouache.families.components import Candidate, config, finish, prefix_of, read_components
 from gouache.families.family import COMMON_LEFTOVERS, Family
 from gouache.families.found import Component, Fact, Found, strongest
 from gouache.families.match import family_hints, family_of_width, metadata_hints
@@ -46,7 +47,9 @@ def identify(file: ModelFile, *, prediction: str | None = None, family: str | No
     if (other := other_kind(shapes)) is not None:
         width = next((shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")), 0)
         return _simple_found(file, other, None, _by_width(file, width, _context_width(width), override))
-    return _model(file, prediction, override)
+    if not (averages := averages_only(file)):
+        return _model(file, prediction, override)
+    return with_averages(_model(as_weights(file), prediction, override), averages)
 
 
 def _model(file: ModelFile, prediction_override: str | None, override: Fact[Family | None] | None) -> Found:
@@ -67,16 +70,23 @@ def _model(file: ModelFile, prediction_override: str | None, override: Fact[Fami
         leftovers.update(candidate.plan.dropped)
         unknown.update(() if candidate.problem else candidate.unexpected)
     leftovers.update({average: f"the average (EMA) of {name}" for name, average in ema_names.items()})
+    if candidates:
+        empty = {name for name in unknown if not file.tensors[name].elements}
+        leftovers.update(dict.fromkeys(empty, "an empty tensor"))
+        unknown -= empty
 
+    missing = _missing(family, candidates, done)
     found = Found(
         path=file.path,
         kind=_kind(file, candidates),
         family=fact,
         variant=_variant(candidates.get("unet"), family),
         components={name: result for name, result in done.items() if isinstance(result, Component)},
-        missing=_missing(family, candidates, done),
+        missing=missing,
+        absent=frozenset(missing) - frozenset(candidates),
         leftovers=dict(sorted(leftovers.items())),
         unknown=tuple(sorted(unknown)),
+        outside=frozenset(name for name in unknown if not prefix_of(name)),
         ema=ema if candidates else None,
         ema_names=ema_names,
     )
@@ -212,14 +222,16 @@ def _hypernetwork(file: ModelFile, widths: tuple[int, ...], override: Fact[Famil
     listed = ", ".join(map(str, widths))
     kind = Fact("hypernetwork", f"pairs of small networks for the context widths {listed}", "certain")
     width = next((width for width in widths if width in (768, 1024)), 0)
-    return _simple_found(file, kind, None, _by_width(file, width, f"context width {width or listed}", override))
+    what = f"context width {width or listed}" if width or len(widths) == 1 else f"context widths {listed}"
+    return _simple_found(file, kind, None, _by_width(file, width, what, override))
 
 
 def _by_width(file: ModelFile, width: int, what: str, override: Fact[Family | None] | None) -> Fact[Family | None]:
     """The family with the context width `width`. `what` describes the width ("context width 768"), "" if unknown."""
     family = family_of_width(width)
     hints = [Fact(family, what, "likely")] if family is not None else []
-    reason = f"{what} matches no released model" if what else "no tensor shows a context width"
+    verb = "match" if what.startswith("context widths") else "matches"
+    reason = f"{what} {verb} no released model" if what else "no tensor shows a context width"
     nothing = Fact[Family | None](None, f"not recognised ({reason})", "certain")
     return strongest([*hints, *metadata_hints(file.metadata)], override) or nothing
 

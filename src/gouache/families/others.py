@@ -21,6 +21,11 @@ _OTHERS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("upscaler", "an ESRGAN upscaler", ("RDB1.conv1.", "rdb1.conv1.", "RRDB_trunk.")),
     ("upscaler", "a SwinIR or HAT upscaler", ("residual_group.blocks.",)),
     ("upscaler", "the Stable Diffusion upscaler", ("label_emb.weight", "unet/class_embedding.weight")),
+    (
+        "unknown",
+        "a LoRA of cloneofsimo's lora, which numbers its modules; convert it with that tool, or train it again",
+        ("unet:0:up", "unet:0:down", "text_encoder:0:up", "text_encoder:0:down"),
+    ),
     ("unknown", "Stable Diffusion 3", ("joint_blocks.",)),
     ("unknown", "Flux", ("double_blocks.", "single_transformer_blocks.")),
     ("unknown", "Stable Cascade", ("clip_txt_mapper.", "channelwise.")),

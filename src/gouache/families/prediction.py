@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import printable
+from gouache.errors import FileError, printable
 from gouache.families.components import Candidate
 from gouache.families.family import Family, NoiseLevels
 from gouache.families.found import Fact, strongest
 from gouache.families.sd import SD2
 from gouache.files.record import ModelFile
+from gouache.outside import open_outside
 
 PREDICTIONS = ("eps", "v", "edm")
 """ "edm" is the mix of noise and picture of Karras et al. 2022, equation 7 (Playground 2.5)."""
@@ -109,11 +110,9 @@ def _sidecar(path: Path) -> Iterator[Fact[str]]:
     """Hints from the original configuration, a .yaml file with the model's name in the same folder."""
     sidecar = path.with_suffix(".yaml")
     try:
-        if not sidecar.is_file():
-            return
-        with sidecar.open("rb") as file:
+        with open_outside(sidecar) as file:
             text = file.read(_SIDECAR_LIMIT).decode("utf-8", "replace")
-    except OSError:  # an unreadable hint is ignored
+    except (OSError, FileError):  # an absent or unreadable hint is ignored
         return
     name = printable(sidecar.name)
     stated = re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE)

@@ -57,6 +57,36 @@ def unet_spec(shapes: Mapping[str, Shape]) -> UNetSpec:
     )
 
 
+def distilled(shapes: Mapping[str, Shape]) -> str:
+    """What this U-Net (under the original names) lacks if it is one of the distilled ones; "" if it is not.
+
+    Distillation removes whole modules, so that a file in which single tensors are missing is none of these.
+    """
+    modules = _modules(shapes)
+    if "input_blocks.0" not in modules or "output_blocks.0" not in modules:
+        return ""
+    if "middle_block" not in modules:
+        return "it has no middle block, as in SDXS, BK-SDM-Small and Tiny-SD"
+    if "middle_block.0" in modules and "middle_block.2" not in modules:
+        return "its middle block has one residual instead of two, as in SSD-1B"
+    depths: dict[int, set[int]] = {}
+    level = 0
+    for number in range(1, _count(modules, "input_blocks")):
+        level += f"input_blocks.{number}.0.op" in modules
+        if f"input_blocks.{number}.1.transformer_blocks" in modules:
+            depths.setdefault(level, set()).add(_count(modules, f"input_blocks.{number}.1.transformer_blocks"))
+    for number in range(_count(modules, "output_blocks")):
+        block = f"output_blocks.{number}"
+        if f"{block}.1.transformer_blocks" in modules:
+            depths.setdefault(level, set()).add(_count(modules, f"{block}.1.transformer_blocks"))
+        level -= f"{block}.1.conv" in modules or f"{block}.2.conv" in modules
+    uneven = next((found for found in depths.values() if len(found) > 1), None)
+    if uneven is None:
+        return ""
+    listed = " and ".join(map(str, sorted(uneven)))
+    return f"transformers of one level have {listed} blocks, as in SSD-1B and Segmind-Vega"
+
+
 def vae_spec(shapes: Mapping[str, Shape]) -> VaeSpec:
     """The spec of an autoencoder from its tensors under the original names. Raises ModelError if not determined."""
     modules = _modules(shapes)

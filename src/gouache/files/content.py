@@ -6,13 +6,13 @@ error message, a git-lfs pointer, a picture, a model of another program. Each ha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from gouache.errors import DamagedFile, FileError, NotAModel, printable
 from gouache.files.source import Source, size_text
+from gouache.outside import parse_json
 
 Kind = Literal["safetensors", "pickle", "shard index", "unknown"]
 
@@ -136,9 +136,9 @@ def json_document(source: Source) -> Any:
     if source.size > MAX_JSON:
         raise NotAModel(source.path, f"is a text file of {size_text(source.size)}, not a model or its configuration")
     try:
-        # Decoded here: json itself would choose one of five codecs by the first bytes, and import it.
-        return json.loads(source.data[:].removeprefix(b"\xef\xbb\xbf").decode())
-    except (ValueError, RecursionError):
+        # Decoded here: Python imports the codec for a byte order mark when it is first used.
+        return parse_json(source.data[:].removeprefix(b"\xef\xbb\xbf").decode())
+    except ValueError:  # MalformedText, or bytes that are not UTF-8
         raise NotAModel(source.path, "is text but not valid JSON: neither a model nor its configuration") from None
 
 
@@ -154,11 +154,11 @@ def _protobuf_fields(source: Source, limit: int) -> Iterator[int]:
     for _ in range(limit):
         if at >= source.size:
             return
-        tag = source.data[at]
+        tag = source.mapped[at]
         length = shift = 0
         at += 1
         while at < source.size and shift < 64:
-            byte = source.data[at]
+            byte = source.mapped[at]
             at += 1
             length |= (byte & 0x7F) << shift
             shift += 7

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from gouache.errors import DamagedFile, FileError, NotAModel, printable
 from gouache.files.content import json_document
-from gouache.files.record import ModelFile, TensorInfo
+from gouache.files.record import ModelFile, Reader, TensorInfo
 from gouache.files.single_file import open_file
 from gouache.files.source import Source
 
@@ -80,7 +80,7 @@ def read_shards(source: Source) -> ModelFile:
         path=index,
         format="sharded",
         tensors={tensor: part.tensors[tensor] for tensor, part in sources.items()},
-        read=lambda tensor: sources[tensor].read(tensor),
+        read=Reader(lambda name: sources[name].read(name), lambda name: sources[name].tensor(name)),
         metadata={key: value for part in parts.values() for key, value in part.metadata.items()},
         notes=(f"{_tensors(unlisted)} in its shards but not in its index",) if unlisted else (),
         files=(index, *(index.parent / name for name in names)),
@@ -167,7 +167,17 @@ def _join_components(
         file, inner = sources[name]
         return file.read(inner)
 
+    def mapped(name: str) -> torch.Tensor:
+        file, inner = sources[name]
+        return file.tensor(inner)
+
     files = [folder / "model_index.json", *(path for file in components.values() for path in file.files)]
     return ModelFile(
-        path=folder, format="diffusers folder", tensors=tensors, read=read, extra=extra, notes=notes, files=tuple(files)
+        path=folder,
+        format="diffusers folder",
+        tensors=tensors,
+        read=Reader(read, mapped),
+        extra=extra,
+        notes=notes,
+        files=tuple(files),
     )

@@ -16,7 +16,7 @@ from typing import Any
 from gouache.errors import DamagedFile, FileError, NotAModel, UnsafeFile, printable
 from gouache.files.pickle_allow_list import ALLOW_LIST, build_tree
 from gouache.files.pickle_machine import Global, type_label
-from gouache.files.pickle_reader import Parsed, interpret
+from gouache.files.pickle_reader import interpret
 from gouache.files.source import Source, size_text, truncated_error
 from gouache.files.stored import STORAGE_TYPES, Storage, StorageId, StoredTensor, storage_id, view
 
@@ -36,23 +36,15 @@ class Unpickled:
     notes: tuple[str, ...] = ()
 
 
-def import_notes(parsed: Parsed) -> tuple[str, ...]:
-    """A note on the globals that a pickle imports without calling them, if there are any."""
-    if not parsed.only_imported:
-        return ()
-    names = ", ".join(printable(str(name), 80) for name in parsed.only_imported[:5])
-    return (f"its pickle mentions {names}{' and more' if len(parsed.only_imported) > 5 else ''} without calling them",)
-
-
 def read_legacy(source: Source) -> Unpickled:
     """A torch legacy file, or a plain pickle."""
-    path, data, size = source.path, source.data, source.size
+    path, data, size = source.path, source.mapped, source.size
     first = interpret(path, data, 0, size, ALLOW_LIST)
     if type(first.value) is not int or first.value != MAGIC:
         if first.end != size:
             raise DamagedFile(path, f"has {size_text(size - first.end)} after the end of its pickle")
         value = build_tree(path, first.value, lambda persistent_id: _no_storage(source))
-        return Unpickled(value, "pickle", import_notes(first))
+        return Unpickled(value, "pickle")
 
     version = interpret(path, data, first.end, size, ALLOW_LIST, HEAD_BUDGET)
     if type(version.value) is not int or version.value != VERSION:
@@ -94,7 +86,7 @@ def read_legacy(source: Source) -> Unpickled:
         storage = storage_id(path, persistent_id)
         return storage.at(offsets[storage.key])
 
-    return Unpickled(build_tree(path, parsed.value, find_storage), "torch legacy", import_notes(parsed))
+    return Unpickled(build_tree(path, parsed.value, find_storage), "torch legacy")
 
 
 def _no_storage(source: Source) -> Storage:
@@ -103,7 +95,7 @@ def _no_storage(source: Source) -> Storage:
 
 def read_tar(source: Source) -> Unpickled:
     """A file in torch's tar format."""
-    path, data = source.path, source.data
+    path, data = source.path, source.mapped
     members = _tar_members(source)
     missing = {"storages", "tensors", "pickle"} - members.keys()
     if 0 < len(missing) < 3:
@@ -165,12 +157,12 @@ def read_tar(source: Source) -> Unpickled:
         return tensors[key]
 
     parsed = interpret(path, data, *members["pickle"], ALLOW_LIST)
-    return Unpickled(build_tree(path, parsed.value, find_tensor), "torch tar", import_notes(parsed))
+    return Unpickled(build_tree(path, parsed.value, find_tensor), "torch tar")
 
 
 def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
     """name -> (first byte, byte after the last) of each regular file of a tar archive in POSIX form."""
-    path, data = source.path, source.data
+    path, data = source.path, source.mapped
     members: dict[str, tuple[int, int]] = {}
     at = 0
     while data[at : at + 1] not in (b"", b"\0") and len(members) < 100:
@@ -194,7 +186,7 @@ def _tar_members(source: Source) -> dict[str, tuple[int, int]]:
 
 
 def _count(source: Source, at: int, end: int) -> tuple[int, int]:
-    parsed = interpret(source.path, source.data, at, end, ALLOW_LIST, HEAD_BUDGET)
+    parsed = interpret(source.path, source.mapped, at, end, ALLOW_LIST, HEAD_BUDGET)
     if type(parsed.value) is not int or not 0 <= parsed.value <= MAX_RECORDS:
         raise DamagedFile(source.path, "does not state how many tensors it holds")
     return parsed.value, parsed.end

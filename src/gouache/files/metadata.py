@@ -17,11 +17,11 @@ from gouache.files.write import atomic_output
 _PIECE = 1 << 24
 
 
-def write_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> str:
+def write_metadata(source: Path, target: Path, metadata: Mapping[str, str], *, new: bool = False) -> str:
     """Writes the safetensors file `source` with `metadata` instead of its own to `target`; returns its SHA-256.
 
-    `target` may be `source`: the file is replaced, not written in place. Raises FileError, or DamagedFile if `source`
-    is not a valid safetensors file.
+    `target` may be `source`: the file is replaced, not written in place; `new` is that of `write.atomic_output`. Raises
+    FileError, or DamagedFile if `source` is not a valid safetensors file.
     """
     opened = Source(source)
     read_safetensors(opened)  # checks every rule of the header before anything is written
@@ -36,7 +36,7 @@ def write_metadata(source: Path, target: Path, metadata: Mapping[str, str]) -> s
     except UnicodeEncodeError:
         raise FileError(target, "cannot be written: a metadata text is not valid Unicode") from None
     text += b" " * (-len(text) % 8)
-    with atomic_output(target, 8 + len(text) + opened.size - start) as output:
+    with atomic_output(target, 8 + len(text) + opened.size - start, new=new) as output:
         output.write(len(text).to_bytes(8, "little") + text)
         for at in range(start, opened.size, _PIECE):
             output.write(opened.data[at : at + _PIECE])

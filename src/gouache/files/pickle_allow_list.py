@@ -2,18 +2,19 @@
 
 The result is the position of a tensor in the file, a dictionary, a number, a path, or a `Record` for an object of a
 known harmless class. Covered are the objects that torch, numpy, Lightning and OmegaConf write; none of these packages
-is needed to read them. A global that is not in the tables at the end of this file may be imported, but the file is
-refused if it is called.
+is needed to read them. A file that names a global that is not in the tables at the end of this file is refused.
 """
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gouache.errors import FileError, PickleFinding, UnsafeFile
-from gouache.files.pickle_machine import AllowList, Call, Global, Persistent, type_label
+from gouache.files.pickle_machine import AllowList, Call, Global, Persistent, argument_text, type_label
 from gouache.files.pickle_tree import CallHandler, FindStorage, Record, TreeBuilder
 from gouache.files.stored import DTYPES, MAX_DIMENSIONS, STORAGE_TYPES, Storage, StoredTensor, view
 
@@ -91,6 +92,41 @@ def _numpy_dtype(node: Any) -> tuple[str | None, bool]:
     if not isinstance(code, str):
         return None, False
     return _NUMPY_DTYPES.get(code.lstrip("<>|=")), order == ">" or code.startswith(">")
+
+
+_NEEDS_INIT = 8  # the only flag of texts; objects have more
+_PLAIN_DTYPE = re.compile(r"[<>|=]?(?:[biufcSUVmM]\d{0,5}|\?)")
+
+
+def _dtype_fault(call: Call) -> str:
+    """What is wrong with a numpy.dtype: only plain ones have no fields, no objects and no data type inside.
+
+    An array or a scalar of objects has another pickle as its bytes. The state is (version, byte order, data type
+    inside, names, fields, size, alignment, flags[, metadata of dates]).
+    """
+    code = call.args[0] if call.args else None
+    if not isinstance(code, str) or not _PLAIN_DTYPE.fullmatch(code):
+        return f"of {argument_text(code)}"
+    state = call.state
+    if not call.built or (state is None):
+        return ""
+    plain = isinstance(state, tuple) and len(state) in (8, 9) and state[1] in ("<", ">", "|", "=")
+    if (
+        not plain
+        or state[2:5] != (None, None, None)
+        or not all(type(n) is int for n in state[5:8])
+        or state[7] & ~_NEEDS_INIT
+    ):
+        return "with a state that plain numbers do not have"
+    if len(state) == 9 and code.lstrip("<>|=")[:1] not in "mM":
+        return "with metadata"
+    return ""
+
+
+def _encode_fault(call: Call) -> str:
+    """`_codecs.encode` imports the module of an encoding that it does not know."""
+    encodings = ("latin1", "latin-1")
+    return "" if not call.args[1:] or call.args[1] in encodings else f"as {argument_text(call.args[1])}"
 
 
 def _numpy_scalar(tree: TreeBuilder, call: Call, depth: int) -> Any:
@@ -318,13 +354,54 @@ _CLASSES = _table(
     (_mapping, "yacs.config", "CfgNode"),
 )
 
+
+_STORAGES = [
+    f"{kind}Storage"
+    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat",
+                 "ComplexDouble", "QInt8", "QUInt8", "QInt32")
+]  # fmt: skip
+
+
+class _Values:
+    """Classes that files hold as values: default factories, types of tensors, types and keys of a configuration."""
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, Global) and (
+            name in _PLAIN_VALUES or (_CLASS_MODULES.fullmatch(name.module) is not None and name.name[:1].isupper())
+        )
+
+    def __iter__(self) -> Iterator[Global]:
+        """Those that are listed by name."""
+        return iter(_PLAIN_VALUES)
+
+
+_CLASS_MODULES = re.compile(
+    r"torch\.nn\.modules\.\w{1,40}|(?:pytorch_lightning|lightning\.pytorch)\.callbacks(?:\.\w{1,40}){0,3}"
+)
+_PLAIN_VALUES = {
+    *STORAGE_TYPES,
+    *DTYPES,
+    *_TENSOR_TYPES,
+    # Of the oldest format, and those that are named in the message that they are not supported.
+    *(Global("torch", name.replace("Storage", "Tensor")) for name in _STORAGES),
+    *(Global(module, name) for module in ("torch", "torch.cuda") for name in _STORAGES),
+    *(Global("torch", name) for name in ("complex32", "complex128", "qint8", "quint8", "qint32")),
+    Global("numpy", "ndarray"),
+    Global("typing", "Any"),
+    *(
+        Global(module, name)
+        for module in _BUILTINS.split()
+        for name in ("bool", "float", "int", "long", "str", "unicode")
+    ),
+}
 _NUMPY_DTYPE = Global("numpy", "dtype")
 _SIZE = Global("torch", "Size")
 
 ALLOW_LIST = AllowList(
     functions=_FUNCTIONS,
     classes=_CLASSES,
-    values={*STORAGE_TYPES, *DTYPES, *_TENSOR_TYPES, Global("numpy", "ndarray"), Global("typing", "Any")},
+    values=_Values(),
+    checks={_NUMPY_DTYPE: _dtype_fault, Global("_codecs", "encode"): _encode_fault},
 )
 
 

@@ -10,19 +10,20 @@ only these become tensors; optimizer states and the like go to `extra`, describe
 from __future__ import annotations
 
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gouache.errors import DamagedFile, NotAModel, UnsafeFile, printable
-from gouache.files.legacy_file import Unpickled, import_notes, read_legacy, read_tar
+from gouache.files.legacy_file import Unpickled, read_legacy, read_tar
 from gouache.files.pickle_allow_list import ALLOW_LIST, build_tree
 from gouache.files.pickle_machine import MAX_BYTES
 from gouache.files.pickle_reader import interpret
 from gouache.files.pickle_tree import Record
-from gouache.files.record import ModelFile
+from gouache.files.record import ModelFile, Reader
 from gouache.files.source import Source, size_text, tensor_from
 from gouache.files.stored import Storage, StoredTensor, storage_id
-from gouache.files.zip_file import Entry, read_zip
+from gouache.files.zip_file import Entry, is_torch_script, read_zip, torch_script_error
 
 
 def open_pickle(path: str | Path) -> ModelFile:
@@ -39,22 +40,29 @@ def read_pickle(source: Source) -> ModelFile:
     else:
         found = read_legacy(source)
     stored, extra = name_tensors(source.path, found.value)
+    if not stored:
+        raise NotAModel(source.path, f"holds no tensors, so it is not a model (its pickle holds {_kind(found.value)})")
 
-    def read(name: str) -> Any:
+    def read(name: str, mapped: bool = False) -> Any:
         tensor = stored[name]
         if tensor.inline is not None:
             return tensor_from(bytearray(tensor.inline), tensor.offset, tensor.info, tensor.stride, tensor.swap)
-        return source.tensor(tensor.offset, tensor.info, tensor.stride, tensor.swap)
+        from_file = source.map_tensor if mapped else source.read_tensor
+        return from_file(tensor.offset, tensor.info, tensor.stride, tensor.swap)
 
     return ModelFile(
         path=source.path,
         format=found.format,
         tensors={name: tensor.info for name, tensor in stored.items()},
-        read=read,
+        read=Reader(read, partial(read, mapped=True)),
         extra=extra,
         notes=found.notes,
         files=(source.path,),
     )
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, list | tuple | dict) else type(value).__name__
 
 
 def _read_zip_form(source: Source) -> Unpickled:
@@ -69,8 +77,8 @@ def _read_zip_form(source: Source) -> Unpickled:
             path, f"holds {len(pickles)} pickles named data.pkl; different programs may read different ones"
         )
     root = pickles[0].removesuffix("data.pkl")
-    if any(name.startswith((f"{root}code/", f"{root}constants.pkl")) for name in entries):
-        raise NotAModel(path, "is a TorchScript program, not weights: get the weights as .safetensors")
+    if is_torch_script(entries):
+        raise torch_script_error(path)
 
     pickle = entries[pickles[0]]
     # torch.save can be set to omit checksums; then all of them are 0.
@@ -80,7 +88,7 @@ def _read_zip_form(source: Source) -> Unpickled:
     end = pickle.offset + pickle.size
     if not unchecked and zlib.crc32(source.data[pickle.offset : end]) != pickle.crc:
         raise DamagedFile(path, "the checksum of its data.pkl is wrong: fetch it again")
-    parsed = interpret(path, source.data, pickle.offset, end, ALLOW_LIST)
+    parsed = interpret(path, source.mapped, pickle.offset, end, ALLOW_LIST)
     if parsed.end != end:
         raise DamagedFile(path, f"its data.pkl has {end - parsed.end} bytes after the end of the pickle")
 
@@ -100,7 +108,7 @@ def _read_zip_form(source: Source) -> Unpickled:
         return storage.at(entry.offset, swap)
 
     value = build_tree(path, parsed.value, find_storage)
-    notes = import_notes(parsed) + (("written without checksums",) if unchecked else ())
+    notes = ("written without checksums",) if unchecked else ()
     return Unpickled(value, "torch zip", notes)
 
 

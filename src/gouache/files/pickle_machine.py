@@ -2,8 +2,13 @@
 
 A pickle can import any Python object (a "global") and call it. Here a global is a `Global`, two strings that are never
 looked up, and a call is a `Call`, a record of what would be called with what. `pickle_allow_list` computes the results
-of allowed calls. A file that calls any other global is refused, but only after the whole pickle has been read, so that
+of allowed calls. A file that names any other global is refused, but only after the whole pickle has been read, so that
 the message can list everything the pickle would have called.
+
+The verdict is about any loader, not about this one. Python imports a global when it is only named; it calls an
+attribute `__setstate__` that an earlier state gave to an object (by a second BUILD), or that a dictionary with
+attribute access finds among its entries. So a global outside the allow-list is refused wherever it occurs, and so are a
+second state for one object, the name `__setstate__`, and special names (`__class__`) in a state.
 
 Every step takes bounded time and memory: lengths are checked against the remaining bytes before anything is
 allocated, and there are limits on opcodes, text and number keys. The opcodes themselves are in `pickle_opcodes`.
@@ -12,8 +17,8 @@ allocated, and there are limits on opcodes, text and number keys. The opcodes th
 from __future__ import annotations
 
 import mmap
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from gouache.errors import printable
@@ -51,6 +56,7 @@ class Call:
     state: Any = None
     entries: dict[Any, Any] | None = None
     elements: list[Any] | None = None
+    built: bool = False  # it was given a state
 
 
 @dataclass(eq=False, slots=True)
@@ -66,7 +72,9 @@ class AllowList:
 
     functions: Container[Global]
     classes: Container[Global]
-    values: Container[Global] = ()  # may be imported but not called; importing other globals is allowed but reported
+    values: Container[Global] = ()  # may be imported but not called
+    checks: Mapping[Global, Callable[[Call], str]] = field(default_factory=dict)
+    """What is wrong with a call, its arguments and state; "" if nothing. For calls that are safe in some forms only."""
 
 
 class Malformed(Exception):
@@ -90,10 +98,10 @@ class Machine:
         self.stack: list[Any] = []
         self.metastack: list[list[Any]] = []  # the stacks below each open mark, named as in CPython
         self.memo: dict[int, Any] = {}
-        self.imported: dict[Global, int] = {}  # every global, with the byte of its first import
         self.refused: dict[str, int] = {}  # everything forbidden, with the byte where it first occurs
         self.arguments: dict[str, tuple[str, ...]] = {}  # arguments of refused calls, as text
         self.persistent: list[Persistent] = []
+        self.frame_end = 0
         self.text = 0
         self.number_keys = 0
 
@@ -159,10 +167,15 @@ class Machine:
         if not module or not name or len(module) > MAX_NAME or len(name) > MAX_NAME:
             raise Malformed("has the name of a global that is empty or too long")
         found = Global(module, name)
-        self.imported.setdefault(found, self.at)
-        if "." in name:  # a path of attributes, which can reach anything
+        # Also if it is only named: another loader imports its module, and could call it.
+        if not self.is_allowed(found):
             self.refuse(str(found))
         self.stack.append(found)
+
+    def push_text(self, text: str | bytes) -> None:
+        if text in _SET_STATE:
+            self.refuse("the name __setstate__")
+        self.stack.append(text)
 
     def call(self, name: Any, args: Any, *, function: bool) -> None:
         """Pushes a `Call` of `name(*args)`; `function` tells a call (REDUCE) from a creation by `__new__` (NEWOBJ)."""
@@ -172,9 +185,32 @@ class Machine:
             self.refuse("a call of something that is not a global")
             name = Global("unknown", "unknown")
         elif name not in self.allow_list.classes and not (function and name in self.allow_list.functions):
+            if str(name) in self.refused and str(name) not in self.arguments:
+                self.refused[str(name)] = self.at  # the call is more telling than the name
             self.refuse(str(name))
             self.arguments.setdefault(str(name), tuple(argument_text(value) for value in args[:_MAX_SHOWN]))
-        self.stack.append(Call(name, args))
+        made = Call(name, args)
+        self.check(made)
+        self.stack.append(made)
+
+    def check(self, call: Call) -> None:
+        if (check := self.allow_list.checks.get(call.name)) is not None and (fault := check(call)):
+            self.refuse(f"{call.name} {fault}")
+
+    def build(self, state: Any, target: Any) -> None:
+        """Gives the object `target` its state, once."""
+        if not isinstance(target, Call) or (
+            target.name not in self.allow_list.classes and str(target.name) not in self.refused
+        ):
+            self.refuse(f"a state for {type_label(target)}")
+            return
+        if target.built:
+            self.refuse(f"a second state for {type_label(target)}")
+        for name in _state_names(state):
+            if isinstance(name, str | bytes) and name[:2] in ("__", b"__"):
+                self.refuse(f"a state for {type_label(target)} with {argument_text(name)}")
+        target.state, target.built = state, True
+        self.check(target)
 
     def container(self, kind: type) -> Call | Any:
         """The dictionary, list or object on top of the stack that receives entries or elements."""
@@ -211,6 +247,21 @@ class Machine:
                 raise Unsafe(f"uses more than {MAX_NUMBER_KEYS:,} numbers as dictionary keys")
         elif kind not in (str, bytes, bool, type(None), Global):
             raise Unsafe(f"uses {type_label(key)} as a dictionary key")
+
+
+_SET_STATE = ("__setstate__", b"__setstate__")
+
+
+def _state_names(state: Any) -> list[Any]:
+    """The attributes that a state sets: those of a dictionary of any class, or of a pair of two."""
+    names: list[Any] = []
+    for part in state if isinstance(state, tuple) else (state,):
+        for item in (part, *part.args, part.entries) if isinstance(part, Call) else (part,):
+            if isinstance(item, dict):
+                names += item
+            elif isinstance(item, list):  # pairs
+                names += [pair[0] for pair in item if isinstance(pair, tuple | list) and pair]
+    return names
 
 
 def argument_text(value: Any) -> str:

@@ -23,6 +23,7 @@ from gouache.files.pickle_machine import (
     Machine,
     Malformed,
     Persistent,
+    Truncated,
     Unsafe,
     type_label,
 )
@@ -51,6 +52,20 @@ def _read(width: int, make: Callable[[bytes], Any]) -> _Operation:
 def _counted(width: int, make: Callable[[bytes], Any]) -> _Operation:
     """Pushes a value made from n bytes, where n is a number of `width` bytes before them."""
     return lambda m: m.stack.append(make(m.content(m.number(width))))
+
+
+def _counted_text(width: int, make: Callable[[bytes], str | bytes]) -> _Operation:
+    return lambda m: m.push_text(make(m.content(m.number(width))))
+
+
+def _frame(m: Machine) -> None:
+    """The length of a frame. Loaders read a frame at once, so the file must have all of it."""
+    length = m.number(8)
+    if length > m.end - m.position:
+        raise Truncated(f"announces a frame of {length} bytes, but {m.end - m.position} are left")
+    if m.position < m.frame_end:
+        raise Malformed("begins a frame inside another one")
+    m.frame_end = m.position + length
 
 
 def _tuple_of(count: int) -> _Operation:
@@ -141,9 +156,9 @@ def _decimal_fraction(m: Machine) -> None:
         raise Malformed("has an invalid number") from None
 
 
-def _line_text(make: Callable[[bytes], Any]) -> _Operation:
+def _line_text(make: Callable[[bytes], str | bytes]) -> _Operation:
     def operation(m: Machine) -> None:
-        m.stack.append(make(m.content(m.line_length(MAX_BYTES))))
+        m.push_text(make(m.content(m.line_length(MAX_BYTES))))
         m.position += 1
 
     return operation
@@ -252,10 +267,7 @@ def _old_object(m: Machine) -> None:
 
 def _build(m: Machine) -> None:
     state, target = m.pop(), m.top()
-    if isinstance(target, Call) and (target.name in m.allow_list.classes or str(target.name) in m.refused):
-        target.state = state
-    else:
-        m.refuse(f"a state for {type_label(target)}")
+    m.build(state, target)
 
 
 def _persistent(m: Machine) -> None:
@@ -301,10 +313,10 @@ OPERATIONS: dict[int, _Operation] = {
         "Q": _persistent,
         "R": _reduce,
         "S": _line_text(_quoted),
-        "T": _counted(4, _old_text),
-        "U": _counted(1, _old_text),
+        "T": _counted_text(4, _old_text),
+        "U": _counted_text(1, _old_text),
         "V": _line_text(_raw_unicode),
-        "X": _counted(4, _text),
+        "X": _counted_text(4, _text),
         "a": _append,
         "b": _build,
         "c": _global,
@@ -340,20 +352,20 @@ OPERATIONS: dict[int, _Operation] = {
         "\x8a": _counted(1, _long),
         "\x8b": _counted(4, _long),
         # protocols 3 and 4
-        "B": _counted(4, bytes),
-        "C": _counted(1, bytes),
-        "\x8c": _counted(1, _text),
-        "\x8d": _counted(8, _text),
-        "\x8e": _counted(8, bytes),
+        "B": _counted_text(4, bytes),
+        "C": _counted_text(1, bytes),
+        "\x8c": _counted_text(1, _text),
+        "\x8d": _counted_text(8, _text),
+        "\x8e": _counted_text(8, bytes),
         "\x8f": lambda m: m.stack.append(Call(SET, ())),
         "\x90": _appends,
         "\x91": _frozen_set,
         "\x92": _new_object_with_keywords,
         "\x93": _stack_global,
         "\x94": lambda m: _put(m, len(m.memo)),
-        "\x95": _skip(8),  # the length of a frame, a hint for buffered reading
+        "\x95": _frame,
         # protocol 5
-        "\x96": _counted(8, bytes),
+        "\x96": _counted_text(8, bytes),
         "\x97": _refused("an out-of-band buffer"),
         "\x98": _refused("an out-of-band buffer"),
     }.items()

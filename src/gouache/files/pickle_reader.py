@@ -12,7 +12,6 @@ from gouache.files.pickle_machine import (
     MAX_BYTES,
     MAX_STEPS,
     AllowList,
-    Global,
     Machine,
     Malformed,
     Persistent,
@@ -24,12 +23,11 @@ from gouache.files.pickle_opcodes import OPERATIONS, STOP
 
 @dataclass(frozen=True)
 class Parsed:
-    """The pickle's value as a graph; the byte after it; every `Persistent` in it; unknown globals it only imports."""
+    """The pickle's value as a graph; the byte after it; every `Persistent` in it."""
 
     value: Any
     end: int
     persistent: list[Persistent] = field(repr=False)
-    only_imported: tuple[Global, ...] = ()
 
 
 def interpret(
@@ -37,7 +35,8 @@ def interpret(
 ) -> Parsed:
     """Reads the pickle that begins at byte `start` and must end before `end`, within `budget` bytes.
 
-    Raises UnsafeFile for a forbidden call or an exceeded limit, DamagedFile for bytes that are not a valid pickle.
+    Raises UnsafeFile for a forbidden name, call or state or an exceeded limit, DamagedFile for bytes that are not a
+    valid pickle.
     """
     machine = Machine(data, start, min(end, start + budget), allow_list)
     try:
@@ -50,8 +49,7 @@ def interpret(
             raise UnsafeFile(path, f"its pickle is longer than {budget:,} bytes: refused") from None
         raise DamagedFile(path, f"its pickle {error} (byte {machine.at}): damaged, or not a pickle") from None
     _refuse(path, machine)
-    only_imported = tuple(name for name in machine.imported if not machine.is_allowed(name))
-    return Parsed(value, machine.position, machine.persistent, only_imported)
+    return Parsed(value, machine.position, machine.persistent)
 
 
 def _run(machine: Machine) -> Any:
@@ -76,18 +74,10 @@ def _refuse(path: Path, machine: Machine) -> None:
     if not machine.refused:
         return
     calls = tuple(PickleFinding(what, at, machine.arguments.get(what, ())) for what, at in machine.refused.items())
-    imports = tuple(
-        PickleFinding(str(name), at)
-        for name, at in machine.imported.items()
-        if not machine.is_allowed(name) and str(name) not in machine.refused
-    )
-    also = f"; it also imports {_listed(imports)}" if imports else ""
     raise UnsafeFile(
         path,
-        f"tries to run code (nothing was run): {_listed(calls)}{also}. "
-        "Weights need no code: get a .safetensors file instead",
+        f"tries to run code (nothing was run): {_listed(calls)}. Weights need no code: get a .safetensors file instead",
         calls,
-        imports,
     )
 
 

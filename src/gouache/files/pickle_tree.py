@@ -39,7 +39,7 @@ class TreeBuilder:
     """One traversal of one graph; `value(root, 0)` returns the whole tree.
 
     The tree consists of None, bool, numbers, str, bytes, list, tuple, dict, set, Record and StoredTensor; a global
-    that the pickle imports without calling it becomes its name as text. Raises UnsafeFile or DamagedFile.
+    that the pickle names without calling it becomes its name as text. Raises UnsafeFile or DamagedFile.
     """
 
     def __init__(self, path: Path, find_storage: FindStorage, handlers: Mapping[Global, CallHandler]) -> None:

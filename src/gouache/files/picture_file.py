@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import struct
 import zlib
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from gouache.errors import DamagedFile, NotAModel
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.files.source import Source, tensor_from
+from gouache.outside import parse_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,8 +130,8 @@ def _json(source: Source, raw: bytes) -> dict[str, Any]:
     if len(raw) > _MAX_JSON:
         raise DamagedFile(source.path, f"its embedding takes more than {_MAX_JSON:,} bytes")
     try:
-        content = json.loads(raw.decode())
-    except (ValueError, RecursionError):
+        content = parse_json(raw.decode())
+    except ValueError:  # MalformedText, or bytes that are not UTF-8
         raise DamagedFile(source.path, "its embedding is not valid JSON: the picture was cropped or edited") from None
     if not isinstance(content, dict):
         raise DamagedFile(source.path, "its embedding is not a JSON object")

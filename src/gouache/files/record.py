@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gouache.errors import FileError, printable
+from gouache.outside import open_outside
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +29,9 @@ ITEM_SIZE = {
     "F8_E5M2FNUZ": 1, "F8_E4M3FNUZ": 1, "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# The dtypes that a network computes with; weights of others are codes, of which only their scales make numbers.
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FP8 = tuple(dtype for dtype in FLOATS if dtype.startswith("F8_"))
 
 
 _PIECE = 1 << 24  # bytes read at a time
@@ -49,6 +53,20 @@ class TensorInfo:
         return self.elements * ITEM_SIZE[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """How tensors are read by name: a call copies one into memory, `mapped` gives a view of the file where it can.
+
+    A view costs no memory, and ends the process if the file becomes shorter while it is used.
+    """
+
+    copied: Callable[[str], torch.Tensor]
+    mapped: Callable[[str], torch.Tensor]
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self.copied(name)
+
+
 @dataclass(frozen=True)
 class ModelFile:
     """Named tensors, read lazily, with everything else the file contains.
@@ -57,7 +75,8 @@ class ModelFile:
     `unet/conv_in.weight`. `metadata` has the text fields of the safetensors header. `extra` has the plain values that
     a pickle stores next to the tensors (`global_step`, `epoch`, ...; a tensor among them is given as its
     `TensorInfo`), and for a diffusers folder the parsed `config.json` files under their relative paths. `notes` are
-    remarks for reports: a suffix that contradicts the content, entries that were skipped.
+    remarks for reports: a suffix that contradicts the content, entries that were skipped. `read` copies a tensor into
+    memory, `tensor` maps it.
     """
 
     path: Path
@@ -73,7 +92,7 @@ class ModelFile:
         """The tensor `name` in the dtype of the file; memory-mapped, not copied, where the format allows it."""
         if name not in self.tensors:
             raise FileError(self.path, f"has no tensor named {printable(name)!r}")
-        return self.read(name)
+        return (self.read.mapped if isinstance(self.read, Reader) else self.read)(name)
 
     def __contains__(self, name: str) -> bool:
         return name in self.tensors
@@ -101,7 +120,7 @@ def sha256_of(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
     """SHA-256 of a file in hexadecimal; `on_bytes` receives the size of each piece read. Raises FileError."""
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
+        with open_outside(path) as file:
             while piece := file.read(_PIECE):
                 digest.update(piece)
                 if on_bytes is not None:

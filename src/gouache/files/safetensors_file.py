@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from gouache.errors import DamagedFile, UnsafeFile, printable
-from gouache.files.record import ITEM_SIZE, ModelFile, TensorInfo
+from gouache.files.record import ITEM_SIZE, ModelFile, Reader, TensorInfo
 from gouache.files.source import Source, size_text, truncated_error
 
 MAX_HEADER = 100_000_000  # the limit of the format
@@ -64,7 +64,10 @@ def read_safetensors(source: Source) -> ModelFile:
         path=path,
         format="safetensors",
         tensors=tensors,
-        read=lambda name: source.tensor(offsets[name], tensors[name]),
+        read=Reader(
+            lambda name: source.read_tensor(offsets[name], tensors[name]),
+            lambda name: source.map_tensor(offsets[name], tensors[name]),
+        ),
         metadata=metadata,
         files=(path,),
     )
@@ -97,7 +100,7 @@ class _Header:
                 if len(entries) == MAX_TENSORS:
                     raise UnsafeFile(self.path, f"lists more than {MAX_TENSORS:,} tensors; no model has so many")
                 entries[name] = self.entry(name)
-        if self.text[self.position :].strip(b" "):
+        if self.text[self.position :].strip(b" \t\r\n"):  # JSON's white space, as the official reader allows
             raise self.broken("goes on after its closing brace")
         return entries, metadata or {}
 

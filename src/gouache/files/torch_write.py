@@ -44,17 +44,18 @@ def stream_torch(
     *,
     on_bytes: OnBytes | None = None,
     check: Check | None = None,
+    new: bool = False,
 ) -> str:
     """Writes {"state_dict": tensors, **values} in torch.save's format, one tensor at a time; returns the SHA-256.
 
-    `values` are None, numbers, text, and lists and dictionaries of them; `on_bytes` and `check` are the same as in
-    `write.stream_safetensors`. Raises ModelError for other values, and if `read` returns a tensor whose shape or
+    `values` are None, numbers, text, and lists and dictionaries of them; `on_bytes`, `check` and `new` are the same as
+    in `write.stream_safetensors`. Raises ModelError for other values, and if `read` returns a tensor whose shape or
     dtype differs from `infos`.
     """
     names = list(infos)
     pickle = _pickled(infos, names, values or {})
     total = sum(info.nbytes + 256 for info in infos.values()) + len(pickle)
-    with atomic_output(path, total, check) as output:
+    with atomic_output(path, total, check, new=new) as output:
         archive = _Archive(output)
         archive.add("data.pkl", pickle)
         archive.add("byteorder", b"little")

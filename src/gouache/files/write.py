@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPE_NAMES = {f"torch.{torch_name}": dtype for dtype, torch_name in TORCH_NAMES.items()}
-_SPARE = 16_000_000  # bytes that must stay free on the disk
+_SPARE = 16_000_000  # bytes that stay free on the disk; small files, such as pictures, may use half of what is left
 _OWNER = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32]
 
 OnBytes = Callable[[int], None]
@@ -53,13 +53,18 @@ class AtomicOutput:
 
 
 @contextmanager
-def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -> Iterator[AtomicOutput]:
+def atomic_output(
+    path: str | Path, size: int = 0, check: Check | None = None, *, new: bool = False
+) -> Iterator[AtomicOutput]:
     """Context manager for a file that appears at `path`, complete, when the block ends; if the block raises, never.
 
     `size`, if known, is the number of bytes to be written: a disk without enough space is refused before anything is
     written. `check` reads the finished file before it gets its final name, instead of comparing hashes, and refuses
     it by raising. The permissions of a replaced file are kept; a symbolic link is replaced, not followed. Raises
     FileError.
+
+    `new`: the name is claimed exclusively, so of several programs that write one file, one succeeds; FileExistsError is
+    raised for the others.
     """
     path = Path(path)
     temporary = temporary_name(path.parent, ".tmp")
@@ -80,11 +85,13 @@ def atomic_output(path: str | Path, size: int = 0, check: Check | None = None) -
                 raise DamagedFile(
                     path, "differs from what was written when read back: the disk or its driver is faulty"
                 )
-            linked = _link(file, temporary, path)
+            linked = _link(file, temporary, path, new)
         if linked != path:
             os.replace(linked, path)
         sync_folder(path.parent)
     except OSError as error:
+        if new and isinstance(error, FileExistsError):
+            raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         reason = "the disk is full" if full else error.strerror or str(error)
         raise FileError(path, f"cannot be written: {reason}; the previous content is unchanged") from error
@@ -139,16 +146,31 @@ def _where(file: BinaryIO, temporary: Path) -> Path:
     return temporary if temporary.exists() else Path(f"/proc/self/fd/{file.fileno()}")
 
 
-def _link(file: BinaryIO, temporary: Path, path: Path) -> Path:
-    """Gives an unnamed file the name `path` or, if this exists, `temporary`; returns the name it has."""
+def _link(file: BinaryIO, temporary: Path, path: Path, new: bool) -> Path:
+    """Gives an unnamed file the name `path` or, if this exists, `temporary`; returns the name it has.
+
+    `new`: FileExistsError instead of the second.
+    """
     if temporary.exists():
-        return temporary
+        if not new:
+            return temporary
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            return temporary
+        return path
     # With src_dir_fd, Python follows the symbolic link in /proc; without, it would make a hard link to that link.
     folder = os.open(temporary.parent, os.O_RDONLY)
     try:
-        with suppress(FileExistsError):
+        try:
             os.link(f"/proc/self/fd/{file.fileno()}", path, src_dir_fd=folder)
             return path
+        except FileExistsError:
+            if new:
+                raise
         remove_stale_temporaries(temporary.parent, temporary.suffix)
         os.link(f"/proc/self/fd/{file.fileno()}", temporary, src_dir_fd=folder)
         return temporary
@@ -162,12 +184,22 @@ def write_atomic(path: str | Path, data: bytes) -> None:
         output.write(data)
 
 
+def write_new(path: str | Path, data: bytes) -> None:
+    """The same for a file that must not exist. Raises FileExistsError if it does, or another program has made it."""
+    with atomic_output(path, len(data), new=True) as output:
+        output.write(data)
+
+
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    new: bool = False,
 ) -> str:
     """Writes `tensors` as a safetensors file; returns its SHA-256 in hexadecimal."""
     infos = {name: describe(tensor) for name, tensor in tensors.items()}
-    return stream_safetensors(path, infos, tensors.__getitem__, metadata)
+    return stream_safetensors(path, infos, tensors.__getitem__, metadata, new=new)
 
 
 def stream_safetensors(
@@ -178,18 +210,19 @@ def stream_safetensors(
     *,
     on_bytes: OnBytes | None = None,
     check: Check | None = None,
+    new: bool = False,
 ) -> str:
     """Writes a safetensors file of tensors that `read` returns, one at a time in memory; returns its SHA-256.
 
     The order is that of the safetensors library: by dtype, widest first, so that every tensor is aligned; then by
     name. `tensors` and `read` of a ModelFile can be passed as `infos` and `read`. `on_bytes` is called after each
-    tensor; `check` receives the file before it gets its final name. Raises ModelError if `read` returns a tensor
-    whose shape or dtype differs from `infos`.
+    tensor; `check` receives the file before it gets its final name; `new` is that of `atomic_output`. Raises ModelError
+    if `read` returns a tensor whose shape or dtype differs from `infos`.
     """
     order = sorted(infos, key=lambda name: (_RANK[infos[name].dtype], name))
     header = _header(path, order, infos, metadata or {})
     total = len(header) + sum(info.nbytes for info in infos.values())
-    with atomic_output(path, total, check) as output:
+    with atomic_output(path, total, check, new=new) as output:
         output.write(header)
         for name in order:
             output.write(bytes_of(name, read(name), infos[name]))
@@ -253,8 +286,11 @@ def _check_target(path: Path, size: int) -> None:
     if path.exists() and not path.is_file():
         raise FileError(path, "cannot be written: it is a folder or a device, not a file")
     free = shutil.disk_usage(folder).free
-    if size and size + _SPARE > free:
-        raise FileError(path, f"cannot be written: it needs {size_text(size)}, but {size_text(free)} are free there")
+    if size and size + min(_SPARE, free // 2) > free:
+        reserve = f", and {size_text(_SPARE)} that stay free," if size > _SPARE else ""
+        raise FileError(
+            path, f"cannot be written: it needs {size_text(size)}{reserve} but only {size_text(free)} are free there"
+        )
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,7 +11,9 @@ APPNOTE 6.3.
 
 from __future__ import annotations
 
+import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -84,7 +86,7 @@ def read_zip(source: Source) -> dict[str, Entry]:
 
 def _directory(source: Source) -> tuple[int, int, int]:
     """(start, end, number of records) of the central directory, from the end record."""
-    path, data, size = source.path, source.data, source.size
+    path, data, size = source.path, source.mapped, source.size
     at = size - _END.size
     if at < 0 or data[at : at + 4] != b"PK\x05\x06":
         if 0 <= data.rfind(b"PK\x05\x06", max(0, at - 0xFFFF)) < at:
@@ -163,7 +165,7 @@ def _zip64_values(path: Path, extra: bytes, values: list[int]) -> list[int]:
 
 def _extent(source: Source, record: _Record, limit: int) -> tuple[int, int]:
     """(first byte of the entry's content, end of the entry), after checking that its local header agrees."""
-    path, data, at = source.path, source.data, record.header
+    path, data, at = source.path, source.mapped, record.header
 
     def wrong(fault: str) -> UnsafeFile:
         return UnsafeFile(path, f"zip entry {printable(record.name)!r} {fault}")
@@ -193,7 +195,21 @@ def _extent(source: Source, record: _Record, limit: int) -> tuple[int, int]:
     return offset, end
 
 
+def is_torch_script(names: Iterable[str]) -> bool:
+    """Whether a PyTorch archive with these entries holds a program (its code entries are compressed)."""
+    return any(_TORCH_SCRIPT.fullmatch(name) for name in names)
+
+
+_TORCH_SCRIPT = re.compile(r"(?:[^/]*/)?(?:code/.*|constants\.pkl)", re.DOTALL)
+
+
+def torch_script_error(path: Path) -> NotAModel:
+    return NotAModel(path, "is a TorchScript program, not weights: get the weights as .safetensors")
+
+
 def _refuse_compressed(path: Path, records: list[_Record], first: _Record) -> NoReturn:
+    if is_torch_script(record.name for record in records):
+        raise torch_script_error(path)
     if any(record.name.endswith("data.pkl") for record in records):
         raise UnsafeFile(
             path,

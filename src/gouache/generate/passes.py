@@ -16,6 +16,7 @@ from torch import Tensor
 from gouache.diffusion.noise import Noise
 from gouache.diffusion.samplers import catalog
 from gouache.errors import ModelError, RequestError, printable
+from gouache.generate.memory import check_memory
 from gouache.generate.prompting import Guides, Prompts, encode_prompts, read_prompts
 from gouache.generate.request import Request, Size
 from gouache.generate.source import Source, check_size, pass_size, read_source
@@ -78,6 +79,7 @@ def plan_passes(
     larger = request.hires_size(size) if request.hires is not None else None
     if larger is not None:
         check_size(model, larger)
+    check_memory(model, larger or size, min(request.batch, request.count))
     passes = [_first(model, request, size, first)]
     prompts = read_prompts(first.prompt, first.negative, request.steps)
     if larger is not None:
@@ -92,7 +94,7 @@ def plan_passes(
 def _first(model: Model, request: Request, size: Size, guided: Guided) -> Pass:
     sampler, schedule = catalog.find(request.sampler, request.schedule)
     if request.eta is not None and "eta" not in sampler.knobs:
-        raise RequestError("eta", f"{sampler.name} adds no noise; DDIM and the ancestral samplers do")
+        raise RequestError("eta", f"{sampler.name} has no eta; DDIM and the ancestral samplers have")
     with guided.lease:
         source = read_source(model, request, size)
         sigmas = catalog.plan(sampler, schedule, model.schedule, request.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import re
 import secrets
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,8 @@ from gouache.prompts.encode import Emphasis
 
 Rng = Literal["cpu", "nv"]
 SEEDS = 2**64
+INTEGERS = ("steps", "seed", "count", "batch", "clip_skip", "hires_steps", "variation_seed", "ensd")
+FLOATS = ("cfg", "strength", "image_cfg", "hires_strength", "refiner_at", "variation_strength", "eta", "rescale")
 MAX_SIDE = 16384  # pixels
 LISTS = ("lora", "lora_blocks", "embedding", "hypernet")
 IMAGES = ("init", "mask", "depth")
@@ -29,7 +32,7 @@ class Options(TypedDict, total=False):
     sampler: str
     schedule: str
     steps: int
-    cfg: float
+    cfg: float | None
     seed: int | None
     size: Size | str | None
     count: int
@@ -69,10 +72,12 @@ class Request:
     """What to generate and how. `None` means the default of the model or the sampler.
 
     `prompt`, `negative`: A1111's prompt language. `sampler`, `schedule`: names as `gouache samplers` lists them.
-    `steps` 1 to 1000. `cfg`: the guidance scale, 1 for none. `seed` 0 to 2^64 - 1; picture i has seed + i.
+    `steps` 1 to 1000. `cfg`: the guidance scale, 1 for none; None is the model's own, which its file may state in its
+    metadata as `gouache.cfg`, else 7. `seed` 0 to 2^64 - 1; picture i has seed + i.
     `size` (width, height) in pixels, multiples of 8. `count` pictures, `batch` of them at once.
     `clip_skip` n uses the text encoder's n-th layer from the end. `emphasis`: how weights in the prompt act.
-    `init`: a picture to start from; `strength` (0 to 1) is A1111's denoising strength. `mask`: white where to paint.
+    `init`: a picture to start from; `strength` (0 to 1) is A1111's denoising strength. `mask`: white where to paint;
+    what it keeps is kept as a latent, so that its pixels change as much as encoding and decoding change them.
     `image_cfg`: how closely instruct-pix2pix keeps to `init`. `depth`: a depth picture, white is near. Pictures are
     paths, bytes, PIL images or arrays; each is opened once, here.
     `hires`: a second pass at a larger size, as a factor or (width, height); `hires_steps` (None: `steps`),
@@ -91,7 +96,7 @@ class Request:
     sampler: str = "DPM++ 2M"
     schedule: str = "Automatic"
     steps: int = 25
-    cfg: float = 7.0
+    cfg: float | None = None
     seed: int | None = None
     size: tuple[int, int] | None = None
     count: int = 1
@@ -126,9 +131,19 @@ class Request:
     vae: str | None = None
 
     def __post_init__(self) -> None:
+        for name in (*INTEGERS, *FLOATS):
+            object.__setattr__(self, name, _number(getattr(self, name), whole=name in INTEGERS))
+        for name in ("seed", "variation_seed"):
+            if getattr(self, name) == -1:  # A1111's way to ask for a random one
+                object.__setattr__(self, name, None)
         for name in ("prompt", "negative", "sampler", "schedule", "hires_prompt", "hires_negative"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(name, f"{getattr(self, name)!r} is not text")
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError as error:
+                place = f"character {error.start + 1}"
+                raise RequestError(name, f"has bytes that are not text in UTF-8 ({place}); write it in UTF-8") from None
         if self.size is not None:
             object.__setattr__(self, "size", _read_size(self.size))
         if self.hires is not None and not isinstance(self.hires, int | float):
@@ -152,12 +167,13 @@ class Request:
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), low, high, whole=True)
         for name, high in (
-            ("cfg", 1000), ("image_cfg", 1000), ("strength", 1), ("variation_strength", 1), ("rescale", 1),
+            ("image_cfg", 1000), ("strength", 1), ("variation_strength", 1), ("rescale", 1),
             ("hires_strength", 1), ("refiner_at", 1),
         ):  # fmt: skip
             _within(name, getattr(self, name), 0, high)
-        if self.eta is not None:
-            _within("eta", self.eta, 0, 100)
+        for name, high in (("cfg", 1000), ("eta", 100)):
+            if getattr(self, name) is not None:
+                _within(name, getattr(self, name), 0, high)
         _within("ensd", self.ensd, -SEEDS, SEEDS, whole=True)
         for name, choices in (
             ("rng", get_args(Rng)), ("emphasis", get_args(Emphasis)), ("hires_upscaler", UPSCALERS)
@@ -168,7 +184,7 @@ class Request:
             size = getattr(self, name)
             if isinstance(size, tuple) and any(side % 8 or not 8 <= side <= MAX_SIDE for side in size):
                 raise RequestError(
-                    name, f"{_size_text(size)} cannot be used; sides are multiples of 8, 8 to {MAX_SIDE}"
+                    name, f"{_size_text(size)} cannot be used; sides are multiples of 8 from 8 to {MAX_SIDE}"
                 )
         if self.hires is not None and not isinstance(self.hires, tuple):
             _within("hires", self.hires, 1, 16)
@@ -185,8 +201,11 @@ class Request:
         return width, height
 
     def settled(self) -> Request:
-        """The same request with a seed: the given one, or a random one."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
+        """The same request with seeds: the given ones, or random ones."""
+        settled = self if self.seed is not None else replace(self, seed=secrets.randbelow(2**32))
+        if settled.variation_strength and settled.variation_seed is None:
+            settled = replace(settled, variation_seed=secrets.randbelow(2**32))
+        return settled
 
     def changed(self, values: dict[str, Any]) -> Request:
         """This request with other settings, as `from_json` reads them."""
@@ -256,6 +275,13 @@ def _read_hires(value: Any) -> float | Size:
 
 def _size_text(size: Size) -> str:
     return f"{size[0]}x{size[1]}"
+
+
+def _number(value: Any, *, whole: bool) -> Any:
+    """NumPy's numbers as Python's, others as they are."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral if whole else numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def _within(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:

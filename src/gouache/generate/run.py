@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -20,13 +21,13 @@ from gouache.generate import infotext
 from gouache.generate.adapters import FileSource, PathSource, UsedFile, find_adapters, find_vae, used_files
 from gouache.generate.passes import Guided, Pass, plan_passes
 from gouache.generate.picture import Picture
-from gouache.generate.prompting import Guides
+from gouache.generate.prompting import Guides, split_prompt
 from gouache.generate.request import IMAGES, Request
 from gouache.images import pixels
 from gouache.model.lease import Lease
 from gouache.model.model import Model
 from gouache.model.residency import dtype_name
-from gouache.prompts.tags import take_tags
+from gouache.prompts.tags import strip_comments
 from gouache.version import __version__
 
 OnAttached = Callable[[list[UsedFile]], None]
@@ -64,8 +65,8 @@ def paint(
             with next((each.lease for each in reversed(job.passes) if each.model is model), job.lease):
                 images = pixels.to_pictures(model.decode(latents))
                 upcast = list(model.upcast)
-            for seed, image, latent in zip(seeds, images, latents):
-                recipe, parameters = _describe(job, seed, upcast, hash_of)
+            for index, (seed, image, latent) in enumerate(zip(seeds, images, latents)):
+                recipe, parameters = _describe(job, seed, (len(seeds), index), upcast, hash_of)
                 with torch.inference_mode(False):  # a picture's latent can be trained on
                     latent = latent.clone().float().cpu()
                 yield Picture(image, latent, seed, recipe, parameters)
@@ -83,25 +84,25 @@ class _Job:
 
 
 def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel | None, stack: ExitStack) -> _Job:
-    prompt, tags = take_tags(request.prompt)
-    hires_prompt, hires_tags = take_tags(request.hires_prompt)
+    prompt, tags = split_prompt(request.prompt)
+    hires_prompt, hires_tags = split_prompt(request.hires_prompt)
+    negative, hires_negative = strip_comments(request.negative), strip_comments(request.hires_negative)
     if request.refiner is not None and load is None:
         raise RequestError("refiner", "cannot be loaded here; use gouache.load(...).paint")
-    texts = [prompt, request.negative, hires_prompt, request.hires_negative]
 
     with model.exclusive():  # what another request has attached is not the model's
         vae = find_vae(model, request.vae, source)
-        adapters = find_adapters(model, request, texts, tags, source)
+        adapters = find_adapters(model, request, tags, source)
     lease = Lease(model, [each.use for each in adapters], vae)
     stack.callback(lease.close)
     with lease:
         used = used_files(model, adapters, lease.attached, request, source)
-    first = Guided(prompt, request.negative, lease)
-    second = replace(first, negative=request.hires_negative or request.negative)
+    first = Guided(prompt, negative, lease)
+    second = replace(first, negative=hires_negative or negative)
     if request.hires is not None and request.hires_prompt:
         # A hires prompt has tags of its own, which replace those of the prompt.
         with model.exclusive():
-            adapters = find_adapters(model, request, texts, hires_tags, source)
+            adapters = find_adapters(model, request, hires_tags, source)
         hires_lease = Lease(model, [each.use for each in adapters], vae)
         stack.callback(hires_lease.close)
         with hires_lease:
@@ -113,7 +114,8 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     name = request.refiner
     refiner = (lambda: load(name)) if name is not None and load is not None else None
     passes = plan_passes(model, request, first, second, refiner)
-    return _Job(model, replace(request, size=passes[0].source.size), lease, passes, used)
+    settled = replace(request, size=passes[0].source.size, cfg=model.cfg if request.cfg is None else request.cfg)
+    return _Job(model, settled, lease, passes, used)
 
 
 def _sample(job: _Job, seeds: list[int], on_step: OnStep | None) -> Tensor:
@@ -189,6 +191,7 @@ def _denoisers(each: Pass, request: Request, batch: int) -> Callable[[int], Deno
 
 def _guided(each: Pass, request: Request, guides: Guides, batch: int) -> Denoise:
     model, source = each.model, each.source
+    assert request.cfg is not None  # settled
     positive = [replace(term, conditioning=term.conditioning.repeat(batch)) for term in guides.positive]
     negative = guides.negative.repeat(batch)
     if model.variant == "instruct-pix2pix":
@@ -215,8 +218,10 @@ def _variation_seeds(request: Request, seeds: list[int]) -> list[int] | None:
     return [(request.variation_seed + seed - request.seed) % 2**64 for seed in seeds]
 
 
-def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple[dict[str, Any], str]:
-    """The recipe of one picture, and the same in A1111's format."""
+def _describe(
+    job: _Job, seed: int, batch: tuple[int, int], upcast: list[str], hash_of: HashOf
+) -> tuple[dict[str, Any], str]:
+    """The recipe of one picture, and the same in A1111's format. `batch`: the size of its batch, its index there."""
     model, whole, first = job.model, job.request, job.passes[0]
     request = replace(whole, seed=seed, count=1, batch=1)
     if request.variation_seed is not None and whole.seed is not None:
@@ -238,6 +243,8 @@ def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple
         "upcast": upcast,
         "versions": {"gouache": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    if whole.batch > 1:  # the last batch of a series may be smaller
+        recipe |= {"batch_size": batch[0], "batch_index": batch[1]}
     more: dict[str, object] = {"Model hash": model_hash[:10]} if model_hash else {}
     more |= {"Model": model.file.path.stem, **_hashes(job.used), "Version": f"Gouache {__version__}"}
     refiner = next((each.model for each in job.passes if each.model is not model), None)
@@ -263,7 +270,7 @@ def _title(model: Model, hash_of: HashOf) -> str:
 def _model(model: Model, sha256: str | None) -> dict[str, Any]:
     return {
         "name": model.file.path.stem,
-        "path": str(model.file.path),
+        "path": os.path.abspath(model.file.path),  # noqa: PTH100  # links are kept
         "sha256": sha256,
         "family": model.family.name,
         "variant": model.variant,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from gouache.errors import RequestError
-from gouache.generate.request import Request, Size
+from gouache.generate.request import MAX_SIDE, Request, Size
 from gouache.images import pixels
 from gouache.model.model import Model
 
@@ -32,7 +33,7 @@ class Source:
 
 def pass_size(model: Model, request: Request) -> Size:
     """The size of the first pass. Raises RequestError if the model's VAE cannot decode it."""
-    size = request.size or (_multiple_of_eight(request.init.size) if request.init is not None else model.size)
+    size = request.size or (_init_size(request.init.size, model.size) if request.init is not None else model.size)
     check_size(model, size)
     return size
 
@@ -50,10 +51,11 @@ def read_source(model: Model, request: Request, size: Size) -> Source:
     image = None if request.init is None else pixels.to_tensor([pixels.fit(request.init.rgb(), size)])
     mask_pixels = None  # (1, 1, H, W)
     if request.mask is not None:
-        mask_pixels = pixels.mask_to_tensor(pixels.fit(request.mask.rgb(), size))
+        mask_pixels = pixels.mask_to_tensor(pixels.fit(pixels.as_mask(request.mask.image), size))
     mask = None
     if mask_pixels is not None and model.variant != "inpainting":
-        mask = F.interpolate(mask_pixels, size=shape[1:], mode="nearest").to(model.device)
+        # The maximum: a stroke thinner than a latent cell is painted too.
+        mask = F.max_pool2d(mask_pixels, factor).to(model.device)
     latent = None if image is None else model.encode(image)
     return Source(size, shape, latent, mask, _concat(model, request, image, mask_pixels, shape))
 
@@ -86,6 +88,16 @@ def _concat(
     return None
 
 
-def _multiple_of_eight(size: Size) -> Size:
-    width, height = (max(8, side // 8 * 8) for side in size)
+LARGEST = 4  # times the area that a model was made for; a larger picture to start from is scaled down
+
+
+def _init_size(size: Size, usual: Size) -> Size:
+    """The size for a picture to start from, in multiples of 8: its own, unless it is far larger than the model's."""
+    area, most = size[0] * size[1], LARGEST * usual[0] * usual[1]
+    scale = math.sqrt(usual[0] * usual[1] / area) if area > most else 1.0
+    width, height = (max(8, int(side * scale) // 8 * 8) for side in size)
+    if max(width, height) > MAX_SIDE:
+        raise RequestError(
+            "init", f"is {size[0]}x{size[1]}, too narrow to start from; cut it, or give the size to paint with size"
+        )
     return width, height

@@ -54,7 +54,7 @@ def input_image(value: ImageLike, setting: str) -> InputImage:
     if isinstance(value, InputImage):
         return value
     if isinstance(value, str | os.PathLike):
-        path = Path(value)
+        path = Path(os.path.abspath(value))  # noqa: PTH100  # recorded, for another working folder; links are kept
         data = pixels.read_bytes(path, setting)
         return InputImage(pixels.decode(data, str(path), setting), hashlib.sha256(data).hexdigest(), path)
     if isinstance(value, bytes | bytearray | memoryview):

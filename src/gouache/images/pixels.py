@@ -8,12 +8,13 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gouache.errors import RequestError, printable
@@ -74,16 +75,46 @@ def normalise(picture: Image.Image, name: str, setting: str) -> Image.Image:
         limit = "at most 64 million" if count else "at least 1x1 is needed"
         raise RequestError(setting, f"{_printable(name)} has {picture.width}x{picture.height} pixels; {limit}")
     try:
-        picture = ImageOps.exif_transpose(picture)
-        if picture.mode.startswith("I"):  # 16 bits: Pillow would clip at 255 instead of scaling
-            return Image.fromarray((np.asarray(picture) / 257).clip(0, 255).round().astype(np.uint8))
+        picture = _upright(picture)
+        if picture.mode[0] in "IF":  # more than 8 bits: Pillow would clip at 255 instead of scaling
+            return Image.fromarray(_levels(np.asarray(picture), name, setting))
         if picture.mode == "La":  # premultiplied, which Pillow converts to LA only
             picture = picture.convert("LA")
         if picture.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in picture.info:
             return picture.convert("RGBA")
         return picture.convert("L" if picture.mode in ("L", "1") else "RGB")
+    except RequestError:
+        raise
     except Exception as error:  # Pillow's decoders raise almost any exception on damaged files
         raise _unreadable(error, name, setting) from None
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Turned as its EXIF says; as it is stored if that is damaged, which tools that copy metadata often leave."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (SyntaxError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        picture.load()
+        return picture
+
+
+def _levels(values: np.ndarray, name: str, setting: str) -> np.ndarray:
+    """Grey of 16 or 32 bits, or floating point, as 8 bits: by the range that such files have."""
+    low, high = float(values.min()), float(values.max())
+    whole = np.issubdtype(values.dtype, np.integer)
+    if whole and values.dtype.itemsize == 2:
+        scale = 257.0
+    elif whole:
+        scale = next((top / 255 for top in (255, 2**16 - 1, 2**31 - 1, 2**32 - 1) if high <= top), 0.0)
+    else:
+        scale = 1 / 255 if high <= 1 else 1.0 if high <= 255 else 0.0
+    if not (low >= 0 and scale):  # NaN as well
+        raise RequestError(
+            setting,
+            f"{_printable(name)} has grey values from {low:g} to {high:g}; expected integers from 0, or floating point "
+            f"from 0 to 1",
+        )
+    return (values.astype(np.float64) / scale).clip(0, 255).round().astype(np.uint8)
 
 
 def on_white(picture: Image.Image) -> Image.Image:
@@ -97,6 +128,20 @@ def to_tensor(pictures: Sequence[Image.Image]) -> Tensor:
     """Pictures of one size -> (B, 3, H, W) float32 in [-1, 1]."""
     pixels = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def as_mask(picture: Image.Image) -> Image.Image:
+    """A normalised picture as a mask in mode L, white where to paint.
+
+    Editors make masks as strokes on a transparent layer: light strokes are painted, so they are put on black; dark
+    strokes are kept, so they are put on white.
+    """
+    if picture.mode != "RGBA":
+        return picture.convert("L")
+    levels, alpha = np.asarray(picture.convert("RGB").convert("L")), np.asarray(picture.getchannel("A"))
+    if bool((alpha == 255).all()) or not bool((alpha > 0).any()) or int(levels[alpha > 0].max()) < 128:
+        return on_white(picture).convert("L")
+    return Image.fromarray((levels.astype(np.float64) * alpha / 255).round().astype(np.uint8))
 
 
 def mask_to_tensor(picture: Image.Image) -> Tensor:
@@ -118,7 +163,10 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _unreadable(error: Exception, name: str, setting: str) -> RequestError:
-    return RequestError(setting, f"{_printable(name)} is not a picture that can be read ({_printable(error)})")
+    # Pillow's message for other formats names a Python object.
+    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_printable(error)})"
+    kinds = "PNG, JPEG, WebP, BMP, TIFF and AVIF are"
+    return RequestError(setting, f"{_printable(name)} is not a picture that can be read; {kinds}{reason}")
 
 
 def _printable(value: object) -> str:

@@ -23,6 +23,9 @@ SUFFIXES: dict[str, str] = {
     # PEFT and current diffusers; then older names of diffusers
     ".lora_A.weight": "lora",
     ".lora_B.weight": "lora",
+    ".lora_B.bias": "lora",  # with PEFT's lora_bias: added to the output, scaled like the factors' product
+    ".lora_up.bias": "lora",
+    ".lora.up.bias": "lora",
     ".lora.down.weight": "lora",
     ".lora.up.weight": "lora",
     "_lora.down.weight": "lora",  # attention processors: `...attn1.processor.to_q_lora.down.weight`
@@ -67,6 +70,7 @@ SUFFIXES: dict[str, str] = {
     ".bm.weight": "glora",
     ".diff": "full difference",
     ".diff_b": "full difference",
+    ".set_weight": "full difference",  # ComfyUI: the new weight itself
     ".w_norm": "full difference",
     ".b_norm": "full difference",
     ".bias_indices": "sparse difference",  # early LyCORIS extractions: the largest values that the factors do not cover
@@ -94,6 +98,12 @@ PREFIXES: dict[str, str] = {
     "text_encoder_2.": "text_encoder_2",
     "text_model.": "text_encoder",
     "diffusion_model.": "unet",  # ComfyUI
+    "text_encoders.clip_l.": "text_encoder",
+    "text_encoders.clip_g.": "text_encoder_2",
+    "text_encoders.clip_h.": "text_encoder",
+    "clip_l.": "text_encoder",  # OMI, the names of OneTrainer; its U-Net has the original's names under `unet.`
+    "clip_g.": "text_encoder_2",
+    "clip_h.": "text_encoder",
     "down_blocks.": "unet",  # diffusers' first adapters, which were for the U-Net only
     "mid_block.": "unet",
     "up_blocks.": "unet",
@@ -121,31 +131,51 @@ def split_names(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     names = list(names)
     ia3 = {name.removesuffix(".on_input") for name in names if name.endswith(".on_input")}
     found: dict[str, tuple[str, str]] = {}
+    doubled = next((prefix for prefix in _DOUBLED if any(name.startswith(prefix) for name in names)), "")
     for name in names:
         suffix = suffix_of(name)
         if not suffix and name.endswith(".weight") and name.removesuffix(".weight") in ia3:
             suffix = ".weight"
-        if not suffix and (match := _WITH_ADAPTER_NAME.fullmatch(name)) is not None:
-            found[name] = match[1].replace("base_model.model.", ""), f".{match[2]}.weight"
+        stem = name.removesuffix(suffix)
+        named = not suffix and _PEFT_PART.search(name) is not None
+        if named and (match := _WITH_ADAPTER_NAME.fullmatch(name)) is not None:
+            stem, suffix = match[1], f".{match[2]}.{match[3]}"
+        elif named and (match := _WITH_ADAPTER_NAME_LAST.fullmatch(name)) is not None:
+            stem, suffix = match[1], f".{match[2]}"
         if suffix:
             # PEFT puts base_model.model before the module names of the wrapped model, which may be one component.
-            found[name] = name.removesuffix(suffix).replace("base_model.model.", ""), suffix
+            stem = stem.replace("base_model.model.", "")
+            found[name] = stem[len(doubled) // 2 :] if doubled and stem.startswith(doubled) else stem, suffix
     return found
 
 
-# PEFT's names with the name of the adapter in them, which PEFT usually removes: ...to_q.lora_A.default.weight
-_WITH_ADAPTER_NAME = re.compile(r"(.+)\.(lora_[AB])\.\w+\.weight")
+# PEFT's names with the name of the adapter in them, which PEFT usually removes: ...to_q.lora_A.default.weight. The
+# adapter's name may be any text.
+_PEFT_PART = re.compile(r"\.(?:lora_|hada_|lokr_|ia3_|oft_|boft_)")  # first: it is quick, and most names have none
+_WITH_ADAPTER_NAME = re.compile(r"(.+?)\.(lora_[AB]|lora_magnitude_vector|oft_R)\.(?:.+)\.(weight|bias)")
+_WITH_ADAPTER_NAME_LAST = re.compile(
+    r"(.+?)\.(lora_magnitude_vector|hada_w[12]_[ab]|hada_t[12]|lokr_w[12](?:_[ab])?|lokr_t2|ia3_l|boft_[Rs])\.(?:.+)"
+)
+_DOUBLED = ("unet.unet.", "text_encoder.text_encoder.")  # one release of diffusers wrote the prefix twice
 
 BUNDLE_PREFIX = "bundle_emb."
 """Prefix of embeddings bundled with a LoRA: bundle_emb.<placeholder>.<tensor name as in an embedding file>."""
+_BUNDLED = re.compile(r"bundle_emb\.(.+?)\.(string_to_param\..+|clip_[lg]|text_encoders_[01]|emb_params)")
+_BUNDLED_OTHER = re.compile(r"bundle_emb\.(.+)\.([^.]+)")
+
+
+def bundled_name(name: str) -> tuple[str, str] | None:
+    """(placeholder, which may have dots; the tensor's name as in an embedding file) of a bundled embedding's tensor."""
+    match = _BUNDLED.fullmatch(name) or _BUNDLED_OTHER.fullmatch(name)
+    return None if match is None else (match[1], match[2])
 
 
 def bundled(names: Iterable[str]) -> dict[str, list[str]]:
     """{placeholder: the tensor names of its embedding}."""
     found: dict[str, list[str]] = {}
     for name in names:
-        if name.startswith(BUNDLE_PREFIX) and name.count(".") >= 2:
-            found.setdefault(name.split(".")[1], []).append(name)
+        if name.startswith(BUNDLE_PREFIX) and (parts := bundled_name(name)) is not None:
+            found.setdefault(parts[0], []).append(name)
     return found
 
 
@@ -193,7 +223,9 @@ def read_adapter(shapes: Mapping[str, Shape]) -> AdapterNames | None:
         kind="dora" if formats["dora"] else base,
         base=base,
         modules={component: len(names) for component, names in sorted(modules.items())},
-        context_dim=next(_context_dims(shapes), None),
+        context_dim=next(
+            _context_dims({module + suffix: shapes[name] for name, (module, suffix) in split.items()}), None
+        ),
         block_names=_block_names(shapes),
         embeddings=tuple(sorted(packed)),
         unnamed=tuple(unnamed),
@@ -211,7 +243,10 @@ def _block_names(shapes: Mapping[str, Shape]) -> str | None:
 
 
 def _context_dims(shapes: Mapping[str, Shape]) -> Iterator[int]:
-    """The input width of each cross-attention's `to_k`, from the factor that shows it."""
+    """The input width of each cross-attention's `to_k`, from the factor that shows it.
+
+    The names in `shapes` have no adapter name in them.
+    """
     for name, shape in shapes.items():
         if len(shape) < 2 or not _CONTEXT_KEY.search(name):
             continue
@@ -247,6 +282,15 @@ class EmbeddingNames:
     widths: Mapping[str, int]
 
 
+def embedding_entries(names: Iterable[str]) -> list[str]:
+    """The tensors of an embedding file that are vectors for one text encoder, one for each placeholder."""
+    names = list(names)
+    if params := [name for name in names if name.startswith("string_to_param.")]:
+        return params
+    marked = [name for name in names if name == "*" or (name.startswith("<") and name.endswith(">"))]
+    return marked or names
+
+
 def read_embedding(shapes: Mapping[str, Shape], extra: Mapping[str, Any]) -> EmbeddingNames | None:
     """The textual inversion in these tensors, in any of the common formats; None if they are not one."""
     wide = {name: (1, *shape) if len(shape) == 1 else shape for name, shape in shapes.items()}
@@ -254,16 +298,23 @@ def read_embedding(shapes: Mapping[str, Shape], extra: Mapping[str, Any]) -> Emb
     if param := next((shape for name, shape in wide.items() if name.startswith("string_to_param.")), None):
         form = "A1111" if "string_to_token" in extra else "textual inversion"
         return EmbeddingNames(form, param[0], {"text_encoder": param[-1]})
+    # A counter may be stored as a tensor beside the vectors.
+    wide = {name: shape for name, shape in wide.items() if shapes[name] not in ((), (1,))}
     if not wide or any(len(shape) != 2 for shape in wide.values()):
         return None
     if set(wide) <= set(SDXL_VECTORS):
         widths = {encoder: wide[name][1] for name, encoder in SDXL_VECTORS.items() if name in wide}
         return EmbeddingNames(" and ".join(sorted(wide)), next(iter(wide.values()))[0], widths)
-    if len(wide) > 1:
+    entries = embedding_entries(wide)
+    if len(entries) != len(wide):
         return None
-    (name, shape) = next(iter(wide.items()))
+    shape = wide[name := entries[0]]
+    if len(entries) > 1:
+        marked = all(each.startswith("<") or each == "*" for each in entries)
+        return EmbeddingNames("diffusers", shape[0], {"text_encoder": shape[1]}) if marked else None
     # diffusers saves one tensor under its placeholder, which may be any word. CLIP widths are multiples of 64.
-    if name != "emb_params" and ("." in name or shape[0] > 128 or shape[1] % 64):
+    plain = "." not in name or (name.startswith("<") and name.endswith(">"))
+    if name != "emb_params" and (not plain or shape[0] > 128 or shape[1] % 64):
         return None
     return EmbeddingNames(name if name == "emb_params" else "diffusers", shape[0], {"text_encoder": shape[1]})
 

@@ -48,6 +48,29 @@ _VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _VAE_ATTENTION_OLD = {"query": "q", "key": "k", "value": "v", "proj_attn": "proj_out"}  # before diffusers 0.14
 
 
+HYBRID_VAE: tuple[Rule, ...] = tuple(
+    (AsConv if leaf == "weight" else Rename)(f"{side}.mid.attn_1.{layer}.{leaf}", f"{side}.mid.attn_1.{target}.{leaf}")
+    for side in ("encoder", "decoder")
+    for leaf in ("weight", "bias")
+    for layer, target in {
+        **{f"{start}{each}": each for start in ("", "to_", "to_to_") for each in "qkv"},
+        "query": "q",
+        "key": "k",
+        "value": "v",
+        "to_out.0": "proj_out",
+        "to_out": "proj_out",
+        "proj_attn": "proj_out",
+        "proj_out": "proj_out",
+    }.items()
+) + tuple(
+    Rename(f"{side}.mid.attn_1.group_norm.{leaf}", f"{side}.mid.attn_1.norm.{leaf}")
+    for side in ("encoder", "decoder")
+    for leaf in ("weight", "bias")
+)
+"""Attention of an autoencoder with the original's names, but its layers as some of diffusers' converters left them:
+with diffusers' names, or as linear layers."""
+
+
 def residual_rules(old: str, new: str, layers: Mapping[str, str] = UNET_RESIDUAL) -> list[Rule]:
     """The rules of one residual block, named `old` in diffusers and `new` in the original; `layers` maps its layers."""
     return [Rename(f"{old}.{layer}.{{leaf}}", f"{new}.{target}.{{leaf}}") for layer, target in layers.items()]

@@ -3,7 +3,8 @@
     lora_unet_down_blocks_0_attentions_0_proj_in     kohya, diffusers' blocks, dots as underscores (SD1, SD2)
     lora_unet_input_blocks_4_1_proj_in               kohya, the original blocks (SDXL)
     unet.down_blocks.0.attentions.0.proj_in          PEFT and diffusers
-    diffusion_model.input_blocks.4.1.proj_in         ComfyUI
+    diffusion_model.input_blocks.4.1.proj_in         ComfyUI, with text_encoders.clip_l.transformer.text_model...
+    unet.input_blocks.4.1.proj_in                    OMI (OneTrainer), with clip_l.text_model...
     lora_te_text_model_encoder_layers_0_mlp_fc1      kohya's text encoders: te, or te1 and te2 where there are two
     lora_te_model_transformer_resblocks_0_attn_in_proj   OpenCLIP's names, with query, key and value fused
 
@@ -26,9 +27,16 @@ Module = tuple[str, str]
 """(component, path of the module in its network)."""
 
 _TEXT = {
-    "text_encoder": ("lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "text_encoder."),
-    "text_encoder_2": ("lora_te2_", "lycoris_te2_", "text_encoder_2."),
-}
+    "text_encoder": (
+        "lora_te_", "lora_te1_", "lycoris_te_", "lycoris_te1_", "lycoris_", "text_encoder.",
+        "clip_l.", "clip_l.transformer.", "text_encoders.clip_l.", "text_encoders.clip_l.transformer.",
+        "clip_h.", "clip_h.transformer.", "text_encoders.clip_h.", "text_encoders.clip_h.transformer.",
+    ),
+    "text_encoder_2": (
+        "lora_te2_", "lycoris_te2_", "text_encoder_2.",
+        "clip_g.", "clip_g.transformer.", "text_encoders.clip_g.", "text_encoders.clip_g.transformer.",
+    ),
+}  # fmt: skip
 # Early names of diffusers for a text encoder's attention.
 _OLD_TEXT = {"q_proj": "to_q", "k_proj": "to_k", "v_proj": "to_v", "out_proj": "to_out"}
 # OpenCLIP's names in a layer -> ours; a fused name -> three.
@@ -65,6 +73,7 @@ def _unet_names(spec: UNetSpec, video: bool) -> dict[str, str]:
         for prefix in ("lycoris_unet_", "lycoris_"):
             names[f"{prefix}{_joined(other)}"] = names[f"{prefix}{_joined(module)}"] = module
         names[f"unet.{other}"] = names[other] = names[f"diffusion_model.{module}"] = module
+        names[f"unet.{module}"] = module  # OMI
         # diffusers' first adapters used attention processors: attn1.processor.to_q, and to_out without its number.
         attention, _, leaf = other.rpartition(".to_")
         if attention.endswith(("attn1", "attn2")):
@@ -88,6 +97,7 @@ def _text_names(component: str, spec: TextSpec) -> dict[str, tuple[str, ...]]:
                 attention, _, leaf = module.rpartition(".")
                 if old := _OLD_TEXT.get(leaf) if attention.endswith("self_attn") else None:
                     names[f"{prefix}{attention}.{old}"] = (module,)
+                    names[f"{prefix}{module}.{old}"] = (module,)  # a LoRA of four in each layer, one of them used
         if component == "text_encoder":
             names[module] = (module,)
     return names

@@ -35,7 +35,7 @@ class Transpose:
 
 @dataclass(frozen=True)
 class AsConv:
-    """A linear layer's matrix as a 1x1 convolution: (out, in) -> (out, in, 1, 1)."""
+    """A linear layer's matrix as a 1x1 convolution: (out, in) -> (out, in, 1, 1). A 1x1 convolution stays as it is."""
 
     source: str
     target: str
@@ -90,8 +90,8 @@ class Origin:
         match self.rule:
             case Transpose() if len(first) == 2:
                 return first[::-1]
-            case AsConv() if len(first) == 2:
-                return (*first, 1, 1)
+            case AsConv() if len(first) == 2 or (len(first) == 4 and first[2:] == (1, 1)):
+                return (*first[:2], 1, 1)
             case AsLinear() if len(first) == 4 and first[2:] == (1, 1):
                 return first[:2]
             case Split(targets=targets) if first and first[0] % len(targets) == 0:
@@ -111,7 +111,7 @@ class Origin:
             case Transpose():
                 return tensors[0].T
             case AsConv():
-                return tensors[0][..., None, None]
+                return tensors[0] if tensors[0].ndim == 4 else tensors[0][..., None, None]
             case AsLinear():
                 return tensors[0][..., 0, 0]
             case Split(targets=targets):

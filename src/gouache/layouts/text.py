@@ -37,12 +37,17 @@ OPENCLIP: tuple[Rule, ...] = (
     Rename("ln_final.{leaf}", "text_model.final_layer_norm.{leaf}"),
     Transpose("text_projection", "text_projection.weight"),
     Drop("logit_scale", _TEMPERATURE),
+    # Merges of files in two layouts carry it along.
+    Drop("transformer.text_model.embeddings.position_ids", _POSITION_IDS),
+    Drop("position_ids", _POSITION_IDS),
     Drop("attn_mask", "the causal mask, which is computed when needed"),
     Drop("visual.{rest*}", _IMAGE_TOWER),
 )
 
 TRANSFORMERS: tuple[Rule, ...] = (
     Drop("text_model.embeddings.position_ids", _POSITION_IDS),
+    Drop("position_ids", _POSITION_IDS),
+    Drop("embeddings.position_ids", _POSITION_IDS),
     Rename("text_model.{rest*}", "text_model.{rest*}"),
     Rename("text_projection.weight", "text_projection.weight"),
     Drop("logit_scale", _TEMPERATURE),

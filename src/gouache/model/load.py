@@ -95,12 +95,15 @@ def _family(found: Found) -> Family:
 
 
 def _no_unknowns(found: Found) -> None:
-    if found.unknown:
-        names = ", ".join(printable(name, 80) for name in found.unknown[:3])
+    """Tensors outside the parts cannot change the picture, and many merges carry some; inside, one may be a layer."""
+    inside = [name for name in found.unknown if name not in found.outside]
+    if inside:
+        names = ", ".join(printable(name, 80) for name in inside[:3])
         family = found.family.value
         raise ModelError(
             f"{printable(str(found.path))} looks like {family.title if family else 'nothing known'}, but holds "
-            f"{plural(len(found.unknown), 'tensor')} outside its parts: {names}"
+            f"{plural(len(inside), 'tensor')} that its parts do not have: {names}; `gouache prune` writes a file "
+            "without them"
         )
 
 

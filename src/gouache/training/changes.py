@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gouache.errors import printable
+from gouache.outside import parse_json
 from gouache.training.objective import Json
 
 
@@ -56,7 +57,7 @@ def refused(changes: Collection[Change], changeable: Collection[str]) -> list[Ch
 
 def as_json(values: Mapping[str, Any]) -> dict[str, Json]:
     """`values` as they are after writing and reading JSON: tuples become lists. Raises TypeError for other types."""
-    return json.loads(json.dumps(dict(values)))
+    return parse_json(json.dumps(dict(values)))
 
 
 def field_defaults(instance: object) -> dict[str, Json]:

@@ -8,6 +8,7 @@ The body of `train` is the main pipeline of training. It knows no network and no
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
@@ -17,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gouache.errors import TrainingError
+from gouache.errors import TrainingError, printable
 from gouache.files.write import write_safetensors
 from gouache.training import state as checkpoint
 from gouache.training.interrupt import stop_signals
 from gouache.training.log import Log
 from gouache.training.objective import Objective
 from gouache.training.settings import Settings
-from gouache.training.snapshot import Run, averaged, begin, capture, restore, weights
+from gouache.training.snapshot import Run, averaged, begin, capture, fault, restore, weights
 
 Batches = Callable[[int], Any]
 """Returns the batch of a number, counted from 0. It depends on the number alone, so that a run can resume anywhere."""
@@ -67,6 +68,7 @@ def train(
     preview_steps: Container[int] = (),
     should_stop: Callable[[], bool] | None = None,
     seconds: float = math.inf,
+    on_note: checkpoint.OnNote | None = None,
 ) -> Result:
     """Train until `settings.steps`, for `seconds`, or until Ctrl-C or `should_stop()`; then save. A later call resumes.
 
@@ -74,14 +76,15 @@ def train(
     in the networks: `validate` every `settings.validate_steps`, and the weights with the lowest "loss" it returned are
     kept as `best.safetensors`; `on_preview` with the number of steps done, for the numbers in `preview_steps` (0 is
     before the first step; an interval is a `range`). `should_stop` is polled between steps; it is for callers outside
-    the main thread, where no signal arrives.
+    the main thread, where no signal arrives. `on_note` receives lines such as "step-00000003 is damaged ..."; without
+    it they are printed on stderr.
 
     Raises TrainingError when a loss or gradient is not finite, when another run trains in the folder, or when the
     folder belongs to a different run; RequestError when the optimizer is not known.
     """
     with checkpoint.locked(folder), stop_signals() as interrupted:
         run = begin(objective, settings)
-        step, best = _resume(run, folder)
+        step, best = _resume(run, folder, on_note or _print_note)
         first = saved = step
         began = saved_at = time.monotonic()
         log = Log(folder / "log.jsonl", step)
@@ -148,20 +151,29 @@ def accumulate_gradients(objective: Objective, batches: Batches, step: int, accu
     return means
 
 
-def _resume(run: Run, folder: Path) -> tuple[int, float]:
+def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> tuple[int, float]:
     """Restore the newest undamaged checkpoint; its step and lowest validation loss, or (0, inf) if there is none."""
-    state = checkpoint.newest(folder)
+    state = checkpoint.newest(folder, fault=fault, on_note=on_note)
     if state is None:
+        checkpoint.start_over(folder, on_note)
         return 0, math.inf
     step, best = restore(run, state, folder)
     checkpoint.set_aside(folder, after=step)
     return step, best
 
 
+def _print_note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
 def _not_finite(step: int, losses: Mapping[str, Tensor], saved: int, folder: Path) -> str:
     values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
     problem = f"step {step + 1}: a loss or gradient is not finite ({values})"
-    kept = f"the checkpoint of step {saved} in {folder} is good" if saved else "no checkpoint was saved yet"
+    kept = (
+        f"the checkpoint of step {saved} in {printable(str(folder))} is good"
+        if saved
+        else "no checkpoint was saved yet"
+    )
     return f"{problem}; {kept}; train in a new folder with a lower learning rate"
 
 

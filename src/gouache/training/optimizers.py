@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gouache.errors import RequestError, TrainingError
+from gouache.errors import RequestError, TrainingError, printable
 from gouache.training.objective import Group
 from gouache.training.settings import Settings
 
@@ -116,13 +116,15 @@ def restore(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
 def _imported(path: str) -> type[torch.optim.Optimizer]:
     module, _, name = path.rpartition(".")
     if not module:
-        raise RequestError("optimizer", f"{path!r} is not known; use {', '.join(TABLE)}, or the dotted path of a class")
+        raise RequestError(
+            "optimizer", f"{printable(path, 80)!r} is not known; use {', '.join(TABLE)}, or the dotted path of a class"
+        )
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RequestError("optimizer", f"{path} cannot be imported: {error}") from None
+        raise RequestError("optimizer", printable(f"{path} cannot be imported: {error}")) from None
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
-        raise RequestError("optimizer", f"{path} is not a class derived from torch.optim.Optimizer")
+        raise RequestError("optimizer", f"{printable(path)} is not a class derived from torch.optim.Optimizer")
     return found
 
 

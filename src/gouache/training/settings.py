@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from gouache.errors import FileError, RequestError
+from gouache.errors import FileError, RequestError, printable
+from gouache.outside import MalformedText, parse_toml, read_text
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -66,14 +66,12 @@ class Settings(BaseModel):
 def read(path: Path, section: str) -> Settings:
     """The settings in table `[section]` of a TOML file. Raises FileError or RequestError, naming the key."""
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(path, f"cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(path, f"is not valid TOML: {error}") from None
+        table = parse_toml(read_text(path))
+    except MalformedText as error:
+        raise FileError(path, str(error)) from None
     if not isinstance(table.get(section), dict):
-        raise FileError(path, f"has no table [{section}]; it has {', '.join(table) or 'none'}")
-    return checked(table[section], f"{path.name} [{section}]")
+        raise FileError(path, f"has no table [{section}]; it has {printable(', '.join(table)) or 'none'}")
+    return checked(table[section], f"{printable(path.name)} [{section}]")
 
 
 def checked(values: dict[str, object], where: str) -> Settings:
@@ -87,5 +85,5 @@ def checked(values: dict[str, object], where: str) -> Settings:
         elif fault["type"] == "missing":
             message = "is missing and has no default"
         else:
-            message = f"{fault['msg'].lower()}, got {fault['input']!r}"
-        raise RequestError(f"{where} {'.'.join(map(str, fault['loc']))}", message) from None
+            message = printable(f"{fault['msg'].lower()}, got {fault['input']!r}")
+        raise RequestError(f"{where} {printable('.'.join(map(str, fault['loc'])))}", message) from None

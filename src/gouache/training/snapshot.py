@@ -10,14 +10,14 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gouache.errors import TrainingError
+from gouache.errors import TrainingError, printable
 from gouache.training import optimizers
 from gouache.training.changes import Change, as_json, compare, field_defaults, refused
 from gouache.training.ema import Ema
@@ -89,6 +89,29 @@ def capture(run: Run, step: int, best: float) -> State:
     return State(tensors, values)
 
 
+def fault(state: State) -> str:
+    """What `state` lacks of a run's checkpoint; "" if it has everything that `restore` reads."""
+    values = state.values
+    for name in ("weights", "optimizer"):
+        if name not in state.tensors:
+            return f"{name}.safetensors is missing"
+    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
+        ("settings", dict), ("best", (int, float, type(None))), ("ema_updates", int),
+    )  # fmt: skip
+    for name, kind in kinds:
+        if name not in values or not isinstance(values[name], kind):
+            return f"state.json has no valid {name!r}"
+    rest, changes = values.get("optimizer", {}), values.get("changes", [])
+    known = {each.name for each in fields(Change)}
+    if not isinstance(rest, dict) or not isinstance(rest.get("values", {}), dict):
+        return "state.json has no valid 'optimizer'"
+    if not isinstance(changes, list) or not all(isinstance(each, dict) and each.keys() == known for each in changes):
+        return "state.json has no valid 'changes'"
+    if "objective" in values and not isinstance(values["objective"], dict):
+        return "state.json has no valid 'objective'"
+    return ""
+
+
 @torch.no_grad()
 def restore(run: Run, state: State, folder: Path) -> tuple[int, float]:
     """Make `run` what it was when `state` was captured; returns its step and lowest validation loss.
@@ -152,7 +175,8 @@ def _changeable(run: Run) -> frozenset[str]:
 
 def _refuse(changes: Sequence[Change], folder: Path) -> None:
     if changes:
-        raise TrainingError(f"{folder}: was trained with {', '.join(each.text for each in changes)}; {_ADVICE}")
+        shown = printable(str(folder))
+        raise TrainingError(f"{shown}: was trained with {', '.join(each.text for each in changes)}; {_ADVICE}")
 
 
 def _check_tensors(
@@ -169,7 +193,8 @@ def _check_tensors(
     _check_shapes(run.ema.weights if run.ema is not None else {}, averages, "averages", folder)
     owners = {name.rpartition(".")[0] for name in moments} | set(state.values.get("optimizer", {}).get("values", {}))
     if unknown := sorted(owners - set(run.parameters)):
-        raise TrainingError(f"{folder}: {unknown[0]} was trained there and is not trained now; {_ADVICE}")
+        shown, name = printable(str(folder)), printable(unknown[0])
+        raise TrainingError(f"{shown}: {name} was trained there and is not trained now; {_ADVICE}")
     if old:  # in format 1 the order of the parameters might be another one
         moments_now = {path: live[path.rpartition(".")[0]] for path in moments if not path.endswith(".step")}
         _check_shapes(moments_now, {path: moments[path] for path in moments_now}, "moments", folder)
@@ -183,7 +208,8 @@ def _check_shapes(now: Mapping[str, Tensor], stored: Mapping[str, Tensor], what:
         if here.get(name) != there.get(name):
             found, expected = (str(shapes.get(name, "absent")) for shapes in (there, here))
             raise TrainingError(
-                f"{folder}: the {what} do not fit: {name} is {found} in the checkpoint, {expected} now; {_ADVICE}"
+                f"{printable(str(folder))}: the {what} do not fit: {printable(name)} is {found} in the checkpoint, "
+                f"{expected} now; {_ADVICE}"
             )
 
 

@@ -3,7 +3,7 @@
 A checkpoint is a folder `step-00001000`. Its weights, averages and optimizer state are safetensors files, the rest is
 JSON; `manifest.json`, with the size and SHA-256 of every file, is written last. The folder is written under a temporary
 name, every file is synced and read back, then the folder is renamed. A folder whose manifest is missing or does not
-match is ignored. Nothing is pickled.
+match is passed over, and the caller is notified. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +23,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gouache.errors import TrainingError
-from gouache.files.write import write_atomic, write_safetensors
+from gouache.errors import FileError, TrainingError, printable
+from gouache.files.write import sync_folder, write_atomic, write_safetensors
+from gouache.outside import MalformedText, open_outside, parse_json, read_outside
 
 # 1 numbered the optimizer's tensors instead of naming them; 1 and 2 contain all weights, trained or not, and no
 # configuration of the objective. Both are still read.
 FORMAT = 3
+
+_FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # a file of a checkpoint; no path can be in a manifest
+
+OnNote = Callable[[str], None]
+"""Receives one line on something that the user should know and that does not stop the run."""
 
 
 @dataclass(frozen=True)
@@ -60,36 +67,81 @@ def save(folder: Path, state: State, keep: int) -> Path:
         entries = {name: {"bytes": (part / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
         _write_json(part / "manifest.json", {"format": FORMAT, "step": state.step, "files": entries})
         os.replace(part, final)  # fails if it exists already: each step is saved once
-        _sync(folder)
+        sync_folder(folder)
     except OSError as error:
-        raise TrainingError(f"{final}: cannot be written: {error.strerror}; older checkpoints are kept") from None
+        raise TrainingError(
+            f"{printable(str(final))}: cannot be written: {error.strerror}; older checkpoints are kept"
+        ) from None
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def newest(folder: Path) -> State | None:
+def newest(folder: Path, *, fault: Callable[[State], str] | None = None, on_note: OnNote | None = None) -> State | None:
     """The newest undamaged checkpoint in `folder`, None if there is no checkpoint at all. Changes nothing on disk.
 
-    Raises TrainingError if checkpoints exist but all are damaged: a run never silently starts over.
+    `fault` returns what a checkpoint lacks, "" if it is complete. `on_note` receives a line for each checkpoint that is
+    passed over. Raises TrainingError if checkpoints exist but all are damaged: a run never silently starts over.
     """
     found = checkpoints(folder)
+    reasons: dict[str, str] = {}
     for path in reversed(found):
-        if (state := _load(path)) is not None:
-            return state
+        try:
+            state = _load(path)
+            if reason := fault(state) if fault is not None else "":
+                raise _Damaged(reason)
+        except _Damaged as error:
+            reasons[path.name] = str(error)
+            continue
+        if on_note is not None:
+            for name, reason in reasons.items():
+                on_note(
+                    f"{printable(str(folder / name))} is damaged ({reason}): the run goes on from step {state.step}"
+                )
+        return state
     if found:
+        listed = ", ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
         raise TrainingError(
-            f"{folder}: all checkpoints are damaged ({', '.join(path.name for path in found)}); "
-            "restore one from a backup, or use another folder to start over"
+            f"{printable(str(folder))}: all checkpoints are damaged ({listed}); restore one from a backup, or use "
+            "another folder to start over"
         )
     return None
+
+
+def start_over(folder: Path, on_note: OnNote) -> None:
+    """Before step 0 in a folder without checkpoints: report the traces of an earlier run, and keep its best weights.
+
+    A run that was killed before its first checkpoint leaves its log; otherwise the checkpoints were removed or renamed.
+    """
+    log, best = folder / "log.jsonl", folder / "best.safetensors"
+    try:
+        traces = [path.name for path in (log, best) if path.exists()]
+        traces += sorted(path.name for path in folder.glob("step-*.bad*"))
+        if not traces:
+            return
+        kept = ""
+        if best.exists():
+            aside = _free_name(best, ".earlier")
+            os.replace(best, aside)
+            kept = f"; {best.name} is {aside.name} now"
+    except OSError as error:
+        raise TrainingError(f"{printable(str(folder))}: cannot be written to ({error.strerror})") from None
+    on_note(
+        f"{printable(str(folder))} has no checkpoint, but {printable(', '.join(traces))} of an earlier run: the run "
+        f"starts from step 0{kept}"
+    )
 
 
 def set_aside(folder: Path, after: int) -> None:
     """Append `.bad` to the names of checkpoints after step `after`, which are damaged, so that they can be examined."""
     for path in checkpoints(folder):
         if _number(path) > after:
-            os.replace(path, _free_name(path))
+            try:
+                os.replace(path, _free_name(path, ".bad"))
+            except OSError as error:
+                raise TrainingError(
+                    f"{printable(str(path))}: is damaged and cannot be renamed ({error.strerror}); remove it"
+                ) from None
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -105,7 +157,8 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / "lock").open("a")
     except OSError as error:
-        raise TrainingError(f"{folder}: cannot be written to ({error.strerror}); use another folder") from None
+        shown = printable(str(folder))
+        raise TrainingError(f"{shown}: cannot be written to ({error.strerror}); use another folder") from None
     with file:
         try:
             import fcntl
@@ -114,7 +167,8 @@ def locked(folder: Path) -> Iterator[None]:
         except ImportError:  # Windows has no flock; checkpoints are still complete there, because they are renamed
             pass
         except OSError:
-            raise TrainingError(f"{folder}: another run is training here; wait for it, or use another folder") from None
+            shown = printable(str(folder))
+            raise TrainingError(f"{shown}: another run is training here; wait for it, or use another folder") from None
         for leftover in folder.glob("step-*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
         for leftover in folder.glob(".gouache-*.tmp"):  # of files.write, when a run was killed
@@ -126,26 +180,54 @@ def _number(path: Path) -> int:
     return int(path.name[5:])
 
 
-def _free_name(path: Path) -> Path:
-    """`path` with `.bad` appended, and a number if that name is taken."""
-    names = (path.with_name(f"{path.name}.bad{number or ''}") for number in range(10_000))
+def _free_name(path: Path, ending: str) -> Path:
+    """`path` with `ending` appended, and a number if that name is taken."""
+    names = (path.with_name(f"{path.name}{ending}{number or ''}") for number in range(10_000))
     return next(name for name in names if not name.exists())
 
 
-def _load(path: Path) -> State | None:
+class _Damaged(Exception):
+    """A checkpoint cannot be used; the message is the reason."""
+
+
+def _load(path: Path) -> State:
+    """The checkpoint in the folder `path`. Raises _Damaged, or TrainingError for a newer format."""
+    manifest = _json(path / "manifest.json")
+    number, files = manifest.get("format"), manifest.get("files")
+    if type(number) is not int or not isinstance(files, dict):
+        raise _Damaged("manifest.json does not list its files")
+    if number > FORMAT:
+        raise TrainingError(f"{printable(str(path))}: has format {number}, written by a newer Gouache; update Gouache")
+    if manifest.get("step", _number(path)) != _number(path):
+        raise _Damaged("manifest.json is that of another step")
+    for name in ("state.json", "weights.safetensors"):
+        if name not in files:
+            raise _Damaged(f"manifest.json does not list {name}")
+    for name, entry in files.items():
+        if not _FILE.fullmatch(name):
+            raise _Damaged(f"manifest.json lists {printable(name, 60)!r}")
+        if _entry(path / name) != entry:
+            raise _Damaged(f"{name} is not the file that manifest.json describes")
+    values = _json(path / "state.json")
+    if type(values.get("step")) is not int or values["step"] != _number(path):
+        raise _Damaged("state.json is that of another step")
+    names = [Path(name).stem for name in files if name.endswith(".safetensors")]
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["format"] > FORMAT:
-            raise TrainingError(f"{path}: has format {manifest['format']}, written by a newer Gouache; update Gouache")
-        if any(_entry(path / name) != entry for name, entry in manifest["files"].items()):
-            return None
-        values = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if values["step"] != _number(path):
-            return None
-        names = [Path(name).stem for name in manifest["files"] if name.endswith(".safetensors")]
         return State({name: load_file(path / f"{name}.safetensors") for name in names}, values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
-        return None
+    except (OSError, SafetensorError) as error:
+        raise _Damaged(printable(str(error))) from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = parse_json(read_outside(path))
+    except FileError as error:
+        raise _Damaged(f"{path.name} {str(error).removeprefix(f'{printable(str(path))}: ')}") from None
+    except MalformedText as error:
+        raise _Damaged(f"{path.name} {error}") from None
+    if not isinstance(value, dict):
+        raise _Damaged(f"{path.name} is not a JSON object")
+    return value
 
 
 def _write_json(path: Path, value: object) -> str:
@@ -157,16 +239,11 @@ def _write_json(path: Path, value: object) -> str:
 
 def _entry(path: Path) -> dict[str, Any]:
     """The size and digest of a file, as in the manifest."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's directory entries to the disk."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with open_outside(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}  # pyright: ignore[reportArgumentType]
+    except FileError as error:
+        raise _Damaged(f"{path.name} {str(error).removeprefix(f'{printable(str(path))}: ')}") from None
+    except OSError as error:
+        raise _Damaged(f"{path.name} cannot be read: {error.strerror}") from None

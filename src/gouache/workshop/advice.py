@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from gouache.errors import printable
 from gouache.families.found import Found
 from gouache.files.record import ModelFile
 
@@ -42,12 +43,16 @@ def _for_model(file: ModelFile, found: Found) -> Iterator[str]:
             compatible = f"; use {_VAES[family.name]}" if name == "vae" and family.name in _VAES else ""
             yield f"it cannot paint because its {name.replace('_', ' ')} is missing{compatible}"
     if family.name == "sd1":
-        yield "use clip skip 1, or 2 if it is based on NovelAI's model, as most anime models are"
+        # NovelAI's model and those based on it have the released widths; others were trained without clip skip.
+        text = found.components.get("text_encoder")
+        released = text is None or text.spec == family.spec("text_encoder")
+        anime = ", or 2 if it is based on NovelAI's model, as most anime models are" if released else ""
+        yield f"use clip skip 1{anime}"
     ema = found.ema.value if found.ema is not None else "none"
     if ema.startswith("both"):
         yield "for painting, its EMA weights are better: `gouache prune` writes a file of them, smaller by a U-Net"
         yield "for fine-tuning, keep the file as it is: it holds the trained and the EMA weights"
-    elif ema == "counters":
+    elif ema in ("counters", "only"):
         yield "for painting, use it as it is: its weights are EMA weights; for fine-tuning, a file with both is better"
     if file.format.startswith(("torch", "pickle")):
         yield "as .safetensors it loads faster and in more programs: `gouache convert`"
@@ -68,14 +73,15 @@ def compare(found: Sequence[tuple[ModelFile, Found]]) -> list[str]:
         return ["none is complete"]
     paint = min(complete, key=lambda pair: (_rank_for_painting(pair[1]), pair[0].nbytes))
     train = min(complete, key=lambda pair: (_rank_for_training(pair[1]), -pair[0].nbytes))
-    return [
-        f"best for painting: {paint[0].path.name} ({_weights_held(paint[1])}; {paint[0].nbytes / 1e6:,.0f} MB)",
-        f"best for fine-tuning: {train[0].path.name} ({_weights_held(train[1])}; {train[0].nbytes / 1e6:,.0f} MB)",
-    ]
+    return [f"best for painting: {_described(*paint)}", f"best for fine-tuning: {_described(*train)}"]
+
+
+def _described(file: ModelFile, found: Found) -> str:
+    return f"{printable(file.path.name)} ({_weights_held(found)}; {file.nbytes / 1e6:,.0f} MB)"
 
 
 def _rank_for_painting(found: Found) -> int:
-    return {"counters": 0, "none": 1}.get(found.ema.value if found.ema is not None else "none", 2)
+    return {"counters": 0, "only": 0, "none": 1}.get(found.ema.value if found.ema is not None else "none", 2)
 
 
 def _rank_for_training(found: Found) -> int:
@@ -87,4 +93,4 @@ def _weights_held(found: Found) -> str:
     ema = found.ema.value if found.ema is not None else "none"
     if ema.startswith("both"):
         return "trained and EMA weights"
-    return "EMA weights" if ema == "counters" else "weights without EMA"
+    return "EMA weights" if ema in ("counters", "only") else "weights without EMA"

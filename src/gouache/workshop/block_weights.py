@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from gouache.errors import FileError, RequestError
+from gouache.errors import FileError, RequestError, printable
 from gouache.layouts.blocks import Block, block_of, blocks
 from gouache.nn.spec import UNetSpec
+from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.wording import plural
 
+MAX_WEIGHT = 10_000.0
+_MOST = 1_000_000  # bytes of a file of weights
 BASE = "BASE"  # the label of all tensors outside the U-Net
 
 # Curves over the blocks, x running from 0 (first block) to 1 (last). BASE has the weight 0 in all but the flat presets.
@@ -85,21 +87,30 @@ def _by_label(preset: str, table: tuple[Block, ...], plain: float) -> dict[str, 
         last = len(labels) - 1
         flat = preset.upper() in _FLAT
         return {BASE: curve(0.0) if flat else 0.0} | {label: curve(n / last) for n, label in enumerate(labels)}
-    if "," in preset or not Path(preset).is_file():
-        return _from_numbers(preset, labels)
-    path = Path(preset)
-    text = path.read_text(encoding="utf-8")
-    return _from_toml(path, text, labels, plain) if "=" in text else _from_numbers(text, labels)
-
-
-def _from_numbers(text: str, labels: list[str]) -> dict[str, float]:
-    try:
-        numbers = [float(part) for part in text.replace("\n", ",").split(",") if part.strip()]
-    except ValueError:
+    if "," in preset or not _is_path(preset):
         some = ", ".join(list(PRESETS)[:6])
-        raise RequestError(
-            "blocks", f"{text[:60]!r} is not a file, a preset ({some}, ...) or numbers separated by commas"
-        ) from None
+        what = f"{printable(preset, 60)!r} is not a file, a preset ({some}, ...) or numbers separated by commas"
+        return _from_numbers(preset, labels, what)
+    path = Path(preset)
+    text = read_text(path, _MOST)
+    if "=" in text:
+        return _from_toml(path, text, labels, plain)
+    # No part of the file is in the message: a recipe of somebody else may name any file.
+    return _from_numbers(text, labels, f"{printable(preset)} has neither numbers nor labels of blocks")
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long, or with a NUL
+        return False
+
+
+def _from_numbers(text: str, labels: list[str], otherwise: str) -> dict[str, float]:
+    try:
+        numbers = [_number(part) for part in text.replace("\n", ",").split(",") if part.strip()]
+    except ValueError:
+        raise RequestError("blocks", otherwise) from None
     if len(numbers) == len(labels):  # some tools leave the number for BASE out
         numbers = [0.0, *numbers]
     if len(numbers) != len(labels) + 1:
@@ -112,13 +123,16 @@ def _from_numbers(text: str, labels: list[str]) -> dict[str, float]:
 
 def _from_toml(path: Path, text: str, labels: list[str], plain: float) -> dict[str, float]:
     try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise FileError(path, f"is not valid TOML: {error}") from None
+        values = parse_toml(text)
+    except MalformedText as error:
+        raise FileError(path, str(error)) from None
     for label, value in values.items():
-        if label not in (BASE, *labels) or not isinstance(value, int | float) or isinstance(value, bool):
+        known = label in (BASE, *labels) and isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not abs(value) <= MAX_WEIGHT:
             raise FileError(
-                path, f"has {label} = {value!r}; expected BASE or {labels[0]} to {labels[-1]}, and a number"
+                path,
+                f"has {printable(f'{label} = {value!r}', 80)}; expected BASE or {labels[0]} to {labels[-1]}, and a "
+                f"number up to {MAX_WEIGHT:g}",
             )
     return {label: float(values.get(label, plain)) for label in (BASE, *labels)}
 
@@ -128,6 +142,14 @@ def _rule(text: str) -> tuple[str, float]:
     try:
         if not sign or not pattern:
             raise ValueError
-        return pattern, float(value)
+        return pattern, _number(value)
     except ValueError:
-        raise RequestError("rule", f"{text!r} is not PATTERN=NUMBER") from None
+        raise RequestError("rule", f"{printable(text, 80)!r} is not PATTERN=NUMBER") from None
+
+
+def _number(text: str) -> float:
+    """A finite weight. Raises ValueError."""
+    value = float(text)
+    if not abs(value) <= MAX_WEIGHT:
+        raise ValueError
+    return value

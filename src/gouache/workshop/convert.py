@@ -9,21 +9,20 @@ converted back to the source's names and compared with the source, bit by bit.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gouache.errors import ModelError, RequestError, printable
+from gouache.errors import RequestError, printable
 from gouache.families.found import Component, Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.workshop import derive, layout, save, video
 from gouache.workshop.modelspec import describe
+from gouache.workshop.progress import OnWork, progress
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
-OnWork = Callable[[str, int, int], None]
-"""Progress callback: (what is being done, units done, units in all); the units are bytes unless stated otherwise."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class Converted:
 
     `leftovers` and `left_out` count, by reason, the tensors that the target's layout has no place for: the former are
     saved in its `leftovers.safetensors`, the latter are not saved. `rounded_to` is the dtype that values were rounded
-    to, None where all values are exactly those of the source.
+    to, None where all values are exactly those of the source. `notes` are those on reading the source.
     """
 
     tensors: int
@@ -41,6 +40,7 @@ class Converted:
     leftovers: Mapping[str, int]
     left_out: Mapping[str, int]
     rounded_to: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -62,30 +62,35 @@ def convert(
     cannot be converted that way.
     """
     form = save.form_of(target, to)
-    save.refuse_existing(target, overwrite)
+    save.check_target(target, overwrite)
     if dtype is not None and dtype not in derive.DTYPES:
-        raise RequestError("dtype", f"{dtype!r} is not known; use {', '.join(derive.DTYPES)}")
+        raise RequestError("dtype", f"{printable(dtype, 40)!r} is not known; use {', '.join(derive.DTYPES)}")
     if metadata and form != "safetensors":
-        raise RequestError("metadata", f"can only be stored in a .safetensors file, and {target} is not one")
-    file = open_model(source)
-    if not len(file):
-        raise ModelError(f"{printable(str(source))} holds no tensors; there is nothing to convert")
+        raise RequestError("metadata", f"can only be stored in a .safetensors file; {save.shown(target)} is not one")
+    file = layout.open_weights(source)
     found = identify(file)
     # Casting buffers of the noise schedule and the like would only damage them: no network computes with them.
     exempt = {name for name in found.leftovers if len(file.tensors[name].shape) < 2}
     source_infos = file.tensors
     file = derive.cast(file, dtype, exempt)
     if only is not None:
-        done = _component(file, found, only, target, form, on_work)
+        done = _component(file, found, only, target, form, overwrite, on_work)
     elif form == "diffusers":
         done = _to_folder(file, found, target, on_work)
     else:
-        done = _to_file(file, found, target, form, metadata or {}, on_work)
-    return replace(done, rounded_to=dtype if derive.is_rounded(source_infos, file.tensors) else None)
+        done = _to_file(file, found, target, form, metadata or {}, overwrite, on_work)
+    rounded_to = dtype if derive.is_rounded(source_infos, file.tensors) else None
+    return replace(done, rounded_to=rounded_to, notes=file.notes)
 
 
 def _to_file(
-    file: ModelFile, found: Found, target: Path, form: save.Form, metadata: Mapping[str, str], on_work: OnWork | None
+    file: ModelFile,
+    found: Found,
+    target: Path,
+    form: save.Form,
+    metadata: Mapping[str, str],
+    overwrite: bool,
+    on_work: OnWork | None,
 ) -> Converted:
     result, from_folder = file, found.kind.value == "diffusers folder"
     if from_folder:
@@ -104,9 +109,11 @@ def _to_file(
                 back = derive.keep(derive.arrange(written, part.origins), source)
                 save.compare(back, source)
 
-    save.write_file(result, target, form, progress("writing", result.nbytes, on_work), check)
+    save.write_file(result, target, form, on_work, check, overwrite=overwrite)
     unplaced = [key for key in file.extra if key not in save.plain_values(file.extra)] if not from_folder else []
-    left_out = Counter(f"tensors ({reason})" for reason in found.leftovers.values()) if from_folder else Counter[str]()
+    left_out = (
+        Counter(f"tensors ({reason})" for reason in layout.reasons(found).values()) if from_folder else Counter[str]()
+    )
     if unplaced:
         left_out["values of the training state that are not weights"] = len(unplaced)
     return Converted(len(result), result.nbytes, form, {}, left_out)
@@ -124,18 +131,36 @@ def _to_folder(file: ModelFile, found: Found, target: Path, on_work: OnWork | No
         save.compare(written, folder.file, progress("checking", folder.file.nbytes, on_work))
         if folder.file is not file:
             back = layout.single_file(written, _identify_like(found, written), layout.leftovers_of(path))
-            save.compare(back, file)
+            if dict(back.tensors) == dict(file.tensors):
+                save.compare(back, file)
+            else:
+                _compare_parts(back, file, found)
 
     total = folder.file.nbytes + folder.leftovers.nbytes
     tokenizers = family.text.encoders if family is not None and family.text is not None else ()
     save.write_folder(folder.file, target, tokenizers, folder.leftovers, progress("writing", total, on_work), check)
     unnamed = "diffusers folders have no place for it"
-    kept = Counter(found.leftovers.get(name, unnamed) for name in folder.leftovers)
+    reasons = layout.reasons(found)
+    kept = Counter(reasons.get(name, unnamed) for name in folder.leftovers)
     return Converted(len(folder.file), folder.file.nbytes, "diffusers", kept, {})
 
 
+def _compare_parts(back: ModelFile, file: ModelFile, found: Found) -> None:
+    """`save.compare` where the way back gives usual names and shapes and `file` has others, as hybrid ones of a VAE."""
+    parts = _identify_like(found, back)
+    for name, part in found.components.items():
+        save.compare(derive.arrange(back, parts.component(name).origins), derive.arrange(file, part.origins))
+    made, sources = (
+        {source for part in each.components.values() for source in _sources(part)} for each in (parts, found)
+    )
+    save.compare(
+        derive.keep(back, (name for name in back if name not in made)),
+        derive.keep(file, (name for name in file if name not in sources)),
+    )
+
+
 def _component(
-    file: ModelFile, found: Found, only: str, target: Path, form: save.Form, on_work: OnWork | None
+    file: ModelFile, found: Found, only: str, target: Path, form: save.Form, overwrite: bool, on_work: OnWork | None
 ) -> Converted:
     part = found.component(_component_name(found, only))
     inner = derive.arrange(file, part.origins)
@@ -146,11 +171,10 @@ def _component(
     def check(path: Path) -> None:
         save.compare(open_model(path), result, progress("checking", result.nbytes, on_work))
 
-    writing = progress("writing", result.nbytes, on_work)
     if form == "diffusers":
-        save.write_folder(result, target, on_bytes=writing, check=check)
+        save.write_folder(result, target, on_bytes=progress("writing", result.nbytes, on_work), check=check)
     else:
-        save.write_file(result, target, form, writing, check)
+        save.write_file(result, target, form, on_work, check, overwrite=overwrite)
     return Converted(
         len(result), result.nbytes, form, {}, {"tensors of other components": len(file) - len(_sources(part))}
     )
@@ -164,7 +188,7 @@ def _component_name(found: Found, only: str) -> str:
         raise RequestError("only", f"the model has two text encoders; use {' or '.join(texts)} instead of text")
     name = "text_encoder" if only == "text" else only
     if name not in COMPONENTS:
-        raise RequestError("only", f"{only!r} is not known; use unet, vae or text")
+        raise RequestError("only", f"{printable(only, 40)!r} is not known; use unet, vae or text")
     return name
 
 
@@ -178,17 +202,3 @@ def _identify_like(found: Found, file: ModelFile) -> Found:
     family = found.family.value
     prediction = found.prediction.value if found.prediction is not None else None
     return identify(file, family=family.name if family is not None else None, prediction=prediction)
-
-
-def progress(what: str, total: int, on_work: OnWork | None) -> Callable[[int], None] | None:
-    """A callback that receives the bytes of one tensor after the other and reports their sum to `on_work`."""
-    if on_work is None:
-        return None
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        on_work(what, done, total)
-
-    return on_bytes

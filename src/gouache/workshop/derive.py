@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gouache.errors import ModelError, RequestError, printable
-from gouache.files.record import ModelFile, TensorInfo
+from gouache.files.record import FLOATS, ModelFile, TensorInfo
 from gouache.layouts.rules import Origin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 
 
@@ -53,7 +52,9 @@ def join(file: ModelFile, *others: ModelFile) -> ModelFile:
     for each in (file, *others):
         for name in each:
             if name in owners:
-                raise ModelError(f"{printable(name)} is in both {printable(str(owners[name].path))} and {each.path}")
+                raise ModelError(
+                    f"{printable(name)} is in both {printable(str(owners[name].path))} and {printable(str(each.path))}"
+                )
             owners[name] = each
     return replace(
         file,
@@ -84,7 +85,7 @@ def cast(file: ModelFile, dtype: str | None, exempt: Container[str] = ()) -> Mod
     if dtype is None:
         return file
     if dtype not in DTYPES:
-        raise RequestError("dtype", f"{dtype!r} is not known; use {', '.join(DTYPES)}")
+        raise RequestError("dtype", f"{printable(dtype, 40)!r} is not known; use {', '.join(DTYPES)}")
     wanted = DTYPES[dtype]
 
     def info_of(name: str, info: TensorInfo) -> TensorInfo:

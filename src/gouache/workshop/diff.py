@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gouache.errors import printable
+from gouache.errors import ModelError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
-from gouache.files.record import ITEM_SIZE, ModelFile
+from gouache.files.open import open_model
+from gouache.files.record import ModelFile, TensorInfo
+from gouache.workshop import derive, layout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,8 +42,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Difference:
-    """`only_a`, `only_b`: names that are missing in the other model. `shapes`, `dtypes`: "name: a's, b's". `parts` and
-    `furthest` (the tensors with the largest relative difference) compare values, in float64.
+    """`only_a`, `only_b`: tensors that are missing in the other model. `shapes`, `dtypes`: "name: a's, b's". `parts`
+    and `furthest` (the tensors with the largest relative difference) compare values, in float64.
     """
 
     only_a: tuple[str, ...]
@@ -55,20 +60,42 @@ class Difference:
         return not (self.only_a or self.only_b or self.shapes) and all(part.same == part.tensors for part in self.parts)
 
 
+def open_both(a: Path, b: Path) -> tuple[ModelFile, ModelFile]:
+    """The models at both paths. Raises FileError.
+
+    If one is a diffusers folder and the other is not, the folder has the names of a single file, with its leftovers.
+    """
+    files = [open_model(a), open_model(b)]
+    folders = [file.format == "diffusers folder" for file in files]
+    if folders[0] != folders[1]:
+        index = folders.index(True)
+        with suppress(ModelError):  # a folder that is not a whole model keeps its names
+            files[index] = layout.opened((a, b)[index])[0]
+    return files[0], files[1]
+
+
 def diff(a: ModelFile, b: ModelFile, on_bytes: Callable[[int], None] | None = None, most: int = 10) -> Difference:
-    """The differences of `a` and `b`. Tensors are paired by name: convert one of the files first if layouts differ."""
+    """The differences of `a` and `b`.
+
+    Tensors of components that both have are paired by the names of the network, whatever the layout; others by their
+    names in the files.
+    """
     import torch
 
-    common = [name for name in a if name in b]
-    shapes = [name for name in common if a.tensors[name].shape != b.tensors[name].shape]
-    dtypes = [name for name in common if a.tensors[name].dtype != b.tensors[name].dtype]
-    component_of = _component_of(identify(a))
+    found_a, found_b = identify(a), identify(b)
+    shared = [name for name in found_a.components if name in found_b.components]
+    view_a, view_b = _by_network(a, found_a, shared), _by_network(b, found_b, shared)
+    labels = _labels(view_a, view_b)
+    common = [key for key in view_a.tensors if key in view_b.tensors]
+    infos = {key: (view_a.tensors[key], view_b.tensors[key]) for key in common}
+    shapes = {key for key, (one, other) in infos.items() if one.shape != other.shape}
+    component_of = _component_of(found_a)
     sums: dict[str, list[float]] = {}
     unequal = list[TensorDifference]()
-    for name in common:
-        if name in shapes:
+    for key in common:
+        if key in shapes:
             continue
-        x, y = a.tensor(name), b.tensor(name)
+        x, y = view_a.read(key), view_b.read(key)
         equal = x.dtype == y.dtype and torch.equal(_bits(x), _bits(y))
         distance = length = largest = 0.0
         if not equal:
@@ -79,19 +106,20 @@ def diff(a: ModelFile, b: ModelFile, on_bytes: Callable[[int], None] | None = No
             equal = distance == 0
         elif x.is_floating_point():
             length = float(x.float().pow(2).sum())
-        total = sums.setdefault(component_of.get(name, "other tensors"), [0, 0, 0.0, 0.0])
+        total = sums.setdefault(key[0] or component_of.get(key[1], "other tensors"), [0, 0, 0.0, 0.0])
         for index, amount in enumerate((1, equal, distance, length)):
             total[index] += amount
         if not equal:
-            unequal.append(TensorDifference(printable(name), largest, _ratio(distance, length)))
+            unequal.append(TensorDifference(printable(labels[key]), largest, _ratio(distance, length)))
         if on_bytes is not None:
-            on_bytes(a.tensors[name].elements * ITEM_SIZE[a.tensors[name].dtype])
+            on_bytes(infos[key][0].nbytes)
     unequal.sort(key=lambda each: -each.relative if each.relative == each.relative else -math.inf)
+    dtypes = [key for key, (one, other) in infos.items() if one.dtype != other.dtype]
     return Difference(
-        only_a=tuple(printable(name) for name in a if name not in b),
-        only_b=tuple(printable(name) for name in b if name not in a),
-        shapes=tuple(_both(name, a.tensors[name].shape, b.tensors[name].shape) for name in shapes),
-        dtypes=tuple(_both(name, a.tensors[name].dtype, b.tensors[name].dtype) for name in dtypes),
+        only_a=tuple(printable(labels[key]) for key in view_a.tensors if key not in view_b.tensors),
+        only_b=tuple(printable(labels[key]) for key in view_b.tensors if key not in view_a.tensors),
+        shapes=tuple(_both(labels[key], *(info.shape for info in infos[key])) for key in common if key in shapes),
+        dtypes=tuple(_both(labels[key], *(info.dtype for info in infos[key])) for key in dtypes),
         metadata=tuple(
             printable(key) for key in sorted({*a.metadata, *b.metadata}) if a.metadata.get(key) != b.metadata.get(key)
         ),
@@ -101,6 +129,42 @@ def diff(a: ModelFile, b: ModelFile, on_bytes: Callable[[int], None] | None = No
         ),
         furthest=tuple(unequal[:most]),
     )
+
+
+_Key = tuple[str, str]
+"""(component, the network's name), or ("", the name in the file) of a tensor that no shared component has."""
+
+
+@dataclass(frozen=True)
+class _View:
+    """A file's tensors by key. `sources` has the name in the file of each tensor that is a whole one there."""
+
+    tensors: Mapping[_Key, TensorInfo]
+    read: Callable[[_Key], Tensor]
+    sources: Mapping[_Key, str]
+
+
+def _by_network(file: ModelFile, found: Found, shared: Sequence[str]) -> _View:
+    parts = {name: derive.arrange(file, found.components[name].origins) for name in shared}
+    origins = {(name, key): origin for name in shared for key, origin in found.components[name].origins.items()}
+    uses = Counter(source for origin in origins.values() for source in origin.sources)
+    rest = [name for name in file if name not in uses]
+    tensors = {(name, key): info for name, part in parts.items() for key, info in part.tensors.items()}
+    tensors |= {("", name): file.tensors[name] for name in rest}
+    sources = {key: origin.sources[0] for key, origin in origins.items()
+               if len(origin.sources) == 1 and uses[origin.sources[0]] == 1}  # fmt: skip
+    sources |= {("", name): name for name in rest}
+    return _View(tensors, lambda key: parts[key[0]].read(key[1]) if key[0] else file.tensor(key[1]), sources)
+
+
+def _labels(a: _View, b: _View) -> dict[_Key, str]:
+    """What each tensor is called in the report: its name in the files, if both have the same, else the network's."""
+    labels: dict[_Key, str] = {}
+    for key in (*a.tensors, *b.tensors):
+        names = {view.sources.get(key, "") for view in (a, b) if key in view.tensors}
+        name = names.pop() if len(names) == 1 else ""
+        labels[key] = name or "/".join(part for part in key if part)
+    return labels
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from gouache.adapters.embedding import vectors_of
-from gouache.errors import ModelError, RequestError
+from gouache.errors import ModelError, RequestError, printable
 from gouache.files.open import open_model
-from gouache.files.write import write_safetensors
 from gouache.workshop import save
 
 How = Literal["join", "mean"]
@@ -37,19 +36,21 @@ def combine(
     Raises RequestError for invalid settings, ModelError for embeddings of different widths.
     """
     if how not in ("join", "mean"):
-        raise RequestError("how", f"{how!r} is not known; use join or mean")
+        raise RequestError("how", f"{printable(how, 40)!r} is not known; use join or mean")
     if len(embeddings) < 2:
         raise RequestError("embeddings", "name at least two embeddings to combine")
     if target.suffix.lower() != ".safetensors":
-        raise RequestError("out", f"{target} does not end in .safetensors, the only format embeddings are written in")
-    save.refuse_existing(target, overwrite)
+        raise RequestError(
+            "out", f"{save.shown(target)} does not end in .safetensors, the only format embeddings are written in"
+        )
+    save.check_target(target, overwrite)
     read = [(vectors_of(open_model(path)), strength, path) for path, strength in embeddings]
     widths = {encoder: each.shape[1] for encoder, each in read[0][0].items()}
     for vectors, _, path in read[1:]:
         if (other := {encoder: each.shape[1] for encoder, each in vectors.items()}) != widths:
             raise ModelError(
-                f"{path} has vectors of width {_listed(other)} and {read[0][2]} of width {_listed(widths)}: they are "
-                "for different models"
+                f"{save.shown(path)} has vectors of width {_listed(other)} and {save.shown(read[0][2])} of width "
+                f"{_listed(widths)}: they are for different models"
             )
     combined = {encoder: _combined([(v[encoder], strength) for v, strength, _ in read], how) for encoder in widths}
     names = (
@@ -57,7 +58,8 @@ def combine(
     )
     metadata = {"modelspec.sai_model_spec": "1.0.1", "modelspec.title": target.stem,
                 "modelspec.merged_from": ", ".join(path.stem for path, _ in embeddings)}  # fmt: skip
-    write_safetensors(target, {names[encoder]: each.contiguous() for encoder, each in combined.items()}, metadata)
+    tensors = {names[encoder]: each.contiguous() for encoder, each in combined.items()}
+    save.write_tensors(target, tensors, metadata, overwrite=overwrite)
     return Combined(next(iter(combined.values())).shape[0], widths)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gouache.files.source import Source
+from gouache.errors import DamagedFile
+from gouache.outside import open_outside
 
 _PIECE = 1 << 24  # bytes read at once
 _V1_START, _V1_LENGTH = 0x100000, 0x10000
@@ -32,19 +34,26 @@ class Hashes:
 
 
 def hashes(path: Path, on_bytes: Callable[[int], None] | None = None) -> Hashes:
-    """All hashes of the file at `path`. Raises FileError if it cannot be read."""
-    source = Source(path)
-    whole, after_header, crc = hashlib.sha256(), hashlib.sha256(), 0
-    start = _header_end(source)
-    for at in range(0, source.size, _PIECE):
-        piece = source.data[at : at + _PIECE]
-        whole.update(piece)
-        crc = zlib.crc32(piece, crc)
-        if start is not None and at + len(piece) > start:
-            after_header.update(piece[max(0, start - at) :])
-        if on_bytes is not None:
-            on_bytes(len(piece))
-    first = hashlib.sha256(source.data[_V1_START : _V1_START + _V1_LENGTH])
+    """All hashes of the file at `path`. Raises FileError if it cannot be read, or changes while it is read."""
+    whole, after_header, first, crc, at = hashlib.sha256(), hashlib.sha256(), hashlib.sha256(), 0, 0
+    with open_outside(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = _header_end(file.read(9), size)
+        file.seek(0)
+        try:
+            while at < size and (piece := file.read(min(_PIECE, size - at))):
+                whole.update(piece)
+                crc = zlib.crc32(piece, crc)
+                if start is not None:
+                    after_header.update(piece[max(0, start - at) :])
+                first.update(piece[max(0, _V1_START - at) : max(0, _V1_START + _V1_LENGTH - at)])
+                at += len(piece)
+                if on_bytes is not None:
+                    on_bytes(len(piece))
+        except OSError as error:
+            raise DamagedFile(path, f"cannot be read: {error.strerror}") from None
+        if at < size or os.fstat(file.fileno()).st_size != size:
+            raise DamagedFile(path, "was changed by another program while it was read; try again")
     return Hashes(
         sha256=whole.hexdigest(),
         autov1=first.hexdigest()[:8],
@@ -54,9 +63,12 @@ def hashes(path: Path, on_bytes: Callable[[int], None] | None = None) -> Hashes:
     )
 
 
-def _header_end(source: Source) -> int | None:
-    """The offset of the first byte after the header of a safetensors file; None for any other file."""
-    if source.size < 9 or source.data[8:9] != b"{":
+def _header_end(begin: bytes, size: int) -> int | None:
+    """The offset of the first byte after the header of a safetensors file; None for any other file.
+
+    `begin` are its first 9 bytes.
+    """
+    if begin[8:] != b"{":
         return None
-    start = 8 + int.from_bytes(source.data[:8], "little")
-    return start if start <= source.size else None
+    start = 8 + int.from_bytes(begin[:8], "little")
+    return start if start <= size else None

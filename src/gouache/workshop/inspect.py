@@ -3,8 +3,6 @@ and advice."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,11 +14,17 @@ from gouache.families.found import Fact, Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
+from gouache.layouts.nearest import nearest
+from gouache.outside import parse_json, read_outside
+from gouache.workshop import layout
 from gouache.workshop.advice import advice
-from gouache.workshop.convert import OnWork, progress
 from gouache.workshop.damage import Fault, faults, fingerprints
-from gouache.workshop.details import Detail, details
+from gouache.workshop.details import Detail, details, finite
 from gouache.workshop.hashes import Hashes, hashes
+from gouache.workshop.progress import OnWork, progress
+
+_LONGEST = 4096  # characters of a path
+_MOST_NEAREST = 20  # unknown names for which a similar one is searched
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Report:
     """`size` is in bytes; `leftovers` maps each reason to names of tensors; `unknown` maps each name that no component
     has to the most similar known name.
 
-    `faults`, `hashes` and the fingerprints of the components are only in deep reports, `keys` only when requested.
+    `outside` are those of the unknown ones that are not inside a component, so that painting ignores them. `faults`,
+    `hashes` and the fingerprints of the components are only in deep reports, `keys` only when requested.
     """
 
     path: str
@@ -63,6 +68,7 @@ class Report:
     missing: Mapping[str, str]
     leftovers: Mapping[str, list[str]]
     unknown: Mapping[str, str]
+    outside: tuple[str, ...]
     metadata: Mapping[str, str]
     notes: tuple[str, ...]
     advice: tuple[str, ...]
@@ -95,10 +101,10 @@ def report(
     """
     if (training := _training_folder(path)) is not None:
         return training
-    file = open_model(path)
+    file = layout.open_for_report(path)
     found = identify(file, prediction=prediction, family=family)
     leftovers: dict[str, list[str]] = {}
-    for name, reason in found.leftovers.items():
+    for name, reason in layout.reasons(found).items():
         leftovers.setdefault(reason, []).append(printable(name))
     prints: dict[str, str] = {}
     damage: tuple[Fault, ...] | None = None
@@ -110,7 +116,7 @@ def report(
         if path.is_file():
             digests = hashes(path, progress("hashing", path.stat().st_size, on_work))
     return Report(
-        path=printable(str(path)),
+        path=printable(str(path), _LONGEST),
         format=file.format,
         size=file.nbytes,
         count=len(file),
@@ -120,6 +126,7 @@ def report(
         missing={printable(name): printable(reason, 400) for name, reason in found.missing.items()},
         leftovers=leftovers,
         unknown=_nearest(file, found),
+        outside=tuple(printable(name) for name in sorted(found.outside)),
         metadata={printable(key): printable(value) for key, value in file.metadata.items()},
         notes=tuple(printable(note, 400) for note in file.notes),
         advice=tuple(advice(file, found)),
@@ -132,50 +139,72 @@ def report(
 
 
 def files_of(path: Path) -> Iterator[Path]:
-    """`path`, or, if it is a folder that is not itself a model, the model files and model folders in it."""
-    if not path.is_dir() or (path / "model_index.json").exists() or _training_folder(path) is not None:
-        yield path
-        return
+    """`path`, or, if it is a folder that is not itself a model, the model files and model folders in it.
+
+    Raises FileError for a folder that cannot be read.
+    """
+    try:
+        if not path.is_dir() or (path / "model_index.json").exists() or _training_folder(path) is not None:
+            yield path
+            return
+        inside = [each for each in sorted(path.iterdir()) if _looks_like_a_model(each)]
+    except OSError as error:
+        raise FileError(path, f"cannot be read: {error.strerror}") from None
     try:
         open_model(path)
         yield path
     except FileError:
-        inside = [each for each in sorted(path.iterdir()) if _looks_like_a_model(each)]
         yield from inside or [path]
 
 
 def _looks_like_a_model(path: Path) -> bool:
-    if path.is_dir():
-        return (path / "model_index.json").exists()
+    try:
+        if path.is_dir():
+            return (path / "model_index.json").exists()
+    except OSError:
+        return False
     return path.suffix.lower() in (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".pkl")
 
 
 def _training_folder(path: Path) -> Report | None:
-    """A report on a checkpoint folder of Gouache's trainer: weights, EMA weights, optimizer, and state as JSON."""
+    """A report on a checkpoint folder of Gouache's trainer: weights, EMA weights, optimizer, and state as JSON.
+
+    None for any other folder, also for one whose files have these names and something else in them.
+    """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        files = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["files"]
-        sizes = {str(name): int(entry["bytes"]) for name, entry in files.items()}
-        settings = dict(state["settings"])
-        step = int(state["step"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        state, manifest = (parse_json(read_outside(path / name)) for name in ("state.json", "manifest.json"))
+        sizes = {name: _size(entry["bytes"]) for name, entry in manifest["files"].items()}
+        settings, step, best = dict(state["settings"]), _size(state["step"]), state.get("best")
+    except (FileError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    rate = settings.get("learning_rate")
-    found = [Detail("progress", f"step {step} of {settings.get('steps')}", "state.json")]
-    if isinstance(state.get("best"), int | float):
-        found.append(Detail("metrics", f"lowest validation loss {state['best']:g}", "state.json"))
+    found = [Detail("progress", f"step {step} of {_number(settings.get('steps'))}", "state.json")]
+    if (score := finite(best)) is not None:
+        found.append(Detail("metrics", f"lowest validation loss {score:g}", "state.json"))
     if "optimizer.safetensors" in sizes:
         found.append(
             Detail("optimizer", f"AdamW, {sizes['optimizer.safetensors'] / 1e6:,.0f} MB", "optimizer.safetensors")
         )
-        found.append(Detail("learning rate", str(rate), "the run's settings"))
-    found += [Detail(f"file {name}", f"{size / 1e6:,.1f} MB", "manifest.json") for name, size in sizes.items()]
+        found.append(Detail("learning rate", _number(settings.get("learning_rate")), "the run's settings"))
+    for name, size in sizes.items():
+        found.append(Detail(f"file {printable(name, 60)}", f"{size / 1e6:,.1f} MB", "manifest.json"))
     kind = Statement("kind", "training checkpoint", "certain", "a folder with a manifest of Gouache's trainer")
     hints = ("to resume the run, start it again in the parent folder",)
     return Report(
-        printable(str(path)), "training checkpoint", sum(sizes.values()), len(sizes), (kind,), tuple(found), (), {}, {},
-        {}, {}, (), hints,
+        printable(str(path), _LONGEST), "training checkpoint", sum(sizes.values()), len(sizes), (kind,), tuple(found),
+        components=(), missing={}, leftovers={}, unknown={}, outside=(), metadata={}, notes=(), advice=hints,
     )  # fmt: skip
+
+
+def _size(value: object) -> int:
+    """A number of bytes or steps. Raises ValueError for anything else."""
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError
+    return value
+
+
+def _number(value: object) -> str:
+    number = finite(value)
+    return "an unknown number" if number is None else f"{number:.10g}"
 
 
 def _statements(found: Found) -> list[Statement]:
@@ -215,12 +244,13 @@ def _parts(file: ModelFile, found: Found, prints: Mapping[str, str]) -> list[Par
 
 
 def _nearest(file: ModelFile, found: Found) -> dict[str, str]:
-    """Tensor names that no component has, each with the most similar known name."""
-    known = [name for name in file if name not in set(found.unknown)]
-    return {
-        printable(name): printable(next(iter(difflib.get_close_matches(name, known, n=1)), "")) if index < 20 else ""
-        for index, name in enumerate(found.unknown)
-    }
+    """Tensor names that no component has, the first of them each with the most similar known name."""
+    unknown = set(found.unknown)
+    known = [name for name in file if name not in unknown]
+    similar = dict.fromkeys((printable(name) for name in found.unknown), "")
+    for name in found.unknown[:_MOST_NEAREST]:
+        similar[printable(name)] = printable(nearest(name, known))
+    return similar
 
 
 def _plain(value: Any) -> Any:

@@ -12,22 +12,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import ModelError, printable
+from gouache.errors import DamagedFile, ModelError, NotAModel, printable
 from gouache.families.family import ComponentLocation, Family
 from gouache.families.found import Component, Found
 from gouache.families.identify import identify
 from gouache.families.svd import SVD
 from gouache.files.open import open_model
-from gouache.files.record import ModelFile
+from gouache.files.record import ModelFile, TensorInfo
 from gouache.layouts.diffusers import unet_rules, vae_rules
 from gouache.layouts.rules import Rename, Rule, invert, plan
 from gouache.layouts.text import BARE, OPENCLIP
 from gouache.layouts.vision import OPENCLIP_VISION
 from gouache.nn.spec import TextSpec, UNetSpec, VaeSpec
+from gouache.outside import MalformedText, parse_json
 from gouache.workshop import configs, configs_video, derive, save, video
 from gouache.workshop.part import Part
 
 _SAME: tuple[Rule, ...] = (Rename("{name*}", "{name*}"),)
+AVERAGES = "model_ema."  # before the names of EMA weights in single files
 _PLACES = "gouache.places"  # metadata key: prefix and layout of components that differ from the family's usual ones
 
 
@@ -56,9 +58,39 @@ def single_file(file: ModelFile, found: Found, leftovers: ModelFile | None = Non
     return derive.join(derive.keep(base, ()), *parts)
 
 
+def open_weights(path: Path) -> ModelFile:
+    """The model at `path`, for every command that reads weights. Raises FileError; NotAModel if it has no tensors."""
+    file = open_model(path)
+    if not len(file):
+        raise NotAModel(path, "holds no tensors, so it is not a model")
+    return file
+
+
+def open_for_report(path: Path) -> ModelFile:
+    """The same for commands that only report: what a training run stores besides weights is enough."""
+    file = open_model(path)
+    if not len(file) and not tensors_in(dict(file.extra)):
+        raise NotAModel(path, "holds no tensors, so it is not a model")
+    return file
+
+
+def tensors_in(value: object) -> list[TensorInfo]:
+    """Every tensor that an unpickled value describes."""
+    stack, found = [value], list[TensorInfo]()
+    while stack:
+        top = stack.pop()
+        if isinstance(top, TensorInfo):
+            found.append(top)
+        elif isinstance(top, dict):
+            stack += list(top.values())
+        elif isinstance(top, list | tuple):
+            stack += list(top)
+    return found
+
+
 def opened(path: Path, *, prediction: str | None = None, family: str | None = None) -> tuple[ModelFile, Found]:
     """The model at `path`, file or folder, with the names of a single file; for a folder, with its leftovers."""
-    file = open_model(path)
+    file = open_weights(path)
     found = identify(file, prediction=prediction, family=family)
     if found.kind.value != "diffusers folder" or found.family.value is None:
         return file, found
@@ -109,6 +141,12 @@ def _family(found: Found) -> Family:
     return found.family.value
 
 
+def reasons(found: Found) -> dict[str, str]:
+    """{tensor that nothing needs: reason}, with one reason for all EMA weights, for lists that a person reads."""
+    averages = set(found.ema_names.values())
+    return {name: "EMA weights" if name in averages else reason for name, reason in found.leftovers.items()}
+
+
 # ---- to a single file
 
 
@@ -129,7 +167,8 @@ def _in_names_of(layout: str, tensors: ModelFile) -> ModelFile:
 def as_in(part: Component, tensors: ModelFile, family: Family | None) -> ModelFile:
     """`tensors`, which have the network's names, under the names and the prefix that `part` has in its file.
 
-    A component of a diffusers folder gets the names and the prefix of its family's single files.
+    A component of a diffusers folder, or one that is only there as EMA weights, gets the names and the prefix of its
+    family's single files.
     """
     prefix, layout = part.prefix, part.layout
     if family is SVD and part.name == "vae" and layout == "diffusers":
@@ -137,7 +176,8 @@ def as_in(part: Component, tensors: ModelFile, family: Family | None) -> ModelFi
             derive.keep(tensors, ()),
             *(as_in(piece, derive.keep(tensors, piece.origins), family) for piece in video.pieces(part)),
         )
-    if layout == "diffusers" or prefix.endswith("/"):
+    averages = any(source.startswith(AVERAGES) for origin in part.origins.values() for source in origin.sources)
+    if layout == "diffusers" or prefix.endswith("/") or averages:
         place = next((p for p in (family.locations if family else ()) if p.component == part.name), None)
         prefix, layout = (place.prefix, place.layout) if place is not None else ("", "original")
     return derive.prefix(_in_names_of(layout, tensors), prefix)
@@ -145,7 +185,7 @@ def as_in(part: Component, tensors: ModelFile, family: Family | None) -> ModelFi
 
 def _places(family: Family, found: Found, leftovers: ModelFile | None) -> list[ComponentLocation]:
     """Prefix and layout of each component: the family's usual ones, or those of the file the folder was made from."""
-    stored: dict[str, list[str]] = json.loads(({} if leftovers is None else leftovers.metadata).get(_PLACES, "{}"))
+    stored = _stored_places(leftovers) if leftovers is not None else {}
     known = [
         place for place in family.locations if place.component in found.components or place.component not in stored
     ]
@@ -155,6 +195,21 @@ def _places(family: Family, found: Found, leftovers: ModelFile | None) -> list[C
         else place
         for place in known
     ]
+
+
+def _stored_places(leftovers: ModelFile) -> dict[str, list[str]]:
+    """{component: [prefix, layout]} as `_unusual_places` stored it. Raises DamagedFile for anything else."""
+    try:
+        stored = parse_json(leftovers.metadata.get(_PLACES, "{}"))
+    except MalformedText as error:
+        raise DamagedFile(leftovers.path, f"its metadata {_PLACES} {error}") from None
+    valid = isinstance(stored, dict) and all(
+        isinstance(each, list) and len(each) == 2 and all(isinstance(text, str) for text in each)
+        for each in stored.values()
+    )
+    if not valid:
+        raise DamagedFile(leftovers.path, f"its metadata {_PLACES} is not a prefix and a layout for each component")
+    return stored
 
 
 def _without(part: ModelFile, leftovers: ModelFile) -> ModelFile:

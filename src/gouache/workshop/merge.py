@@ -9,21 +9,23 @@ Tensors that are not weights of a network (position ids, noise schedules) are co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gouache.errors import ModelError, RequestError, printable
+from gouache.errors import DamagedFile, ModelError, RequestError, printable
 from gouache.families.family import Family
 from gouache.families.found import Found
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile, TensorInfo
 from gouache.nn.spec import UNetSpec
+from gouache.outside import MalformedText, parse_json
 from gouache.workshop import derive, layout, save
-from gouache.workshop.block_weights import Weights, weights
-from gouache.workshop.convert import OnWork, progress
+from gouache.workshop.block_weights import MAX_WEIGHT, Weights, weights
 from gouache.workshop.modelspec import describe
+from gouache.workshop.progress import OnWork
 from gouache.workshop.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from gouache.workshop.methods import Method
 
 _FIRST_CONVOLUTION = "input_blocks.0.0.weight"
+_LATENT_CHANNELS = 4  # input channels of a U-Net that receives nothing but the latent
 _AT_ONCE = 2**26  # elements in memory at once, all models together; larger tensors are merged in blocks of rows
 
 
@@ -64,31 +67,42 @@ def merge(
     from gouache.workshop.methods import METHODS
 
     form = save.single_form_of(target)
-    save.refuse_existing(target, overwrite)
+    save.check_target(target, overwrite)
+    if recipe_file is not None:
+        save.check_target(recipe_file, overwrite)
+        if os.path.realpath(recipe_file) == os.path.realpath(target):  # unlike `resolve`, also of a link to itself
+            raise RequestError(
+                "recipe", f"{save.shown(recipe_file)} is the file of the merged model; choose another name"
+            )
     if recipe.method not in METHODS:
-        raise RequestError("method", f"{recipe.method!r} is not known; use one of {', '.join(METHODS)}")
+        raise RequestError("method", f"{printable(recipe.method, 40)!r} is not known; use one of {', '.join(METHODS)}")
     method = METHODS[recipe.method]
+    _check_numbers(recipe)
     _check_count(recipe, method)
     sides = [_side(Path(model.path)) for model in recipe.models]
     family = _same_family(sides)
     first = sides[0]
-    components = {name: _component(name, recipe, method, sides) for name in first.parts}
-    result, dropped = _assembled(first, family, components)
+    _check_usable(first, recipe)
+    names = [*first.parts, *_added(recipe, sides)]
+    components = {name: _component(name, recipe, method, sides) for name in names}
+    result, dropped = _assembled(sides, family, components)
     hashes = [hash_of(side.file) for side in sides]
     _check_hashes(recipe, hashes)
     known = replace(recipe, models=tuple(replace(model, sha256=digest) for model, digest in zip(recipe.models, hashes)))
     result = derive.cast(result, recipe.dtype)
-    result = save.with_metadata(result, {**describe(first.found), **_ancestry(known, sides)})
+    metadata = {**result.metadata, **describe(first.found), **_ancestry(known, sides)}
+    result = replace(result, metadata=save.without_hashes(metadata))
 
     def check(path: Path) -> None:
         written = open_model(path)
         if written.tensors != dict(result.tensors):
-            raise ModelError(f"{target}: the written file does not hold the merged tensors; the disk or memory failed")
+            raise DamagedFile(path, "the written file does not hold the merged tensors; the disk or memory failed")
 
-    digest = save.write_file(result, target, form, progress("merging", result.nbytes, on_work), check)
+    digest = save.write_file(result, target, form, on_work, check, what="merging", overwrite=overwrite)
     if recipe_file is not None:
-        known.write(recipe_file)
-    return Merged(len(result), result.nbytes, digest, dropped, tuple(_notes(sides)))
+        with save.writing(recipe_file, overwrite):
+            known.write(recipe_file, new=not overwrite)
+    return Merged(len(result), result.nbytes, digest, dropped, tuple(_notes(sides, components)))
 
 
 # ---- the models
@@ -114,6 +128,34 @@ def _side(path: Path) -> _Side:
     return _Side(file, found, parts)
 
 
+def _check_usable(first: _Side, recipe: Recipe) -> None:
+    """ModelError if the first model has a component that cannot be merged, which would be copied from it unmerged.
+
+    A VAE is copied anyway unless `recipe` says otherwise.
+    """
+    for name, reason in first.found.unusable.items():
+        if name != "vae" or recipe.vae != "a":
+            raise ModelError(f"{_name(first)} has no usable {name} to merge ({reason})")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    """RequestError for numbers that would make every weight NaN, or that no method accepts."""
+    for name in ("alpha", "beta"):
+        if not abs(getattr(recipe, name)) <= MAX_WEIGHT:
+            raise RequestError(name, f"is {_short(getattr(recipe, name))}; expected a number up to {MAX_WEIGHT:g}")
+    if not 0 < recipe.density <= 1:
+        raise RequestError("density", f"is {_short(recipe.density)}; expected a share above 0, at most 1")
+    if not 0 <= recipe.epsilon <= 1:
+        raise RequestError("epsilon", f"is {_short(recipe.epsilon)}; expected a number from 0 to 1")
+    if recipe.rank < 1:
+        raise RequestError("rank", f"is {recipe.rank}; expected at least 1")
+
+
+def _short(number: float) -> str:
+    """A number for a message; an integer of a recipe can have thousands of digits."""
+    return printable(str(number), 40)
+
+
 def _check_count(recipe: Recipe, method: Method) -> None:
     fewest, most = method.inputs
     if not fewest <= len(recipe.models) <= most:
@@ -128,22 +170,38 @@ def _same_family(sides: Sequence[_Side]) -> Family | None:
         other = side.found.family.value
         if other is not first:
             raise ModelError(
-                f"{side.file.path} is {other.title if other else 'of no known family'} and {sides[0].file.path} is "
+                f"{_name(side)} is {other.title if other else 'of no known family'} and {_name(sides[0])} is "
                 f"{first.title if first else 'of no known family'}: models of different families cannot be merged"
             )
     return first
 
 
-def _notes(sides: Sequence[_Side]) -> list[str]:
+def _name(side: _Side) -> str:
+    return save.shown(side.file.path)
+
+
+def _file_name(side: _Side) -> str:
+    return printable(side.file.path.name)
+
+
+def _notes(sides: Sequence[_Side], components: Collection[str]) -> list[str]:
     """Differences of the models that a merge does not resolve."""
     notes = list[str]()
     predictions = {side.found.prediction.value for side in sides if side.found.prediction is not None}
     if len(predictions) > 1:
         types = ", ".join(sorted(predictions))
         notes.append(f"the models have different prediction types ({types}); the merged model may not work")
+    first = sides[0]
+    if "vae" in first.found.unusable:
+        notes.append(
+            f"{_file_name(first)}: its VAE is copied as it is, but it cannot be used: {first.found.missing['vae']}"
+        )
+    for name in dict.fromkeys(name for side in sides[1:] for name in side.parts if name not in components):
+        notes.append(f"{_file_name(first)}: it has no {name}, so the merged model has none")
     for side in sides:
+        notes += [f"{_file_name(side)}: {printable(note, 400)}" for note in side.file.notes]
         if side.found.ema_names:
-            notes.append(f"{side.file.path.name}: its EMA weights were left out; they are meaningless after a merge")
+            notes.append(f"{_file_name(side)}: its EMA weights were left out; they are meaningless after a merge")
     return notes
 
 
@@ -157,12 +215,12 @@ def _component(name: str, recipe: Recipe, method: Method, sides: Sequence[_Side]
         chosen = sides[_model_index(mode, name, len(sides))]
         if name not in chosen.parts:
             reason = chosen.found.missing.get(name, "it is not in the file")
-            raise ModelError(f"{chosen.file.path} has no usable {name}: {reason}")
+            raise ModelError(f"{_name(chosen)} has no usable {name}: {reason}")
         return chosen.parts[name]
     absent = [side for side in sides if name not in side.parts]
     if absent:
         raise ModelError(
-            f"{absent[0].file.path} has no usable {name} to merge "
+            f"{_name(absent[0])} has no usable {name} to merge "
             f"({absent[0].found.missing.get(name, 'it is not in the file')})"
         )
     parts = [side.parts[name] for side in sides]
@@ -188,39 +246,52 @@ def _unet_spec(side: _Side, spec: object) -> UNetSpec | None:
     return part.spec if part is not None and isinstance(part.spec, UNetSpec) else None
 
 
+def _added(recipe: Recipe, sides: Sequence[_Side]) -> list[str]:
+    """The components that the first model does not have and that `recipe` copies from another one."""
+    modes = {"vae": recipe.vae, "text_encoder": recipe.text, "text_encoder_2": recipe.text}
+    chosen = {name: sides[_model_index(mode, name, len(sides))] for name, mode in modes.items() if mode != "merge"}
+    return [name for name, side in chosen.items() if name in sides[0].found.absent and name in side.parts]
+
+
 def _model_index(letter: str, name: str, count: int) -> int:
     """The index of the model called `letter` (a, b, ...), from which the component `name` is copied."""
     index = ord(letter) - ord("a") if len(letter) == 1 else -1
     if not 0 <= index < count:
         letters = ", ".join(chr(ord("a") + number) for number in range(count))
+        letter = printable(letter, 40)
         raise RequestError("vae" if name == "vae" else "text", f"{letter!r} is not known; use merge, {letters}")
     return index
 
 
 def _check_shapes(component: str, parts: Sequence[ModelFile]) -> None:
-    """ModelError unless all shapes are equal, or only the first convolution differs and the first model's has more
-    input channels."""
+    """ModelError unless all shapes are equal, or only the first convolution differs: the first model's has the input
+    channels of a variant (inpainting, editing, depth), and the other one's those of the latent alone."""
     first = parts[0]
     for other in parts[1:]:
+        one, two = save.shown(first.path), save.shown(other.path)
         if missing := sorted(set(first) ^ set(other)):
             raise ModelError(
-                f"{first.path} and {other.path} cannot be merged: {component} tensor {printable(missing[0])} is only "
-                "in one of them"
+                f"{one} and {two} cannot be merged: {component} tensor {printable(missing[0])} is only in one of them"
             )
         for name, info in first.tensors.items():
             a, b = info.shape, other.tensors[name].shape
             if a == b:
                 continue
             if name == _FIRST_CONVOLUTION and a[0] == b[0] and a[2:] == b[2:]:
-                if a[1] > b[1]:
+                if a[1] > b[1] == _LATENT_CHANNELS:
                     continue
+                if b[1] > a[1] == _LATENT_CHANNELS:
+                    raise ModelError(
+                        f"{two} has {b[1]} input channels and {one} has {a[1]}: give the inpainting (or edit, or "
+                        "depth) model first, so that the result is one"
+                    )
                 raise ModelError(
-                    f"{other.path} has {b[1]} input channels and {first.path} has {a[1]}: give the inpainting (or "
-                    "edit, or depth) model first, so that the result is one"
+                    f"{one} and {two} cannot be merged: the U-Nets have {a[1]} and {b[1]} input channels, which are "
+                    "those of different variants (inpainting, edit, depth)"
                 )
             raise ModelError(
-                f"{first.path} and {other.path} cannot be merged: {component} tensor {printable(name)} has shape "
-                f"{list(a)} in the first and {list(b)} in the second"
+                f"{one} and {two} cannot be merged: {component} tensor {printable(name)} has shape {list(a)} in the "
+                f"first and {list(b)} in the second"
             )
 
 
@@ -285,18 +356,20 @@ def _merged(
 
 
 def _assembled(
-    first: _Side, family: Family | None, components: Mapping[str, ModelFile]
+    sides: Sequence[_Side], family: Family | None, components: Mapping[str, ModelFile]
 ) -> tuple[ModelFile, dict[str, int]]:
-    """The components under the first model's names, with its other tensors except EMA weights; and what was left out,
-    counted by reason."""
-    parts = [layout.as_in(first.found.components[name], part, family) for name, part in components.items()]
+    """The components under the names of the first model that has them, with the other tensors of the first model except
+    EMA weights; and what was left out, counted by reason."""
+    first = sides[0]
+    stored = {name: next(side for side in sides if name in side.parts).found.components[name] for name in components}
+    parts = [layout.as_in(stored[name], part, family) for name, part in components.items()]
     used = {
         source
         for part in first.found.components.values()
         for origin in part.origins.values()
         for source in origin.sources
     }
-    averages = {name for name in first.file if name.startswith("model_ema.")}
+    averages = {name for name in first.file if name.startswith(layout.AVERAGES) and name not in used}
     rest = [name for name in first.file if name not in used and name not in averages]
     base = replace(derive.keep(first.file, rest), extra=save.plain_values(first.file.extra))
     result = derive.join(base, *parts)
@@ -307,8 +380,8 @@ def _check_hashes(recipe: Recipe, hashes: Sequence[str]) -> None:
     for model, digest in zip(recipe.models, hashes):
         if model.sha256 and model.sha256 != digest:
             raise ModelError(
-                f"{model.path} is not the file that the recipe was made with: its SHA-256 is {digest[:10]}..., the "
-                f"recipe has {model.sha256[:10]}..."
+                f"{printable(model.path)} is not the file that the recipe was made with: its SHA-256 is "
+                f"{digest[:10]}..., the recipe has {printable(model.sha256[:10])}..."
             )
 
 
@@ -318,8 +391,8 @@ def _ancestry(recipe: Recipe, sides: Sequence[_Side]) -> dict[str, str]:
     for model, side in zip(recipe.models, sides):
         for key in ("sd_merge_models", "sd_merge_recipe"):
             try:
-                earlier = json.loads(side.file.metadata.get(key, "null"))
-            except ValueError:
+                earlier = parse_json(side.file.metadata.get(key, "null"))
+            except MalformedText:
                 continue
             if key == "sd_merge_models" and isinstance(earlier, dict):
                 models = {**earlier, **models}

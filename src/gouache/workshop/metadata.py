@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,32 +12,51 @@ from gouache.errors import RequestError, printable
 from gouache.files.metadata import write_metadata
 from gouache.files.open import open_model
 from gouache.images import pixels
+from gouache.workshop import save
 
 THUMBNAIL = 256  # pixels along the longer side, as ModelSpec requires
 KEY = "modelspec.thumbnail"
 
 
 def change(
-    source: Path, target: Path, put: Mapping[str, str], unset: Sequence[str] = (), thumbnail: Path | None = None
-) -> dict[str, str]:
-    """Write `source` as `target` (which may be the same path) with changed metadata, and return all of the metadata.
+    source: Path,
+    target: Path | None,
+    put: Mapping[str, str],
+    unset: Sequence[str] = (),
+    thumbnail: Path | None = None,
+    *,
+    overwrite: bool = False,
+) -> tuple[Path, dict[str, str]]:
+    """Write `source` as `target` with changed metadata. Returns the path of the file and all of its metadata.
 
-    Raises RequestError for a file of another format, or for a key in `unset` that is not in the metadata.
+    Without `target` the file itself is changed, also where `source` is a link to it. Raises RequestError for a file of
+    another format, for a key in `unset` that is not in the metadata, and if `target` exists, unless `overwrite` is
+    true.
     """
-    file = open_model(source)
+    file, name = open_model(source), printable(str(source))
     if file.format != "safetensors":
-        raise RequestError(
-            "file",
-            f"{printable(str(source))} is {file.format}, which has no metadata; convert it to .safetensors first",
-        )
+        raise RequestError("file", f"{name} is {file.format}, which has no metadata; convert it to .safetensors first")
     for key in unset:
         if key not in file.metadata:
-            raise RequestError("unset", f"{printable(key)!r} is not in the metadata of {printable(str(source))}")
+            raise RequestError("unset", f"{printable(key)!r} is not in the metadata of {name}")
+    in_place = target is None or _is_same(source, target)
+    path = Path(os.path.realpath(source)) if in_place or target is None else target
+    if in_place and source.is_symlink() and path.parent.name == "blobs":
+        raise RequestError("file", f"{name} is in the cache of Hugging Face, whose files must not change; use --output")
     texts = {key: value for key, value in file.metadata.items() if key not in unset} | dict(put)
     if thumbnail is not None:
         texts[KEY] = data_url(thumbnail)
-    write_metadata(source, target, texts)
-    return texts
+    replaced = overwrite or in_place
+    with save.writing(path, replaced):
+        write_metadata(source, path, texts, new=not replaced)
+    return (source if in_place and not source.is_symlink() else path), texts
+
+
+def _is_same(source: Path, target: Path) -> bool:
+    try:
+        return target.samefile(source)
+    except (OSError, ValueError):
+        return False
 
 
 def data_url(picture: Path) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from gouache.errors import FileError
-from gouache.files.write import write_atomic
+from gouache.errors import FileError, printable
+from gouache.files.write import write_atomic, write_new
+from gouache.outside import MalformedText, parse_toml, read_text
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Recipe:
         values["models"] = [{"name": Path(model.path).name, "sha256": model.sha256} for model in self.models]
         return values
 
-    def write(self, path: Path) -> None:
-        """Write the recipe as TOML, completely or not at all."""
+    def write(self, path: Path, *, new: bool = False) -> None:
+        """Write the recipe as TOML, completely or not at all; `new`: FileExistsError if the file exists."""
         values = {name: getattr(self, name) for name in (each.name for each in fields(self))}
         lines = ["# To run this merge again: gouache merge THIS_FILE OUT.safetensors"]
         for name, value in values.items():
@@ -64,30 +64,36 @@ class Recipe:
         for model in self.models:
             lines += ["", "[[models]]", f"path = {json.dumps(model.path, ensure_ascii=False)}"]
             lines += [f'sha256 = "{model.sha256}"'] if model.sha256 else []
-        write_atomic(path, ("\n".join(lines) + "\n").encode())
+        (write_new if new else write_atomic)(path, ("\n".join(lines) + "\n").encode())
 
 
 def read(path: Path) -> Recipe:
     """The recipe in a TOML file. Raises FileError for an unknown key or a value of the wrong type."""
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FileError(path, f"cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise FileError(path, f"is not a merge recipe: {error}") from None
+        values = parse_toml(read_text(path))
+    except MalformedText as error:
+        raise FileError(path, f"is not a merge recipe: it {error}") from None
     types: dict[str, Any] = {
         "method": str, "alpha": (int, float), "beta": (int, float), "density": (int, float), "epsilon": (int, float),
         "rank": int, "seed": int, "vae": str, "text": str, "dtype": str, "blocks": dict, "rules": dict, "models": list,
     }  # fmt: skip
     for key, value in values.items():
         if key not in types:
-            raise FileError(path, f"has the unknown key {key!r}; a recipe's keys are {', '.join(types)}")
+            raise FileError(path, f"has the unknown key {printable(key, 60)!r}; a recipe's keys are {', '.join(types)}")
         if not isinstance(value, types[key]) or isinstance(value, bool):
-            raise FileError(path, f"has {key} = {value!r}, which is of the wrong type")
+            raise FileError(path, f"has {key} = {printable(repr(value), 80)}, which is of the wrong type")
+    if abs(values.get("seed", 0)) >= 2**64 or abs(values.get("rank", 0)) >= 2**31:
+        raise FileError(path, "has a seed or rank that is too large")
     models = values.pop("models", [])
     if not all(isinstance(each, dict) and isinstance(each.get("path"), str) for each in models):
         raise FileError(path, "has a [[models]] table without a path")
-    rules = {key: tuple(map(str, value)) for key, value in values.pop("rules", {}).items() if isinstance(value, list)}
+    for table, kind in (("blocks", str), ("rules", list)):
+        for key, value in values.get(table, {}).items():
+            if key not in ("alpha", "beta") or not isinstance(value, kind):
+                raise FileError(
+                    path, f"has {table}.{printable(key, 60)}, expected alpha or beta, as text or a list of texts"
+                )
+    rules = {key: tuple(map(str, value)) for key, value in values.pop("rules", {}).items()}
     sources = tuple(Source(_model_path(path, each["path"]), str(each.get("sha256", ""))) for each in models)
     return Recipe(**values, models=sources, rules=rules)
 
@@ -95,4 +101,9 @@ def read(path: Path) -> Recipe:
 def _model_path(recipe: Path, model: str) -> str:
     """`model` relative to the working directory, or, if it does not exist there, to the folder of the recipe."""
     next_to_recipe = recipe.parent / model
-    return str(next_to_recipe) if not Path(model).exists() and next_to_recipe.exists() else model
+    try:
+        return str(next_to_recipe) if not Path(model).exists() and next_to_recipe.exists() else model
+    except (OSError, ValueError):  # not a possible file name
+        raise FileError(
+            recipe, f"names the model {printable(model, 60)!r}, which is not a possible file name"
+        ) from None

@@ -1,33 +1,40 @@
 """Write a derived file as .safetensors, .ckpt or diffusers folder: completely or not at all, and verified.
 
-`compare` reads the written file back and compares it with the intended tensors, one by one, bit by bit.
+`compare` reads the written file back and compares it with the intended tensors, one by one, bit by bit. Every file that
+the workshop writes goes through `writing`, so that a name is never taken from another program without --overwrite, and
+through `true_hashes`, so that no metadata states the hash of other weights.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gouache.errors import DamagedFile, FileError, RequestError, printable
-from gouache.files.record import ModelFile
+from gouache.files.record import ITEM_SIZE, ModelFile, TensorInfo
 from gouache.files.source import size_text
 from gouache.files.torch_write import stream_torch
 from gouache.files.write import (
     Check,
     OnBytes,
+    bytes_of,
     remove_stale_temporaries,
     stream_safetensors,
     sync_folder,
     temporary_name,
     write_atomic,
+    write_safetensors,
 )
 from gouache.prompts.recipe import EncoderRecipe
 from gouache.prompts.tokenizer import vocabulary_files
 from gouache.workshop import configs, derive
+from gouache.workshop.progress import OnWork, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +43,12 @@ Form = Literal["safetensors", "ckpt", "diffusers"]
 SUFFIXES: dict[str, Form] = {".safetensors": "safetensors", ".sft": "safetensors", ".ckpt": "ckpt", ".pt": "ckpt",
                              ".pth": "ckpt", ".bin": "ckpt"}  # fmt: skip
 LEFTOVERS = "leftovers.safetensors"
+_SPARE = 16_000_000  # bytes that stay free on the disk
+
+# Metadata keys with the hash of the tensors' bytes, of kohya's scripts and ModelSpec, and the text before its digits.
+_DATA_HASHES = {"sshs_model_hash": "", "modelspec.hash_sha256": "0x"}
+_LEGACY_HASH = "sshs_legacy_hash"  # 8 digits of a hash that depends on the header too
+HASH_KEYS = (*_DATA_HASHES, _LEGACY_HASH)
 
 
 def form_of(target: Path, requested: str | None) -> Form:
@@ -44,14 +57,17 @@ def form_of(target: Path, requested: str | None) -> Form:
     if requested is None:
         if implied == "diffusers" and target.suffix:
             raise RequestError(
-                "out", f"{target} ends in neither .safetensors nor .ckpt; for a diffusers folder, add --to diffusers"
+                "out",
+                f"{shown(target)} ends in neither .safetensors nor .ckpt; for a diffusers folder, add --to diffusers",
             )
         return implied
     if requested not in ("safetensors", "ckpt", "diffusers"):
-        raise RequestError("to", f"{requested!r} is not known; use safetensors, ckpt or diffusers")
+        raise RequestError("to", f"{printable(requested, 40)!r} is not known; use safetensors, ckpt or diffusers")
     if implied != requested:
         name_means = "a folder" if implied == "diffusers" else f"a .{implied} file"
-        raise RequestError("to", f"{requested} does not match {target}, which names {name_means}; change one of them")
+        raise RequestError(
+            "to", f"{requested} does not match {shown(target)}, which names {name_means}; change one of them"
+        )
     return implied
 
 
@@ -60,29 +76,138 @@ def single_form_of(target: Path) -> Form:
     form = form_of(target, None)
     if form == "diffusers":
         raise RequestError(
-            "out", f"{target} does not end in .safetensors or .ckpt; for a folder, convert the result afterwards"
+            "out", f"{shown(target)} does not end in .safetensors or .ckpt; for a folder, convert the result afterwards"
         )
     return form
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """RequestError if `target` exists. A folder is never overwritten."""
-    if not (target.exists() or target.is_symlink()):
-        return
-    if target.is_dir():
-        raise RequestError("out", f"{target} is an existing folder; choose another name")
-    if not overwrite:
-        raise RequestError("out", f"{target} already exists; choose another name, or add --overwrite")
+def shown(path: Path) -> str:
+    """`path` for a message."""
+    return printable(str(path))
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Before any work: RequestError if `target` exists, FileError if it cannot be written. No folder is overwritten."""
+    try:
+        exists = _is_taken(target)
+        folder = target.is_dir()
+        if not target.parent.is_dir():
+            raise FileError(target, "cannot be written: its folder does not exist")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise FileError(target, "cannot be written: its folder is write-protected")
+    except OSError as error:
+        raise FileError(target, f"cannot be written: {error.strerror}") from None
+    except ValueError:  # a NUL in the name
+        raise FileError(target, "cannot be written: it is not a possible file name") from None
+    if folder:
+        raise RequestError("out", f"{shown(target)} is an existing folder; choose another name")
+    if exists and not overwrite:
+        raise _exists(target)
+
+
+def _is_taken(target: Path) -> bool:
+    """Whether there is anything at `target`, also a broken link. Raises OSError, as for a name that is too long."""
+    try:
+        os.lstat(target)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _exists(target: Path) -> RequestError:
+    return RequestError("out", f"{shown(target)} already exists; choose another name, or add --overwrite")
+
+
+@contextmanager
+def writing(target: Path, overwrite: bool) -> Iterator[None]:
+    """Context manager for writing `target`, with `new=not overwrite`. Raises RequestError if `target` exists.
+
+    Errors of the block that name an unfinished file name `target` instead.
+    """
+    check_target(target, overwrite)
+    try:
+        yield
+    except FileError as error:
+        raise _about(error, target) from error
+    except FileExistsError:
+        raise _exists(target) from None
+    except OSError as error:
+        raise FileError(target, f"cannot be written: {error.strerror or error}") from error
+
+
+def _about(error: FileError, target: Path) -> FileError:
+    """`error`, naming `target` if it names an unfinished file."""
+    unfinished = ".gouache-" in str(error.path) or str(error.path).startswith("/proc/self/fd/")
+    if not unfinished:
+        return error
+    return type(error)(target, str(error).removeprefix(f"{printable(str(error.path))}: "))
 
 
 def write_file(
-    file: ModelFile, target: Path, form: Form, on_bytes: OnBytes | None = None, check: Check | None = None
+    file: ModelFile,
+    target: Path,
+    form: Form,
+    on_work: OnWork | None = None,
+    check: Check | None = None,
+    *,
+    what: str = "writing",
+    overwrite: bool = False,
 ) -> str:
-    """Write `file` as one file and return its SHA-256. `check` receives its path before it gets its final name."""
-    if form == "ckpt":
-        values = plain_values(file.extra)
-        return stream_torch(target, file.tensors, file.read, values, on_bytes=on_bytes, check=check)
-    return stream_safetensors(target, file.tensors, file.read, file.metadata, on_bytes=on_bytes, check=check)
+    """Write `file` as one file and return its SHA-256. `check` receives its path before it gets its final name.
+
+    Raises RequestError if `target` exists, unless `overwrite` is true.
+    """
+    new = not overwrite
+    with writing(target, overwrite):
+        if form == "ckpt":
+            values, on_bytes = plain_values(file.extra), progress(what, file.nbytes, on_work)
+            return stream_torch(target, file.tensors, file.read, values, on_bytes=on_bytes, check=check, new=new)
+        metadata = true_hashes(file, on_work)
+        on_bytes = progress(what, file.nbytes, on_work)
+        return stream_safetensors(target, file.tensors, file.read, metadata, on_bytes=on_bytes, check=check, new=new)
+
+
+def write_tensors(
+    target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, overwrite: bool = False
+) -> None:
+    """Write tensors in memory as a .safetensors file, without the hashes that `metadata` may state of other tensors."""
+    with writing(target, overwrite):
+        write_safetensors(target, tensors, without_hashes(metadata), new=not overwrite)
+
+
+def without_hashes(metadata: Mapping[str, str]) -> dict[str, str]:
+    """`metadata` without the keys that state a hash of the file's weights."""
+    return {key: value for key, value in metadata.items() if key not in HASH_KEYS}
+
+
+def true_hashes(file: ModelFile, on_work: OnWork | None = None) -> dict[str, str]:
+    """The metadata of `file` with the hashes that it states computed again, over the tensors as they will be written.
+
+    It takes no time if no hash is stated. The legacy hash, which depends on the header, is kept with unchanged tensors
+    and left out with others.
+    """
+    stated = [key for key in _DATA_HASHES if key in file.metadata]
+    metadata = without_hashes(file.metadata)
+    if not stated:
+        return metadata
+    digest, on_bytes = hashlib.sha256(), progress("hashing", file.nbytes, on_work)
+    for name in sorted(file.tensors, key=lambda name: _position(name, file.tensors[name])):
+        digest.update(bytes_of(name, file.read(name), file.tensors[name]))
+        if on_bytes is not None:
+            on_bytes(file.tensors[name].nbytes)
+    found = {key: _DATA_HASHES[key] + digest.hexdigest() for key in stated}
+    unchanged = all(file.metadata[key].lower() == value for key, value in found.items())
+    if unchanged and _LEGACY_HASH in file.metadata:
+        found[_LEGACY_HASH] = file.metadata[_LEGACY_HASH]
+    return metadata | found
+
+
+_RANK = {dtype: rank for rank, dtype in enumerate(ITEM_SIZE)}
+
+
+def _position(name: str, info: TensorInfo) -> tuple[int, str]:
+    """Sorts tensors as `stream_safetensors` writes them."""
+    return _RANK[info.dtype], name
 
 
 def write_folder(
@@ -121,9 +246,15 @@ def write_folder(
         if check is not None:
             check(part)
         sync_folder(part)
+        if os.path.lexists(target):  # os.replace would replace an empty folder, and on POSIX nothing else
+            raise _exists(target)
         os.replace(part, target)
         sync_folder(target.parent)
+    except FileError as error:
+        raise _about(error, target) from error
     except OSError as error:
+        if os.path.lexists(target):  # made by another program since the check
+            raise _exists(target) from None
         raise FileError(target, f"cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -136,8 +267,9 @@ def _draft(target: Path, size: int) -> Path:
         raise FileError(target, "cannot be written: its parent folder does not exist")
     remove_stale_temporaries(parent, ".part")
     free = shutil.disk_usage(parent).free
-    if size + 16_000_000 > free:
-        raise FileError(target, f"cannot be written: it needs {size_text(size)}, and only {size_text(free)} are free")
+    if size + _SPARE > free:
+        needed = f"{size_text(size)}, and {size_text(_SPARE)} that stay free,"
+        raise FileError(target, f"cannot be written: it needs {needed} and only {size_text(free)} are free")
     return temporary_name(parent, ".part")
 
 

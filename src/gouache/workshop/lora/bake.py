@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -15,9 +16,9 @@ from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.layouts.modules import Module, module_names
 from gouache.workshop import derive, layout, save
-from gouache.workshop.convert import OnWork, progress
 from gouache.workshop.lora.write import specs_of
 from gouache.workshop.modelspec import describe
+from gouache.workshop.progress import OnWork
 
 
 def bake(
@@ -35,8 +36,11 @@ def bake(
     LoRA is in the model, or if shapes do not fit.
     """
     form = save.single_form_of(target)
-    save.refuse_existing(target, overwrite)
+    save.check_target(target, overwrite)
     base, found = layout.opened(model)
+    for name, reason in found.unusable.items():
+        if name != "vae":
+            raise ModelError(f"{save.shown(model)} has no usable {name} ({reason})")
     names = module_names(specs_of(found))
     adapters = [(_read(path, names, found), strength) for path, strength in loras]
     family = found.family.value
@@ -50,8 +54,9 @@ def bake(
     result = derive.join(derive.keep(base, (name for name in base if name not in used)), *parts)
     result = derive.cast(result, dtype)
     baked = ", ".join(f"{path.name}:{strength:g}" for path, strength in loras)
-    result = save.with_metadata(result, {**describe(found), **base.metadata, "gouache.loras": baked})
-    save.write_file(result, target, form, progress("baking", result.nbytes, on_work))
+    metadata = save.without_hashes({**describe(found), **base.metadata, "gouache.loras": baked})
+    result = replace(result, metadata=metadata)
+    save.write_file(result, target, form, on_work, what="baking", overwrite=overwrite)
     return {
         str(path): (len(adapter.tensors), len(adapter.unmatched)) for (path, _), (adapter, _) in zip(loras, adapters)
     }
@@ -70,7 +75,9 @@ def _patched(part: ModelFile, component: str, adapters: Sequence[tuple[AdapterFi
                 try:
                     changed = patch.weight(changed, strength) if leaf == "weight" else patch.bias(changed, strength)
                 except ModelError as error:
-                    raise ModelError(f"{adapter.file.path} does not fit {component} {stem}: {error}") from None
+                    raise ModelError(
+                        f"{save.shown(adapter.file.path)} does not fit {component} {stem}: {error}"
+                    ) from None
         return changed.to(tensor.dtype)
 
     return derive.make(part, part.tensors, read)
@@ -86,7 +93,7 @@ def _check_fit(part: ModelFile, component: str, adapters: Sequence[tuple[Adapter
                 leaf: part.tensors[name].shape for leaf in ("weight", "bias") if (name := f"{module[1]}.{leaf}") in part
             }
             if why := adapter.mismatch(module, shapes):
-                raise ModelError(f"{adapter.file.path} does not fit {component} {module[1]}: {why}")
+                raise ModelError(f"{save.shown(adapter.file.path)} does not fit {component} {module[1]}: {why}")
 
 
 def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> AdapterFile:
@@ -96,5 +103,5 @@ def _read(path: Path, names: Mapping[str, tuple[Module, ...]], found: Found) -> 
         lora = identify(file)
         family = lora.family.value
         kind = lora.kind.value + (f", for {family.title}" if family is not None else "")
-        raise ModelError(f"{printable(str(path))} matches no module of {found.path.name} (kind: {kind})")
+        raise ModelError(f"{printable(str(path))} matches no module of {printable(found.path.name)} (kind: {kind})")
     return adapter

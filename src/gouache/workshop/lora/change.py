@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from gouache.files.record import ModelFile
 from gouache.layouts.adapters import split_names
 from gouache.layouts.modules import Module, module_names
 from gouache.nn.spec import TextSpec, UNetSpec
-from gouache.workshop.convert import OnWork
+from gouache.workshop import save
 from gouache.workshop.lora.factors import Size, factors, squared_norm
 from gouache.workshop.lora.write import CONVOLUTIONS, Factors, Made, check_target, write, write_stems
+from gouache.workshop.progress import OnWork
 
 
 def resize(
@@ -52,10 +54,14 @@ def merge(
     check_target(target, dtype, "kohya", overwrite)
     files = [open_model(path) for path, _ in loras]
     stacked: dict[str, list[Factors]] = {}
-    for file, (path, strength) in zip(files, loras):
-        for stem, parts in _by_stem(file).items():
+    modules = [_by_stem(file) for file in files]
+    _check_are_loras(loras, modules)
+    for by_stem, (path, strength) in zip(modules, loras):
+        for stem, parts in by_stem.items():
             if not {"lora_up.weight", "lora_down.weight"} <= parts.keys() or "lora_mid.weight" in parts:
-                raise ModelError(f"{path}: {printable(stem)} is not a plain LoRA; give --rank to merge it by SVD")
+                raise ModelError(
+                    f"{save.shown(path)}: {printable(stem)} is not a plain LoRA; give --rank to merge it by SVD"
+                )
             up, down = parts["lora_up.weight"], parts["lora_down.weight"]
             alpha = float(parts["alpha"]) if "alpha" in parts else 0.0
             scale = strength * (alpha / down.shape[0] if alpha else 1.0)
@@ -66,7 +72,8 @@ def merge(
         if len(shapes) > 1:
             raise ModelError(f"{printable(stem)} has different shapes in these files: they are for different models")
         parts[stem] = (torch.cat([up for up, _ in pairs], 1), torch.cat([down for _, down in pairs]))
-    return write_stems(parts, files[0].metadata, target, dtype, f"merged from {_listed(loras)}", 1.0)
+    comment = f"merged from {_listed(loras)}"
+    return write_stems(parts, files[0].metadata, target, dtype, comment, 1.0, overwrite=overwrite)
 
 
 def _combined(
@@ -83,8 +90,7 @@ def _combined(
     files = [open_model(path) for path, _ in loras]
     stems = [_names_by_stem(file) for file in files]
     every = sorted({stem for names in stems for stem in names})
-    if not every:
-        raise ModelError(f"{loras[0][0]} is not a LoRA: it has no tensor named like one of a LoRA")
+    _check_are_loras(loras, stems)
     parts: dict[str, Factors] = {}
     held = total = 0.0
     skipped = 0
@@ -113,24 +119,31 @@ def _combined(
             on_work("factoring", number + 1, len(every))
     share = held / total if total else 1.0
     left_out = {CONVOLUTIONS: skipped} if skipped else {}
-    return write_stems(parts, files[0].metadata, target, dtype, f"{origin} {_listed(loras)}", share, left_out)
+    comment = f"{origin} {_listed(loras)}"
+    return write_stems(parts, files[0].metadata, target, dtype, comment, share, left_out, overwrite=overwrite)
+
+
+def _check_are_loras(loras: Sequence[tuple[Path, float]], stems: Sequence[Mapping[str, object]]) -> None:
+    for (path, _), names in zip(loras, stems):
+        if not names:
+            raise ModelError(f"{save.shown(path)} is not a LoRA: it has no tensor named like one of a LoRA")
 
 
 def _delta(patch: Patch, path: Path, stem: str) -> Tensor:
     """The difference that a patch adds to its weight, computed without that weight."""
     if {"dora_scale", "dora_rows"} & set(patch.parts):
         raise ModelError(
-            f"{path}: {printable(stem)} is a DoRA, whose difference depends on the model's weights; bake it into a "
-            "model instead"
+            f"{save.shown(path)}: {printable(stem)} is a DoRA, whose difference depends on the model's weights; "
+            "bake it into a model instead"
         )
     delta = patch.delta()
     if delta is None and patch.form is not None:
         raise ModelError(
-            f"{path}: {printable(stem)} is {patch.form}, whose difference depends on the model's weights; bake it into "
-            "a model instead"
+            f"{save.shown(path)}: {printable(stem)} is {patch.form}, whose difference depends on the model's "
+            "weights; bake it into a model instead"
         )
     if delta is None:
-        raise ModelError(f"{path}: {printable(stem)} changes a bias, which a LoRA cannot do")
+        raise ModelError(f"{save.shown(path)}: {printable(stem)} changes a bias, which a LoRA cannot do")
     return delta
 
 
@@ -149,23 +162,36 @@ def rename(
     found = identify(file, family=family)
     line = found.family.value
     if line is None:
-        raise ModelError(f"{source}: model family {found.family.evidence}; give --family")
-    specs = {place.component: place.spec for place in line.locations if isinstance(place.spec, UNetSpec | TextSpec)}
+        raise ModelError(f"{save.shown(source)}: model family {found.family.evidence}; give --family")
+    specs = {place.component: _of_any_width(place.spec) for place in line.locations
+             if isinstance(place.spec, UNetSpec | TextSpec)}  # fmt: skip
     adapter = read_lora(file, module_names(specs))
     if not adapter.tensors:
-        raise ModelError(f"{source} cannot be renamed: none of its names is a module of {line.title}")
+        raise ModelError(f"{save.shown(source)} cannot be renamed: none of its names is a module of {line.title}")
     if adapter.unmatched:
         name = next(iter(adapter.unmatched))
-        raise ModelError(f"{source} cannot be renamed: {printable(name)} is not a module of {line.title}")
+        one, other = save.shown(source), printable(name)
+        raise ModelError(f"{one} cannot be renamed: {other} is not a module of {line.title}")
     parts: dict[Module, Factors] = {}
     for module, tensors in adapter.tensors.items():
         pair = adapter.patch(module).factors
         if pair is None or not tensors.keys() <= {"lora_up.weight", "lora_down.weight", "alpha"}:
             raise ModelError(
-                f"{source}: {'.'.join(module)} is not a plain LoRA, the only form that kohya and PEFT have in common"
+                f"{save.shown(source)}: {'.'.join(module)} is not a plain LoRA, the only form that kohya and PEFT have "
+                "in common"
             )
         parts[module] = pair
-    return write(parts, specs, found, target, dtype or "fp16", naming, dict(file.metadata), 1.0, {})
+    return write(
+        parts, specs, found, target, dtype or "fp16", naming, dict(file.metadata), 1.0, {}, overwrite=overwrite
+    )
+
+
+def _of_any_width(spec: UNetSpec | TextSpec) -> UNetSpec | TextSpec:
+    """`spec` with every module that a model of its family can have, whatever the widths of its levels: a residual block
+    has a shortcut where the width changes."""
+    if not isinstance(spec, UNetSpec):
+        return spec
+    return replace(spec, channel_mult=tuple(range(2, 2 + len(spec.channel_mult))))
 
 
 def _names_by_stem(file: ModelFile) -> dict[str, dict[str, str]]:

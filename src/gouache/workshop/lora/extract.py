@@ -9,13 +9,12 @@ from pathlib import Path
 from gouache.errors import ModelError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
-from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.layouts.modules import Module
-from gouache.workshop import derive
-from gouache.workshop.convert import OnWork
+from gouache.workshop import derive, layout, save
 from gouache.workshop.lora.factors import Size, factors, squared_norm
 from gouache.workshop.lora.write import CONVOLUTIONS, UNCHANGED, UNPAIRED, Factors, Made, check_target, specs_of, write
+from gouache.workshop.progress import OnWork
 
 _ROUNDING = 1e-7  # a relative difference smaller than this counts as unchanged
 
@@ -41,7 +40,10 @@ def extract(
     check_target(target, dtype, naming, overwrite)
     new, old = _sides(tuned), _sides(base)
     if new.found.family.value is not old.found.family.value:
-        raise ModelError(f"{tuned} and {base} are models of different families; a LoRA needs two of the same family")
+        raise ModelError(
+            f"{save.shown(tuned)} and {save.shown(base)} are models of different families; a LoRA needs two of the "
+            "same family"
+        )
     specs = specs_of(new.found)
     parts: dict[Module, Factors] = {}
     held = total = 0.0
@@ -75,9 +77,10 @@ def extract(
         if on_work is not None:
             on_work("extracting", done, len(names))
     if not parts:
-        raise ModelError(f"{tuned} does not differ from {base} in any weight that a LoRA of these ranks can change")
+        one, two = save.shown(tuned), save.shown(base)
+        raise ModelError(f"{one} does not differ from {two} in any weight that a LoRA of these ranks can change")
     metadata = {"ss_training_comment": f"extracted from {tuned.stem} over {base.stem}"}
-    return write(parts, specs, new.found, target, dtype, naming, metadata, held / total, left_out)
+    return write(parts, specs, new.found, target, dtype, naming, metadata, held / total, left_out, overwrite=overwrite)
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ class _Side:
 
 
 def _sides(path: Path) -> _Side:
-    file = open_model(path)
+    file = layout.open_weights(path)
     found = identify(file)
     if "unet" not in found.components:
         raise ModelError(f"{printable(str(path))} is not a model with a complete U-Net (kind: {found.kind.value})")

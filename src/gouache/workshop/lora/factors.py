@@ -33,7 +33,7 @@ class Size:
             )
         if self.energy is not None and not 0 < self.energy <= 1:
             raise RequestError("energy", f"got {self.energy:g}; expected a number above 0, at most 1")
-        if self.ratio is not None and self.ratio < 1:
+        if self.ratio is not None and not self.ratio >= 1:
             raise RequestError(
                 "ratio", f"got {self.ratio:g}, which would keep nothing; expected a number of at least 1"
             )

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
-from gouache.files.write import write_safetensors
 from gouache.layouts.modules import Module, kohya_names, peft_names
 from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.workshop import save
@@ -48,12 +47,14 @@ def specs_of(found: Found) -> dict[str, UNetSpec | TextSpec]:
 
 def check_target(target: Path, dtype: str, naming: str, overwrite: bool) -> None:
     if target.suffix.lower() != ".safetensors":
-        raise RequestError("out", f"{target} does not end in .safetensors, the only format LoRAs are written in")
+        raise RequestError(
+            "out", f"{save.shown(target)} does not end in .safetensors, the only format LoRAs are written in"
+        )
     if dtype not in DTYPES:
-        raise RequestError("dtype", f"{dtype!r} is not known; use {', '.join(DTYPES)}")
+        raise RequestError("dtype", f"{printable(dtype, 40)!r} is not known; use {', '.join(DTYPES)}")
     if naming not in NAMINGS:
-        raise RequestError("naming", f"{naming!r} is not known; use {' or '.join(NAMINGS)}")
-    save.refuse_existing(target, overwrite)
+        raise RequestError("naming", f"{printable(naming, 40)!r} is not known; use {' or '.join(NAMINGS)}")
+    save.check_target(target, overwrite)
 
 
 def write(
@@ -66,6 +67,8 @@ def write(
     metadata: Mapping[str, str],
     held: float,
     left_out: Mapping[str, int],
+    *,
+    overwrite: bool = False,
 ) -> Made:
     """Write `parts` as `target` under the names of `naming`, with `metadata` added to the model's description."""
     family = found.family.value
@@ -76,7 +79,7 @@ def write(
     if family is not None and family.name in ARCHITECTURES:
         description["modelspec.architecture"] = f"{ARCHITECTURES[family.name]}/lora"
     named = {names[module]: pair for module, pair in parts.items()}
-    return write_stems(named, {**description, **metadata}, target, dtype, None, held, left_out)
+    return write_stems(named, {**description, **metadata}, target, dtype, None, held, left_out, overwrite=overwrite)
 
 
 def write_stems(
@@ -87,8 +90,12 @@ def write_stems(
     comment: str | None,
     held: float,
     left_out: Mapping[str, int] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Made:
     """Write `parts`, {module name: (up, down)}. Names that contain dots are PEFT's and get PEFT's suffixes."""
+    if not parts:
+        raise ModelError(f"{save.shown(target)} would have no module: every difference is zero or was skipped")
     torch_dtype = DTYPES[dtype]
     tensors: dict[str, Tensor] = {}
     ranks = []
@@ -104,14 +111,15 @@ def write_stems(
             tensors |= {f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up}
             tensors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=torch_dtype)
         ranks.append(rank)
-    # Hashes, rank and alpha of the source file do not apply to the new one.
-    stale = ("sshs_", "modelspec.hash", "ss_network_dim", "ss_network_alpha")
+    # Rank and alpha of the source file do not apply to the new one.
+    stale = ("ss_network_dim", "ss_network_alpha")
     kept = {key: value for key, value in metadata.items() if not key.startswith(stale)}
     if not any("." in stem for stem in parts):
         kept |= {"ss_network_module": "networks.lora", "ss_network_dim": str(max(ranks)),
                  "ss_network_alpha": str(float(max(ranks)))}  # fmt: skip
     if comment is not None:
         kept["ss_training_comment"] = comment
-    write_safetensors(target, {name: tensor.contiguous() for name, tensor in tensors.items()}, kept)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save.write_tensors(target, contiguous, kept, overwrite=overwrite)
     nbytes = sum(tensor.nbytes for tensor in tensors.values())
     return Made(len(parts), (min(ranks), max(ranks)), held, nbytes, dict(left_out or {}))
