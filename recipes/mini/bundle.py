@@ -18,6 +18,7 @@ from torch import Tensor
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.files.write import write_safetensors
+from gouache.model.model import CFG_KEY
 from recipes.mini import train
 from recipes.mini.command import print_written, run_command
 from recipes.mini.weights import (
@@ -64,6 +65,7 @@ def metadata() -> dict[str, str]:
         "modelspec.resolution": "128x128",
         "modelspec.prediction_type": "v" if train.PREDICTION == "v" else "epsilon",
         CONTEXT_SHIFT_KEY: str(CONTEXT_SHIFT),
+        CFG_KEY: "4",
     }
 
 

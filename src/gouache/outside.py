@@ -5,7 +5,8 @@
 - `parse_json`, `parse_toml`, `parse_yaml`: limited size, depth and length of numbers; no YAML aliases, which can expand
   to any size. They raise `ValueError` (`MalformedText`) with one line, never RecursionError.
 - `printable` (in `errors`): control and direction characters are escaped before a terminal sees them; `json_line`
-  does the same for JSON that is printed.
+  does the same for JSON that is printed, and the command line's output streams are `PrintableStream`s, which let none
+  through.
 
 Model files have readers of their own in `files`, which open through `open_outside` and check their headers themselves.
 """
@@ -17,17 +18,17 @@ import os
 import re
 import stat
 import tomllib
+import unicodedata
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from gouache.errors import FileError, printable
 
 MAX_TEXT = 16_000_000  # bytes of a text file
+MAX_TOML, MAX_YAML = 1_000_000, 200_000  # characters; their readers are slow
 MAX_DEPTH = 64  # of nested lists and tables
 MAX_DIGITS = 400  # of a number; a float64 has at most 309 before its point
-
-_KEY_PART = r"""(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')"""
-_LONG_KEY = re.compile(rf"""(?<![\w"'-])(?:{_KEY_PART}[ \t]*+\.[ \t]*+){{{MAX_DEPTH}}}""")
 
 
 class MalformedText(ValueError):
@@ -108,11 +109,10 @@ def parse_json(text: str | bytes) -> Any:
 
 def parse_toml(text: str) -> dict[str, Any]:
     """A TOML document. Raises MalformedText."""
-    _check_size(text)
-    if _LONG_KEY.search(text):  # the time that tomllib needs grows with the square of its length
-        raise MalformedText(f"has a key of more than {MAX_DEPTH} parts")
+    _check_size(text, MAX_TOML)
+    _check_dots(text)
     try:
-        return tomllib.loads(text, parse_float=_float)
+        return _checked(tomllib.loads(text, parse_float=_float))
     except MalformedText:
         raise
     except (ValueError, RecursionError) as error:
@@ -137,11 +137,11 @@ def parse_yaml(text: str) -> Any:
             finally:
                 self.depth -= 1
 
-    _check_size(text)
+    _check_size(text, MAX_YAML)
     try:
         loader = Loader(text)  # a SafeLoader: plain values only
         try:
-            return loader.get_single_data()
+            return _checked(loader.get_single_data())
         finally:
             loader.dispose()
     except MalformedText:
@@ -162,9 +162,65 @@ def json_line(value: Any, indent: int | None = None) -> str:
     return "".join(each if each.isprintable() or each == "\n" else json.dumps(each)[1:-1] for each in text)
 
 
-def _check_size(text: str) -> None:
-    if len(text) > MAX_TEXT:
-        raise MalformedText(f"has {len(text):,} characters, expected at most {MAX_TEXT:,}")
+class PrintableStream:
+    """A text stream on which no control, direction or zero-width character is written, but line breaks and tabs.
+
+    They are escaped as in JSON. `raw` is the stream itself, for what draws on the terminal.
+    """
+
+    def __init__(self, raw: TextIO) -> None:
+        self.raw = raw
+
+    def write(self, text: str) -> int:
+        if not text.isprintable():
+            text = "".join(json.dumps(each)[1:-1] if _acts_on_terminals(each) else each for each in text)
+        return self.raw.write(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+def _acts_on_terminals(character: str) -> bool:
+    return character not in "\n\t" and unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp")
+
+
+def _check_size(text: str, limit: int = MAX_TEXT) -> None:
+    if len(text) > limit:
+        raise MalformedText(f"has {len(text):,} characters, expected at most {limit:,}")
+
+
+def _checked(document: Any) -> Any:
+    """A parsed document that is not too deep and has no number too large: `a.a.a = 1` and 0xfff... have no brackets
+    and no decimal digits that could be counted in the text."""
+    level, depth = [document], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise MalformedText(f"is nested more than {MAX_DEPTH} deep")
+        if any(isinstance(each, int) and each.bit_length() > 4 * MAX_DIGITS for each in level):
+            raise MalformedText(f"has a number of more than {MAX_DIGITS} digits")
+        containers = [each for each in level if isinstance(each, dict | list)]
+        level = [inner for each in containers for inner in (each.values() if isinstance(each, dict) else each)]
+        depth += 1
+    return document
+
+
+def _check_dots(text: str) -> None:
+    """tomllib's time for a dotted key is quadratic in its parts, and for any key linear in the parts of its header."""
+    lines = text.split("\n")
+    for line in lines:
+        if line.count(".") > MAX_DEPTH and line.lstrip().startswith("["):  # a header, or a line of an array
+            names = _TOML_STRING.sub("", line).partition("#")[0].split(",")
+            if max(name.count(".") for name in names) > MAX_DEPTH:
+                raise MalformedText(f"is nested more than {MAX_DEPTH} deep")
+    if sum(line.count(".") ** 2 for line in lines) > 10**8:  # a second
+        raise MalformedText("has too many dots in a line")
+
+
+_TOML_STRING = re.compile(r"""\"(?:\\.|[^"\\])*+"?|'[^']*'?""")
 
 
 def _check_depth(text: str) -> None:

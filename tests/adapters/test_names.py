@@ -126,7 +126,7 @@ def test_the_bias_of_a_peft_lora_is_added(how: str, models: Callable[[str], Mode
     model = models("sd1")
     name = "input_blocks.1.1.transformer_blocks.0.ff.net.2"
     module = model.unet.get_submodule(name)
-    out, width = module.weight.shape
+    out, width = model.unet.get_parameter(f"{name}.weight").shape
     up, down, bias = torch.randn(out, 2), torch.randn(2, width), torch.randn(out)
     stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
     tensors = {f"{stem}.lora_B.weight": up, f"{stem}.lora_A.weight": down, f"{stem}.lora_B.bias": bias}
@@ -206,7 +206,7 @@ def test_alpha_patterns_match_as_in_peft(
 ):
     model = models("sd1")
     module = model.unet.get_submodule("input_blocks.1.1.transformer_blocks.0.attn1.to_q")
-    out, width = module.weight.shape
+    out, width = model.unet.get_parameter("input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight").shape
     up, down = torch.randn(out, 2), torch.randn(2, width)
     config = {"lora_alpha": 2, "r": 2, "alpha_pattern": {pattern: 10}}
     metadata = {"lora_adapter_metadata": json.dumps({f"unet.{key}": value for key, value in config.items()})}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from gouache.adapters.strength import PRESETS, Strength, block_weights, strength
+from gouache.adapters.strength import PRESETS, Strength, block_weights, from_json, strength
 from gouache.errors import RequestError
 from gouache.families.sd import SD1
 from gouache.families.sdxl import SDXL
 from gouache.layouts.blocks import blocks
+from gouache.nn.spec import UNetSpec
 
 SD, XL = (line.unet for line in (SD1, SDXL))
 assert SD is not None and XL is not None
@@ -78,3 +79,9 @@ def test_each_network_has_its_own_strength():
     separate = Strength(0.8, {"text_encoder": 0.5})
     assert [separate.of((name, "x")) for name in ("text_encoder", "text_encoder_2")] == [0.5, 0.8]
     assert Strength(0.8).of(("text_encoder_2", "x")) == 0.8  # the U-Net's strength by default
+
+
+@pytest.mark.parametrize("values", [{"unet": 10**400}, {"text": []}, {"text": "x"}, {"blocks": {}}, {"start": None}])
+def test_a_damaged_record_of_a_strength_is_refused(values: dict[str, object]):
+    with pytest.raises(RequestError):
+        from_json(values, UNetSpec())

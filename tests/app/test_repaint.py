@@ -20,6 +20,7 @@ import gouache
 from gouache.app.repaint import repaint
 from gouache.app.settings import Settings
 from gouache.errors import GouacheError, RequestError
+from gouache.model.model import Model
 from tests.adapters.loras import factors, save_kohya
 from tests.pipelines import Narrow, altered
 
@@ -165,7 +166,98 @@ def test_one_changed_pixel_is_measured(model: Path, settings: Settings, tmp_path
     again = repaint(with_changed_pixel(saved(model, tmp_path / "cat.png", settings)), settings)
 
     assert (again.share, again.largest) == (1 / 64**2, 3)
-    assert len(again.causes) == 1 and "changes rounding" in again.causes[0]
+    assert again.causes == ("the picture was changed after it was made",)
+
+
+def edited(path: Path, change: Callable[[Image.Image], Image.Image]) -> Path:
+    """The same file with other pixels and its texts."""
+    with Image.open(path) as opened:
+        texts = PngInfo()
+        for key, text in opened.text.items():  # type: ignore[attr-defined]
+            texts.add_text(key, text)
+        pixels = opened.convert("RGB")
+    change(pixels).save(path, pnginfo=texts)
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda image: image.rotate(90),
+        lambda image: image.convert("L").convert("RGB"),
+        lambda image: image.point(lambda level: min(level + 20, 255)),
+    ],
+)
+def test_a_picture_changed_as_a_whole_is_suspected_before_rounding(
+    change: Callable[[Image.Image], Image.Image], model: Path, settings: Settings, tmp_path: Path
+):
+    again = repaint(edited(saved(model, tmp_path / "cat.png", settings), change), settings)
+
+    assert again.causes[0] == "the picture was changed after it was made" and "rounding" in again.causes[1]
+
+
+def test_differences_of_one_level_are_called_rounding(model: Path, settings: Settings, tmp_path: Path):
+    def dither(image: Image.Image) -> Image.Image:
+        levels = np.array(image).astype(int)
+        levels[::7, ::5] += np.where(levels[::7, ::5] > 128, -1, 1)
+        return Image.fromarray(levels.astype(np.uint8))
+
+    again = repaint(edited(saved(model, tmp_path / "cat.png", settings), dither), settings)
+
+    assert again.largest == 1 and len(again.causes) == 1 and "changes rounding" in again.causes[0]
+
+
+@pytest.fixture
+def batch(model: Path, settings: Settings, tmp_path: Path) -> list[Path]:
+    """Three pictures of one batch of a model whose single pictures differ from them."""
+    loaded = gouache.load(model, dtype="fp32", settings=settings)
+    pictures = loaded.paint("a cat", count=5, batch=3, variation_seed=2**64 - 1, variation_strength=0.2, **OPTIONS)
+    return [picture.save(tmp_path / f"{index}.png") for index, picture in enumerate(pictures)]
+
+
+def test_a_picture_of_a_batch_is_compared_with_that_of_the_same_batch(
+    batch: list[Path], settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    """Here another batch size is as good as another order of additions: it changes every picture by much."""
+    decode = Model.decode
+
+    def rounding(self: Model, latents: Tensor) -> Tensor:
+        return decode(self, latents) * (1 + 0.1 * len(latents)) + 0.1 * torch.arange(len(latents))[:, None, None, None]
+
+    monkeypatch.setattr(Model, "decode", rounding)
+    loaded = gouache.load(batch[0].with_name("model.safetensors"), dtype="fp32", settings=settings)
+    options: dict[str, Any] = {"variation_seed": 2**64 - 1, "variation_strength": 0.2, **OPTIONS}
+    for picture, path in zip(loaded.paint("a cat", count=5, batch=3, **options), batch, strict=True):
+        picture.save(path)
+
+    assert all(repaint(path, settings).identical for path in batch)
+
+    again = repaint(with_changed_pixel(batch[1]), settings)
+    assert (again.share, again.largest) == (1 / 64**2, 3)
+    assert again.causes == ("the picture was changed after it was made",)
+
+
+@pytest.mark.parametrize(
+    ("size", "index"), [(3, None), (3, 3), (3, -1), (10**9, 5), ("3", 1), (3, True), (-1, 0), ([3], 0)]
+)
+def test_a_batch_that_cannot_be_painted_again_is_a_cause(
+    size: object, index: object, batch: list[Path], settings: Settings
+):
+    def change(recipe: dict[str, Any]) -> None:
+        recipe.update({"batch": size, "batch_size": size, "batch_index": index})
+        if index is None:  # as older versions wrote it
+            del recipe["batch_index"], recipe["batch_size"]
+
+    again = repaint(with_changed_pixel(rewritten(batch[0], change)), settings)
+
+    assert again.causes[0] == f"made in a batch of {size}, which may round differently"
+
+
+def test_the_size_of_the_batch_and_the_place_in_it_are_recorded(batch: list[Path]):
+    recipes = [json.loads(Image.open(path).text["gouache"]) for path in batch]  # type: ignore[attr-defined]
+
+    places = [(each["batch_size"], each["batch_index"]) for each in recipes]
+    assert places == [(3, 0), (3, 1), (3, 2), (2, 0), (2, 1)] and all(each["batch"] == 3 for each in recipes)
 
 
 def test_a_scaled_picture_is_refused(model: Path, settings: Settings, tmp_path: Path):
@@ -240,7 +332,7 @@ def test_a_recipe_opens_no_picture_that_its_maker_did_not_have(
         RequestError, match=rf"{setting}: .*private\.png is not the picture that this one was made from"
     ):
         repaint(hostile, settings)
-    without = rewritten(hostile, lambda recipe: recipe.update(inputs={}))
+    without = rewritten(shutil.copy(hostile, tmp_path / "without.png"), lambda recipe: recipe.update(inputs={}))
     with pytest.raises(RequestError, match="allow-paths"):
         repaint(without, settings)
 
@@ -287,6 +379,11 @@ HOSTILE: list[Callable[[dict[str, Any]], object]] = [
     lambda recipe: recipe["request"].update(refiner="/etc/hostname", refiner_at=0.1, steps=4),
     lambda recipe: recipe["request"].update(lora=["/etc/hostname"]),
     lambda recipe: recipe.update(splices=[{"told": "a"}, 5]),
+    lambda recipe: recipe["model"].update(path="a" * 5000, name="a" * 5000),
+    lambda recipe: recipe.update(adapters=[{"kind": "lora", "setting": "", "path": "a" * 5000, "name": "a"}]),
+    lambda recipe: recipe.update(inputs={"prompt": "abc"}),
+    lambda recipe: recipe.update(inputs={"init": None}),
+    lambda recipe: recipe["request"].update(hires=2.0, hires_strength=1e-300),
 ]
 
 

@@ -20,6 +20,8 @@ from gouache.app.repaint import repaint
 from gouache.app.settings import Settings
 from gouache.app.sources import LibrarySource
 from gouache.errors import RequestError
+from gouache.generate.notes import unescaped_names
+from gouache.prompts.grammar import escape
 from tests.adapters.loras import factors, save_kohya
 from tests.pipelines import Narrow
 
@@ -88,7 +90,7 @@ def test_embeddings_of_other_models_are_listed_separately(model: gouache.Model, 
 
 
 def test_a_model_is_not_found_as_a_lora(model: gouache.Model):
-    with pytest.raises(RequestError, match="lora: there is no file 'mini'"):
+    with pytest.raises(RequestError, match="there is no lora named 'mini'"):
         next(model.paint("a fox <lora:mini:1>", **KNOBS))
 
 
@@ -188,7 +190,51 @@ def test_embeddings_are_mentioned_by_composed_and_decomposed_names(own: Settings
     name = unicodedata.normalize("NFD", "Übermäßig")
     save_file({"emb_params": torch.zeros(2, 64)}, folder / "embeddings" / f"{name}.safetensors")
 
-    assert list(LibrarySource(own).mentioned([unicodedata.normalize("NFC", "a übermässig cat")], {"text_encoder": 64}))
+    assert list(LibrarySource(own).mentioned([unicodedata.normalize("NFC", "an ÜBERMÄẞIG cat")], {"text_encoder": 64}))
+
+
+@pytest.mark.parametrize("name", ["foo (v2)", "foo [x]", "a\\b", "(((", "sub/zorb (1), 2"])
+def test_an_embedding_is_reported_exactly_where_it_is_used(
+    name: str, model: gouache.Model, own: Settings, folder: Path
+):
+    """With brackets in its name, too: as A1111, a prompt has them escaped."""
+    path = folder / "embeddings" / f"{name}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    shutil.copy(folder / "embeddings" / "zorblax.safetensors", path)
+    written = escape(path.stem)
+
+    def paint(prompt: str, **options: object) -> tuple[torch.Tensor, list[str]]:
+        picture = next(model.paint(prompt, **{**KNOBS, **options}))  # type: ignore[arg-type]
+        return picture.latent, [each["name"] for each in picture.recipe["adapters"]]
+
+    used, _ = paint("a zorblax, (zorblax:1.2) on red", negative="zorblax")
+    for form in ("{}", "embedding:{}", f"embedding:{path.parent.name}/{{}}"):
+        latent, names = paint(f"a {form}, ({form}:1.2) on red".format(written, written), negative=written)
+        assert torch.equal(latent, used) and names == [path.stem]
+    latent, names = paint(f"a {path.stem} on red")
+    path.unlink()
+    assert names == [] and torch.equal(latent, paint(f"a {path.stem} on red")[0])
+
+
+def test_brackets_of_a_name_that_are_not_escaped_are_reported(model: gouache.Model, own: Settings, folder: Path):
+    shutil.copy(folder / "embeddings" / "zorblax.safetensors", folder / "embeddings" / "foo (v2).safetensors")
+
+    def reported(prompt: str) -> list[str]:
+        mentioned = LibrarySource(own).mentioned([prompt], model.text_widths)
+        return list(unescaped_names(gouache.Request(prompt=prompt), mentioned))
+
+    assert reported("a foo (v2)") == [r"the embedding foo (v2) is not used: in a prompt its name is written foo \(v2\)"]
+    assert reported(r"a foo \(v2\)") == [] and reported("a zorblax") == []
+
+
+def test_of_two_embeddings_of_one_name_the_folder_decides(model: gouache.Model, own: Settings, folder: Path):
+    for number, place in enumerate(("aa", "zz")):
+        (folder / "embeddings" / place).mkdir()
+        save_file({"emb_params": torch.full((1, 64), float(number))}, folder / "embeddings" / place / "in.safetensors")
+    source = LibrarySource(own)
+
+    for place in ("aa", "zz"):
+        assert source.mentioned([f"a embedding:{place}/in"], model.text_widths)["in"].parent.name == place
 
 
 def test_tags_of_a_prompt_name_files_of_the_library_and_no_paths(model: gouache.Model, folder: Path, tmp_path: Path):
@@ -209,6 +255,7 @@ def test_tags_of_a_prompt_name_files_of_the_library_and_no_paths(model: gouache.
             with pytest.raises(RequestError) as caught:
                 next(model.paint(f"a cat <{tag}:{name}:1>", **KNOBS))
             assert "tags in prompts name files of the library, not paths" in str(caught.value)
+            assert caught.value.setting and str(caught.value).startswith(f"{caught.value.setting}: there is no ")
             assert "private" not in str(caught.value) and "\n" not in str(caught.value)
 
     by_option = next(model.paint("a cat", lora=f"{outside}:1", **KNOBS))

@@ -1,4 +1,4 @@
-"""Run as a separate process: runs commands in forks of itself, each killed at a given moment.
+"""Run as a separate process: runs commands in forks of itself, each sent a signal at a given moment.
 
 A moment is just before an operation that the result depends on: a tensor is read; data is written, flushed or read
 back; a file or folder is created, linked or renamed. Their order is the same in every run, so that the n-th of a kind
@@ -14,8 +14,8 @@ import importlib
 import json
 import os
 import pkgutil
-import signal
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -44,8 +44,10 @@ def run(job: dict[str, Any]) -> None:
     stop, target = job["kill"], job["target"]
 
     def moment(kind: str) -> None:
+        nonlocal stop
         if stop == [kind, counts[kind]]:
-            os.kill(os.getpid(), signal.SIGKILL)
+            stop = [kind, -1]  # one signal, also where its handler raises before the moment is counted
+            os.kill(os.getpid(), job["signal"])
         counts[kind] += 1
         if stop is not None:
             return
@@ -65,7 +67,7 @@ def run(job: dict[str, Any]) -> None:
 
         return call
 
-    Source.tensor = watched("read", Source.tensor)
+    Source.read_tensor = watched("read", Source.read_tensor)
     AtomicOutput.write = watched("write", AtomicOutput.write)
     os.fsync = watched("flush", os.fsync)
     hashlib.file_digest = watched("read back", hashlib.file_digest)
@@ -97,6 +99,8 @@ def serve() -> None:
         if not child:
             try:
                 run(job)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(70)  # `run` exits by itself, unless it raises
         # Waited for, or it would remain as a zombie process.

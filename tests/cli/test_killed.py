@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -80,10 +81,14 @@ class Commands:
             env={**os.environ, "OMP_NUM_THREADS": "1", "GOUACHE_DEVICE": "cpu", "GOUACHE_DTYPE": "fp32"},
         )  # fmt: skip
 
-    def run(self, command: str, folder: Path, target: str = "", kill: Moment | None = None) -> int:
-        """The exit code, or -9."""
-        job = {"arguments": command.split(), "folder": str(folder), "target": target, "output": str(self.output),
-               "moments": str(self._moments), "kill": [kill.kind, kill.number] if kill else None}  # fmt: skip
+    def run(
+        self, command: str, folder: Path, target: str = "", kill: Moment | None = None, number: int = signal.SIGKILL
+    ) -> int:
+        """The exit code; the negative number of the signal that ended it."""
+        job = {
+            "arguments": command.split(), "folder": str(folder), "target": target, "output": str(self.output),
+            "moments": str(self._moments), "kill": [kill.kind, kill.number] if kill else None, "signal": number,
+        }  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps(job), file=self._process.stdin, flush=True)
         return int(self._process.stdout.readline())
@@ -172,6 +177,35 @@ def test_a_killed_command_leaves_the_old_file_or_the_whole_result(
     assert commands.run(command, tmp_path, work.target) == 0, commands.output.read_text()
     assert content(target) == whole
     assert names_in(tmp_path) == [work.target], "files of killed runs are removed"
+
+
+@pytest.mark.parametrize("name", ["convert-safetensors", "convert-folder", "merge", "metadata-in-place"])
+def test_a_terminated_command_leaves_nothing_unfinished(
+    name: str, commands: Commands, inputs: dict[str, Path], tmp_path: Path
+):
+    """SIGTERM ends it as Ctrl-C does: temporary files and folders are removed."""
+    work = WORKS[name]
+    command, target = work.command.format(**inputs), tmp_path / work.target
+
+    def prepare() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        target.unlink(missing_ok=True)
+        if work.over:
+            shutil.copy(inputs[work.over], target)
+
+    prepare()
+    before = content(target)
+    assert commands.run(command, tmp_path, work.target) == 0, commands.output.read_text()
+    whole, moments = content(target), commands.moments()
+
+    kinds = set[str]()
+    for moment in [each for each in moments if each.kind not in kinds and not kinds.add(each.kind)] + moments[-1:]:
+        prepare()
+        code = commands.run(command, tmp_path, work.target, moment, signal.SIGTERM)
+
+        assert code == 143 and commands.output.read_text().endswith("stopped\n"), (moment, commands.output.read_text())
+        assert set(names_in(tmp_path)) <= {work.target}, moment
+        assert content(target) in (before, whole), moment
 
 
 def names_in(folder: Path) -> list[str]:

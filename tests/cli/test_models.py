@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,15 @@ def test_list_prints_lines_and_json(gouache: Command, folder: Path):
     assert [(each["names"][0], each["kind"], each["path"]) for each in some] == [
         ("style", "lora", str(folder / "Lora/style.safetensors"))
     ]
+
+
+def test_a_long_list_has_column_names_dates_and_paths(gouache: Command, folder: Path):
+    head, first, second = gouache("models", "list", "--long").out.splitlines()
+
+    assert head.split() == ["name", "kind", "family", "size", "AutoV2", "added", "path,", "tags"]
+    for line, path in ((first, "embeddings/bad.safetensors"), (second, "Lora/style.safetensors")):
+        assert line.split()[-2:] == [f"{datetime.now():%Y-%m-%d}", str(folder / path)]
+        assert line.index(f"{datetime.now():%Y}") == head.index("added")
 
 
 def test_values_that_are_set_are_shown_found_and_kept_when_the_file_is_renamed(gouache: Command, folder: Path):

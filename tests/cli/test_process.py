@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tomllib
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -125,6 +126,80 @@ def test_an_interrupt_keeps_the_pictures_that_are_done(narrow: Callable[[str], N
     assert "Traceback" not in terminal_text
     # The error stream is a terminal here, so it shows the progress; standard output has the JSON only.
     assert "painting" in terminal_text and "/s" in terminal_text and '"path"' not in terminal_text
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", ["hash", "models install", "models verify"])
+def test_a_command_that_is_interrupted_says_so(
+    command: str, number: signal.Signals, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also SIGTERM, and not only in `paint`; nothing that it began is left."""
+    monkeypatch.setenv("GOUACHE_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("GOUACHE_MODELS", str(tmp_path / "models"))
+    big = tmp_path / "models/big.safetensors"  # takes a minute to read, and no space
+    big.parent.mkdir()
+    header = b'{"a":{"dtype":"U8","shape":[60000000000],"data_offsets":[0,60000000000]}}'
+    big.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(big, 8 + len(header) + 60_000_000_000)
+    arguments = [*command.split(), *([str(big)] if command != "models verify" else [])]
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [*GOUACHE, *arguments], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=theirs,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    os.close(theirs)
+    shown: list[str] = []
+    while "%" not in "".join(shown) and "/s" not in "".join(shown):  # the progress bar: the work has begun
+        shown.append(os.read(ours, 4096).decode(errors="replace"))
+
+    process.send_signal(number)
+    read(ours, shown)
+    os.close(ours)
+
+    assert process.wait(60) == code, shown
+    assert "stopped" in "".join(shown) and "Traceback" not in "".join(shown)
+    assert [each.name for each in tmp_path.rglob("*") if each.is_file()] in (
+        ["big.safetensors"],
+        ["big.safetensors", "library.sqlite"],
+        ["library.sqlite", "big.safetensors"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "line"),
+    [
+        ("KeyboardInterrupt", 130, "stopped\n"),
+        (
+            "ModuleNotFoundError('no', name='typer')",
+            2,
+            "error: the package typer is missing; install gouache again "
+            "(with launch.py: delete .venv and run it again)\n",
+        ),
+    ],
+)
+def test_what_happens_during_the_imports_is_one_line(raised: str, code: int, line: str):
+    """Of the console script, and of `python -m gouache`."""
+    script = (
+        "import sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'typer': raise {raised}\n"
+        "sys.meta_path.insert(0, Finder())\n"
+    )
+    for start in (
+        "from gouache.__main__ import main; main()",
+        "import runpy; runpy.run_module('gouache', {}, '__main__')",
+    ):
+        ended = subprocess.run([sys.executable, "-c", script + start], capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout, ended.stderr) == (code, "", line)
+
+
+def test_the_console_script_is_the_guarded_one():
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+
+    assert pyproject["project"]["scripts"] == {"gouache": "gouache.__main__:main"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes of POSIX")

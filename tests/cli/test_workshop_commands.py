@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -200,3 +201,66 @@ def test_scan_does_not_import_torch(gouache: Command, tmp_path: Path):
     code += "\ntry: app()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
 
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0
+
+
+def test_twenty_thousand_unknown_names_take_seconds(gouache: Command, narrow: Narrows, tmp_path: Path):
+    names = [f"{number:06d}{'a' * 20}" for number in range(20_000)]
+    unknown = {name: torch.zeros(1) for name in names}
+    save_file(unknown, tmp_path / "unknown.safetensors")
+    base = narrow("sd1").file
+    inside = {f"model.diffusion_model.{name}": tensor.clone() for name, tensor in unknown.items()}
+    save_file({**load_file(base), **unknown, **inside}, tmp_path / "model.safetensors")
+    paint = ["--steps", "1", "--size", "64x64"]
+
+    start = time.process_time()
+    inspected = [gouache("inspect", f"{name}.safetensors") for name in ("unknown", "model")]
+    refused = [
+        gouache("paint", "a cat", "-m", "model.safetensors", *paint),
+        gouache("paint", "a cat", "-m", base, "--lora", "unknown.safetensors", *paint),
+        gouache("convert", "unknown.safetensors", "folder"),
+    ]
+    seconds = time.process_time() - start
+
+    assert [each.code for each in inspected] == [0, 0] and inspected[1].out.count("not recognised  20000 tensors") == 2
+    assert [each.code for each in refused] == [2, 2, 2]
+    assert seconds < 40  # about 10 on one core; the comparison of each name with each other took minutes
+
+
+def test_columns_of_inspect_are_two_spaces_apart(gouache: Command, tmp_path: Path):
+    layers = {
+        f"linear.{number}.{leaf}": torch.zeros(64, *[64] * (leaf == "weight"))
+        for number in (0, 1)
+        for leaf in ("weight", "bias")
+    }
+    wide = {name: torch.zeros(128, *[128] * (tensor.ndim - 1)) for name, tensor in layers.items()}
+    torch.save({"activate_output": False, 64: (layers, layers), 128: (wide, wide)}, tmp_path / "rosy.pt")
+
+    lines = [line.strip() for line in gouache("inspect", "rosy.pt").out.splitlines()]
+
+    assert any(
+        re.fullmatch(r"activates its output  False  +stored in the file: activate_output", line) for line in lines
+    )
+    assert any(line.endswith("not recognised (context widths 64, 128 match no released model)") for line in lines)
+
+
+def test_a_lora_of_mini_is_renamed_to_peft_and_back(gouache: Command, tmp_path: Path):
+    """mini's widths, and so the levels with a shortcut, are others than those of the released SD1."""
+    import gouache as package
+
+    mini = next((Path(package.__file__).parent / "embedded").glob("mini*.safetensors"))
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.startswith("model.") and tensors[name].is_floating_point():
+                tensors[name] = tensors[name] * 1.25
+
+    tuned = altered(mini, tmp_path / "tuned.safetensors", change)
+    options = ["--rank", "2", "--conv-rank", "1", "--no-text"]
+    assert gouache("lora", "extract", tuned, mini, "kohya.safetensors", *options).code == 0
+    assert gouache("lora", "rename", "kohya.safetensors", "peft.safetensors", "--to", "peft").code == 0
+    assert gouache("lora", "rename", "peft.safetensors", "back.safetensors", "--to", "kohya").code == 0
+
+    first, back = (load_file(tmp_path / f"{name}.safetensors") for name in ("kohya", "back"))
+    assert "lora_unet_down_blocks_3_resnets_0_conv_shortcut.alpha" in first
+    assert first.keys() == back.keys() and all(torch.equal(first[name], back[name]) for name in first)
+    assert all(name.startswith("unet.") for name in load_file(tmp_path / "peft.safetensors"))

@@ -201,9 +201,9 @@ def calls(folder: str) -> Iterator[tuple[str, bytes, str, bool]]:
     yield "named-argument", program(call("collections", "defaultdict", name("os", "getcwd"))), "os.getcwd", False
     # numpy data types that hold objects: their bytes are another pickle.
     inner_pickle = b"B" + struct.pack("<I", 25) + b"cos\nsystem\n(S'echo hi'\ntR."
-    for code in ("O", "|O", "O8", "object", "f4,O"):
-        dtype = call("numpy", "dtype", text(code), b"\x89", b"\x88")
-        yield f"numpy-{code.replace('|', '-')}", program(
+    for objects in ("O", "|O", "O8", "object", "f4,O"):
+        dtype = call("numpy", "dtype", text(objects), b"\x89", b"\x88")
+        yield f"numpy-{objects.replace('|', '-')}", program(
             call("numpy.core.multiarray", "scalar", dtype, inner_pickle)
         ), "numpy.dtype of", False  # fmt: skip
     plain = call("numpy", "dtype", text("V8"), b"\x89", b"\x88")

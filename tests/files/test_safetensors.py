@@ -202,3 +202,16 @@ def test_opening_seven_gigabytes_reads_only_the_header(tmp_path: Path):
     assert (int(count), int(size), torch_is_in) == (2515, end, "False")
     assert end > 6.9e9
     assert float(seconds) < 0.2  # about 0.015 on an idle machine
+
+
+@pytest.mark.parametrize("padding", [b" ", b"\n", b"\t", b"\r\n", b" \n\t "])
+def test_a_header_padded_with_any_whitespace_is_read_as_by_the_official_reader(tmp_path: Path, padding: bytes):
+    tensors = {"a": torch.arange(6.0).reshape(2, 3)}
+    content = safetensors.torch.save(tensors)
+    size = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + size].rstrip() + padding * 9
+    path = tmp_path / "padded.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+
+    assert torch.equal(safetensors.torch.load_file(path)["a"], tensors["a"])  # the official reader
+    assert torch.equal(open_model(path).read("a"), tensors["a"])

@@ -227,10 +227,27 @@ def test_a_name_with_strengths_is_parsed(text: str, spec: AdapterSpec):
     assert read_spec("lora", text) == spec
 
 
-@pytest.mark.parametrize("text", ["", ":0.8", "a:1:2:3", "a:te=x", "a:start=0.9:end=0.1", "a:how=sideways"])
+@pytest.mark.parametrize("text", ["", ":0.8", "a:1:2:3", "a:te=x", "a:te=1_0", "a:start=0.9:end=0.1", "a:how=sideways"])
 def test_an_invalid_name_with_strengths_is_refused(text: str):
     with pytest.raises(RequestError, match="lora"):
         read_spec("lora", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("a:te=nan", "te"), ("a:1:te2=inf", "te2"), ("a:unet=1e999", "unet"), ("a:start=", "start")]
+)
+def test_a_strength_that_is_not_a_number_is_named(text: str, key: str):
+    with pytest.raises(RequestError, match=f"lora: '{text}': {key} is '{text.rpartition('=')[2]}', which is not"):
+        read_spec("lora", text)
+
+
+@pytest.mark.parametrize("tag", ["<lyco:plain:te=1:unet=1:dyn=4>", "<lora:plain:1:hr=0.5>", "<hypernet:x:a=1:b=2>"])
+def test_an_unknown_key_is_named(tag: str, models: Callable[[str], Model]):
+    keys = {"dyn": "dyn", "hr": "hr", "a=": "a, b"}
+    expected = next(name for key, name in keys.items() if key in tag)
+
+    with pytest.raises(RequestError, match=f": {expected} is not known here; the keys are blocks, end, how"):
+        next(models("sd1").paint(f"a cat {tag}", **OPTIONS))
 
 
 def test_missing_trigger_words_and_unused_embeddings_are_reported(models: Callable[[str], Model], tmp_path: Path):

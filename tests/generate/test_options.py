@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import gouache
+from gouache.app.settings import Settings
 from gouache.errors import RequestError
+from gouache.files.metadata import write_metadata
 from gouache.generate.request import Options, Request
+from recipes.mini import bundle
+from tests.pipelines import Narrow
 
 
 def test_the_options_are_the_fields_of_a_request_except_its_prompt():
@@ -41,6 +50,32 @@ def test_numpy_numbers_and_minus_one_are_read():
     assert type(request.seed) is int and type(request.cfg) is float
     assert Request(seed=-1).seed is None and Request(seed=-1).settled().seed is not None
     assert Request(seed=1, variation_strength=0.5).settled().variation_seed is not None
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"), [("3", 3.0), ("1.5", 1.5), ("", 7.0), ("x", 7.0), ("nan", 7.0), ("-1", 7.0), ("1e999", 7.0)]
+)
+def test_the_guidance_scale_is_the_models_own_by_default(
+    stated: str, expected: float, narrow: Callable[[str], Narrow], settings: Settings, tmp_path: Path
+):
+    path = tmp_path / "model.safetensors"
+    write_metadata(narrow("sd1").file, path, {"gouache.cfg": stated})
+    model = gouache.load(path, dtype="fp32", settings=settings)
+    options: dict[str, Any] = {"steps": 2, "size": (64, 64), "seed": 3}
+
+    picture = next(model.paint("a cat", **options))
+    explicit = next(model.paint("a cat", cfg=expected, **options))
+    other = next(model.paint("a cat", cfg=5, **options))
+
+    assert torch.equal(picture.latent, explicit.latent) and not torch.equal(picture.latent, other.latent)
+    assert picture.recipe["request"]["cfg"] == expected and f"CFG scale: {expected:g}," in picture.parameters
+    assert other.recipe["request"]["cfg"] == 5
+
+
+def test_the_embedded_model_states_its_guidance_scale(settings: Settings):
+    model = gouache.load(settings=settings)
+
+    assert model.cfg == 4 and dict(model.file.metadata) == bundle.metadata()
 
 
 @pytest.mark.parametrize("text", ["caf\udce9", "\ud800"])

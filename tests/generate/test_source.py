@@ -47,6 +47,13 @@ def test_the_size_follows_the_picture_down_to_multiples_of_eight(loaded: Models,
     assert paint(loaded("sd1"), init=init, size=(64, 72)).image.size == (64, 72)
 
 
+def test_a_picture_too_narrow_for_any_size_is_refused(loaded: Models):
+    line = Image.new("RGB", (4_000_000, 1))
+
+    with pytest.raises(RequestError, match="init: is 4000000x1, too narrow to start from"):
+        paint(loaded("sd1"), init=line)
+
+
 def test_a_picture_of_another_shape_is_scaled_to_cover_and_cropped_in_the_middle(loaded: Models, tmp_path: Path):
     init = halves(tmp_path / "init.png", (256, 64))  # 64x64 keeps the middle, where red meets blue
 
@@ -221,7 +228,7 @@ def test_a_picture_that_was_not_a_file_has_a_hash_of_its_pixels_in_the_recipe(lo
 
 
 def test_a_missing_picture_is_refused_before_anything_is_painted(loaded: Models):
-    with pytest.raises(RequestError, match=r"init: there is no file absent\.png"):
+    with pytest.raises(RequestError, match=r"init: there is no file .*absent\.png"):
         loaded("sd1").paint("a cat", init="absent.png")  # not even iterated
 
 

@@ -145,8 +145,9 @@ def test_unreadable_input_is_a_one_line_error_with_the_setting(tmp_path: Path, m
         b"": "the given data is not a picture that can be read",
     }
     for value, message in cases.items():
-        with pytest.raises(RequestError, match=rf"^init: [^\n]*{message}[^\n]*$"):
+        with pytest.raises(RequestError, match=rf"^init: [^\n]*{message}[^\n]*$") as refused:
             input_image(value, "init")
+        assert "BytesIO" not in str(refused.value)
 
     others = [
         (noise(80, 80), "the given array has 80x80 pixels; at most"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 import time
 from collections.abc import Callable
@@ -65,6 +67,34 @@ def test_paint_accepts_a_request_and_options_that_replace_its_settings(loaded: M
 def test_an_invalid_option_is_refused_before_the_iteration_begins(loaded: Models):
     with pytest.raises(RequestError, match="stepps: is not a setting"):
         loaded("sd1").paint("a cat", stepps=3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "misuse"),
+    [
+        ("vae", lambda model: setattr(model, "vae", 5)),
+        ("strength", lambda model: model.attach(model.file, strength="0.5")),
+        ("strength", lambda model: model.attach(model.file, strength=True)),
+        ("strength", lambda model: model.attach(model.file, strength=None)),
+        ("how", lambda model: model.attach(model.file, how="x")),
+        ("model", pickle.dumps),
+        ("model", copy.deepcopy),
+        ("model", copy.copy),
+        ("output", lambda model: next(model.paint("a cat", **OPTIONS)).save("folder/")),
+        ("output", lambda model: next(model.paint("a cat", **OPTIONS)).save(model.file.path.parent)),
+    ],
+)
+def test_misuse_is_refused_in_one_line_and_changes_nothing(
+    setting: str, misuse: Callable[[Model], object], loaded: Models
+):
+    model = loaded("sd1")
+    before = model.vae, model.vae_file, list(model.attached)
+
+    with pytest.raises(RequestError) as refused:
+        misuse(model)
+
+    assert refused.value.setting == setting and "\n" not in str(refused.value)
+    assert (model.vae, model.vae_file, list(model.attached)) == before
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -119,3 +120,19 @@ def test_a_prompt_with_weight_zero_only_is_finite(loaded: Models):
     encoded = loaded("sd1").encode_prompts(["(cat:0)"])
 
     assert math.isfinite(float(encoded.context.sum()))
+
+
+@pytest.mark.parametrize(
+    "text", ["BREAK " * 20_000, "1" * 100_000, "<a:" * 40_000, "(a:" + "1" * 100_000, "a " * 60_000]
+)
+def test_a_prompt_that_is_far_too_long_is_refused_at_once(text: str, loaded: Models):
+    start = time.process_time()
+
+    with pytest.raises(RequestError, match=r"^prompt: is too long: \d+ chunks of 75 tokens"):
+        loaded("sd1").encode_prompts([text])
+
+    assert time.process_time() - start < 10
+
+
+def test_ten_thousand_words_are_encoded(loaded: Models):
+    assert loaded("sd1").encode_prompts(["cat dog " * 5000]).context.shape[1] == 134 * 77

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from textwrap import dedent
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gouache.prompts.explain import explain
+from gouache.prompts.grammar import parse
 from gouache.prompts.tokenizer import Tokenizer
 
 
@@ -98,7 +100,7 @@ def test_parts_breaks_alternation_and_embeddings(tokenizer: Tokenizer):
             text " "
             round brackets
               body:
-                square brackets
+                square brackets, weight 0.9091
                   text "sky"
               weight:
                 switch at 1: after step 1 of 8
@@ -116,6 +118,17 @@ def test_parts_breaks_alternation_and_embeddings(tokenizer: Tokenizer):
               1.273  "sky"
         """
     )
+
+
+@pytest.mark.parametrize(
+    "text", ["(storm:1.2.3)", "(a)", "[a]", "((a:2))", "[(a:.5)]", "(a:)", "(a:b)", "(a: -1.5 )", "[(a:x)]", "(a:1e3)"]
+)
+def test_the_tree_shows_the_weights_that_are_used(text: str, tokenizer: Tokenizer):
+    lines = explain(text, 1, tokenizer).splitlines()
+    weights = [float(line.rpartition(" weight ")[2]) for line in lines if "brackets" in line]
+    written = [line.split('"')[1] for line in lines if line.lstrip().startswith("text ")]
+
+    assert parse(text) == [("".join(written), pytest.approx(math.prod(weights), rel=1e-3))]
 
 
 def test_many_changes_are_abbreviated(tokenizer: Tokenizer):

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gouache.errors import RequestError
 from gouache.prompts import schedule
 from gouache.prompts.schedule import (
     Alternate,
@@ -322,3 +323,15 @@ def test_any_text_is_composed_of_finite_parts(text: str):
     assert parts
     assert all(math.isfinite(part.weight) for part in parts)
     assert all(part.text == part.text.rstrip() for part in parts)
+
+
+@pytest.mark.parametrize("text", ["a:" + "1" * 400, "a AND b : 20000000", "a :-10000000", "(a:" + "1" * 100_000])
+def test_a_weight_beyond_use_at_the_end_is_refused(text: str):
+    with pytest.raises(RequestError, match=r"prompt: has a weight of .* at its end") as caught:
+        composed(text)
+
+    assert len(str(caught.value)) < 200
+
+
+def test_the_greatest_weight_at_the_end_is_used():
+    assert composed("a:1000000")[0].weight == 1e6

@@ -16,6 +16,9 @@ from gouache.prompts.tags import Tag, take_tags
         ("<LORA:Folder/x:1>", "", [Tag("lora", "Folder/x:1")]),
         ("1 <2 and <other:thing> stay", "1 <2 and <other:thing> stay", []),
         ("<lora:a", "<lora:a", []),
+        ("a <lora:a<b:1> c", "a  c", [Tag("lora", "a<b:1")]),
+        ("<other:x <lora:a:1> <lora:b", "<other:x  <lora:b", [Tag("lora", "a:1")]),
+        ("<lora:> <lora: >", "<lora:> <lora: >", []),
     ],
 )
 def test_known_tags_are_removed(text: str, bare: str, tags: list[Tag]):

@@ -401,7 +401,10 @@ def test_a_pickle_without_tensors_is_no_model(tmp_path: Path, as_zip: bool):
         path.write_bytes(content)
 
     (found,) = scan([path])
-    assert (found.verdict, found.reason) == ("not a model", "holds no tensors, so it is not a model")
+    assert (found.verdict, found.reason) == (
+        "not a model",
+        "holds no tensors, so it is not a model (its pickle holds int)",
+    )
     with pytest.raises(FileError, match="holds no tensors"):
         report(path)
 

@@ -54,10 +54,11 @@ class Strength:
     def __post_init__(self) -> None:
         texts = self.text.values() if isinstance(self.text, Mapping) else [self.text or 0.0]
         values = [self.unet, *texts, self.start, self.end, *(self.blocks or {}).values()]
-        if not all(math.isfinite(number) and abs(number) <= MAX_STRENGTH for number in values):
-            raise RequestError(
-                "strength", f"{max(values, key=abs):g} is out of range; expected -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
-            )
+        for number in values:
+            if not (math.isfinite(number) and abs(number) <= MAX_STRENGTH):
+                raise RequestError(
+                    "strength", f"{number:g} is out of range; expected -{MAX_STRENGTH:g} to {MAX_STRENGTH:g}"
+                )
 
     def of(self, module: Module) -> float:
         """The strength for one module."""
@@ -111,10 +112,10 @@ def from_json(values: Mapping[str, Any], spec: UNetSpec) -> Strength:
         text = values.get("text")
         text = {str(name): float(each) for name, each in text.items()} if isinstance(text, Mapping) else text
         return Strength(
-            float(values.get("unet", 1.0)), float(text) if isinstance(text, int | float) else text, factors,
+            float(values.get("unet", 1.0)), text if text is None or isinstance(text, Mapping) else float(text), factors,
             float(values.get("start", 0.0)), float(values.get("end", 1.0)), table,
         )  # fmt: skip
-    except (TypeError, ValueError, LookupError):
+    except (TypeError, ValueError, LookupError, OverflowError):
         raise RequestError(
             "strength", "the recorded strength is damaged; expected numbers for unet, text, blocks, start, end"
         ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 
 from gouache.app.cache import make_private
@@ -36,7 +37,8 @@ def add(data: Path, path: Path) -> bool:
     """Add `path`; False if it was added before. Raises FileError if it does not exist or the list cannot be written."""
     path = _absolute(path)
     try:
-        path.stat()
+        if stat.S_ISDIR(path.stat().st_mode):
+            next(path.iterdir(), None)  # raises if it must not be read
     except OSError as error:
         missing = "does not exist; give a folder of models, a model file or an extra_model_paths.yaml"
         raise FileError(path, missing if isinstance(error, FileNotFoundError) else _reason(error)) from None

@@ -113,6 +113,8 @@ def _existing(source: str) -> Path | None:
     try:
         path = Path(source).expanduser()
         path.lstat()
+    except PermissionError as error:
+        raise FileError(source, f"cannot be read: {error.strerror}") from None
     except (OSError, RuntimeError, ValueError):
         return None
     return path

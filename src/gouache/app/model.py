@@ -7,6 +7,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Unpack
 
+from torch import nn
+
 from gouache.adapters.attach import How
 from gouache.adapters.strength import Strength
 from gouache.app import names
@@ -14,7 +16,7 @@ from gouache.app.hashing import BackgroundHash, OnWork
 from gouache.app.settings import Settings
 from gouache.app.sources import LibrarySource
 from gouache.diffusion.samplers.sampler import OnStep
-from gouache.errors import FileError
+from gouache.errors import FileError, RequestError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
@@ -43,6 +45,8 @@ class Model(model.Model):
     @vae.setter
     def vae(self, vae: AnyVae | str | Path) -> None:
         """A module, or the path or name of a file."""
+        if not isinstance(vae, str | Path | nn.Module):
+            raise RequestError("vae", f"{printable(repr(vae), 40)} is neither a file, by path or name, nor a module")
         self.vae_file = None
         if isinstance(vae, str | Path):
             file = open_model(names.resolve(str(vae), self.settings, "vae"))

@@ -47,7 +47,8 @@ def resolve(name: str, settings: Settings, kind: str = "", setting: str = "", pa
         found = _with_name(bare, every, kind, _exactly) or _with_name(bare, every, kind, _loosely)
         return _with_hash(bare, digest, found, kind, setting, settings)
     name = printable(name)
-    known = [*(each for one in every for each in one.names), DEFAULT]
+    known = [each for one in every if not kind or one.category in ("", kind) for each in one.names]
+    known += [DEFAULT] if kind in ("", "checkpoint") else []
     near = difflib.get_close_matches(name, known, n=3) if len(name) < _MAX_NAME else []
     hint = f"similar names: {', '.join(map(printable, near))}" if near else _searched(settings)
     what = kind or "model"

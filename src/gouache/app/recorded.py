@@ -48,13 +48,14 @@ def model_path(about: Mapping[str, Any], kind: str, settings: Settings, allow_pa
         # The library's file of that name is another now, which the comparison with the picture reports.
         return names.resolve(name, settings, category, setting=kind, paths=False)
     except RequestError as error:
-        message = str(first or error)
+        error = first or error
+        message = str(error).removeprefix(f"{error.setting}: ")
         if recorded:
             message += (
                 f"; the recipe's path {printable(recorded)} is not a file with the recipe's hash: "
                 f"{'name the model with --model, or ' if kind == 'model' else ''}{_ANYWAY}"
             )
-        raise RequestError("", message) from None
+        raise RequestError(error.setting, message) from None
 
 
 def _exists(path: Path) -> bool:
@@ -104,7 +105,7 @@ class RecordedSource(LibrarySource):
                 return self._locate(each)
         return super().find(kind, name, paths=paths and self._allow_paths)
 
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+    def mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
         used = [each for each in self._adapters if each.get("kind") == "embedding" and not each.get("setting")]
         return {str(each.get("name", "")): self._locate(each) for each in used}
 

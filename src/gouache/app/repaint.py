@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +17,29 @@ from gouache.app import hashes, names, recorded
 from gouache.app.recorded import RecordedSource
 from gouache.app.settings import Settings
 from gouache.diffusion.samplers.sampler import OnStep
-from gouache.errors import RequestError
+from gouache.errors import RequestError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.generate import run
 from gouache.generate.picture import Picture, read_recipe
-from gouache.generate.request import IMAGES, Request
+from gouache.generate.request import IMAGES, SEEDS, Request
 from gouache.images.input_image import ImageLike
 from gouache.model import load, residency
 from gouache.model.attach import attach
 from gouache.model.model import Model
 from gouache.version import __version__
 
+MAX_BATCH = 16  # pictures; a larger batch is not painted again for one of them
+ROUNDING = 2  # levels of 255
+FEW = 0.05  # share of the pixels
+
 
 @dataclass(frozen=True)
 class Repainted:
-    """`share` of the pixels differ, by at most `largest` of 255 levels; `causes` are possible reasons."""
+    """`share` of the pixels differ, by at most `largest` of 255 levels; `causes` are possible reasons.
+
+    A picture of a batch is compared with the same picture of the same batch if, painted alone, it differs.
+    """
 
     picture: Picture
     share: float
@@ -82,14 +90,46 @@ def repaint(
     def hash_of(used: Model) -> str:
         return hashes.sha256(used.file, settings)
 
-    pictures = run.paint(loaded, request, hash_of=hash_of, source=source, load=load_refiner, on_step=on_step)
-    picture = next(iter(pictures))
-    if picture.image.size != before.size:
-        size = f"{before.width}x{before.height}"
-        raise RequestError("picture", f"{path} was cut or scaled to {size} after it was made")
-    difference = np.abs(np.asarray(picture.image, np.int16) - np.asarray(before, np.int16))
-    causes = tuple(_causes(recipe, request, picture, target, loaded.upcast)) if difference.any() else ()
-    return Repainted(picture, float(difference.any(axis=2).mean()), int(difference.max()), causes)
+    def paint(request: Request, index: int) -> tuple[Picture, np.ndarray]:
+        """Picture number `index`, and by how much it differs."""
+        pictures = run.paint(loaded, request, hash_of=hash_of, source=source, load=load_refiner, on_step=on_step)
+        picture = next(islice(pictures, index, None))
+        if picture.image.size != before.size:
+            size = f"{before.width}x{before.height}"
+            raise RequestError("picture", f"{path} was cut or scaled to {size} after it was made")
+        return picture, np.abs(np.asarray(picture.image, np.int16) - np.asarray(before, np.int16))
+
+    picture, difference = paint(request, 0)
+    if not difference.any():
+        return Repainted(picture, 0.0, 0, ())
+    causes = list(_causes(recipe, request, picture, target, loaded.upcast))
+    batch = _batch(recipe)
+    if batch is not None and not causes and request.seed is not None:
+        picture, difference = paint(_whole_batch(request, *batch), batch[1])
+    elif (size := recipe.get("batch_size", recipe.get("batch", 1))) != 1:
+        causes.append(f"made in a batch of {printable(str(size), 20)}, which may round differently")
+    share, largest = float(difference.any(axis=2).mean()), int(difference.max())
+    if largest > 0:
+        causes += _causes_by_size(share, largest, certain=bool(causes))
+    return Repainted(picture, share, largest, tuple(causes))
+
+
+def _batch(recipe: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(size of the batch, index in it) if it is small enough to be painted again; older recipes have no index."""
+    batch, index = recipe.get("batch_size"), recipe.get("batch_index")
+    if type(batch) is int and type(index) is int and 0 <= index < batch and 1 < batch <= MAX_BATCH:
+        return batch, index
+    return None
+
+
+def _whole_batch(request: Request, batch: int, index: int) -> Request:
+    """The request that painted the batch; the picture's own `request` has its seed."""
+    before = {
+        name: (seed - index) % SEEDS
+        for name in ("seed", "variation_seed")
+        if (seed := getattr(request, name)) is not None
+    }
+    return replace(request, count=batch, batch=batch, **before)
 
 
 def _load(path: Path, about: Mapping[str, Any], device: torch.device, dtype: torch.dtype, vae: Path | None) -> Model:
@@ -140,6 +180,15 @@ def _causes(
     for name, version in recipe.get("versions", {}).items():
         if versions.get(name) != version:
             yield f"{name} {version} then, {versions.get(name)} now"
-    if recipe.get("batch", 1) != 1:
-        yield f"made in a batch of {recipe['batch']}, which may round differently"
-    yield "the number of threads or the kind of processor may differ, which changes rounding"
+
+
+def _causes_by_size(share: float, largest: int, certain: bool) -> Iterator[str]:
+    """Causes that leave no trace in the recipe. `certain`: another cause is known.
+
+    Another order of additions changes pixels by a level or two, all over the picture.
+    """
+    few = share < FEW and largest > ROUNDING
+    if few or (largest > ROUNDING and not certain):
+        yield "the picture was changed after it was made"
+    if not few:
+        yield "the number of threads or the kind of processor may differ, which changes rounding"

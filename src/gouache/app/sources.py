@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +15,7 @@ from gouache.errors import FileError, RequestError
 from gouache.files.open import open_model
 from gouache.generate.adapters import Kind
 from gouache.layouts.adapters import read_embedding
+from gouache.prompts.embedding_names import used
 
 
 class LibrarySource:
@@ -30,29 +30,34 @@ class LibrarySource:
         except RequestError as error:
             if paths or not re.search(r"[/\\~]", name):
                 raise
-            raise RequestError("", f"{error}; tags in prompts name files of the library, not paths") from None
+            message = str(error).removeprefix(f"{error.setting}: ")
+            raise RequestError(
+                error.setting, f"{message}; tags in prompts name files of the library, not paths"
+            ) from None
 
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
-        """Name -> file of the embeddings whose file name occurs in `prompts` as a separate word, ignoring case.
+    def mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+        """Name -> file of the embeddings whose file name occurs in `texts`, which are without escapes and weights.
 
         `widths`: the widths of the model's text encoders. Of several embeddings with one name, the first that fits
-        them; those for other models are skipped.
+        them, those in a folder that the text names before others; those for other models are skipped.
         """
-        return {name: path for name, path, fit in self._mentioned(prompts, widths) if fit}
+        return {name: path for name, path, fit in self._mentioned(texts, widths) if fit}
 
-    def mentioned_for_other_models(self, prompts: Sequence[str], widths: Mapping[str, int]) -> list[Path]:
+    def mentioned_for_other_models(self, texts: Sequence[str], widths: Mapping[str, int]) -> list[Path]:
         """The embeddings that are mentioned, but are for other models."""
-        every = list(self._mentioned(prompts, widths))
+        every = list(self._mentioned(texts, widths))
         used = {name.casefold() for name, _, fit in every if fit}
         return [path for name, path, fit in every if not fit and name.casefold() not in used]
 
-    def _mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Iterator[tuple[str, Path, bool]]:
+    def _mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Iterator[tuple[str, Path, bool]]:
         """(name, file, whether it fits) of the embeddings that are mentioned."""
-        text = _folded(" ".join(prompts))
+        every = "\n".join(texts).casefold()
         seen = set[str]()
-        for path in self._embeddings:
+        for path in sorted(
+            self._embeddings, key=lambda path: f"{path.parent.name}/{path.stem}".casefold() not in every
+        ):
             name = path.stem
-            if not _is_mentioned(_folded(name), text):
+            if not used(texts, [name]):
                 continue
             fit = _fits(path, widths)
             if not fit or name.casefold() not in seen:
@@ -107,12 +112,3 @@ def _is_small_embedding(path: Path) -> bool:
         return read_embedding({name: info.shape for name, info in file.tensors.items()}, file.extra) is not None
     except (FileError, OSError):
         return False
-
-
-def _folded(text: str) -> str:
-    """Ignoring case, and whether accents are composed (NFC, keyboards) or not (NFD, file names of macOS)."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-
-
-def _is_mentioned(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None

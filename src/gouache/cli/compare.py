@@ -24,7 +24,10 @@ def compare(
     sampler: Annotated[str, Option(help="See `gouache samplers`.")] = "DPM++ 2M",
     schedule: Annotated[str, Option(help="The noise schedule; see `gouache samplers`.")] = "Automatic",
     steps: Annotated[int, Option(help="Number of sampling steps.")] = 25,
-    cfg: Annotated[float, Option(help="Guidance scale: how closely to follow the prompt.")] = 7.0,
+    cfg: Annotated[
+        float | None,
+        Option(help="Guidance scale: how closely to follow the prompt.", show_default="each model's own, else 7"),
+    ] = None,
     seed: Annotated[int, Option(help="The first seed of each prompt.")] = 0,
     count: Annotated[int, Option(help="Pictures per prompt.")] = 1,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT.", show_default="the first model's default")] = None,

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -44,6 +45,7 @@ def convert(
     from gouache.app.settings import read
     from gouache.cli.pairs import pairs
     from gouache.cli.progress import bytes_bar
+    from gouache.errors import printable
     from gouache.workshop.convert import convert as service
 
     texts = pairs("metadata", metadata or [])
@@ -53,10 +55,12 @@ def convert(
             on_work=bar.show,
         )  # fmt: skip
     if as_json:
-        print(json_text({"path": str(target), **asdict(done)}))
+        print(json_line({"path": str(target), **asdict(done)}))
         return
     size = f"{plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     print(f"{shown(target)}: {size}, verified: {_verified(done.rounded_to, dtype)}")
+    for note in done.notes:
+        print(f"note: {printable(note, 400)}")
     for reason, count in done.leftovers.items():
         print(f"saved in its leftovers.safetensors  {plural(count, 'tensor')}: {reason}")
     for reason, count in done.left_out.items():

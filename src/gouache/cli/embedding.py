@@ -8,7 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 app = Typer(help="Combine textual inversion embeddings.", no_args_is_help=True, rich_markup_mode=None)
@@ -42,7 +43,7 @@ def merge(
     target = Path(embeddings[-1])
     done = combine(strengths(embeddings[:-1], read()), target, how, overwrite=overwrite)
     if as_json:
-        print(json_text({"path": str(target), **asdict(done)}))
+        print(json_line({"path": str(target), **asdict(done)}))
         return
     widths = " and ".join(map(str, done.widths.values()))
     print(f"{shown(target)}: {plural(done.vectors, 'vector')} of width {widths}")

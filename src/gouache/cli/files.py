@@ -9,7 +9,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -29,7 +30,7 @@ def hash_(
         with bytes_bar() as bar:
             found = hashes(path, settings, bar.show)
         if as_json:
-            print(json_text({"path": str(path), **asdict(found)}))
+            print(json_line({"path": str(path), **asdict(found)}))
             continue
         print(shown(path))
         for kind, digest in asdict(found).items():
@@ -69,7 +70,7 @@ def metadata(
     else:
         texts = dict(open_model(path).metadata)
     if as_json:
-        print(json_text(texts))
+        print(json_line(texts))
         return
     from gouache.errors import printable
 
@@ -100,7 +101,7 @@ def diff(
     with bytes_bar() as bar:
         found = service(first, second, progress("comparing", first.nbytes, bar.show))
     if as_json:
-        print(json_text({"equal": found.equal, **asdict(found)}))
+        print(json_line({"equal": found.equal, **asdict(found)}))
     else:
         for title, lines in (
             ("only in the first", found.only_a), ("only in the second", found.only_b),

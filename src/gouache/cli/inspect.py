@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def inspect(
             print(_page(each), flush=True)
     if as_json:
         pages = [each.to_json() for each in reports]
-        print(json_text(pages[0] if len(paths) == 1 else pages, indent=1))
+        print(json_line(pages[0] if len(paths) == 1 else pages, indent=1))
     else:
         pairs = [(each.file, each.found) for each in reports if each.file is not None and each.found is not None]
         for line in compare(pairs):
@@ -76,23 +76,24 @@ def _page(report: Report) -> str:
         if fact.value == "unknown":  # a confidence would be confusing here
             missing = "not recognised"
             text = fact.evidence if fact.evidence.startswith(missing) else f"{missing} ({fact.evidence})"
-            lines.append(f"  {fact.name:14} {text}")
+            lines.append(f"  {fact.name:13}  {text}")
         else:
-            lines.append(f"  {fact.name:14} {fact.value:24} {fact.confidence}: {fact.evidence}")
+            lines.append(f"  {fact.name:13}  {fact.value:23}  {fact.confidence}: {fact.evidence}")
     for detail in report.details:
-        lines.append(f"  {detail.name:14} {detail.value:24} {detail.evidence}")
+        lines.append(f"  {detail.name:13}  {detail.value:23}  {detail.evidence}")
     if report.components:
         lines.append("components")
         for part in report.components:
             fingerprint = f"  {part.fingerprint}" if part.fingerprint else ""
             size = f"{part.parameters / 1e6:9.2f} M"
-            lines.append(f"  {part.name:16} {size}  {part.dtype:6} {part.layout}: {part.evidence}{fingerprint}")
+            lines.append(f"  {part.name:15}  {size}  {part.dtype:6}  {part.layout}: {part.evidence}{fingerprint}")
     for name, reason in report.missing.items():
         lines.append(f"missing  {name}: {reason}")
     for reason, names in report.leftovers.items():
         count = plural(len(names), "tensor")
         lines.append(f"not needed  {count}, {names[0]}{', ...' if len(names) > 1 else ''}: {reason}")
-    ignored = {name: near for name, near in report.unknown.items() if name in report.outside}
+    outside = set(report.outside)
+    ignored = {name: near for name, near in report.unknown.items() if name in outside}
     inside = {name: near for name, near in report.unknown.items() if name not in ignored}
     for names, effect in ((inside, ""), (ignored, ", outside every component, ignored when painting")):
         if names:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def bake(
         )  # fmt: skip
     if as_json:
         print(
-            json_text(
+            json_line(
                 {"path": str(target), "loras": {k: {"modules": m, "unmatched": u} for k, (m, u) in counts.items()}}
             )
         )
@@ -179,7 +180,7 @@ def rename(
 
 def _print(done: Made, target: Path, as_json: bool) -> None:
     if as_json:
-        print(json_text({"path": str(target), **asdict(done)}))
+        print(json_line({"path": str(target), **asdict(done)}))
         return
     low, high = done.ranks
     ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"

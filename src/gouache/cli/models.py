@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,12 +35,13 @@ def list_(
     family: Annotated[str, Option(help="Only sd1, sd2, sdxl, ...")] = "",
     tag: Annotated[str, Option(help="Only models with this tag.")] = "",
     missing: Annotated[bool, Option("--missing", help="Models whose files no longer exist.")] = False,
+    long: Annotated[bool, Option("--long", help="Also the date when it was added, and the path.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the models in all folders. Each with data from its header and your notes."""
     with _library() as (library, settings):
         _refresh(library, quiet=as_json)
-        table(library.entries(kind, family, tag, missing), as_json)
+        table(library.entries(kind, family, tag, missing), as_json, long)
         if not as_json:
             print(f"searched {', '.join(printable(str(each)) for each in settings.models)}", file=sys.stderr)
 
@@ -49,7 +51,9 @@ def add(
     paths: Annotated[
         list[Path],
         Argument(
-            metavar="PATH...", help="Folders, model files, A1111 or ComfyUI installations, or extra_model_paths.yaml."
+            metavar="PATH...",
+            help="Folders, model files, A1111 or ComfyUI installations, or extra_model_paths.yaml.",
+            readable=False,  # reported by the service
         ),
     ],
     as_json: AsJson = False,
@@ -173,7 +177,7 @@ def set_(
         if vae is not None:
             from gouache.app.names import resolve
 
-            values["vae"] = str(resolve(vae, settings, "vae").resolve()) if vae else ""
+            values["vae"] = os.path.realpath(resolve(vae, settings, "vae")) if vae else ""
         if trigger is not None:
             values["trigger_words"] = tuple(filter(None, trigger))
         if not (values or tag or untag):

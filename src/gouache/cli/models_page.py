@@ -16,24 +16,35 @@ if TYPE_CHECKING:
     from gouache.app.known_models import KnownModel
 
 
-def table(entries: list[Entry], as_json: bool) -> None:
+def table(entries: list[Entry], as_json: bool, long: bool = False) -> None:
+    """One line per model; `long` adds the date when it was added, and the path.
+
+    The names of the columns are for people: they are printed on a terminal, and with `long`.
+    """
     if as_json:
         print(json_line([each.to_json() for each in entries]))
         return
     width = min(48, max((len(each.name) for each in entries), default=0))
+    if entries and (long or sys.stdout.isatty()):
+        print(_row("name", width, "kind", "family", "size", "AutoV2", "added", "path, tags" if long else "tags", long))
     for each in entries:
         details = each.details
-        notes = [details.use, *map(printable, details.tags), f"cannot be opened: {each.error}" if each.error else ""]
-        family = printable(each.family or "-")
-        columns = (
-            printable(each.category).ljust(12),
-            family.ljust(8),
-            size_text(each.size).rjust(8),
-            each.sha256[:10].ljust(10),
-            ", ".join(filter(None, notes)),
-        )
-        print("  ".join((printable(each.name).ljust(width), *columns)).rstrip())
+        notes = [details.use, *details.tags, f"cannot be opened: {each.error}" if each.error else ""]
+        last = [str(each.path), *notes] if long else notes
+        print(
+            _row(
+                each.name, width, each.category, each.family or "-", size_text(each.size), each.sha256[:10],
+                f"{each.added:%Y-%m-%d}" if long else "", ", ".join(filter(None, last)), long,
+            )
+        )  # fmt: skip
     print(plural(len(entries), "model"), file=sys.stderr)
+
+
+def _row(
+    name: str, width: int, kind: str, family: str, size: str, digest: str, added: str, last: str, long: bool
+) -> str:
+    columns = [name.ljust(width), kind.ljust(12), family.ljust(8), size.rjust(11), digest.ljust(10)]
+    return printable("  ".join([*columns, *([added.ljust(10)] if long else []), last]).rstrip(), 5000)
 
 
 def page(entry: Entry) -> Iterator[str]:

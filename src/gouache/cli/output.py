@@ -32,6 +32,8 @@ class Output:
             raise RequestError("output", "- is not a file; pictures cannot be written to standard output")
         as_folder = text is None or text.endswith(("/", os.sep)) or target.is_dir()
         suffix = target.suffix.lower()
+        if target.name.lower() == ".png":
+            raise RequestError("output", f"{printable(str(target))} has no name before .png")
         if not as_folder and suffix not in ("", ".png"):
             raise RequestError(
                 "output", f"{printable(str(target))} does not end in .png, the one format that holds the whole recipe"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from gouache.errors import RequestError
+from gouache.errors import RequestError, printable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,7 +37,10 @@ def paint(
     sampler: Annotated[str, Option(help="See `gouache samplers`.")] = "DPM++ 2M",
     schedule: Annotated[str, Option(help="How the noise levels are spaced; see `gouache samplers`.")] = "Automatic",
     steps: Annotated[int, Option(help="Sampling steps.")] = 25,
-    cfg: Annotated[float, Option(help="Guidance scale; 1 turns the negative prompt off.")] = 7.0,
+    cfg: Annotated[
+        float | None,
+        Option(help="Guidance scale; 1 turns the negative prompt off.", show_default="the model's own, else 7"),
+    ] = None,
     seed: Annotated[int | None, Option(help="Seed of the first picture.", show_default="random")] = None,
     size: Annotated[str | None, Option(help="WIDTHxHEIGHT in pixels.", show_default="the model's size")] = None,
     count: Annotated[int, Option(help="Number of pictures; each has the next seed.")] = 1,
@@ -48,7 +51,9 @@ def paint(
     emphasis: Annotated[str, Option(help="How weights act: original, no norm, ignore, none, comfy.")] = "original",
     init: Annotated[Path | None, Option(help="A picture to start from.")] = None,
     strength: Annotated[float, Option(help="Denoising strength for --init, 0 to 1.")] = 0.6,
-    mask: Annotated[Path | None, Option(help="A mask for --init: white is painted over.")] = None,
+    mask: Annotated[
+        Path | None, Option(help="A mask for --init: white is painted over; the rest only passes through the VAE.")
+    ] = None,
     image_cfg: Annotated[float, Option(help="For instruct-pix2pix: how closely to keep to --init.")] = 1.5,
     depth: Annotated[Path | None, Option(help="For depth models: a depth picture, white is near.")] = None,
     hires: Annotated[
@@ -223,17 +228,20 @@ def _paint(
 def _notes(model: Model, request: Request) -> None:
     """Print what the user should know about this prompt before the wait."""
     from gouache.app.sources import LibrarySource
-    from gouache.generate.notes import notes
+    from gouache.generate.notes import notes, unescaped_names
+    from gouache.generate.prompting import read_texts
 
-    source, prompts = LibrarySource(model.settings), [request.prompt, request.negative]
-    names = source.mentioned(prompts, model.text_widths)
-    for path in source.mentioned_for_other_models(prompts, model.text_widths):
+    source, texts = LibrarySource(model.settings), read_texts(request)
+    names = source.mentioned(texts, model.text_widths)
+    written = [request.prompt, request.negative, request.hires_prompt, request.hires_negative]
+    for note in unescaped_names(request, source.mentioned(written, model.text_widths)):
+        _note(note)
+    for path in source.mentioned_for_other_models(texts, model.text_widths):
         _note(
             f"embedding '{path.stem}' ({path.name}) does not fit this model; '{path.stem}' in the prompt is read as an "
             f"ordinary word"
         )
-    known = {name.casefold() for name in (*names, *(Path(each).stem for each in request.embedding))}
-    for note in notes(model, request, known):
+    for note in notes(model, request, [*names, *(Path(each).stem for each in request.embedding)]):
         _note(note)
 
 
@@ -248,4 +256,4 @@ def _attached(request: Request, used: list[UsedFile]) -> None:
 
 
 def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
+    print(f"note: {printable(text, sys.maxsize)}", file=sys.stderr)

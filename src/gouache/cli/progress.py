@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from gouache.errors import printable
+
 if TYPE_CHECKING:
     from gouache.diffusion.samplers.sampler import Step
 
@@ -37,15 +39,16 @@ class Bar:
     """One line that is gone when the work is done."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
+        console = Console(file=getattr(sys.stderr, "raw", sys.stderr))  # it writes control characters on purpose
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             *columns,
             TimeRemainingColumn(compact=True),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
             redirect_stdout=sys.stdout.isatty(),  # through a pipe, what is printed must not end up on stderr
-            disable=not Console(stderr=True).is_terminal,
+            disable=not console.is_terminal,
         )
         self._task = self._bar.add_task("", total=None)
 
@@ -59,7 +62,7 @@ class Bar:
         self.close()
 
     def show(self, what: str, done: int, total: int) -> None:
-        self._bar.update(self._task, description=what, total=total, completed=done)
+        self._bar.update(self._task, description=printable(what), total=total, completed=done)
 
     def close(self) -> None:
         self._bar.stop()

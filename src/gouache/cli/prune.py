@@ -8,7 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -38,6 +39,7 @@ def prune(
     from gouache.app.names import resolve
     from gouache.app.settings import read
     from gouache.cli.progress import bytes_bar
+    from gouache.errors import printable
     from gouache.workshop.prune import prune as service
 
     path = resolve(source, read())
@@ -46,9 +48,11 @@ def prune(
             path, target, keep=keep, dtype=dtype, drop=tuple(drop or ()), overwrite=overwrite, on_work=bar.show
         )
     if as_json:
-        print(json_text({"path": str(target), **asdict(done), "saved": done.saved}))
+        print(json_line({"path": str(target), **asdict(done), "saved": done.saved}))
         return
     print(f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB; kept {done.kept}")
+    for note in done.notes:
+        print(f"note: {printable(note, 400)}")
     for reason, (count, nbytes) in done.dropped.items():
         print(f"dropped  {plural(count, 'tensor')}, {nbytes / 1e6:,.1f} MB: {reason}")
     if done.cast_saved:

@@ -57,7 +57,8 @@ def repaint(
     elif result.identical:
         print("identical")
     else:
-        print(f"differs: {result.share:.1%} of the pixels, by up to {result.largest} of 255 levels")
+        share = f"{result.share:.1%}" if result.share >= 0.001 else "less than 0.1%"
+        print(f"differs: {share} of the pixels, by up to {result.largest} of 255 levels")
         for cause in result.causes:
             print(f"  {cause}")
     if not result.identical:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from gouache.cli.text import json_text
+from gouache.outside import json_line
 from gouache.wording import plural
 
 
@@ -25,7 +25,7 @@ def scan(
     for found in service([Path(path) for path in paths]):
         verdicts[found.verdict] += 1
         if as_json:
-            print(json_text(asdict(found)), flush=True)
+            print(json_line(asdict(found)), flush=True)
             continue
         print(f"{found.verdict:11} {found.path}: {found.reason}", flush=True)
         for intent in found.intents:

@@ -8,7 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
+from gouache.outside import json_line
 from gouache.wording import plural
 
 app = Typer(help="Replace or extract a model's VAE.", no_args_is_help=True, rich_markup_mode=None)
@@ -32,7 +33,7 @@ def bake(
     with bytes_bar() as bar:
         done = service(resolve(model, settings), resolve(vae, settings), target, overwrite=overwrite, on_work=bar.show)
     print(
-        json_text({"path": str(target), **asdict(done)})
+        json_line({"path": str(target), **asdict(done)})
         if as_json
         else f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )
@@ -55,7 +56,7 @@ def extract(
     with bytes_bar() as bar:
         done = service(resolve(model, read()), target, only="vae", dtype=dtype, overwrite=overwrite, on_work=bar.show)
     print(
-        json_text({"path": str(target), **asdict(done)})
+        json_line({"path": str(target), **asdict(done)})
         if as_json
         else f"{shown(target)}: {plural(done.tensors, 'tensor')}, {done.nbytes / 1e6:,.1f} MB"
     )

@@ -26,7 +26,7 @@ from gouache.families.shapes import (
     unet_spec,
     vae_spec,
 )
-from gouache.files.record import ModelFile
+from gouache.files.record import FLOATS, FP8, ModelFile
 from gouache.layouts.diffusers import HYBRID_VAE, unet_rules, unet_topology, vae_rules, vae_topology
 from gouache.layouts.diffusers_video import video_unet_rules, video_vae_rules
 from gouache.layouts.original import text_shapes, unet_shapes, vae_shapes
@@ -189,9 +189,32 @@ def _read(file: ModelFile, component: str, prefix: str, names: list[str]) -> Can
         found = plan(rules, names)
         candidate = Candidate(component, prefix, layout, rules, found, unexpected=found.unnamed, video=video)
         moved = {name: origin.shape(shapes) for name, origin in found.origins.items()}
-        return candidate if video else _measure(candidate, moved)
+        measured = candidate if video else _measure(candidate, moved)
+        return replace(measured, problem=_quantised(file, measured) or measured.problem)
     except ModelError as error:
-        return replace(candidate, problem=str(error))
+        return replace(candidate, problem=_quantised(file, candidate) or str(error))
+
+
+def _quantised(file: ModelFile, candidate: Candidate) -> str:
+    """Why the stored weights of `candidate` are codes of an unknown quantisation and not numbers; "" if they are not.
+
+    Such codes would give noise, or raise an error of PyTorch in the middle of painting.
+    """
+    sources = {source for origin in candidate.plan.origins.values() for source in origin.sources}
+    dtypes = {name: file.tensors[name].dtype for name in sources}
+    codes = sorted(name for name, dtype in dtypes.items() if dtype not in FLOATS)
+    if codes:
+        kinds = ", ".join(sorted({dtypes[name] for name in codes}))
+        first = printable(codes[0])
+        return f"{len(codes)} of its tensors are stored as {kinds}, a quantisation that is not supported: {first}, ..."
+    modules = {
+        name.removesuffix("weight") for name, dtype in dtypes.items() if dtype in FP8 and name.endswith(".weight")
+    }
+    for name in candidate.unexpected if modules else ():
+        stem = name.rpartition(".")[0]
+        if f"{stem}." in modules or f"{stem.rpartition('.')[0]}." in modules:
+            return f"its fp8 weights have tensors beside them that are no known scales, such as {printable(name)}"
+    return ""
 
 
 def _layout(component: str, names: list[str], video: bool) -> tuple[str, tuple[Rule, ...]]:

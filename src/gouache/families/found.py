@@ -64,7 +64,8 @@ class Found:
     `kind` is "checkpoint", "diffusers folder", the name of a single component or of an adapter format, "embedding",
     "hypernetwork", "controlnet", "upscaler", the name of another kind of file, or "unknown". `variant` follows from
     the U-Net's input channels, or is the format of an adapter. `missing` maps each component that a model of this
-    family needs, but that is absent or incomplete in the file, to what is wrong. `leftovers` maps tensors that nothing
+    family needs, but that is absent or incomplete in the file, to what is wrong; those in `absent` have no tensor in
+    the file. `leftovers` maps tensors that nothing
     needs to the reason; `unknown` are tensors that no table names, and `outside` those among them that are not inside
     a part of the model, so that they cannot change it. `ema_names` maps tensor names of the U-Net to those of their
     averages.
@@ -82,10 +83,16 @@ class Found:
     ema: Fact[str] | None = None
     components: Mapping[str, Component] = field(default_factory=dict)
     missing: Mapping[str, str] = field(default_factory=dict)
+    absent: frozenset[str] = frozenset()
     leftovers: Mapping[str, str] = field(default_factory=dict)
     unknown: tuple[str, ...] = ()
     outside: frozenset[str] = frozenset()
     ema_names: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def unusable(self) -> dict[str, str]:
+        """The components that are in the file but cannot be used -> what is wrong."""
+        return {name: reason for name, reason in self.missing.items() if name not in self.absent}
 
     def component(self, name: str) -> Component:
         """The component `name`. Raises ModelError, with what is missing and what the file looks like, if incomplete."""

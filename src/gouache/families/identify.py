@@ -75,13 +75,15 @@ def _model(file: ModelFile, prediction_override: str | None, override: Fact[Fami
         leftovers.update(dict.fromkeys(empty, "an empty tensor"))
         unknown -= empty
 
+    missing = _missing(family, candidates, done)
     found = Found(
         path=file.path,
         kind=_kind(file, candidates),
         family=fact,
         variant=_variant(candidates.get("unet"), family),
         components={name: result for name, result in done.items() if isinstance(result, Component)},
-        missing=_missing(family, candidates, done),
+        missing=missing,
+        absent=frozenset(missing) - frozenset(candidates),
         leftovers=dict(sorted(leftovers.items())),
         unknown=tuple(sorted(unknown)),
         outside=frozenset(name for name in unknown if not prefix_of(name)),
@@ -220,14 +222,16 @@ def _hypernetwork(file: ModelFile, widths: tuple[int, ...], override: Fact[Famil
     listed = ", ".join(map(str, widths))
     kind = Fact("hypernetwork", f"pairs of small networks for the context widths {listed}", "certain")
     width = next((width for width in widths if width in (768, 1024)), 0)
-    return _simple_found(file, kind, None, _by_width(file, width, f"context width {width or listed}", override))
+    what = f"context width {width or listed}" if width or len(widths) == 1 else f"context widths {listed}"
+    return _simple_found(file, kind, None, _by_width(file, width, what, override))
 
 
 def _by_width(file: ModelFile, width: int, what: str, override: Fact[Family | None] | None) -> Fact[Family | None]:
     """The family with the context width `width`. `what` describes the width ("context width 768"), "" if unknown."""
     family = family_of_width(width)
     hints = [Fact(family, what, "likely")] if family is not None else []
-    reason = f"{what} matches no released model" if what else "no tensor shows a context width"
+    verb = "match" if what.startswith("context widths") else "matches"
+    reason = f"{what} {verb} no released model" if what else "no tensor shows a context width"
     nothing = Fact[Family | None](None, f"not recognised ({reason})", "certain")
     return strongest([*hints, *metadata_hints(file.metadata)], override) or nothing
 

@@ -29,6 +29,9 @@ ITEM_SIZE = {
     "F8_E5M2FNUZ": 1, "F8_E4M3FNUZ": 1, "F8_E8M0": 1, "F8_E4M3": 1, "F8_E5M2": 1,
     "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+# The dtypes that a network computes with; weights of others are codes, of which only their scales make numbers.
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
+FP8 = tuple(dtype for dtype in FLOATS if dtype.startswith("F8_"))
 
 
 _PIECE = 1 << 24  # bytes read at a time

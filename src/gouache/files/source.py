@@ -87,7 +87,7 @@ class Source:
 
         raw = torch.empty(_span(info, stride) * ITEM_SIZE[info.dtype], dtype=torch.uint8)
         if info.elements:
-            self.fill(memoryview(raw.numpy()), offset)
+            self.fill(memoryview(raw.numpy()), offset)  # pyright: ignore[reportArgumentType]
         return _typed(raw, info, stride, swap)
 
     def map_tensor(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _DTYPE_NAMES = {f"torch.{torch_name}": dtype for dtype, torch_name in TORCH_NAMES.items()}
-_SPARE = 16_000_000  # bytes that must stay free on the disk
+_SPARE = 16_000_000  # bytes that stay free on the disk; small files, such as pictures, may use half of what is left
 _OWNER = re.sub(r"[^A-Za-z0-9]", "", platform.node())[:32]
 
 OnBytes = Callable[[int], None]
@@ -286,8 +286,11 @@ def _check_target(path: Path, size: int) -> None:
     if path.exists() and not path.is_file():
         raise FileError(path, "cannot be written: it is a folder or a device, not a file")
     free = shutil.disk_usage(folder).free
-    if size and size + _SPARE > free:
-        raise FileError(path, f"cannot be written: it needs {size_text(size)}, but {size_text(free)} are free there")
+    if size and size + min(_SPARE, free // 2) > free:
+        reserve = f", and {size_text(_SPARE)} that stay free," if size > _SPARE else ""
+        raise FileError(
+            path, f"cannot be written: it needs {size_text(size)}{reserve} but only {size_text(free)} are free there"
+        )
 
 
 def sync_folder(folder: Path) -> None:

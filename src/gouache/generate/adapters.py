@@ -8,6 +8,7 @@ style:1:start=0.2:end=0.8          its U-Net part from 20 % to 80 % of the steps
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,11 +24,13 @@ from gouache.errors import RequestError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile, sha256_of
+from gouache.generate.prompting import read_texts
 from gouache.generate.request import Request
 from gouache.model.attach import Attached
 from gouache.model.lease import Use
 from gouache.model.model import Model
 from gouache.model.vae import AnyVae, check_compatible, load_vae
+from gouache.prompts.embedding_names import used
 from gouache.prompts.tags import Tag
 
 Kind = Literal["lora", "embedding", "hypernetwork", "vae"]
@@ -44,8 +47,8 @@ class FileSource(Protocol):
         """The file called `name`, which may be a path if `paths` is true. Raises RequestError if there is none."""
         ...
 
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
-        """The embeddings whose names occur in `prompts`, for text encoders of these widths."""
+    def mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+        """The embeddings whose names occur in `texts` (`prompting.read_texts`), for text encoders of these widths."""
         ...
 
     def default_strength(self, path: Path) -> float:
@@ -66,7 +69,7 @@ class PathSource:
             raise RequestError(kind, f"there is no file {printable(name)}")
         return path
 
-    def mentioned(self, prompts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
+    def mentioned(self, texts: Sequence[str], widths: Mapping[str, int]) -> Mapping[str, Path]:
         return {}
 
     def default_strength(self, path: Path) -> float:
@@ -115,10 +118,12 @@ def read_spec(setting: str, text: str) -> AdapterSpec:
     how, blocks = values.pop("how", None), values.pop("blocks", None)
     if how not in (None, "folded", "live"):
         raise RequestError(setting, f"how={printable(how, 20)} is not known; use folded or live")
-    try:
-        given = {key: float(value) for key, value in values.items()}
-    except ValueError:
-        raise RequestError(setting, f"{printable(text, 80)!r} has a strength that is not a number") from None
+    given = {key: float(value) if _NUMBER.fullmatch(value) else math.nan for key, value in values.items()}
+    for key, number in given.items():
+        if not math.isfinite(number):
+            raise RequestError(
+                setting, f"{printable(text, 80)!r}: {key} is {printable(values[key], 20)!r}, which is not a number"
+            )
     start, end = given.get("start", 0.0), given.get("end", 1.0)
     text_strength: float | dict[str, float] | None = given.get("te")
     if "te1" in given or "te2" in given:
@@ -177,13 +182,10 @@ class UsedFile:
         return f"{self.attached.name} [{self.sha256[:10]}]: {self.attached.summary}"
 
 
-def find_adapters(
-    model: Model, request: Request, prompts: Sequence[str], tags: Iterable[Tag], source: FileSource
-) -> list[RequestedFile]:
+def find_adapters(model: Model, request: Request, tags: Iterable[Tag], source: FileSource) -> list[RequestedFile]:
     """The adapter files of one pass: of the request's options, of the `tags` of its prompt, and embeddings by name.
 
-    `prompts` have no tags. Nothing is attached. Raises RequestError if a file is not found, FileError if it cannot be
-    opened.
+    Nothing is attached. Raises RequestError if a file is not found, FileError if it cannot be opened.
     """
     tags = list(tags)
     blocks = _blocks(request, source)
@@ -194,26 +196,42 @@ def find_adapters(
 
     for text, by_option in _asked(request.lora, tags, "lora", "lyco"):
         spec = read_spec("lora", text)
-        path = source.find("lora", spec.name, paths=by_option)
+        path = _find(source, "lora", spec, by_option)
         unet = source.default_strength(path) if spec.unet is None else spec.unet
-        by_block = spec.blocks or blocks.get(path.resolve())
+        by_block = spec.blocks or blocks.get(os.path.realpath(path))
         chosen = strength(unet, spec.text, by_block, spec.start, spec.end, model.unet.spec)
         add("lora", path, text, Use(open_model(path), chosen, spec.how))
-    for path in blocks.keys() - {each.path.resolve() for each in found}:
+    for path in blocks.keys() - {os.path.realpath(each.path) for each in found}:
         raise RequestError("lora_blocks", f"{path} is not a LoRA of this request; name it with lora too")
     for text, by_option in _asked(request.hypernet, tags, "hypernet"):
         spec = read_spec("hypernet", text)
-        path = source.find("hypernetwork", spec.name, paths=by_option)
+        path = _find(source, "hypernetwork", spec, by_option)
         add("hypernetwork", path, text, Use(open_model(path), Strength(1.0 if spec.unet is None else spec.unet)))
-    mentioned = source.mentioned(prompts, model.text_widths)
+    texts = read_texts(request)
+    mentioned = source.mentioned(texts, model.text_widths)
+    named = {path.stem: (path, name) for name in request.embedding for path in [source.find("embedding", name)]}
     attached = {name for each in model.attached for name in each.embeddings if each.kind == "embedding"}
-    embeddings = {name: (path, "") for name, path in mentioned.items() if name not in attached}
-    for name in request.embedding:
-        path = source.find("embedding", name)
-        embeddings[path.stem] = path, name
+    # A name inside a longer one, such as `hands` in `bad hands`, is not used.
+    mentions = used(texts, dict.fromkeys([*attached, *named, *mentioned]))
+    embeddings = {
+        name: (path, "") for name, path in mentioned.items() if name in mentions and name not in attached
+    } | named
     for name, (path, text) in embeddings.items():
         add("embedding", path, text, Use(open_model(path), name=name))
     return found
+
+
+def _find(source: FileSource, kind: Kind, spec: AdapterSpec, by_option: bool) -> Path:
+    try:
+        return source.find(kind, spec.name, paths=by_option)
+    except RequestError:
+        keys = [key for key in re.findall(r":\s*([A-Za-z]\w*)\s*=", spec.name) if key.lower() not in _KEYS]
+        if not keys:
+            raise
+        unknown = ", ".join(printable(key, 40) for key in keys)
+        raise RequestError(
+            kind, f"{printable(spec.name, 80)}: {unknown} is not known here; the keys are {', '.join(sorted(_KEYS))}"
+        ) from None
 
 
 def _asked(options: Sequence[str], tags: Sequence[Tag], *kinds: str) -> Iterator[tuple[str, bool]]:
@@ -260,12 +278,12 @@ def _by_caller(attached: Attached, source: FileSource) -> UsedFile:
     return UsedFile(kinds.get(attached.kind, "lora"), path, source.sha256(path), "", attached)
 
 
-def _blocks(request: Request, source: FileSource) -> dict[Path, str]:
+def _blocks(request: Request, source: FileSource) -> dict[str, str]:
     """{LoRA: its block weights} of the settings "NAME=PRESET"."""
-    found: dict[Path, str] = {}
+    found: dict[str, str] = {}
     for text in request.lora_blocks:
         name, sign, weights = text.partition("=")
         if not sign or not name.strip() or not weights.strip():
             raise RequestError("lora_blocks", f"{printable(text, 80)!r} is not NAME=PRESET or NAME=NUMBERS")
-        found[source.find("lora", name.strip()).resolve()] = weights.strip()
+        found[os.path.realpath(source.find("lora", name.strip()))] = weights.strip()
     return found

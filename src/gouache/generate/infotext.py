@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 
 from gouache.generate.request import Request
+from gouache.model.model import DEFAULT_CFG
 
 UPSCALERS = {
     "latent": "Latent",
@@ -30,17 +31,17 @@ def write(
     hires: tuple[str, str] | None = None,
     refiner: str | None = None,
 ) -> str:
-    """`request`, with its size, for the picture of `seed`. `more` follows the usual fields: model, hash, version.
+    """`request`, with its size, for the picture of `seed`.
 
-    `hires`: the sampler and schedule of the hires pass, if there was one; `refiner`: the model that took over, if one
-    did, with its short hash.
+    `more` follows the usual fields: model, hash, version. `hires`: the sampler and schedule of the hires pass, if there
+    was one; `refiner`: the model that took over, if one did, with its short hash.
     """
     assert request.size is not None
     fields: dict[str, object] = {
         "Steps": request.steps,
         "Sampler": sampler,
         "Schedule type": schedule,
-        "CFG scale": _number(request.cfg),
+        "CFG scale": _number(DEFAULT_CFG if request.cfg is None else request.cfg),
         "Seed": seed,
         "Size": f"{request.size[0]}x{request.size[1]}",
     }

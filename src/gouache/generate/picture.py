@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from gouache.errors import FileError, RequestError
+from gouache.errors import FileError, RequestError, printable
 from gouache.files.write import write_atomic, write_new
 from gouache.generate.request import IMAGES
+from gouache.images import pixels
+from gouache.outside import parse_json
 
 RECIPE_KEY = "gouache"
 PARAMETERS_KEY = "parameters"
@@ -38,8 +41,10 @@ class Picture:
     def save(self, path: str | Path, *, overwrite: bool = True) -> Path:
         """Write a PNG with its recipe inside, whole or not at all.
 
-        Raises RequestError for another suffix, FileExistsError if `path` exists and `overwrite` is False.
+        Raises RequestError for another suffix or a folder, FileExistsError if `path` exists and `overwrite` is False.
         """
+        if str(path).endswith(("/", os.sep)) or os.path.isdir(path):  # noqa: PTH112  # False for no possible path
+            raise RequestError("output", f"{printable(str(path))} is a folder; expected the name of a .png file")
         path = Path(path)
         if path.suffix.lower() not in (".png", ""):
             raise RequestError(
@@ -65,23 +70,25 @@ class Picture:
 
 def read_recipe(path: Path) -> tuple[dict[str, Any], Image.Image]:
     """The recipe in a PNG that Gouache saved, and the picture. Raises RequestError if there is none."""
+    name = printable(str(path))
+    data = pixels.read_bytes(path, "picture")
     try:
-        with Image.open(path, formats=("PNG",)) as opened:
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
+            picture = pixels.normalise(opened, str(path), "picture").convert("RGB")
             texts = dict(opened.text)  # type: ignore[attr-defined]
-            picture = opened.convert("RGB")
-    except FileNotFoundError:
-        raise RequestError("picture", f"there is no file {path}") from None
-    except (OSError, ValueError, AttributeError):
-        raise RequestError("picture", f"{path} is not a PNG that can be read") from None
+    except RequestError:
+        raise
+    except Exception:  # Pillow's decoders raise almost any exception on damaged files
+        raise RequestError("picture", f"{name} is not a PNG that can be read") from None
     if RECIPE_KEY not in texts:
         other = "; it has the parameters of another program" if PARAMETERS_KEY in texts else ""
-        raise RequestError("picture", f"{path} has no recipe by Gouache{other}")
+        raise RequestError("picture", f"{name} has no recipe by Gouache{other}")
     try:
-        recipe = json.loads(texts[RECIPE_KEY])
-    except (ValueError, RecursionError):
+        recipe = parse_json(texts[RECIPE_KEY])
+    except ValueError:
         recipe = None
     if not isinstance(recipe, dict):
-        raise RequestError("picture", f"{path}: its recipe is damaged")
+        raise RequestError("picture", f"{name}: its recipe is damaged")
     if "splices" in recipe:  # the name that version 0.1 gave them
         old = recipe.pop("splices")
         recipe["adapters"] = [
@@ -89,7 +96,7 @@ def read_recipe(path: Path) -> tuple[dict[str, Any], Image.Image]:
             for each in (old if isinstance(old, list) else [old])
         ]
     if not _is_valid(recipe):
-        raise RequestError("picture", f"{path}: its recipe is damaged")
+        raise RequestError("picture", f"{name}: its recipe is damaged")
     return recipe, picture
 
 

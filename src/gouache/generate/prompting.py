@@ -10,8 +10,10 @@ from torch import Tensor
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.guidance import Term
 from gouache.diffusion.timeline import Timeline
+from gouache.generate.request import Request
 from gouache.model.model import Model
 from gouache.prompts.encode import Emphasis
+from gouache.prompts.grammar import Break, parse
 from gouache.prompts.schedule import composed, scheduled
 from gouache.prompts.tags import Tag, strip_comments, take_tags
 
@@ -49,6 +51,25 @@ def read_prompts(prompt: str, negative: str, steps: int, *, base_steps: int | No
         return Timeline(tuple((span.last, span.text) for span in scheduled(text, steps, base_steps=base_steps)))
 
     return Prompts(tuple((part.weight, timeline(part.text)) for part in composed(prompt)), timeline(negative))
+
+
+def read_texts(request: Request) -> list[str]:
+    """Every text that is encoded at some step of `request`, each once, in runs of equal weight.
+
+    Without comments, tags, weights and escapes: the text that names of embeddings and words are looked up in.
+    """
+    prompt, negative = split_prompt(request.prompt)[0], strip_comments(request.negative)
+    passes = [read_prompts(prompt, negative, request.steps)]
+    if request.hires is not None:
+        hires_prompt = split_prompt(request.hires_prompt)[0] or prompt
+        hires_negative = strip_comments(request.hires_negative) or negative
+        steps = request.hires_steps or request.steps
+        passes.append(read_prompts(hires_prompt, hires_negative, steps, base_steps=request.steps))
+    texts = [text for prompts in passes for _, timeline in prompts.positive for text in timeline.values]
+    texts += [text for prompts in passes for text in prompts.negative.values]
+    if request.emphasis == "none":
+        return list(dict.fromkeys(texts))
+    return list(dict.fromkeys(run[0] for text in texts for run in parse(text) if not isinstance(run, Break)))
 
 
 def encode_prompts(

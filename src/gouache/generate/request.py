@@ -32,7 +32,7 @@ class Options(TypedDict, total=False):
     sampler: str
     schedule: str
     steps: int
-    cfg: float
+    cfg: float | None
     seed: int | None
     size: Size | str | None
     count: int
@@ -72,10 +72,12 @@ class Request:
     """What to generate and how. `None` means the default of the model or the sampler.
 
     `prompt`, `negative`: A1111's prompt language. `sampler`, `schedule`: names as `gouache samplers` lists them.
-    `steps` 1 to 1000. `cfg`: the guidance scale, 1 for none. `seed` 0 to 2^64 - 1; picture i has seed + i.
+    `steps` 1 to 1000. `cfg`: the guidance scale, 1 for none; None is the model's own, which its file may state in its
+    metadata as `gouache.cfg`, else 7. `seed` 0 to 2^64 - 1; picture i has seed + i.
     `size` (width, height) in pixels, multiples of 8. `count` pictures, `batch` of them at once.
     `clip_skip` n uses the text encoder's n-th layer from the end. `emphasis`: how weights in the prompt act.
-    `init`: a picture to start from; `strength` (0 to 1) is A1111's denoising strength. `mask`: white where to paint.
+    `init`: a picture to start from; `strength` (0 to 1) is A1111's denoising strength. `mask`: white where to paint;
+    what it keeps is kept as a latent, so that its pixels change as much as encoding and decoding change them.
     `image_cfg`: how closely instruct-pix2pix keeps to `init`. `depth`: a depth picture, white is near. Pictures are
     paths, bytes, PIL images or arrays; each is opened once, here.
     `hires`: a second pass at a larger size, as a factor or (width, height); `hires_steps` (None: `steps`),
@@ -94,7 +96,7 @@ class Request:
     sampler: str = "DPM++ 2M"
     schedule: str = "Automatic"
     steps: int = 25
-    cfg: float = 7.0
+    cfg: float | None = None
     seed: int | None = None
     size: tuple[int, int] | None = None
     count: int = 1
@@ -165,12 +167,13 @@ class Request:
             if getattr(self, name) is not None:
                 _within(name, getattr(self, name), low, high, whole=True)
         for name, high in (
-            ("cfg", 1000), ("image_cfg", 1000), ("strength", 1), ("variation_strength", 1), ("rescale", 1),
+            ("image_cfg", 1000), ("strength", 1), ("variation_strength", 1), ("rescale", 1),
             ("hires_strength", 1), ("refiner_at", 1),
         ):  # fmt: skip
             _within(name, getattr(self, name), 0, high)
-        if self.eta is not None:
-            _within("eta", self.eta, 0, 100)
+        for name, high in (("cfg", 1000), ("eta", 100)):
+            if getattr(self, name) is not None:
+                _within(name, getattr(self, name), 0, high)
         _within("ensd", self.ensd, -SEEDS, SEEDS, whole=True)
         for name, choices in (
             ("rng", get_args(Rng)), ("emphasis", get_args(Emphasis)), ("hires_upscaler", UPSCALERS)

@@ -65,8 +65,8 @@ def paint(
             with next((each.lease for each in reversed(job.passes) if each.model is model), job.lease):
                 images = pixels.to_pictures(model.decode(latents))
                 upcast = list(model.upcast)
-            for seed, image, latent in zip(seeds, images, latents):
-                recipe, parameters = _describe(job, seed, upcast, hash_of)
+            for index, (seed, image, latent) in enumerate(zip(seeds, images, latents)):
+                recipe, parameters = _describe(job, seed, (len(seeds), index), upcast, hash_of)
                 with torch.inference_mode(False):  # a picture's latent can be trained on
                     latent = latent.clone().float().cpu()
                 yield Picture(image, latent, seed, recipe, parameters)
@@ -89,11 +89,10 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     negative, hires_negative = strip_comments(request.negative), strip_comments(request.hires_negative)
     if request.refiner is not None and load is None:
         raise RequestError("refiner", "cannot be loaded here; use gouache.load(...).paint")
-    texts = [prompt, negative, hires_prompt, hires_negative]
 
     with model.exclusive():  # what another request has attached is not the model's
         vae = find_vae(model, request.vae, source)
-        adapters = find_adapters(model, request, texts, tags, source)
+        adapters = find_adapters(model, request, tags, source)
     lease = Lease(model, [each.use for each in adapters], vae)
     stack.callback(lease.close)
     with lease:
@@ -103,7 +102,7 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     if request.hires is not None and request.hires_prompt:
         # A hires prompt has tags of its own, which replace those of the prompt.
         with model.exclusive():
-            adapters = find_adapters(model, request, texts, hires_tags, source)
+            adapters = find_adapters(model, request, hires_tags, source)
         hires_lease = Lease(model, [each.use for each in adapters], vae)
         stack.callback(hires_lease.close)
         with hires_lease:
@@ -115,7 +114,8 @@ def _prepare(model: Model, request: Request, source: FileSource, load: LoadModel
     name = request.refiner
     refiner = (lambda: load(name)) if name is not None and load is not None else None
     passes = plan_passes(model, request, first, second, refiner)
-    return _Job(model, replace(request, size=passes[0].source.size), lease, passes, used)
+    settled = replace(request, size=passes[0].source.size, cfg=model.cfg if request.cfg is None else request.cfg)
+    return _Job(model, settled, lease, passes, used)
 
 
 def _sample(job: _Job, seeds: list[int], on_step: OnStep | None) -> Tensor:
@@ -191,6 +191,7 @@ def _denoisers(each: Pass, request: Request, batch: int) -> Callable[[int], Deno
 
 def _guided(each: Pass, request: Request, guides: Guides, batch: int) -> Denoise:
     model, source = each.model, each.source
+    assert request.cfg is not None  # settled
     positive = [replace(term, conditioning=term.conditioning.repeat(batch)) for term in guides.positive]
     negative = guides.negative.repeat(batch)
     if model.variant == "instruct-pix2pix":
@@ -217,8 +218,10 @@ def _variation_seeds(request: Request, seeds: list[int]) -> list[int] | None:
     return [(request.variation_seed + seed - request.seed) % 2**64 for seed in seeds]
 
 
-def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple[dict[str, Any], str]:
-    """The recipe of one picture, and the same in A1111's format."""
+def _describe(
+    job: _Job, seed: int, batch: tuple[int, int], upcast: list[str], hash_of: HashOf
+) -> tuple[dict[str, Any], str]:
+    """The recipe of one picture, and the same in A1111's format. `batch`: the size of its batch, its index there."""
     model, whole, first = job.model, job.request, job.passes[0]
     request = replace(whole, seed=seed, count=1, batch=1)
     if request.variation_seed is not None and whole.seed is not None:
@@ -240,6 +243,8 @@ def _describe(job: _Job, seed: int, upcast: list[str], hash_of: HashOf) -> tuple
         "upcast": upcast,
         "versions": {"gouache": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+    if whole.batch > 1:  # the last batch of a series may be smaller
+        recipe |= {"batch_size": batch[0], "batch_index": batch[1]}
     more: dict[str, object] = {"Model hash": model_hash[:10]} if model_hash else {}
     more |= {"Model": model.file.path.stem, **_hashes(job.used), "Version": f"Gouache {__version__}"}
     refiner = next((each.model for each in job.passes if each.model is not model), None)

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from gouache.errors import RequestError
-from gouache.generate.request import Request, Size
+from gouache.generate.request import MAX_SIDE, Request, Size
 from gouache.images import pixels
 from gouache.model.model import Model
 
@@ -96,4 +96,8 @@ def _init_size(size: Size, usual: Size) -> Size:
     area, most = size[0] * size[1], LARGEST * usual[0] * usual[1]
     scale = math.sqrt(usual[0] * usual[1] / area) if area > most else 1.0
     width, height = (max(8, int(side * scale) // 8 * 8) for side in size)
+    if max(width, height) > MAX_SIDE:
+        raise RequestError(
+            "init", f"is {size[0]}x{size[1]}, too narrow to start from; cut it, or give the size to paint with size"
+        )
     return width, height

@@ -223,7 +223,9 @@ def read_adapter(shapes: Mapping[str, Shape]) -> AdapterNames | None:
         kind="dora" if formats["dora"] else base,
         base=base,
         modules={component: len(names) for component, names in sorted(modules.items())},
-        context_dim=next(_context_dims(shapes), None),
+        context_dim=next(
+            _context_dims({module + suffix: shapes[name] for name, (module, suffix) in split.items()}), None
+        ),
         block_names=_block_names(shapes),
         embeddings=tuple(sorted(packed)),
         unnamed=tuple(unnamed),
@@ -241,7 +243,10 @@ def _block_names(shapes: Mapping[str, Shape]) -> str | None:
 
 
 def _context_dims(shapes: Mapping[str, Shape]) -> Iterator[int]:
-    """The input width of each cross-attention's `to_k`, from the factor that shows it."""
+    """The input width of each cross-attention's `to_k`, from the factor that shows it.
+
+    The names in `shapes` have no adapter name in them.
+    """
     for name, shape in shapes.items():
         if len(shape) < 2 or not _CONTEXT_KEY.search(name):
             continue

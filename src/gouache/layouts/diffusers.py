@@ -62,6 +62,10 @@ HYBRID_VAE: tuple[Rule, ...] = tuple(
         "proj_attn": "proj_out",
         "proj_out": "proj_out",
     }.items()
+) + tuple(
+    Rename(f"{side}.mid.attn_1.group_norm.{leaf}", f"{side}.mid.attn_1.norm.{leaf}")
+    for side in ("encoder", "decoder")
+    for leaf in ("weight", "bias")
 )
 """Attention of an autoencoder with the original's names, but its layers as some of diffusers' converters left them:
 with diffusers' names, or as linear layers."""

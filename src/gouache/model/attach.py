@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import get_args
 
 from gouache.adapters.attach import AttachedAdapter, How
 from gouache.adapters.embedding import Vectors, bundled_vectors, check_widths, vectors_of
 from gouache.adapters.hypernetwork import HypernetworkHooks, read_hypernetwork
 from gouache.adapters.read import read_lora
 from gouache.adapters.strength import Strength
-from gouache.errors import ModelError, printable
+from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.record import ModelFile
@@ -61,7 +63,7 @@ class Attached:
 
     def change(self, strength: float | Strength) -> None:
         """Change the strength; only modules for which it differs are computed again."""
-        strength = strength if isinstance(strength, Strength) else Strength(strength)
+        strength = _checked(strength)
         where = printable(str(self.file.path))
         if self.kind == "embedding":
             raise ModelError(f"{where}: an embedding has no strength of its own; write ({self.name}:1.2) in the prompt")
@@ -144,7 +146,9 @@ def attach_unlocked(
     model: Model, file: ModelFile, strength: float | Strength, *, how: How | None, name: str | None
 ) -> Attached:
     """`attach` for a caller that holds the model."""
-    strength = strength if isinstance(strength, Strength) else Strength(strength)
+    strength = _checked(strength)
+    if how not in (None, *get_args(How)):
+        raise RequestError("how", f"{printable(str(how), 40)!r} is not known; use {' or '.join(get_args(How))}")
     found = identify(file)
     kind = found.kind.value
     if kind in FORMATS:
@@ -167,6 +171,14 @@ def attach_unlocked(
             model.adapters.detach(attached.on_weights)
         raise
     return attached
+
+
+def _checked(strength: float | Strength) -> Strength:
+    if isinstance(strength, Strength):
+        return strength
+    if isinstance(strength, bool) or not isinstance(strength, numbers.Real):
+        raise RequestError("strength", f"{printable(repr(strength), 40)} is not a number or a Strength")
+    return Strength(float(strength))
 
 
 def _lora(model: Model, file: ModelFile, found: Found, strength: Strength, how: How | None) -> Attached:

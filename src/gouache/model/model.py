@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+CFG_KEY, DEFAULT_CFG = "gouache.cfg", 7.0
+
 
 @dataclass(eq=False, repr=False)
 class Model:
@@ -58,6 +60,9 @@ class Model:
     lock: threading.RLock = field(default_factory=threading.RLock)
     holder: Lease | None = None
     spare: Lease | None = None
+
+    def __reduce_ex__(self, protocol: object) -> str:
+        raise RequestError("model", f"cannot be pickled or copied; load {printable(str(self.file.path))} once more")
 
     @cached_property
     def adapters(self) -> Adapters:
@@ -137,6 +142,15 @@ class Model:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels that the weights were trained on, as far as the file or its family says."""
         return self.found.size.value if self.found.size is not None else self.family.size
+
+    @property
+    def cfg(self) -> float:
+        """The guidance scale that suits the weights: what the file's metadata states under `gouache.cfg`, else 7."""
+        try:
+            stated = float(self.file.metadata.get(CFG_KEY, ""))
+        except ValueError:
+            return DEFAULT_CFG
+        return stated if 0 <= stated <= 1000 else DEFAULT_CFG
 
     @property
     def variant(self) -> str:

@@ -6,11 +6,11 @@ so that a phrase is not cut in two.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gouache.prompts.grammar import Break, flatten, parse
+from gouache.prompts.embedding_names import split
+from gouache.prompts.grammar import Break, parse
 from gouache.prompts.tokenizer import Tokenizer
 
 CHUNK_TOKENS = 75
@@ -35,71 +35,33 @@ def chunk(
 ) -> list[Chunk]:
     """The chunks of the prompt `text`; at least one, which is empty for an empty prompt.
 
-    `embeddings` {name: number of vectors} are found wherever their name occurs, in upper or lower case, and are not
+    `embeddings` {name: number of vectors} replace their names wherever these occur (`embedding_names`), and are not
     divided between chunks. `plain`: brackets, backslashes and BREAK are text, and all weights are 1.
     """
     comma = tokenizer.id(",</w>")
-    known = _by_first_token(embeddings or {}, tokenizer)
+    embeddings = embeddings or {}
     full: list[Chunk] = []
     current: Chunk = []
-    bare = _bare(text, embeddings or {})
-    for run in [(bare, 1.0)] if plain else flatten(parse(bare)):
+    for run in [(text, 1.0)] if plain else parse(text):
         if isinstance(run, Break):
             full.append(current)
             current = []
             continue
-        words, weight = run
-        tokens = tokenizer.encode(words)
-        position = 0
-        while position < len(tokens):
-            name, length = _embedding_at(tokens, position, known)
+        for words, name in split(run[0], embeddings):
             if name is not None:
-                count = (embeddings or {})[name]
+                count = embeddings[name]
                 if len(current) + count > CHUNK_TOKENS:
                     full.append(current)
                     current = []
-                current += [Token(PLACEHOLDER, weight, (name, row)) for row in range(count)]
-                position += length
+                current += [Token(PLACEHOLDER, run[1], (name, row)) for row in range(count)]
                 continue
-            token = tokens[position]
-            if len(current) == CHUNK_TOKENS:
-                stop = CHUNK_TOKENS if token == comma else _phrase_end(current, comma)
-                full.append(current[:stop])
-                current = current[stop:]
-            current.append(Token(token, weight))
-            position += 1
+            for token in tokenizer.encode(words):
+                if len(current) == CHUNK_TOKENS:
+                    stop = CHUNK_TOKENS if token == comma else _phrase_end(current, comma)
+                    full.append(current[:stop])
+                    current = current[stop:]
+                current.append(Token(token, run[1]))
     return [*full, current] if current or not full else full
-
-
-def _bare(text: str, embeddings: Mapping[str, int]) -> str:
-    """`text` with ComfyUI's `embedding:name` reduced to the name, where an embedding has that name."""
-    names = {name.casefold() for name in embeddings}
-
-    def bare(match: re.Match[str]) -> str:
-        name = re.sub(r"\.(safetensors|pt|bin)$", "", match[1])
-        return name if name.casefold() in names else match[0]
-
-    return re.sub(r"\bembedding:([^\s,:()\[\]]+)", bare, text)
-
-
-def _by_first_token(embeddings: Mapping[str, int], tokenizer: Tokenizer) -> dict[int, list[tuple[list[int], str]]]:
-    """{first token: [(the name's tokens, name)]}, longer names first."""
-    found: dict[int, list[tuple[list[int], str]]] = {}
-    for name in embeddings:
-        if tokens := tokenizer.encode(name):
-            found.setdefault(tokens[0], []).append((tokens, name))
-    for entries in found.values():
-        entries.sort(key=lambda entry: -len(entry[0]))
-    return found
-
-
-def _embedding_at(
-    tokens: list[int], position: int, known: Mapping[int, list[tuple[list[int], str]]]
-) -> tuple[str | None, int]:
-    for name_tokens, name in known.get(tokens[position], ()):
-        if tokens[position : position + len(name_tokens)] == name_tokens:
-            return name, len(name_tokens)
-    return None, 0
 
 
 def _phrase_end(tokens: Chunk, comma: int | None) -> int:

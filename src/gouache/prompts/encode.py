@@ -18,6 +18,7 @@ from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
 from gouache.nn.blocks import timestep_embedding
 from gouache.prompts.chunks import CHUNK_TOKENS, Chunk, chunk
+from gouache.prompts.grammar import MAX_WEIGHT
 from gouache.prompts.recipe import EncoderRecipe, SizeIds, TextRecipe
 from gouache.prompts.tokenizer import Tokenizer
 
@@ -31,7 +32,7 @@ ComfyUI square brackets are text and nested explicit weights do not multiply.
 """
 
 
-MAX_WEIGHT = 1e6  # far beyond use; without a limit the text encoder's output overflows
+MAX_CHUNKS = 200  # 15,000 tokens; prompts come from strangers, and time and memory grow with their length
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def encode(
     `vector` is the pooled text alone, for `add_sizes`. `negative`: these are negative prompts. `embeddings`
     {name: {encoder: (vectors, D)}} replace their names in the prompts. `device` is the encoders' device.
 
-    Raises RequestError for an unknown emphasis, a layer that an encoder does not have, or a missing size.
+    Raises RequestError for an unknown emphasis, a prompt of more than `MAX_CHUNKS` chunks, a layer that an encoder
+    does not have, or a missing size.
     """
     if emphasis not in get_args(Emphasis):
         names = ", ".join(repr(name) for name in get_args(Emphasis))
@@ -114,6 +116,10 @@ def encode(
     counts = {name: len(next(iter(vectors.values()))) for name, vectors in embeddings.items()}
     split = [chunk(text, tokenizer, counts, plain=emphasis == "none") for text in texts]
     count = max(len(each) for each in split)
+    if count > MAX_CHUNKS:
+        raise RequestError(
+            "prompt", f"is too long: {count} chunks of {CHUNK_TOKENS} tokens; expected at most {MAX_CHUNKS}"
+        )
     rows = [part for each in split for part in [*each, *[[]] * (count - len(each))]]  # B * chunks
     weights = _weights(rows)
     if not bool((weights.abs() <= MAX_WEIGHT).all()):

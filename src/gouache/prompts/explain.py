@@ -8,6 +8,7 @@ from itertools import groupby
 
 from gouache.errors import printable
 from gouache.prompts.chunks import CHUNK_TOKENS, Chunk, Token, chunk
+from gouache.prompts.grammar import EMPHASIS, weight_of
 from gouache.prompts.schedule import (
     Alternate,
     Emphasis,
@@ -52,7 +53,7 @@ def explain(
         lines.append(f"{name}, weight {part.weight:g}: {_quoted(part.text)}")
         nodes = tree(part.text)
         lines.append("  tree:" if nodes else "  tree: empty")
-        lines.extend(_tree(nodes, steps, hires_steps))
+        lines.extend(_tree(nodes, steps, hires_steps, plain))
         for unit, count, base_steps in passes:
             for when, span_text in _by_text(scheduled(part.text, count, base_steps=base_steps)):
                 lines.append(f"  {unit}{when}: {_quoted(span_text)}")
@@ -62,7 +63,7 @@ def explain(
     return "\n".join(lines)
 
 
-def _tree(nodes: Nodes, steps: int, hires_steps: int | None) -> Iterator[str]:
+def _tree(nodes: Nodes, steps: int, hires_steps: int | None, plain: bool) -> Iterator[str]:
     pending: list[tuple[int, object]] = [(2, node) for node in reversed(nodes)]  # no recursion: brackets may be deep
     while pending:
         depth, node = pending.pop()
@@ -76,13 +77,17 @@ def _tree(nodes: Nodes, steps: int, hires_steps: int | None) -> Iterator[str]:
             case Emphasis(bracket, body, weight):
                 title = "round brackets" if bracket == "(" else "square brackets"
                 branches = [("", body)]
-                match weight:
-                    case None:
-                        pass
-                    case (Text(text),):
-                        title += f", weight {printable(text.strip())}"
-                    case _:
-                        branches = [("body", body), ("weight", weight)]
+                factor = EMPHASIS if bracket == "(" else 1 / EMPHASIS
+                if weight is not None:
+                    match weight:
+                        case (Text(text),) if (given := weight_of(text)) is not None:
+                            factor = given
+                        case () | (Text(_),):  # a colon without a weight is text
+                            branches = [("", _with_text(body, "".join([":", *(part.text for part in weight)])))]
+                        case _:
+                            branches = [("body", body), ("weight", weight)]
+                if not plain and len(branches) == 1:
+                    title += f", weight {factor:.4g}"
             case Switch(before, after, when):
                 title = f"switch at {when}: {_switch(when, steps, hires_steps)}"
                 branches = [("before", before), ("after", after)]
@@ -96,6 +101,13 @@ def _tree(nodes: Nodes, steps: int, hires_steps: int | None) -> Iterator[str]:
                 inner.append((depth + 1, f"{name}:" if branch else f"{name}: nothing"))
             inner.extend((depth + (2 if name else 1), each) for each in branch)
         pending.extend(reversed(inner))
+
+
+def _with_text(nodes: Nodes, text: str) -> Nodes:
+    match nodes:
+        case (*before, Text(last)):
+            return (*before, Text(last + text))
+    return (*nodes, Text(text))
 
 
 def _switch(when: str, steps: int, hires_steps: int | None) -> str:

@@ -1,12 +1,12 @@
-r"""Emphasis in prompts, as A1111's web UI reads it: text to a tree, and a tree to weighted text.
+r"""Emphasis in prompts, as A1111's web UI reads it: text to runs of weighted text.
 
     (a)       weight 1.1             [a]      weight 1 / 1.1
     (a:1.3)   weight 1.3             BREAK    what follows starts a new chunk of 75 tokens
     \( \) \[ \] \\   the character itself
 
 Nested weights multiply. Every text is a prompt: a bracket that is never closed extends to the end, a closing bracket
-without an opening one is text, and so is a malformed weight. Round and square brackets may overlap, `(a [b) c]`; the
-tree then has a node for the overlap. Schedules, alternation and `AND` are read before this, by `schedule`.
+without an opening one is text, and so is a malformed weight. Round and square brackets may overlap: `(a [b) c]`.
+Schedules, alternation and `AND` are read before this, by `schedule`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,10 @@ import math
 import re
 from dataclasses import dataclass
 
+from gouache.prompts.tags import KINDS
+
 EMPHASIS = 1.1
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text to be tokenized, without escapes."""
-
-    text: str
+MAX_WEIGHT = 1e6  # far beyond use; without a limit the text encoder's output overflows
 
 
 @dataclass(frozen=True)
@@ -30,22 +26,8 @@ class Break:
     """The end of a chunk of tokens, also within brackets; weights around it have no effect on it."""
 
 
-@dataclass(frozen=True)
-class Sequence:
-    """Parts in the order of the text."""
-
-    parts: tuple[Node, ...]
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """A part with its weight, a factor on the weights of everything in it."""
-
-    body: Node
-    weight: float
-
-
-Node = Text | Break | Sequence | Weighted
+Run = tuple[str, float] | Break
+"""Text without escapes and its weight, or the end of a chunk."""
 
 # A backslash before any other character is dropped, and so is one at the end.
 _TOKEN = re.compile(
@@ -59,58 +41,44 @@ _TOKEN = re.compile(
 )
 _BREAK = re.compile(r"\bBREAK\b")
 
-_TAG = re.compile(r"<\w+:[^<>]+>")
+_TAG = re.compile(rf"<\w+:[^<>]*>|<(?:{'|'.join(KINDS)}):[^<>]*", re.IGNORECASE)
 
 
-def parse(text: str) -> Sequence:
-    """The tree of `text`; never fails."""
+def parse(text: str) -> list[Run]:
+    """The runs of `text` from left to right; never fails. Neighbouring runs of equal weight are joined.
+
+    Linear in the length of the text, because prompts come from strangers.
+    """
     tokens = list(_TOKEN.finditer(text))
     weights, openers = _pair(tokens)
 
-    frames: list[tuple[int, list[Node]]] = [(-1, [])]  # an open bracket's token, and the parts since
-
-    def close() -> int:
-        opener, parts = frames.pop()
-        if parts:
-            frames[-1][1].append(Weighted(Sequence(tuple(parts)), weights[opener]))
-        return opener
-
+    # Brackets of one shape are closed in reverse order of opening, also where those of the other shape cross them. So
+    # each shape has its own stack: the product of the weights of the brackets that are open.
+    products = {"(": [1.0], "[": [1.0]}
+    runs: list[tuple[list[str], float] | Break] = []
     for index, token in enumerate(tokens):
         if index in weights:
-            frames.append((index, []))
+            stack = products[token[0]]
+            stack.append(stack[-1] * weights[index])
         elif index in openers:
-            crossed = []
-            while (opener := close()) != openers[index]:
-                crossed.append(opener)
-            frames.extend((opener, []) for opener in reversed(crossed))
+            products[tokens[openers[index]][0]].pop()
         else:
-            frames[-1][1].extend(_literal(token))
-    while len(frames) > 1:
-        close()
-    return Sequence(tuple(frames[0][1]))
-
-
-def flatten(tree: Node) -> list[tuple[str, float] | Break]:
-    """The tree's text from left to right as runs (text, weight), with the breaks between them.
-
-    Neighbouring runs of equal weight are joined.
-    """
-    runs: list[tuple[list[str], float] | Break] = []
-    pending: list[tuple[Node, float]] = [(tree, 1.0)]  # no recursion: brackets may be thousands deep
-    while pending:
-        node, weight = pending.pop()
-        if isinstance(node, Sequence):
-            pending.extend((part, weight) for part in reversed(node.parts))
-        elif isinstance(node, Weighted):
-            pending.append((node.body, weight * node.weight))
-        elif isinstance(node, Break):
-            runs.append(node)
-        # Joined before they are tokenized: `(un)(common)` is one word.
-        elif runs and isinstance(last := runs[-1], tuple) and math.isclose(last[1], weight):
-            last[0].append(node.text)
-        else:
-            runs.append(([node.text], weight))
+            weight = products["("][-1] * products["["][-1]
+            for part in _literal(token):
+                if isinstance(part, Break):
+                    runs.append(part)
+                # Joined before they are tokenized: `(un)(common)` is one word.
+                elif runs and isinstance(last := runs[-1], tuple) and math.isclose(last[1], weight):
+                    last[0].append(part)
+                else:
+                    runs.append(([part], weight))
     return [run if isinstance(run, Break) else ("".join(run[0]), run[1]) for run in runs]
+
+
+def weight_of(text: str) -> float | None:
+    """The weight in `(body:text)`; None if `text` is not a weight, so that the colon and it are part of the body."""
+    match = _TOKEN.fullmatch(f":{text})")
+    return float(match["weight"]) if match is not None and match["weight"] else None
 
 
 def escape(text: str) -> str:
@@ -119,7 +87,10 @@ def escape(text: str) -> str:
 
 
 def unsupported(text: str) -> list[str]:
-    """The tags `<name:...>` in `text` that are still in it and are therefore read as text; each once, in order."""
+    """The tags `<name:...>` in `text` that are still in it and are therefore read as text; each once, in order.
+
+    Among them those of a known kind that have no name or no end.
+    """
     return list(dict.fromkeys(_TAG.findall(text)))
 
 
@@ -145,17 +116,17 @@ def _pair(tokens: list[re.Match[str]]) -> tuple[dict[int, float], dict[int, int]
     return weights, openers
 
 
-def _literal(token: re.Match[str]) -> list[Node]:
+def _literal(token: re.Match[str]) -> list[str | Break]:
     if token["escaped"] is not None:
-        return [Text(token["escaped"])] if token["escaped"] else []
-    nodes: list[Node] = []
+        return [token["escaped"]] if token["escaped"] else []
+    pieces: list[str | Break] = []
     parts = _BREAK.split(token[0])
     for number, part in enumerate(parts):
         if number > 0:
-            nodes.append(Break())
+            pieces.append(Break())
             part = part.lstrip()
         if number < len(parts) - 1:
             part = part.rstrip()
         if part:
-            nodes.append(Text(part))
-    return nodes
+            pieces.append(part)
+    return pieces

@@ -27,6 +27,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from gouache.errors import RequestError, printable
+from gouache.prompts.grammar import MAX_WEIGHT
+
 
 @dataclass(frozen=True)
 class Span:
@@ -120,6 +123,8 @@ def composed(text: str) -> tuple[Part, ...]:
     The last `:number` of a part is its weight, which holds for a prompt without `AND` too: "at 16:9" is "at 16" with
     weight 9. Whitespace around the colon and at the end is dropped. To be applied before `scheduled`, and to prompts
     only: A1111 does not compose negative prompts.
+
+    Raises RequestError for a weight beyond use.
     """
     return tuple(_part(piece) for piece in _AND.split(text))
 
@@ -330,5 +335,9 @@ def _part(text: str) -> Part:
     before, colon, number = text.rpartition(":")
     number = number.strip()
     if colon and _WEIGHT.fullmatch(number):
+        if not abs(float(number)) <= MAX_WEIGHT:
+            raise RequestError(
+                "prompt", f"has a weight of {printable(number, 40)} at its end; expected at most {MAX_WEIGHT:g}"
+            )
         return Part(before.rstrip(), float(number))
     return Part(text)

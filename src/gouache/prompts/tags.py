@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 KINDS = ("lora", "lyco", "hypernet")
-_TAG = re.compile(r"<(\w+):([^<>]+)>")
+_START = re.compile(rf"<({'|'.join(KINDS)}):", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -29,13 +29,21 @@ def strip_comments(text: str) -> str:
 
 
 def take_tags(text: str) -> tuple[str, list[Tag]]:
-    """(the prompt without its tags, the tags in order). A tag of an unknown kind stays in the text."""
+    """(the prompt without its tags, the tags in order). A tag ends at the first `>`; without one it stays in the text.
+
+    Tags of unknown kinds stay in the text too.
+    """
     tags: list[Tag] = []
-
-    def take(match: re.Match[str]) -> str:
-        if match[1].lower() not in KINDS:
-            return match[0]
-        tags.append(Tag(match[1].lower(), match[2].strip()))
-        return ""
-
-    return _TAG.sub(take, text), tags
+    pieces: list[str] = []
+    done = 0
+    for start in _START.finditer(text):
+        if start.start() < done:
+            continue  # inside a tag, whose name has a "<"
+        end = text.find(">", start.end())
+        if end < 0:
+            break
+        if argument := text[start.end() : end].strip():
+            pieces.append(text[done : start.start()])
+            tags.append(Tag(start[1].lower(), argument))
+            done = end + 1
+    return "".join([*pieces, text[done:]]), tags

@@ -242,7 +242,7 @@ def _entry(path: Path) -> dict[str, Any]:
     try:
         with open_outside(path) as file:
             size = os.fstat(file.fileno()).st_size
-            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}  # pyright: ignore[reportArgumentType]
     except FileError as error:
         raise _Damaged(f"{path.name} {str(error).removeprefix(f'{printable(str(path))}: ')}") from None
     except OSError as error:

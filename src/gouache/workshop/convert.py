@@ -31,7 +31,7 @@ class Converted:
 
     `leftovers` and `left_out` count, by reason, the tensors that the target's layout has no place for: the former are
     saved in its `leftovers.safetensors`, the latter are not saved. `rounded_to` is the dtype that values were rounded
-    to, None where all values are exactly those of the source.
+    to, None where all values are exactly those of the source. `notes` are those on reading the source.
     """
 
     tensors: int
@@ -40,6 +40,7 @@ class Converted:
     leftovers: Mapping[str, int]
     left_out: Mapping[str, int]
     rounded_to: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def convert(
@@ -78,7 +79,8 @@ def convert(
         done = _to_folder(file, found, target, on_work)
     else:
         done = _to_file(file, found, target, form, metadata or {}, overwrite, on_work)
-    return replace(done, rounded_to=dtype if derive.is_rounded(source_infos, file.tensors) else None)
+    rounded_to = dtype if derive.is_rounded(source_infos, file.tensors) else None
+    return replace(done, rounded_to=rounded_to, notes=file.notes)
 
 
 def _to_file(

@@ -11,14 +11,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from gouache.errors import ModelError, RequestError, printable
-from gouache.files.record import ModelFile, TensorInfo
+from gouache.files.record import FLOATS, ModelFile, TensorInfo
 from gouache.layouts.rules import Origin
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "fp8_e4m3": "F8_E4M3", "fp8_e5m2": "F8_E5M2"}
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2")
 
 

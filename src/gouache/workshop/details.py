@@ -14,7 +14,7 @@ from typing import Any
 from gouache.errors import printable
 from gouache.families.found import Found
 from gouache.files.record import ModelFile, TensorInfo
-from gouache.layouts.adapters import read_adapter, read_embedding, read_hypernetwork, suffix_of
+from gouache.layouts.adapters import read_adapter, read_embedding, read_hypernetwork, split_names
 from gouache.outside import MalformedText, parse_json
 from gouache.wording import plural
 
@@ -70,15 +70,23 @@ def details(file: ModelFile, found: Found) -> list[Detail]:
     return list(_training(file.extra))
 
 
+_DOWN = (
+    ".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".lora_linear_layer.down.weight",
+    ".hada_w1_b",
+)  # fmt: skip
+
+
 def _ranks(file: ModelFile) -> Iterator[Detail]:
-    downs = (".lora_down.weight", ".lora_A.weight", ".lora.down.weight", "_lora.down.weight", ".hada_w1_b")
-    ranks = Counter(info.shape[0] for name, info in file.tensors.items() if name.endswith(downs) and info.shape)
+    suffixes = {name: suffix for name, (_, suffix) in split_names(file).items()}
+    ranks = Counter(
+        shape[0] for name, suffix in suffixes.items() if suffix in _DOWN and (shape := file.tensors[name].shape)
+    )
     if ranks:
         listed = ", ".join(f"{rank} ({plural(count, 'module')})" for rank, count in sorted(ranks.items()))
         yield Detail("rank", listed, "the shapes of the down factors")
     if alpha := file.metadata.get("ss_network_alpha"):
         yield Detail("alpha", printable(alpha), "the metadata states ss_network_alpha")
-    if any(suffix_of(name) == ".lora_mid.weight" for name in file):
+    if ".lora_mid.weight" in suffixes.values():
         yield Detail("form", "Tucker", "some convolutions have a core tensor, lora_mid")
 
 

@@ -191,7 +191,7 @@ def _training_folder(path: Path) -> Report | None:
     hints = ("to resume the run, start it again in the parent folder",)
     return Report(
         printable(str(path), _LONGEST), "training checkpoint", sum(sizes.values()), len(sizes), (kind,), tuple(found),
-        (), {}, {}, {}, {}, (), hints,
+        components=(), missing={}, leftovers={}, unknown={}, outside=(), metadata={}, notes=(), advice=hints,
     )  # fmt: skip
 
 

@@ -9,7 +9,8 @@ Tensors that are not weights of a network (position ids, noise schedules) are co
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,7 @@ def merge(
     save.check_target(target, overwrite)
     if recipe_file is not None:
         save.check_target(recipe_file, overwrite)
-        if recipe_file.resolve() == target.resolve():
+        if os.path.realpath(recipe_file) == os.path.realpath(target):  # unlike `resolve`, also of a link to itself
             raise RequestError(
                 "recipe", f"{save.shown(recipe_file)} is the file of the merged model; choose another name"
             )
@@ -81,8 +82,10 @@ def merge(
     sides = [_side(Path(model.path)) for model in recipe.models]
     family = _same_family(sides)
     first = sides[0]
-    components = {name: _component(name, recipe, method, sides) for name in first.parts}
-    result, dropped = _assembled(first, family, components)
+    _check_usable(first, recipe)
+    names = [*first.parts, *_added(recipe, sides)]
+    components = {name: _component(name, recipe, method, sides) for name in names}
+    result, dropped = _assembled(sides, family, components)
     hashes = [hash_of(side.file) for side in sides]
     _check_hashes(recipe, hashes)
     known = replace(recipe, models=tuple(replace(model, sha256=digest) for model, digest in zip(recipe.models, hashes)))
@@ -99,7 +102,7 @@ def merge(
     if recipe_file is not None:
         with save.writing(recipe_file, overwrite):
             known.write(recipe_file, new=not overwrite)
-    return Merged(len(result), result.nbytes, digest, dropped, tuple(_notes(sides)))
+    return Merged(len(result), result.nbytes, digest, dropped, tuple(_notes(sides, components)))
 
 
 # ---- the models
@@ -123,6 +126,16 @@ def _side(path: Path) -> _Side:
         )
     parts = {name: derive.arrange(file, part.origins) for name, part in found.components.items()}
     return _Side(file, found, parts)
+
+
+def _check_usable(first: _Side, recipe: Recipe) -> None:
+    """ModelError if the first model has a component that cannot be merged, which would be copied from it unmerged.
+
+    A VAE is copied anyway unless `recipe` says otherwise.
+    """
+    for name, reason in first.found.unusable.items():
+        if name != "vae" or recipe.vae != "a":
+            raise ModelError(f"{_name(first)} has no usable {name} to merge ({reason})")
 
 
 def _check_numbers(recipe: Recipe) -> None:
@@ -167,18 +180,28 @@ def _name(side: _Side) -> str:
     return save.shown(side.file.path)
 
 
-def _notes(sides: Sequence[_Side]) -> list[str]:
+def _file_name(side: _Side) -> str:
+    return printable(side.file.path.name)
+
+
+def _notes(sides: Sequence[_Side], components: Collection[str]) -> list[str]:
     """Differences of the models that a merge does not resolve."""
     notes = list[str]()
     predictions = {side.found.prediction.value for side in sides if side.found.prediction is not None}
     if len(predictions) > 1:
         types = ", ".join(sorted(predictions))
         notes.append(f"the models have different prediction types ({types}); the merged model may not work")
+    first = sides[0]
+    if "vae" in first.found.unusable:
+        notes.append(
+            f"{_file_name(first)}: its VAE is copied as it is, but it cannot be used: {first.found.missing['vae']}"
+        )
+    for name in dict.fromkeys(name for side in sides[1:] for name in side.parts if name not in components):
+        notes.append(f"{_file_name(first)}: it has no {name}, so the merged model has none")
     for side in sides:
+        notes += [f"{_file_name(side)}: {printable(note, 400)}" for note in side.file.notes]
         if side.found.ema_names:
-            notes.append(
-                f"{printable(side.file.path.name)}: its EMA weights were left out; they are meaningless after a merge"
-            )
+            notes.append(f"{_file_name(side)}: its EMA weights were left out; they are meaningless after a merge")
     return notes
 
 
@@ -221,6 +244,13 @@ def _component(name: str, recipe: Recipe, method: Method, sides: Sequence[_Side]
 def _unet_spec(side: _Side, spec: object) -> UNetSpec | None:
     part = side.found.components.get("unet")
     return part.spec if part is not None and isinstance(part.spec, UNetSpec) else None
+
+
+def _added(recipe: Recipe, sides: Sequence[_Side]) -> list[str]:
+    """The components that the first model does not have and that `recipe` copies from another one."""
+    modes = {"vae": recipe.vae, "text_encoder": recipe.text, "text_encoder_2": recipe.text}
+    chosen = {name: sides[_model_index(mode, name, len(sides))] for name, mode in modes.items() if mode != "merge"}
+    return [name for name, side in chosen.items() if name in sides[0].found.absent and name in side.parts]
 
 
 def _model_index(letter: str, name: str, count: int) -> int:
@@ -326,11 +356,13 @@ def _merged(
 
 
 def _assembled(
-    first: _Side, family: Family | None, components: Mapping[str, ModelFile]
+    sides: Sequence[_Side], family: Family | None, components: Mapping[str, ModelFile]
 ) -> tuple[ModelFile, dict[str, int]]:
-    """The components under the first model's names, with its other tensors except EMA weights; and what was left out,
-    counted by reason."""
-    parts = [layout.as_in(first.found.components[name], part, family) for name, part in components.items()]
+    """The components under the names of the first model that has them, with the other tensors of the first model except
+    EMA weights; and what was left out, counted by reason."""
+    first = sides[0]
+    stored = {name: next(side for side in sides if name in side.parts).found.components[name] for name in components}
+    parts = [layout.as_in(stored[name], part, family) for name, part in components.items()]
     used = {
         source
         for part in first.found.components.values()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def change(
         if key not in file.metadata:
             raise RequestError("unset", f"{printable(key)!r} is not in the metadata of {name}")
     in_place = target is None or _is_same(source, target)
-    path = source.resolve() if in_place or target is None else target
+    path = Path(os.path.realpath(source)) if in_place or target is None else target
     if in_place and source.is_symlink() and path.parent.name == "blobs":
         raise RequestError("file", f"{name} is in the cache of Hugging Face, whose files must not change; use --output")
     texts = {key: value for key, value in file.metadata.items() if key not in unset} | dict(put)

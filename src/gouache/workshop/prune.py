@@ -29,7 +29,7 @@ _JUNK = ("loss.", "first_stage_model.loss.", "safety_checker/")
 @dataclass(frozen=True)
 class Pruned:
     """`dropped`: {reason: (tensors, bytes)}. `kept` describes which weights the result holds. `cast_saved`: bytes saved
-    by the cast to another dtype, negative if that dtype is wider.
+    by the cast to another dtype, negative if that dtype is wider. `notes` are those on reading the source.
     """
 
     tensors: int
@@ -37,6 +37,7 @@ class Pruned:
     kept: str
     dropped: Mapping[str, tuple[int, int]]
     cast_saved: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def saved(self) -> int:
@@ -68,7 +69,8 @@ def prune(
     form = save.single_form_of(target)
     save.check_target(target, overwrite)
     file, found = layout.opened(source)
-    if "unet" not in found.components and not found.ema_names:
+    trained = "unet" in found.components or ("vae" in found.components and "unet" not in found.unusable)
+    if not trained or ("unet" not in found.components and not found.ema_names):
         reason = f"; U-Net: {found.missing['unet']}" if "unet" in found.missing else ""
         raise ModelError(
             f"{printable(str(source))} cannot be pruned because it has no complete U-Net (kind: {found.kind.value}"
@@ -92,7 +94,8 @@ def prune(
         save.compare(open_model(path), result, progress("checking", result.nbytes, on_work))
 
     save.write_file(result, target, form, on_work, check, overwrite=overwrite)
-    return Pruned(len(result), result.nbytes, _description(chosen, found), dropped, kept.nbytes - result.nbytes)
+    cast_saved = kept.nbytes - result.nbytes
+    return Pruned(len(result), result.nbytes, _description(chosen, found), dropped, cast_saved, file.notes)
 
 
 def pruned(

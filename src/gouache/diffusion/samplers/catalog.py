@@ -28,6 +28,8 @@ class SamplerInfo:
     and the lowest is dropped, since the sampler would spend two evaluations on a tiny step. `starts_vp`: the initial
     noise is scaled by sqrt(1 + sigma^2) instead of sigma. `ends_at_lowest`: the last level is the model's lowest, not
     0, and the result is the latent at that level. `uses_noise`: by default it adds noise during the run.
+    `least_steps`: with fewer its pictures tend to be in pieces where others' are not, measured with the embedded model
+    at guidance scale 4, as distance from a run of 100 steps; 0 for samplers that need no more than usual.
     """
 
     name: str
@@ -38,6 +40,7 @@ class SamplerInfo:
     starts_vp: bool = False
     ends_at_lowest: bool = False
     uses_noise: bool = False
+    least_steps: int = 0
 
     @property
     def knobs(self) -> tuple[str, ...]:
@@ -80,6 +83,7 @@ SAMPLERS = (
         aliases=("dpmpp_3m_sde_gpu",),
         discard_penultimate=True,
         uses_noise=True,
+        least_steps=15,
     ),
     SamplerInfo(name="Euler a", function=euler.euler_ancestral, aliases=("euler_ancestral",), uses_noise=True),
     SamplerInfo(name="Euler", function=euler.euler),
@@ -93,10 +97,17 @@ SAMPLERS = (
         aliases=("dpm_2_a", "dpm_2_ancestral"),
         discard_penultimate=True,
         uses_noise=True,
+        least_steps=20,
     ),
     SamplerInfo(name="DDIM", function=ddim.ddim, spacing="DDIM", starts_vp=True, ends_at_lowest=True),
     SamplerInfo(
-        name="PLMS", function=ddim.plms, spacing="DDIM", aliases=("pndm",), starts_vp=True, ends_at_lowest=True
+        name="PLMS",
+        function=ddim.plms,
+        spacing="DDIM",
+        aliases=("pndm",),
+        starts_vp=True,
+        ends_at_lowest=True,
+        least_steps=20,
     ),
     # In A1111 UniPC's timesteps are even from the last to the lowest, both included: SGM Uniform down to the lowest.
     SamplerInfo(

@@ -38,6 +38,9 @@ def bake(
     form = save.single_form_of(target)
     save.check_target(target, overwrite)
     base, found = layout.opened(model)
+    for name, reason in found.unusable.items():
+        if name != "vae":
+            raise ModelError(f"{save.shown(model)} has no usable {name} ({reason})")
     names = module_names(specs_of(found))
     adapters = [(_read(path, names, found), strength) for path, strength in loras]
     family = found.family.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -162,7 +163,8 @@ def rename(
     line = found.family.value
     if line is None:
         raise ModelError(f"{save.shown(source)}: model family {found.family.evidence}; give --family")
-    specs = {place.component: place.spec for place in line.locations if isinstance(place.spec, UNetSpec | TextSpec)}
+    specs = {place.component: _of_any_width(place.spec) for place in line.locations
+             if isinstance(place.spec, UNetSpec | TextSpec)}  # fmt: skip
     adapter = read_lora(file, module_names(specs))
     if not adapter.tensors:
         raise ModelError(f"{save.shown(source)} cannot be renamed: none of its names is a module of {line.title}")
@@ -182,6 +184,14 @@ def rename(
     return write(
         parts, specs, found, target, dtype or "fp16", naming, dict(file.metadata), 1.0, {}, overwrite=overwrite
     )
+
+
+def _of_any_width(spec: UNetSpec | TextSpec) -> UNetSpec | TextSpec:
+    """`spec` with every module that a model of its family can have, whatever the widths of its levels: a residual block
+    has a shortcut where the width changes."""
+    if not isinstance(spec, UNetSpec):
+        return spec
+    return replace(spec, channel_mult=tuple(range(2, 2 + len(spec.channel_mult))))
 
 
 def _names_by_stem(file: ModelFile) -> dict[str, dict[str, str]]:

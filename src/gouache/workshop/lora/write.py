@@ -94,6 +94,8 @@ def write_stems(
     overwrite: bool = False,
 ) -> Made:
     """Write `parts`, {module name: (up, down)}. Names that contain dots are PEFT's and get PEFT's suffixes."""
+    if not parts:
+        raise ModelError(f"{save.shown(target)} would have no module: every difference is zero or was skipped")
     torch_dtype = DTYPES[dtype]
     tensors: dict[str, Tensor] = {}
     ranks = []
