@@ -1,7 +1,7 @@
 """Trained weights as files that other tools read: adapters in three namings, and whole models in the original names.
 
-    parts of an adapter -> names of kohya's scripts, diffusers or PEFT -> one file, or a folder per component
-    trained weights     -> names of the base file, with its other tensors (and averages as model_ema.*) -> one file
+parts of an adapter -> names of kohya's scripts, diffusers or PEFT -> one file, or a folder per component
+trained weights     -> names of the base file, with its other tensors (and averages as model_ema.*) -> one file
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def _rank(parts: Mapping[str, Tensor]) -> int:
 
 
 def adapter_metadata(model: Model, options: AdapterOptions, parts: AdapterParts, title: str) -> dict[str, str]:
-    """What kohya's scripts and ModelSpec state of an adapter in its header; facts of the run are added by the caller."""
+    """What kohya's scripts and ModelSpec state of an adapter in its header, without the facts of the run."""
     family, v2 = model.family.name, model.family.name == "sd2"
     v_prediction = model.prediction == "v"
     version = "sdxl_base_v1-0" if family.startswith("sdxl") else f"sd_v{2 if v2 else 1}{'_v' * v_prediction}"
@@ -280,7 +280,9 @@ def export_model(
     if form == "pruned-emaonly" and averages is not None:
         replaced = {part: _averaged(part, tensors, averages) for part, tensors in weights.items()}
     parts = [_in_file_names(found.component(part), tensors, model, path) for part, tensors in replaced.items()]
-    gone = {source for part in replaced for origin in found.component(part).origins.values() for source in origin.sources}
+    gone = {
+        source for part in replaced for origin in found.component(part).origins.values() for source in origin.sources
+    }
     gone |= {name for name in base if name.startswith(layout.AVERAGES) or name in MARKERS}
     rest = derive.keep(base, (name for name in base if name not in gone))
     extras = _markers(model)

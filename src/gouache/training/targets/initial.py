@@ -33,9 +33,7 @@ def initial_parts(
         parts = {"weight": torch.zeros(weight.shape[int(on_input)]), "on_input": torch.tensor(float(on_input))}
     if options.trains_magnitudes and choice.form != "full":
         parts["dora_scale"] = dora_magnitude(weight.detach().float())
-    return {
-        name: part if name in NUMBERS else part.to(weight.device).requires_grad_() for name, part in parts.items()
-    }
+    return {name: part if name in NUMBERS else part.to(weight.device).requires_grad_() for name, part in parts.items()}
 
 
 def _lora(weight: Tensor, choice: Choice, options: AdapterOptions, generator: torch.Generator) -> dict[str, Tensor]:

@@ -54,8 +54,7 @@ class AdapterOptions:
     convolutions; None is the form's usual choice. IA3 changes keys, values and the inner values of feed-forwards.
     `norms` adds the differences of the norms' weights and biases.
 
-    `rank` is the rank of linear layers and 1x1 convolutions, `conv_rank` that of larger ones (None: `rank`; 0 leaves
-    them out). The change is multiplied by alpha / rank; alpha None is the rank. For OFT the rank is the largest size
+    `rank` is the rank of all modules; `conv_rank` replaces it for convolutions larger than 1x1 (0 leaves them out). The change is multiplied by alpha / rank; alpha None is the rank. For OFT the rank is the largest size
     of a block, and `constraint` limits how far it rotates (0: no limit). `factor` is LoKr's: the largest size of the
     smaller Kronecker factor, -1 for the square root.
 
@@ -165,20 +164,25 @@ def choose(options: AdapterOptions, networks: Mapping[str, nn.Module], recipe: T
     for module, layer in candidates.items():
         is_norm = not isinstance(layer, nn.Linear | nn.Conv2d)
         large = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-        usual = options.conv_rank if large and options.conv_rank is not None else options.rank
-        rank = _most_specific(options.ranks, module, table, usual)
-        if large and options.conv_rank == 0 or not rank:
+        rank = _most_specific(options.ranks, module, table, options.rank)
+        alpha = _most_specific(options.alphas, module, table, options.alpha)
+        if large and rank:
+            rank = rank if options.conv_rank is None else options.conv_rank
+            alpha = alpha if options.conv_alpha is None else options.conv_alpha
+        if not rank:
             continue
-        usual_alpha = options.conv_alpha if large and options.conv_alpha is not None else options.alpha
-        alpha = _most_specific(options.alphas, module, table, usual_alpha)
         form = "full" if is_norm else options.base_form
         chosen[module] = Choice(form, rank, float(rank) if alpha is None else alpha)
     if missing := [part for part in options.parts if not any(module[0] == part for module in chosen)]:
-        raise RequestError("ranks", f"no module of {missing[0]} is left to train; leave it out of parts, or change ranks")
+        raise RequestError(
+            "ranks", f"no module of {missing[0]} is left to train; leave it out of parts, or change ranks"
+        )
     return chosen
 
 
-def rates_of(options: AdapterOptions, modules: Iterable[Module], networks: Mapping[str, nn.Module]) -> dict[Module, float]:
+def rates_of(
+    options: AdapterOptions, modules: Iterable[Module], networks: Mapping[str, nn.Module]
+) -> dict[Module, float]:
     """The factor of each module's learning rate. Raises RequestError for a key of `rates` that means none of them."""
     modules, table = dict.fromkeys(modules), _table(networks)
     _check_keys("rates", options.rates, modules, table)
@@ -246,7 +250,9 @@ def _most_specific(values: Mapping[str, T], module: Module, table: tuple[Block, 
     return values[found] if found is not None and _matches(found, module, table) else usual
 
 
-def _check_keys(name: str, values: Mapping[str, object], modules: Mapping[Module, object], table: tuple[Block, ...]) -> None:
+def _check_keys(
+    name: str, values: Mapping[str, object], modules: Mapping[Module, object], table: tuple[Block, ...]
+) -> None:
     for key in values:
         if not any(_matches(key, module, table) for module in modules):
             near = nearest(key, _known_keys(modules, table))
