@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from gouache import Model
 from gouache.training import checkpointing
-from tests.training.targets.steps import FAMILIES, loss, models  # noqa: F401  # a fixture
+from tests.pipelines import Narrow
+from tests.training.targets.steps import FAMILIES, loader, loss
+
+
+@pytest.fixture(scope="module")
+def models(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
+    return loader(narrow)
 
 
 def networks(model: Model) -> list[nn.Module]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -69,14 +69,6 @@ def weights(target: Target) -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture(scope="module")
-def models(narrow: Callable[[str], Narrow]) -> Iterator[Callable[[str], Model]]:
-    """A narrow model per family, loaded once; a test detaches what it attaches."""
-    loaded: dict[str, Model] = {}
-
-    def load(family: str) -> Model:
-        if family not in loaded:
-            loaded[family] = gouache.load(narrow(family).file, device="cpu", dtype="fp32")
-        return loaded[family]
-
-    yield load
+def loader(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
+    """Narrow models by family, each loaded once; a test detaches what it attaches."""
+    return functools.cache(lambda family: gouache.load(narrow(family).file, device="cpu", dtype="fp32"))

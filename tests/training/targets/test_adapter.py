@@ -17,7 +17,7 @@ from gouache.files.open import open_model
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.initial import factor_pair
 from gouache.training.targets.options import AdapterOptions
-from tests.training.targets.steps import FAMILIES, models, output, train, weights  # noqa: F401  # a fixture
+from tests.training.targets.steps import FAMILIES, output, train, weights
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -193,7 +193,7 @@ def _networks(model: Model) -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
 def test_layers_that_no_output_depends_on_are_not_trained(family: str, models: Callable[[str], Model]):
-    """SDXL's context is the output of each encoder's last layer but one; only the second's pooled vector is the last."""
+    """SDXL's context is the output of each encoder's last layer but one; the pooled vector is the second's last."""
     model = models(family)
     with attached(model, parts=texts(model)) as target:
         layers = {name: len(each.text_model.encoder.layers) for name, each in model.text_encoders.items()}

@@ -107,9 +107,11 @@ def _without_scale(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _diffusers(parts: AdapterParts, model: Model) -> dict[str, Tensor]:
+    # The loader of text encoders knows magnitudes by the name of their parameter only.
+    named = {"lora_magnitude_vector": "lora_magnitude_vector.weight"}
     stems = peft_names(model.specs)
     return {
-        f"{stems[module]}.{suffix}": tensor
+        f"{stems[module]}.{named.get(suffix, suffix)}": tensor
         for module, own in parts.items()
         for suffix, tensor in _peft_parts(own, ("lora",), "diffusers' pipelines read LoRA and DoRA").items()
     }
@@ -170,7 +172,10 @@ def _peft_parts(parts: Mapping[str, Tensor], allowed: tuple[str, ...], reason: s
         return scaled
     names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     named = {names[name]: part for name, part in scaled.items()}
-    return named if magnitudes is None else {**named, "lora_magnitude_vector": magnitudes.flatten()}
+    if magnitudes is not None:
+        kernel = named["lora_A.weight"].shape[2:]
+        named["lora_magnitude_vector"] = magnitudes.reshape(1, -1, 1, 1) if kernel else magnitudes.flatten()
+    return named
 
 
 def _peft_config(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, object]:
