@@ -54,9 +54,10 @@ class AdapterOptions:
     convolutions; None is the form's usual choice. IA3 changes keys, values and the inner values of feed-forwards.
     `norms` adds the differences of the norms' weights and biases.
 
-    `rank` is the rank of all modules; `conv_rank` replaces it for convolutions larger than 1x1 (0 leaves them out). The change is multiplied by alpha / rank; alpha None is the rank. For OFT the rank is the largest size
-    of a block, and `constraint` limits how far it rotates (0: no limit). `factor` is LoKr's: the largest size of the
-    smaller Kronecker factor, -1 for the square root.
+    `rank` is the rank of all modules; `conv_rank` replaces it for convolutions larger than 1x1 (0 leaves them out). The
+    change is multiplied by alpha / rank; alpha None is the rank. For OFT the rank is the largest size of a block, and
+    `constraint` limits how far it rotates (0: no limit). `factor` is LoKr's: the largest size of the smaller Kronecker
+    factor, -1 for the square root.
 
     `ranks`, `alphas` and `rates` hold other values by part (unet), block (IN04, M00, OUT11) or prefix of a module's
     path (input_blocks.4.1, unet.middle_block); the most specific one applies. A rank of 0 leaves modules out. `rates`
