@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_its_weights_moments_step_and_averages(
     restore(optimizer, parameters, state.optimizer)
     loss(model).backward()
     optimizer.step()
-    assert {int(values["step"]) for values in optimizer.state.values()} == {3, 4} if text else {4}
+    assert 4 in {int(values["step"]) for values in optimizer.state.values()} <= {3, 4}
 
 
 def test_the_moments_of_fused_weights_are_split_like_the_weights(narrow: Callable[[str], Narrow], tmp_path: Path):

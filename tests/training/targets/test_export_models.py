@@ -1,4 +1,4 @@
-"""Exported models: names of released files, averages, markers; opened by us and by diffusers with the trained output."""
+"""Exported models: names of released files, averages, markers; opened by us and diffusers with the trained output."""
 
 from __future__ import annotations
 

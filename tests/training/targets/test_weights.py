@@ -24,14 +24,15 @@ UNET = "model.diffusion_model."
 
 
 def load(narrow: Callable[[str], Narrow], family: str, **options: Any) -> Model:
-    """A model of its own, because its weights are changed; they are in memory, not mapped.
+    """A model of its own, because its weights are changed; they are in memory and require gradients.
 
-    Matrix products round differently for the alignment that tensors have in a file.
+    For weights that require gradients, and for those that are mapped from a file and hence aligned in another way,
+    torch and MKL choose other matrix products, which round differently.
     """
     model = gouache.load(narrow(family).file, device="cpu", **{"dtype": "fp32", **options})
-    for network in (model.unet, *model.text_encoders.values()):
-        for parameter in network.parameters():
-            parameter.data = parameter.data.clone()
+    for parameter in model.unet.parameters():
+        parameter.data = parameter.data.clone()
+        parameter.requires_grad_(True)
     return model
 
 
