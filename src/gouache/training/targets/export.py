@@ -280,7 +280,7 @@ def export_model(
     if form == "pruned-emaonly" and averages is None:
         raise RequestError("form", "pruned-emaonly needs averages, and the run keeps none; use pruned")
     target = save.single_form_of(path)
-    base, found = layout.opened(model.file.path)
+    base, found = layout.opened(model.file.path, prediction=model.prediction, family=model.family.name)
     replaced = dict(weights)
     if form == "pruned-emaonly" and averages is not None:
         replaced = {part: _averaged(part, tensors, averages) for part, tensors in weights.items()}
