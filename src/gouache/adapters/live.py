@@ -23,15 +23,15 @@ class LivePatch:
     """What one patch adds to one module's output, as a forward hook.
 
     `beneath` returns the weight it acts on, for forms that depend on it; `error` is the start of its messages. Where
-    the patch has parameters that require gradients, its factors are computed from them at each call, under autograd;
-    otherwise what can be computed once is kept. Its dropout acts where gradients are enabled.
+    the patch is being trained, its factors are computed from its parameters at each call, under autograd; otherwise
+    what can be computed once is kept. Its dropout acts where gradients are enabled.
     """
 
     def __init__(self, module: nn.Module, patch: Patch, beneath: Callable[[], Tensor], error: str) -> None:
         self.on = True
         self._strength = 0.0
         self._patch, self._beneath, self._error = patch, beneath, error
-        self._trained = any(part.requires_grad for part in patch.parts.values())
+        self._trained = isinstance(patch, TrainedPatch)
         self._dropout = patch.dropout if isinstance(patch, TrainedPatch) else None
         # An embedding is looked up by integers, which no factor can multiply.
         self._by_factors = isinstance(module, nn.Linear | nn.Conv2d) and patch.factors is not None

@@ -26,12 +26,16 @@ from gouache.files.stored import Storage, StoredTensor, storage_id
 from gouache.files.zip_file import Entry, is_torch_script, read_zip, torch_script_error
 
 
-def open_pickle(path: str | Path) -> ModelFile:
-    """The file as a record, in any of torch's formats. Raises UnsafeFile, DamagedFile or NotAModel."""
-    return read_pickle(Source(path))
+def open_pickle(path: str | Path, *, everything: bool = False) -> ModelFile:
+    """The file as a record, in any of torch's formats. Raises UnsafeFile, DamagedFile or NotAModel.
+
+    `everything`: the tensors of optimizer states and the like can be read too, and all names are those in the pickle
+    (`state_dict.NAME`, `optimizer_states.0.state.7.exp_avg`).
+    """
+    return read_pickle(Source(path), everything=everything)
 
 
-def read_pickle(source: Source) -> ModelFile:
+def read_pickle(source: Source, *, everything: bool = False) -> ModelFile:
     """Same as `open_pickle`, for a file that is already open."""
     if source.data[:4] == b"PK\x03\x04":
         found = _read_zip_form(source)
@@ -39,7 +43,7 @@ def read_pickle(source: Source) -> ModelFile:
         found = read_tar(source)
     else:
         found = read_legacy(source)
-    stored, extra = name_tensors(source.path, found.value)
+    stored, extra = name_tensors(source.path, found.value, everything=everything)
     if not stored:
         raise NotAModel(source.path, f"holds no tensors, so it is not a model (its pickle holds {_kind(found.value)})")
 
@@ -119,8 +123,8 @@ def _is_big_endian(source: Source, entry: Entry | None) -> bool:
     return order == b"big"
 
 
-def name_tensors(path: Path, root: Any) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-    """(tensors by name, all other values by name) of an unpickled value.
+def name_tensors(path: Path, root: Any, *, everything: bool = False) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
+    """(tensors by name, all other values by name) of an unpickled value; `everything` as in `open_pickle`.
 
     Raises DamagedFile if two tensors would have the same name.
     """
@@ -147,7 +151,7 @@ def name_tensors(path: Path, root: Any) -> tuple[dict[str, StoredTensor], dict[s
             extra.update((inner, _without_data(item)) for inner, item in plain.items())
         return holds_tensors
 
-    weights = root.get("state_dict") if isinstance(root, dict) else None
+    weights = root.get("state_dict") if isinstance(root, dict) and not everything else None
     if isinstance(weights, dict) and collect(weights, ""):
         extra |= {str(key): _without_data(item) for key, item in root.items() if key != "state_dict"}
     elif not collect(root, ""):

@@ -107,9 +107,11 @@ def _without_scale(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _diffusers(parts: AdapterParts, model: Model) -> dict[str, Tensor]:
+    # The loader of text encoders knows magnitudes by the name of their parameter only.
+    named = {"lora_magnitude_vector": "lora_magnitude_vector.weight"}
     stems = peft_names(model.specs)
     return {
-        f"{stems[module]}.{suffix}": tensor
+        f"{stems[module]}.{named.get(suffix, suffix)}": tensor
         for module, own in parts.items()
         for suffix, tensor in _peft_parts(own, ("lora",), "diffusers' pipelines read LoRA and DoRA").items()
     }
@@ -170,7 +172,10 @@ def _peft_parts(parts: Mapping[str, Tensor], allowed: tuple[str, ...], reason: s
         return scaled
     names = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
     named = {names[name]: part for name, part in scaled.items()}
-    return named if magnitudes is None else {**named, "lora_magnitude_vector": magnitudes.flatten()}
+    if magnitudes is not None:
+        kernel = named["lora_A.weight"].shape[2:]
+        named["lora_magnitude_vector"] = magnitudes.reshape(1, -1, 1, 1) if kernel else magnitudes.flatten()
+    return named
 
 
 def _peft_config(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, object]:
@@ -201,7 +206,7 @@ def _rank(parts: Mapping[str, Tensor]) -> int:
 
 
 def adapter_metadata(model: Model, options: AdapterOptions, parts: AdapterParts, title: str) -> dict[str, str]:
-    """What kohya's scripts and ModelSpec state of an adapter in its header; facts of the run are added by the caller."""
+    """What kohya's scripts and ModelSpec state of an adapter in its header, without the facts of the run."""
     family, v2 = model.family.name, model.family.name == "sd2"
     v_prediction = model.prediction == "v"
     version = "sdxl_base_v1-0" if family.startswith("sdxl") else f"sd_v{2 if v2 else 1}{'_v' * v_prediction}"
@@ -275,7 +280,7 @@ def export_model(
     if form == "pruned-emaonly" and averages is None:
         raise RequestError("form", "pruned-emaonly needs averages, and the run keeps none; use pruned")
     target = save.single_form_of(path)
-    base, found = layout.opened(model.file.path)
+    base, found = layout.opened(model.file.path, prediction=model.prediction, family=model.family.name)
     replaced = dict(weights)
     if form == "pruned-emaonly" and averages is not None:
         replaced = {part: _averaged(part, tensors, averages) for part, tensors in weights.items()}

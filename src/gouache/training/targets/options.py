@@ -54,10 +54,10 @@ class AdapterOptions:
     convolutions; None is the form's usual choice. IA3 changes keys, values and the inner values of feed-forwards.
     `norms` adds the differences of the norms' weights and biases.
 
-    `rank` is the rank of linear layers and 1x1 convolutions, `conv_rank` that of larger ones (None: `rank`; 0 leaves
-    them out). The change is multiplied by alpha / rank; alpha None is the rank. For OFT the rank is the largest size
-    of a block, and `constraint` limits how far it rotates (0: no limit). `factor` is LoKr's: the largest size of the
-    smaller Kronecker factor, -1 for the square root.
+    `rank` is the rank of all modules; `conv_rank` replaces it for convolutions larger than 1x1 (0 leaves them out). The
+    change is multiplied by alpha / rank; alpha None is the rank. For OFT the rank is the largest size of a block, and
+    `constraint` limits how far it rotates (0: no limit). `factor` is LoKr's: the largest size of the smaller Kronecker
+    factor, -1 for the square root.
 
     `ranks`, `alphas` and `rates` hold other values by part (unet), block (IN04, M00, OUT11) or prefix of a module's
     path (input_blocks.4.1, unet.middle_block); the most specific one applies. A rank of 0 leaves modules out. `rates`
@@ -165,12 +165,13 @@ def choose(options: AdapterOptions, networks: Mapping[str, nn.Module], recipe: T
     for module, layer in candidates.items():
         is_norm = not isinstance(layer, nn.Linear | nn.Conv2d)
         large = isinstance(layer, nn.Conv2d) and layer.kernel_size != (1, 1)
-        usual = options.conv_rank if large and options.conv_rank is not None else options.rank
-        rank = _most_specific(options.ranks, module, table, usual)
-        if (large and options.conv_rank == 0) or not rank:
+        rank = _most_specific(options.ranks, module, table, options.rank)
+        alpha = _most_specific(options.alphas, module, table, options.alpha)
+        if large and rank:
+            rank = rank if options.conv_rank is None else options.conv_rank
+            alpha = alpha if options.conv_alpha is None else options.conv_alpha
+        if not rank:
             continue
-        usual_alpha = options.conv_alpha if large and options.conv_alpha is not None else options.alpha
-        alpha = _most_specific(options.alphas, module, table, usual_alpha)
         form = "full" if is_norm else options.base_form
         chosen[module] = Choice(form, rank, float(rank) if alpha is None else alpha)
     if missing := [part for part in options.parts if not any(module[0] == part for module in chosen)]:

@@ -16,6 +16,7 @@ from gouache.model.model import Model
 from gouache.training.objective import Group, Json, by_decay
 from gouache.training.targets.export import FORMS_OF_MODELS, Averages, export_model
 from gouache.training.targets.options import check_stops
+from gouache.training.targets.widen import widen
 from gouache.wording import plural
 
 Start = Literal["last", "ema"]
@@ -26,14 +27,16 @@ class WeightsOptions:
     """`parts` are the trained components (unet, text_encoder, text_encoder_2), `rates` the factors of their learning
     rates (1 if absent), `stop_after` the number of batches after which a part is not trained any more.
 
-    `start`: from the last weights of the file or from their averages (EMA). `keep_base`: keep the weights as they were
-    before training, for the prior of the frozen model; they take memory unless they are mapped from the file.
+    `start`: from the last weights of the file or from their averages (EMA). `in_channels`: the U-Net is given that many
+    input channels (`targets.widen`); 0 keeps those it has. `keep_base`: keep the weights as they were before training,
+    for the prior of the frozen model; they take memory unless they are mapped from the file.
     """
 
     parts: tuple[str, ...] = ("unet",)
     rates: Mapping[str, float] = field(default_factory=dict)
     stop_after: Mapping[str, int] = field(default_factory=dict)
     start: Start = "last"
+    in_channels: int = 0
     keep_base: bool = False
 
     def __post_init__(self) -> None:
@@ -46,6 +49,8 @@ class WeightsOptions:
                 raise RequestError("rates", f"{printable(part, 40)!r} is not trained; trained: {', '.join(self.parts)}")
             if not 0 <= rate < float("inf"):
                 raise RequestError("rates", f"is {rate:g} for {part}; expected a number of 0 or more")
+        if self.in_channels and "unet" not in self.parts:
+            raise RequestError("in_channels", "needs the U-Net to be trained; add unet to parts")
         check_stops(self.stop_after, self.parts)
 
 
@@ -67,6 +72,8 @@ class WeightsTarget:
             network.requires_grad_(False)
         self._networks = {part: networks[part] for part in options.parts}
         self.notes = [start_from(model, options.start)] if "unet" in options.parts else []
+        if options.in_channels not in (0, model.unet.spec.in_channels):
+            self.notes.append(widen(model, options.in_channels))
         self._base: dict[str, Tensor] = {}
         with torch.inference_mode(False), torch.no_grad():
             for name, parameter in self._parameters():
@@ -163,8 +170,8 @@ def start_from(model: Model, start: Start) -> str:
     """
     name, found = printable(model.file.path.name), model.found
     kind = found.ema.value if found.ema is not None else "none"
-    if kind == "only":
-        return f"{name} has only averaged weights (EMA) of the U-Net: training starts from them"
+    if kind in ("only", "counters"):
+        return f"{name} has no weights of the U-Net but averaged ones (EMA): training starts from them"
     if start == "last":
         if not found.ema_names:
             return f"training starts from the weights of {name}"
