@@ -42,7 +42,9 @@ class Log:
         if self.path.exists():
             text = read_text(self.path, _MOST, errors="replace")
             kept = [(line, values) for line, values in _parsed(text) if values["step"] <= step]
-            write_atomic(self.path, "".join(f"{line}\n" for line, _ in kept).encode())
+            shorter = "".join(f"{line}\n" for line, _ in kept)
+            if shorter != text:
+                write_atomic(self.path, shorter.encode())
             self.lines = [values for _, values in kept]
 
     def write(self, **values: float) -> None:
