@@ -190,6 +190,8 @@ def test_the_log_has_rate_loss_and_norm_even_if_they_are_tiny(tmp_path):
         [line["loss"] for line in lines], rel=1e-5
     )
     assert reports[-1].left == 0
+    assert [progress.norm for progress in reports] == pytest.approx([line["norm"] for line in lines], rel=1e-5)
+    assert {progress.rate for progress in reports} == {3e-9}
 
 
 def test_a_run_out_of_time_stops_and_a_finished_run_does_nothing(tmp_path):
@@ -333,6 +335,23 @@ def test_should_stop_ends_a_run_in_another_thread_which_saves_and_can_resume(tmp
     whole = train(regression(), points, settings(), tmp_path / "whole")
     resumed = train(regression(seed=9), points, settings(), tmp_path)
     torch.testing.assert_close(dict(resumed.last), dict(whole.last), rtol=0, atol=0)
+
+
+def test_validation_and_previews_are_made_without_dropout_and_training_goes_on_with_it(tmp_path):
+    dropout = nn.Dropout(0.5)
+    objective = Regression(nn.Sequential(nn.Linear(3, 2), dropout))
+    seen: list[bool] = []
+
+    def look(*_: int):
+        seen.append(dropout.training)
+        return {"loss": 0.0}
+
+    train(
+        objective, points, settings(steps=2, validate_steps=1), tmp_path,
+        validate=look, on_preview=look, preview_steps=range(9),
+    )  # fmt: skip
+
+    assert seen == [False] * 7 and dropout.training
 
 
 def test_previews_are_made_at_the_chosen_steps_with_the_averaged_weights(tmp_path):

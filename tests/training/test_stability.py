@@ -154,7 +154,8 @@ def test_a_run_measures_its_times_and_saves(tmp_path):
     assert sum(line["saves"] for line in measured if "saves" in line) == 10
     size = sum(file.stat().st_size for file in (tmp_path / "step-00000040").iterdir())
     assert measured[-1]["bytes"] == pytest.approx(size, rel=0.01)
-    assert found.steps == 40 and 0 < found.saving < 1 and 0 <= found.waiting < 1
+    assert found.steps == 40 and found.saving is not None and found.waiting is not None
+    assert 0 < found.saving < 1 and 0 <= found.waiting < 1
     assert found.ema_gap is not None and found.norm is not None and found.slope is not None
     assert any("checkpoints take" in remark for remark in found.remarks)
 

@@ -28,7 +28,7 @@ from gouache.training.settings import Settings
 from gouache.training.snapshot import Run, averaged, averages, begin, fault, is_finite, restore, weights
 from gouache.training.stability import overfitting
 from gouache.training.step import Batches, accumulate_gradients, clip_gradients, update
-from gouache.training.validation import Validate, measure
+from gouache.training.validation import Validate, evaluating, measure
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def train(
 
         def preview() -> None:
             if on_preview is not None and position.step in preview_steps:
-                with clock.measure("previews"), averaged(run):
+                with clock.measure("previews"), averaged(run), evaluating(objective.networks):
                     on_preview(position.step)
 
         def skip_step(losses: Mapping[str, Tensor]) -> None:

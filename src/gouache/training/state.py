@@ -125,6 +125,14 @@ def newest(folder: Path, *, fault: Callable[[State], str] | None = None, on_note
     return None
 
 
+def read(path: Path) -> State:
+    """The checkpoint in the folder `path`, such as that of an earlier step. Raises TrainingError if it is damaged."""
+    try:
+        return _load(path)
+    except _Damaged as error:
+        raise TrainingError(f"{printable(str(path))}: is damaged ({error}); use another checkpoint") from None
+
+
 def start_over(folder: Path, on_note: OnNote) -> None:
     """Before step 0 in a folder without checkpoints: report the traces of an earlier run.
 
@@ -250,7 +258,7 @@ def _entry(path: Path) -> dict[str, Any]:
     try:
         with open_outside(path) as file:
             size = os.fstat(file.fileno()).st_size
-            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}  # type: ignore[arg-type]
     except FileError as error:
         raise _Damaged(f"{path.name} {reason(error)}") from None
     except OSError as error:

@@ -70,16 +70,17 @@ def timestep_grid(objective: Denoising, points: int) -> list[int]:
 
 def measure(run: Run, validate: Validate) -> dict[str, float]:
     """What `validate` returns for the averaged weights, and as "raw NAME" for the last weights if they are others."""
-    with averaged(run) as are_others:
-        scores = dict(validate())
-    if are_others:
-        scores.update({f"raw {name}": value for name, value in validate().items()})
+    with evaluating(run.objective.networks):
+        with averaged(run) as are_others:
+            scores = dict(validate())
+        if are_others:
+            scores.update({f"raw {name}": value for name, value in validate().items()})
     return scores
 
 
 @contextmanager
 def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within the block all modules are in evaluation mode: without dropout."""
+    """Within the block all modules are in evaluation mode: without dropout, as when images are generated."""
     modules = [module for network in networks.values() for module in network.modules()]
     modes = [module.training for module in modules]
     for module in modules:
