@@ -13,10 +13,11 @@ from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.schedule import Schedule
 from gouache.training.batch import Batch
 from gouache.training.denoising import Denoising
+from gouache.training.evaluation import evaluating
 from gouache.training.loop import train
 from gouache.training.objective import step_generator
 from gouache.training.timesteps import Timesteps
-from gouache.training.validation import Validation, evaluating, grid_losses, timestep_grid
+from gouache.training.validation import Validation, grid_losses, timestep_grid
 
 from .toys import denoiser_factory, settings
 

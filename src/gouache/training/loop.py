@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,32 +18,15 @@ from torch import Tensor
 
 from gouache.training import nonfinite
 from gouache.training import state as checkpoint
+from gouache.training.evaluation import Validate, evaluating, measure
 from gouache.training.interrupt import requests
-from gouache.training.log import LOG, TIMES, Clock, Log
 from gouache.training.objective import Objective
 from gouache.training.position import Position
-from gouache.training.retention import Saves, is_multiple
+from gouache.training.recorder import Progress, Recorder
+from gouache.training.retention import Saves
 from gouache.training.settings import Settings
 from gouache.training.snapshot import Run, averaged, averages, begin, fault, is_finite, restore, weights
-from gouache.training.stability import overfitting
 from gouache.training.step import Batches, accumulate_gradients, clip_gradients, update
-from gouache.training.validation import Validate, evaluating, measure
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Passed to `on_log`. `seconds` is the time since this call of `train` began, `left` the estimated time left.
-
-    `rate` is the learning rate of the step and `norm` that of its gradient before clipping.
-    """
-
-    step: int
-    steps: int
-    losses: Mapping[str, float]
-    seconds: float
-    left: float
-    rate: float
-    norm: float
 
 
 @dataclass(frozen=True)
@@ -102,73 +84,55 @@ def train(
         run = begin(objective, settings)
         position = _resume(run, folder, note)
         saves = Saves(run, folder, position.step, epoch_batches)
-        log, times, clock = Log(folder / LOG, position.step), Log(folder / TIMES, position.step), Clock()
-        batches = clock.measured("data", batches)
-        overfits = overfitting(log.lines)
-        first, began = position.step, time.monotonic()
+        record = Recorder(run, folder, position.step, on_log, note)
+        batches = record.clock.measured("data", batches)
 
         def running() -> bool:
-            stopped = requested.stop or time.monotonic() - began >= seconds
-            stopped = stopped or (should_stop is not None and should_stop())
+            stopped = requested.stop or record.seconds >= seconds or (should_stop is not None and should_stop())
             return position.step < settings.steps and not position.without_patience(settings) and not stopped
 
         def preview() -> None:
             if on_preview is not None and position.step in preview_steps:
-                with clock.measure("previews"), averaged(run), evaluating(objective.networks):
+                with record.clock.measure("previews"), averaged(run), evaluating(objective.networks):
                     on_preview(position.step)
 
         def skip_step(losses: Mapping[str, Tensor]) -> None:
             if settings.not_finite == "stop" and is_finite(run):
                 saves.save(position)  # what was trained so far is good
             note(nonfinite.skip(run, position, folder, saves.step, batches, losses))
-            for each in (log, times):
-                each.return_to(position.step)
+            record.return_to(position.step)
 
         def save() -> None:
             if not is_finite(run):
                 skip_step({})
                 return
-            with clock.measure("saving"):
-                written = saves.save(position)
-            clock.add("saves", 1 if written else 0)
-            clock.add("bytes", written)
+            with record.clock.measure("saving"):
+                record.saved(saves.save(position))
 
         if position.step == 0:
             preview()
         while running():
-            step, losses, norm = position.step, {}, 0.0
-            if step not in position.skipped:
+            losses, norm = {}, 0.0
+            if position.step not in position.skipped:
                 losses = accumulate_gradients(run, batches, position.number)
                 norm = clip_gradients(run)
                 if not nonfinite.step_is_finite(losses, norm):
                     skip_step(losses)
                     continue
-                update(run, step)
+                update(run, position.step)
             position.advance(settings)
-            last = position.step == settings.steps
-            logs = last or is_multiple(position.step, settings.log_steps)
-            is_among_best = False
+            record.step(position, losses, norm)
 
-            if logs:
-                log.write(**_measurements(run, position, losses, norm))
-                if on_log is not None and losses:
-                    passed = time.monotonic() - began
-                    left = passed / max(1, position.step - first) * (settings.steps - position.step)
-                    rate, values = settings.rate(step), _floats(losses)
-                    on_log(Progress(position.step, settings.steps, values, passed, left, rate, float(norm)))
-            if validate is not None and (last or is_multiple(position.step, settings.validate_steps)):
-                with clock.measure("validation"):
+            is_among_best = False
+            if validate is not None and settings.is_due(position.step, settings.validate_steps):
+                with record.clock.measure("validation"):
                     scores = measure(run, validate)
-                log.write(step=position.step, **{f"validation {name}": value for name, value in scores.items()})
+                record.validation(position, scores)
                 is_among_best = position.validated(scores["loss"], settings)
-                if (remark := overfitting(log.lines)) and not overfits:
-                    note(remark)
-                overfits = bool(remark)
             preview()
             if is_among_best or saves.due(position) or requested.saving():
                 save()
-            if logs:
-                times.write(step=position.step, **clock.take())
+            record.times(position)
 
         save()
         return _result(run, position)
@@ -185,18 +149,6 @@ def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
     return position
 
 
-def _measurements(run: Run, position: Position, losses: Mapping[str, Tensor], norm: float | Tensor) -> dict[str, float]:
-    """A line of the log: the same numbers whenever the run reaches this step."""
-    line: dict[str, float] = {"step": position.step, "rate": run.settings.rate(position.step - 1)}
-    if losses:
-        line |= {"norm": float(norm), **_floats(losses)}
-    if run.ema is not None:
-        line["ema gap"] = run.ema.gap(run.masters.exact)
-    if position.skipped:
-        line["skipped"] = len(position.skipped)
-    return line
-
-
 def _result(run: Run, position: Position) -> Result:
     last = {name: tensor.clone() for name, tensor in weights(run).items()}
     means = {name: tensor.clone() for name, tensor in (averages(run) or {}).items()}
@@ -210,7 +162,3 @@ def _result(run: Run, position: Position) -> Result:
 
 def _print_note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
-
-
-def _floats(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in losses.items()}

@@ -91,8 +91,9 @@ def check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if size + _SPARE > free:
         raise TrainingError(
-            f"{printable(str(folder))}: a checkpoint needs {size_text(size)}, but {size_text(free)} are free on that "
-            "disk; free some space and start the run again, it resumes from the newest checkpoint"
+            f"{printable(str(folder))}: a checkpoint needs {size_text(size + _SPARE)} with a reserve, but "
+            f"{size_text(free)} are free on that disk; free some space and start the run again, it resumes from the "
+            "newest checkpoint"
         )
 
 

@@ -6,20 +6,15 @@ network's output, without the weights that the training loss has, so that it can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from gouache.training.batch import Batch
 from gouache.training.denoising import Denoising
+from gouache.training.evaluation import evaluating
 from gouache.training.objective import step_generator
-from gouache.training.snapshot import Run, averaged
-
-Validate = Callable[[], Mapping[str, float]]
-"""Returns named numbers of the weights that the networks have when it is called; "loss" is to be low."""
 
 
 @dataclass(frozen=True)
@@ -66,27 +61,3 @@ def timestep_grid(objective: Denoising, points: int) -> list[int]:
     first, last = objective.timesteps.first, objective.timesteps.last or len(objective.schedule.sigmas)
     points = min(points, last - first)
     return [first + int((index + 0.5) * (last - first) / points) for index in range(points)]
-
-
-def measure(run: Run, validate: Validate) -> dict[str, float]:
-    """What `validate` returns for the averaged weights, and as "raw NAME" for the last weights if they are others."""
-    with evaluating(run.objective.networks):
-        with averaged(run) as are_others:
-            scores = dict(validate())
-        if are_others:
-            scores.update({f"raw {name}": value for name, value in validate().items()})
-    return scores
-
-
-@contextmanager
-def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within the block all modules are in evaluation mode: without dropout, as when images are generated."""
-    modules = [module for network in networks.values() for module in network.modules()]
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in zip(modules, modes):
-            module.training = mode
