@@ -240,3 +240,16 @@ def test_the_pictures_the_layer_and_the_timesteps_are_named(tmp_path):
         f"5-a.png at timestep {t[0]}, 5-b\\x1b.png at timestep {t[1]}; the step is skipped"
     ]
     assert not any(module._forward_hooks for module in network.modules())
+
+
+class Named(Poisoned):
+    def describe(self, batch, number: int, /) -> str:
+        return f"picture {number}"
+
+
+@pytest.mark.parametrize(("where", "named"), [("loss", "picture 3"), ("gradient", "picture 2; picture 3")])
+def test_if_only_gradients_are_not_finite_all_pictures_of_the_step_are_named(tmp_path, where, named):
+    objective = Named(linear(), bad=frozenset({3}), where=where)
+
+    with pytest.raises(TrainingError, match=rf"step 2: .*, first in [^;]*; {named}; the checkpoint of step 1 is good"):
+        train(objective, points, settings(accumulate=2), tmp_path)

@@ -76,19 +76,16 @@ def _diagnosis(run: Run, position: Position, batches: Batches, losses: Mapping[s
     values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
     found = f"step {position.step + 1}: a loss or gradient is not finite ({values})"
     begins = _first_gradient(run)
-    guilty: list[str] = []
+    all_pictures, guilty = [], []
     for number in range(position.number, position.number + run.settings.accumulate):
         batch = batches(number)
-        module = _first_module(run, batch, number)
-        if module or run.settings.accumulate == 1:
-            begins = module or begins
-            if isinstance(run.objective, Describes):
-                guilty.append(run.objective.describe(batch, number))
-    return "; ".join([found + (f", first in {begins}" if begins else ""), *map(_shortened, guilty)])
-
-
-def _shortened(text: str) -> str:
-    return printable(text, 600)
+        pictures = run.objective.describe(batch, number) if isinstance(run.objective, Describes) else ""
+        all_pictures.append(pictures)
+        if module := _first_module(run, batch, number):
+            begins = module
+            guilty.append(pictures)
+    named = "; ".join(each for each in guilty or all_pictures if each)
+    return "; ".join(filter(None, [found + (f", first in {begins}" if begins else ""), printable(named, 600)]))
 
 
 def _first_module(run: Run, batch: Any, number: int) -> str:
