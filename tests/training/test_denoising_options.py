@@ -13,15 +13,17 @@ from torch.testing import assert_close
 
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.schedule import Schedule
-from gouache.errors import RequestError
+from gouache.errors import RequestError, TrainingError
 from gouache.prompts.encode import Sizes
+from gouache.training import state
 from gouache.training.batch import Batch
 from gouache.training.denoising import Denoising
+from gouache.training.loop import train
 from gouache.training.noise import NoiseOptions
 from gouache.training.objective import Group
 from gouache.training.timesteps import Timesteps
 
-from .toys import denoiser_factory
+from .toys import denoiser_factory, settings
 
 SCHEDULE = Schedule.scaled_linear()
 KEEP = torch.zeros(3, dtype=torch.bool)
@@ -74,8 +76,8 @@ def objective(network: nn.Module, **values: Any) -> Denoising:
     return Denoising(denoiser_factory(network, SCHEDULE, "eps"), {"net": network}, **{**plain, **values})
 
 
-def batch(count: int = 3, **values: Any) -> Batch:
-    generator = torch.Generator().manual_seed(0)
+def batch(count: int = 3, seed: int = 0, **values: Any) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(count, 4, 4, 4, generator=generator)
     return Batch(latents, Conditioning(torch.rand(count, 3, 2, generator=generator)), **values)
 
@@ -298,3 +300,31 @@ def test_a_description_names_the_pictures_and_their_timesteps():
         f"a.png at timestep {t[0]}, b.png at timestep {t[1]}, c.png at timestep {t[2]}"
     )
     assert training.describe(batch(), 3).startswith(f"picture 1 at timestep {t[0]}, picture 2")
+
+
+def test_settings_of_the_loss_may_change_on_resume_and_what_is_trained_may_not(tmp_path):
+    def batches(number: int) -> Batch:
+        return batch(seed=number)
+
+    def fresh(**values: Any) -> Denoising:
+        network = Stub()
+        return objective(network, target=Frozen(network), base="sd15", **values)
+
+    whole = train(fresh(), batches, settings(steps=4), tmp_path / "whole")
+    train(fresh(), batches, settings(steps=2), tmp_path / "changed")
+    changed = {
+        "weighting": "debiased", "distance": "l1", "noise": NoiseOptions(offset=0.1), "dropout": 0.5,
+        "timesteps": Timesteps(first=500), "prior_weight": 0.5, "seed": 3, "data": "more pictures",
+    }  # fmt: skip
+
+    result = train(fresh(**changed), batches, settings(steps=4), tmp_path / "changed")
+
+    assert not torch.equal(result.last["adapter"], whole.last["adapter"])
+    stored = state.newest(tmp_path / "changed")
+    assert stored is not None
+    names = {each["name"].removeprefix("objective.").split(".")[0] for each in stored.values["changes"]}
+    assert names == {*changed, "settings"}
+    other = fresh()
+    other.target.config = lambda: {"form": "stub", "rank": 8}
+    with pytest.raises(TrainingError, match=r"was trained with objective.target.rank 4 \(now 8\); resume with"):
+        train(other, batches, settings(steps=6), tmp_path / "changed")

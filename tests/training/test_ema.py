@@ -7,6 +7,9 @@ import torch
 from torch import nn
 
 from gouache.training.ema import Ema
+from gouache.training.loop import train
+
+from .toys import points, regression, settings
 
 
 def test_the_average_is_the_weighted_sum_of_all_weights_so_far():
@@ -54,3 +57,32 @@ def test_averages_of_half_precision_weights_are_float32():
 
     assert ema.weights["w"].dtype == torch.float32
     assert 1.004 < float(ema.weights["w"][0]) <= 1.0078125
+
+
+def test_the_gap_is_the_distance_as_a_share_of_the_norm():
+    weights = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    ema = Ema({name: torch.zeros_like(tensor) for name, tensor in weights.items()}, 0.9)
+    assert ema.gap(weights) == pytest.approx(1.0)
+
+    ema.start(weights)
+    assert ema.gap(weights) == 0
+    assert ema.gap({"a": torch.zeros(2), "b": torch.zeros(1, 1)}) == 0  # a norm of 0 has no share
+    ema.weights["b"] += 0.5
+
+    assert ema.gap(weights) == pytest.approx(0.1)
+
+
+def test_averages_of_half_precision_weights_are_float32_and_can_be_on_the_cpu():
+    ema = Ema({"a": torch.ones(2, dtype=torch.bfloat16)}, 0.999, on_cpu=True)
+
+    ema.update({"a": torch.full((2,), 1.0078125, dtype=torch.bfloat16)})
+
+    assert ema.weights["a"].dtype == torch.float32 and ema.weights["a"].device.type == "cpu"
+    torch.testing.assert_close(ema.weights["a"], torch.full((2,), 1 + 0.0078125 * (1 - 2 / 11)))
+
+
+def test_a_run_with_averages_on_the_cpu_is_the_same(tmp_path):
+    result = train(regression(), points, settings(ema_decay=0.9, ema_on_cpu=True), tmp_path / "found")
+    expected = train(regression(), points, settings(ema_decay=0.9), tmp_path / "expected")
+
+    torch.testing.assert_close(dict(result.weights), dict(expected.weights), rtol=0, atol=0)

@@ -17,37 +17,46 @@ import torch
 from gouache.errors import TrainingError
 from gouache.training import state
 
+from . import runs
 from .toys import train_small_autoencoder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
-STEPS = 14
-KILLS = 6
+STEPS = 40
+KILLS = 9  # of each run; 54 in all
 EVERY_STEP = 1e-9
 
 
 @pytest.fixture(scope="module")
-def start():
-    """Starts a run in a process of its own, forked from one that has already imported torch."""
+def forked():
+    """Starts a function in a process of its own, forked from one that has already imported torch."""
     context = multiprocessing.get_context("forkserver")
     # The first step of an optimizer imports torch._dynamo, which takes seconds.
-    context.set_forkserver_preload(["torch._dynamo", "tests.training.toys"])
+    context.set_forkserver_preload(["torch._dynamo", "tests.training.toys", "tests.training.runs"])
     started = []
 
-    def go(folder: Path, steps: int, save_seconds: float, hang_at: int = -1):
-        child = context.Process(target=train_small_autoencoder, args=(folder, steps, save_seconds, hang_at))
+    def start(function, *arguments):
+        child = context.Process(target=function, args=arguments)
         child.start()
         started.append(child)
         return child
 
-    yield go
+    yield start
     for child in started:
         child.kill()
         child.join()
 
 
+@pytest.fixture
+def start(forked):
+    def go(folder: Path, steps: int, save_seconds: float, hang_at: int = -1):
+        return forked(train_small_autoencoder, folder, steps, save_seconds, hang_at)
+
+    return go
+
+
 def newest_number(folder: Path) -> int:
-    return max((int(path.name[5:]) for path in state.checkpoints(folder)), default=0)
+    return max((state.number(path) for path in state.checkpoints(folder)), default=0)
 
 
 def wait_until(condition, child, seconds: float = 60) -> None:
@@ -58,41 +67,94 @@ def wait_until(condition, child, seconds: float = 60) -> None:
         time.sleep(0.002)
 
 
-def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_uninterrupted_one(start, tmp_path):
-    uninterrupted, killed = tmp_path / "uninterrupted" / "run", tmp_path / "killed" / "run"
-    start(uninterrupted, STEPS, save_seconds=1e9).join()
-    rng = random.Random(11)
-    reached = killed_midway = 0
+def kill_often(forked, name: str, folder: Path, steps: int, kills: int, seed: int) -> int:
+    """Start the run and kill it, again and again, at random moments; returns how often it was really killed.
 
-    for kill in range(KILLS):
-        child = start(killed, STEPS, EVERY_STEP)
-        if kill % 4:  # otherwise it is killed while it starts
-            wait_until(lambda before=reached: newest_number(killed) > before, child)
-        child.join(rng.uniform(0, 0.1))
+    A third of the kills come from within, at a random operation on the disk, most of them in the middle of a save.
+    """
+    rng = random.Random(seed)
+    killed = reached = 0
+    for kill in range(kills):
+        save_seconds = rng.choice([EVERY_STEP, EVERY_STEP, 0.03])
+        if kill % 3 == 0:
+            child = forked(die_at_operation, rng.randrange(1, 60), name, folder, steps, save_seconds)
+            child.join(60)
+        else:
+            child = forked(runs.go, name, folder, steps, save_seconds)
+            if kill % 3 == 1:  # otherwise it is killed while it starts
+                wait_until(lambda before=reached: newest_number(folder) > before, child)
+            child.join(rng.uniform(0, 0.06))
         child.kill()
         child.join()
-        killed_midway += child.exitcode == -signal.SIGKILL
-        found = state.newest(killed)
-        assert (found.step if found else 0) >= reached
+        assert child.exitcode in (0, -signal.SIGKILL)
+        killed += child.exitcode == -signal.SIGKILL
+        found = state.newest(folder)
+        assert (found.step if found else 0) >= reached, "work was lost that had been saved"
         reached = found.step if found else 0
-    assert reached > 0 and killed_midway >= 3
-    last = start(killed, STEPS, EVERY_STEP)
-    last.join()
+    return killed
 
-    assert last.exitcode == 0
-    expected, found = state.newest(uninterrupted), state.newest(killed)
-    assert expected is not None and found is not None
-    assert found.tensors.keys() == expected.tensors.keys() == {"weights", "ema", "optimizer"}
-    for file, tensors in expected.tensors.items():
-        assert found.tensors[file].keys() == tensors.keys()
-        assert all(torch.equal(found.tensors[file][name], tensor) for name, tensor in tensors.items()), file
-    for name in ("step", "best", "ema_updates"):
-        assert found.values[name] == expected.values[name]
-    assert (killed / "best.safetensors").read_bytes() == (uninterrupted / "best.safetensors").read_bytes()
-    assert (killed / "log.jsonl").read_text() == (uninterrupted / "log.jsonl").read_text()
-    assert sorted(path.name for path in killed.iterdir()) == [
-        "best.safetensors", "lock", "log.jsonl", f"step-{STEPS - 1:08d}", f"step-{STEPS:08d}",
-    ]  # fmt: skip
+
+def die_at_operation(count: int, *arguments) -> None:
+    """The run, killed at operation number `count` that changes the disk."""
+    left = count
+
+    def counted(real):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("mkdir", "fsync", "replace", "rename", "link", "unlink", "rmdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    runs.go(*arguments)
+
+
+def assert_ended_equal(found_folder: Path, expected_folder: Path) -> None:
+    """The last and the best checkpoints and the logs of both runs are the same, bit for bit."""
+    last = state.newest(expected_folder)
+    assert last is not None
+    for step in {last.step, *(step for _, step in last.values["ranking"])}:
+        expected, found = (state.read(folder / f"step-{step:08d}") for folder in (expected_folder, found_folder))
+        assert found.tensors.keys() == expected.tensors.keys()
+        for file, tensors in expected.tensors.items():
+            assert found.tensors[file].keys() == tensors.keys()
+            unequal = [name for name, tensor in tensors.items() if not torch.equal(found.tensors[file][name], tensor)]
+            assert not unequal, (step, file)
+        for name in ("step", "number", "best", "ranking", "lowest", "waiting", "skipped", "ema_updates", "optimizer"):
+            assert found.values[name] == expected.values[name], (step, name)
+    assert (found_folder / "log.jsonl").read_text() == (expected_folder / "log.jsonl").read_text()
+    assert not [path.name for path in found_folder.iterdir() if path.suffix in (".part", ".tmp", ".bad")]
+
+
+def check_kills(forked, tmp_path: Path, name: str, steps: int, kills: int, seed: int) -> int:
+    uninterrupted, folder = tmp_path / "uninterrupted", tmp_path / "killed"
+    whole = forked(runs.go, name, uninterrupted, steps, 1e9)
+    killed = kill_often(forked, name, folder, steps, kills, seed)
+    last = forked(runs.go, name, folder, steps, EVERY_STEP)
+    last.join()
+    whole.join()
+
+    assert (last.exitcode, whole.exitcode) == (0, 0)
+    assert_ended_equal(folder, uninterrupted)
+    return killed
+
+
+@pytest.mark.parametrize("name", runs.NAMES)
+def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_uninterrupted_one(forked, tmp_path, name):
+    killed = check_kills(forked, tmp_path, name, STEPS, KILLS, seed=11)
+
+    assert killed >= KILLS // 2
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", runs.NAMES)
+def test_a_long_run_killed_fifty_times_ends_bit_equal(forked, tmp_path, name, seed):
+    assert check_kills(forked, tmp_path, name, steps=400, kills=50, seed=seed) >= 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -76,7 +76,10 @@ def test_a_module_is_imported_only_when_its_optimizer_is_named(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"optimizer": "adam8"}, r"optimizer: 'adam8' is not known; use adamw, adam, sgd, adafactor, muon, .*or the dotted"),
+        (
+            {"optimizer": "adam8"},
+            r"optimizer: 'adam8' is not known; use adamw, adam, sgd, adafactor, muon, .*or the dotted",
+        ),
         ({"optimizer": "no.such.Thing"}, "no.such.Thing cannot be imported"),
         ({"optimizer": "torch.optim.Nothing"}, "torch.optim.Nothing cannot be imported"),
         ({"optimizer": "torch.nn.Linear"}, "not a class derived from torch.optim.Optimizer"),
@@ -177,7 +180,7 @@ def test_muon_trains_matrices_and_adamw_the_rest():
 def test_muon_of_a_torch_without_it_is_refused_in_one_line(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
 
-    with pytest.raises(RequestError, match="muon does not accept these settings: torch .* has no Muon"):
+    with pytest.raises(RequestError, match=r"muon does not accept these settings: torch .* has no Muon"):
         build(settings(optimizer="muon"), by_decay({"net": linear()}))
 
 
@@ -197,8 +200,9 @@ def test_a_run_with_an_extra_resumes_bit_equal(tmp_path, name):
     values = {"optimizer": name, "learning_rate": 1.0 if name == "prodigy" else 0.01, "ema_decay": 0}
 
     whole = train(regression(), points, settings(**values), tmp_path / "whole")
-    for steps in (2, 4, 6):
-        parts = train(regression(9), points, settings(**{**values, "steps": steps}), tmp_path / "parts")
+    for steps, seed in ((2, 0), (4, 9)):
+        train(regression(seed), points, settings(**{**values, "steps": steps}), tmp_path / "parts")
+    parts = train(regression(9), points, settings(**values), tmp_path / "parts")
 
     torch.testing.assert_close(dict(parts.last), dict(whole.last), rtol=0, atol=0)
     torch.testing.assert_close(dict(parts.weights), dict(whole.weights), rtol=0, atol=0)

@@ -43,7 +43,7 @@ class Regression:
     def config(self) -> Mapping[str, Json]:
         return self.values
 
-    def losses(self, batch: tuple[Tensor, Tensor], step: int) -> Mapping[str, Tensor]:
+    def losses(self, batch: tuple[Tensor, Tensor], number: int, /) -> Mapping[str, Tensor]:
         x, y = batch
         return {"loss": (self.net(x) - y).pow(2).mean()}
 

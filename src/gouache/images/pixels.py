@@ -9,12 +9,14 @@ import io
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from gouache.errors import RequestError, printable
@@ -34,6 +36,59 @@ def read(path: Path, setting: str) -> Image.Image:
 
 def read_bytes(path: Path, setting: str) -> bytes:
     """The content of a regular file of at most `MAX_BYTES`. Raises RequestError."""
+    with _opened(path, setting) as file:
+        return file.read(MAX_BYTES)
+
+
+def read_size(path: Path, setting: str) -> tuple[int, int]:
+    """(width, height) of the picture at `path`, upright, from its header: the pixels are not decoded.
+
+    Raises RequestError.
+    """
+    with _opened(path, setting) as file:
+        try:
+            with Image.open(file, formats=FORMATS) as picture:
+                _check_size(picture, str(path), setting)
+                return _upright_size(picture, file)
+        except RequestError:
+            raise
+        except Exception as error:  # see `normalise`
+            raise _unreadable(error, str(path), setting) from None
+
+
+def _upright_size(picture: Image.Image, file: BinaryIO) -> tuple[int, int]:
+    width, height = picture.size
+    if picture.format == "TIFF":  # Pillow has turned the size already
+        return width, height
+    try:
+        if picture.format != "PNG" or _orientation_follows(file):
+            exif = picture.getexif()
+        else:  # PNG's own method would decode the pixels, in search of chunks behind them
+            exif = Image.Image.getexif(picture)
+        return (height, width) if exif.get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else (width, height)
+    except _DAMAGED_EXIF:
+        return width, height
+
+
+def _orientation_follows(png: BinaryIO) -> bool:
+    """Whether a chunk that can contain an orientation comes after the pixels."""
+    position, pixels_seen = png.tell(), False
+    png.seek(8)
+    try:
+        while len(head := png.read(8)) == 8:
+            length, name = struct.unpack(">I4s", head)
+            if pixels_seen and name in (b"eXIf", b"iTXt", b"tEXt", b"zTXt"):
+                return True
+            pixels_seen = pixels_seen or name == b"IDAT"
+            png.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        png.seek(position)
+
+
+@contextmanager
+def _opened(path: Path, setting: str) -> Iterator[BinaryIO]:
+    """A regular file of at most `MAX_BYTES`, open for reading. Raises RequestError, also for errors of reading it."""
     name = _printable(path)
     # O_NONBLOCK: a named pipe without a writer is opened and then refused, instead of waited for.
     flags = os.O_RDONLY
@@ -50,7 +105,7 @@ def read_bytes(path: Path, setting: str) -> bytes:
                 raise RequestError(
                     setting, f"{name} has {status.st_size / 1e6:.0f} MB; at most {MAX_BYTES / 1e6:.0f} MB"
                 )
-            return file.read(MAX_BYTES)
+            yield file
     except FileNotFoundError:
         raise RequestError(setting, f"there is no file {name}") from None
     except (OSError, ValueError) as error:
@@ -70,10 +125,7 @@ def decode(data: bytes, name: str, setting: str) -> Image.Image:
 
 def normalise(picture: Image.Image, name: str, setting: str) -> Image.Image:
     """A copy of `picture`: upright, 8 bits, mode RGBA if it has transparency, else L or RGB. Raises RequestError."""
-    count = picture.width * picture.height
-    if not 0 < count <= MAX_PIXELS:
-        limit = "at most 64 million" if count else "at least 1x1 is needed"
-        raise RequestError(setting, f"{_printable(name)} has {picture.width}x{picture.height} pixels; {limit}")
+    _check_size(picture, name, setting)
     try:
         picture = _upright(picture)
         if picture.mode[0] in "IF":  # more than 8 bits: Pillow would clip at 255 instead of scaling
@@ -89,11 +141,21 @@ def normalise(picture: Image.Image, name: str, setting: str) -> Image.Image:
         raise _unreadable(error, name, setting) from None
 
 
+def _check_size(picture: Image.Image, name: str, setting: str) -> None:
+    count = picture.width * picture.height
+    if not 0 < count <= MAX_PIXELS:
+        limit = "at most 64 million" if count else "at least 1x1 is needed"
+        raise RequestError(setting, f"{_printable(name)} has {picture.width}x{picture.height} pixels; {limit}")
+
+
+_DAMAGED_EXIF = (SyntaxError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError)
+
+
 def _upright(picture: Image.Image) -> Image.Image:
     """Turned as its EXIF says; as it is stored if that is damaged, which tools that copy metadata often leave."""
     try:
         return ImageOps.exif_transpose(picture)
-    except (SyntaxError, struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
+    except _DAMAGED_EXIF:
         picture.load()
         return picture
 
@@ -163,10 +225,10 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 
 def _unreadable(error: Exception, name: str, setting: str) -> RequestError:
-    # Pillow's message for other formats names a Python object.
-    reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_printable(error)})"
     kinds = "PNG, JPEG, WebP, BMP, TIFF and AVIF are"
-    return RequestError(setting, f"{_printable(name)} is not a picture that can be read; {kinds}{reason}")
+    # Pillow's own words for a file that it does not know have the address of an object in memory.
+    why = "" if isinstance(error, UnidentifiedImageError) else f" ({_printable(error)})"
+    return RequestError(setting, f"{_printable(name)} is not a picture that can be read; {kinds}{why}")
 
 
 def _printable(value: object) -> str:

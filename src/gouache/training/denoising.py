@@ -207,23 +207,28 @@ class Denoising:
 
     def _difference(self, batch: Batch, t: Tensor, noise: Tensor, input_noise: Tensor, drop: Tensor) -> Tensor:
         """The network's output minus its target, (B, C, h, w)."""
+        sigma = self.schedule.sigma(t)
+        # Before the graph of the output is made: a target may change weights in place meanwhile.
+        prior = self._prior(batch, input_noise, sigma, drop)
         denoiser = self._denoiser(self._conditioning(batch, drop))
-        sigma = denoiser.schedule.sigma(t)
         output, _ = denoiser.loss_terms(batch.latents, input_noise, sigma)
         wanted = training_target(denoiser.prediction, batch.latents.to(output), noise.to(output), sigma)
-        if self.prior == "frozen" and batch.regularization is not None and bool(batch.regularization.any()):
-            rows = batch.regularization.nonzero().flatten().tolist()
-            wanted = wanted.clone()
-            wanted[rows] = self._frozen_output(batch, rows, input_noise, sigma, drop)
+        if prior is not None:
+            rows, outputs = prior
+            wanted = wanted.index_copy(0, rows.to(wanted.device), outputs.to(wanted))
         return output - wanted
 
     @torch.no_grad()
-    def _frozen_output(self, batch: Batch, rows: list[int], noise: Tensor, sigma: Tensor, drop: Tensor) -> Tensor:
-        """What the network predicted for these rows before it was trained."""
+    def _prior(self, batch: Batch, noise: Tensor, sigma: Tensor, drop: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The rows whose target is the frozen network's output, and that output; None if there are none."""
+        if self.prior == "pictures" or batch.regularization is None or not bool(batch.regularization.any()):
+            return None
         assert self.target is not None
+        index = batch.regularization.cpu().nonzero().flatten()
+        rows = index.tolist()
         with self.target.frozen():
             denoiser = self._denoiser(self._conditioning(batch, drop).rows(rows))
-            return denoiser.loss_terms(batch.latents[rows], noise[rows], sigma[rows])[0]
+            return index, denoiser.loss_terms(batch.latents[rows], noise[rows], sigma[rows])[0]
 
     def _conditioning(self, batch: Batch, drop: Tensor) -> Conditioning:
         if batch.conditioning is not None:

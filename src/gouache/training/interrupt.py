@@ -1,33 +1,62 @@
-"""Ctrl-C and SIGTERM as a request to stop that the loop polls between steps."""
+"""Requests from outside that the loop polls between steps: Ctrl-C and SIGTERM stop it, SIGUSR1 or a file saves."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from gouache.errors import TrainingError, printable
+
+SAVE_NOW = "save-now"
+"""The name of a file in the run's folder: when it appears, a checkpoint is saved and the file is removed."""
+
+
+class Requests:
+    """What was requested so far. `stop` remains; `saving()` reports a request once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stop = False
+        self._save = False
+        self._file = folder / SAVE_NOW
+
+    def saving(self) -> bool:
+        if self._file.exists():
+            self._save = True
+            try:
+                self._file.unlink()
+            except OSError as error:
+                raise TrainingError(f"{printable(str(self._file))}: cannot be removed ({error.strerror})") from None
+        requested, self._save = self._save, False
+        return requested
+
+    def on_stop(self, _signal: int, _frame: object) -> None:
+        if self.stop:
+            raise KeyboardInterrupt
+        self.stop = True
+
+    def on_save(self, _signal: int, _frame: object) -> None:
+        self._save = True
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether a stop was requested.
+def requests(folder: Path) -> Iterator[Requests]:
+    """Within the block signals become requests.
 
-    First signal: the loop finishes its step, saves and returns. Second signal: KeyboardInterrupt at once; the last
-    checkpoint remains. Outside the main thread no signal can be handled and the function always returns False.
+    First signal to stop: the loop finishes its step, saves and returns. Second signal: KeyboardInterrupt at once; the
+    last checkpoint remains. Outside the main thread no signal can be handled; the file still works.
     """
-    requested = False
-
-    def handle(_signal: int, _frame: object) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-
+    found = Requests(folder)
+    handlers = {signal.SIGINT: found.on_stop, signal.SIGTERM: found.on_stop}
+    if hasattr(signal, "SIGUSR1"):
+        handlers[signal.SIGUSR1] = found.on_save
     try:
-        previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     except ValueError:  # not the main thread: its caller stops the loop by `should_stop` or `seconds`
         previous = {}
     try:
-        yield lambda: requested
+        yield found
     finally:
         for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

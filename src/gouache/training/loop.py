@@ -9,51 +9,45 @@ from __future__ import annotations
 
 import math
 import sys
-import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from gouache.errors import TrainingError, printable
-from gouache.files.write import write_safetensors
+from gouache.training import nonfinite
 from gouache.training import state as checkpoint
-from gouache.training.interrupt import stop_signals
-from gouache.training.log import Log
+from gouache.training.evaluation import Validate, evaluating, measure
+from gouache.training.interrupt import requests
 from gouache.training.objective import Objective
+from gouache.training.position import Position
+from gouache.training.recorder import Progress, Recorder
+from gouache.training.retention import Saves
 from gouache.training.settings import Settings
-from gouache.training.snapshot import Run, averaged, begin, capture, fault, restore, weights
-
-Batches = Callable[[int], Any]
-"""Returns the batch of a number, counted from 0. It depends on the number alone, so that a run can resume anywhere."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Passed to `on_log`. `seconds` is the time since this call of `train` began, `left` the estimated time left."""
-
-    step: int
-    steps: int
-    losses: Mapping[str, float]
-    seconds: float
-    left: float
+from gouache.training.snapshot import Run, averaged, averages, begin, fault, is_finite, restore, weights
+from gouache.training.step import Batches, accumulate_gradients, clip_gradients, update
 
 
 @dataclass(frozen=True)
 class Result:
     """A run that has ended at `step`, because it was `finished` or stopped.
 
-    `last` are the weights that its checkpoints contain (trained parameters, and frozen ones if the objective names no
-    base); `weights` are the same with averages where they are kept.
+    `reason` is "steps" if all were done, "patience" if validation did not improve, or "stopped". `last` are the weights
+    that its checkpoints contain (trained parameters, and frozen ones if the objective names no base); `weights` are the
+    same with averages where they are kept. `best` are the steps with the lowest validation losses, the lowest first;
+    their checkpoints are kept.
     """
 
     step: int
-    finished: bool
+    reason: Literal["steps", "patience", "stopped"]
     weights: Mapping[str, Tensor]
     last: Mapping[str, Tensor]
+    best: tuple[int, ...] = ()
+
+    @property
+    def finished(self) -> bool:
+        return self.reason != "stopped"
 
 
 def train(
@@ -63,119 +57,108 @@ def train(
     folder: Path,
     *,
     on_log: Callable[[Progress], None] | None = None,
-    validate: Callable[[], Mapping[str, float]] | None = None,
+    validate: Validate | None = None,
     on_preview: Callable[[int], None] | None = None,
     preview_steps: Container[int] = (),
     should_stop: Callable[[], bool] | None = None,
     seconds: float = math.inf,
     on_note: checkpoint.OnNote | None = None,
+    epoch_batches: int = 0,
 ) -> Result:
     """Train until `settings.steps`, for `seconds`, or until Ctrl-C or `should_stop()`; then save. A later call resumes.
 
-    `folder` contains the checkpoints and `log.jsonl`. `validate` and `on_preview` are called with the averaged weights
-    in the networks: `validate` every `settings.validate_steps`, and the weights with the lowest "loss" it returned are
-    kept as `best.safetensors`; `on_preview` with the number of steps done, for the numbers in `preview_steps` (0 is
-    before the first step; an interval is a `range`). `should_stop` is polled between steps; it is for callers outside
-    the main thread, where no signal arrives. `on_note` receives lines such as "step-00000003 is damaged ..."; without
-    it they are printed on stderr.
+    `folder` contains the checkpoints and the logs. `validate` and `on_preview` are called with the averaged weights in
+    the networks: `validate` every `settings.validate_steps`, and once more with the last weights; `on_preview` with the
+    number of steps done, for the numbers in `preview_steps` (0 is before the first step; an interval is a `range`).
+    `should_stop` is polled between steps; it is for callers outside the main thread, where no signal arrives. A
+    checkpoint is saved at once when SIGUSR1 or a file `save-now` in `folder` asks for it. `on_note` receives lines such
+    as "step-00000003 is damaged ..."; without it they are printed on stderr. `epoch_batches` is the number of batches
+    per epoch, for `settings.save_epochs`.
 
-    Raises TrainingError when a loss or gradient is not finite, when another run trains in the folder, or when the
-    folder belongs to a different run; RequestError when the optimizer is not known.
+    Raises TrainingError when a loss or gradient is not finite and `settings.not_finite` is "stop", when another run
+    trains in the folder, when the folder belongs to a different run, or when its disk is full; RequestError when the
+    optimizer or the schedule is not known.
     """
-    with checkpoint.locked(folder), stop_signals() as interrupted:
+    note = on_note or _print_note
+    with checkpoint.locked(folder), requests(folder) as requested:
         run = begin(objective, settings)
-        step, best = _resume(run, folder, on_note or _print_note)
-        first = saved = step
-        began = saved_at = time.monotonic()
-        log = Log(folder / "log.jsonl", step)
+        position = _resume(run, folder, note)
+        saves = Saves(run, folder, position.step, epoch_batches)
+        record = Recorder(run, folder, position.step, on_log, note)
+        batches = record.clock.measured("data", batches)
 
-        def stopped() -> bool:
-            return interrupted() or time.monotonic() - began >= seconds or (should_stop is not None and should_stop())
+        def running() -> bool:
+            stopped = requested.stop or record.seconds >= seconds or (should_stop is not None and should_stop())
+            return position.step < settings.steps and not position.without_patience(settings) and not stopped
 
         def preview() -> None:
-            if on_preview is not None and step in preview_steps:
-                with averaged(run):
-                    on_preview(step)
+            if on_preview is not None and position.step in preview_steps:
+                with record.clock.measure("previews"), averaged(run), evaluating(objective.networks):
+                    on_preview(position.step)
 
-        if step == 0:
+        def skip_step(losses: Mapping[str, Tensor]) -> None:
+            if settings.not_finite == "stop" and is_finite(run):
+                saves.save(position)  # what was trained so far is good
+            note(nonfinite.skip(run, position, folder, saves.step, batches, losses))
+            record.return_to(position.step)
+
+        def save() -> None:
+            if not is_finite(run):
+                skip_step({})
+                return
+            with record.clock.measure("saving"):
+                record.saved(saves.save(position))
+
+        if position.step == 0:
             preview()
-        while step < settings.steps and not stopped():
-            losses = accumulate_gradients(objective, batches, step, settings.accumulate)
-            norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), settings.clip_norm)
-            if not torch.isfinite(norm + losses["loss"]):
-                raise TrainingError(_not_finite(step, losses, saved, folder))
-            for group in run.optimizer.param_groups:
-                group["lr"] = settings.rate(step) * group["rate"]
-            run.optimizer.step()
-            run.optimizer.zero_grad(set_to_none=True)
-            if run.ema is not None:
-                run.ema.update(run.parameters)
-            step += 1
+        while running():
+            losses, norm = {}, 0.0
+            if position.step not in position.skipped:
+                losses = accumulate_gradients(run, batches, position.number)
+                norm = clip_gradients(run)
+                if not nonfinite.step_is_finite(losses, norm):
+                    skip_step(losses)
+                    continue
+                update(run, position.step)
+            position.advance(settings)
+            record.step(position, losses, norm)
 
-            if step % settings.log_steps == 0 or step == settings.steps:
-                passed = time.monotonic() - began
-                left = passed / (step - first) * (settings.steps - step)
-                progress = Progress(step, settings.steps, _floats(losses), passed, left)
-                log.write(step=step, rate=settings.rate(step - 1), norm=float(norm), **progress.losses)
-                if on_log is not None:
-                    on_log(progress)
-            if validate is not None and (step % settings.validate_steps == 0 or step == settings.steps):
-                with averaged(run):
-                    scores = dict(validate())
-                    log.write(step=step, **{f"validation {name}": value for name, value in scores.items()})
-                    if scores["loss"] < best:
-                        best = scores["loss"]
-                        write_safetensors(folder / "best.safetensors", weights(run))
+            is_among_best = False
+            if validate is not None and settings.is_due(position.step, settings.validate_steps):
+                with record.clock.measure("validation"):
+                    scores = measure(run, validate)
+                record.validation(position, scores)
+                is_among_best = position.validated(scores["loss"], settings)
             preview()
-            if time.monotonic() - saved_at > settings.save_seconds:
-                checkpoint.save(folder, capture(run, step, best), settings.keep)
-                saved, saved_at = step, time.monotonic()
+            if is_among_best or saves.due(position) or requested.saving():
+                save()
+            record.times(position)
 
-        if step > saved:
-            checkpoint.save(folder, capture(run, step, best), settings.keep)
-        last = {name: tensor.clone() for name, tensor in weights(run).items()}
-        with averaged(run):
-            means = {name: tensor.clone() for name, tensor in weights(run).items()}
-        return Result(step, step >= settings.steps, means, last)
+        save()
+        return _result(run, position)
 
 
-def accumulate_gradients(objective: Objective, batches: Batches, step: int, accumulate: int) -> dict[str, Tensor]:
-    """Add the mean gradient of one step's `accumulate` batches to the parameters; returns the mean of each loss."""
-    means: dict[str, Tensor] = {}
-    for number in range(step * accumulate, (step + 1) * accumulate):
-        losses = objective.losses(batches(number), number)
-        (losses["loss"] / accumulate).backward()
-        for name, value in losses.items():
-            part = value.detach() / accumulate
-            means[name] = means[name] + part if name in means else part
-    return means
-
-
-def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> tuple[int, float]:
-    """Restore the newest undamaged checkpoint; its step and lowest validation loss, or (0, inf) if there is none."""
+def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
+    """Restore the newest undamaged checkpoint, if there is one."""
     state = checkpoint.newest(folder, fault=fault, on_note=on_note)
     if state is None:
         checkpoint.start_over(folder, on_note)
-        return 0, math.inf
-    step, best = restore(run, state, folder)
-    checkpoint.set_aside(folder, after=step)
-    return step, best
+        return Position()
+    position = restore(run, state, folder)
+    checkpoint.set_aside(folder, after=position.step)
+    return position
+
+
+def _result(run: Run, position: Position) -> Result:
+    last = {name: tensor.clone() for name, tensor in weights(run).items()}
+    means = {name: tensor.clone() for name, tensor in (averages(run) or {}).items()}
+    reason: Literal["steps", "patience", "stopped"] = "stopped"
+    if position.step >= run.settings.steps:
+        reason = "steps"
+    elif position.without_patience(run.settings):
+        reason = "patience"
+    return Result(position.step, reason, {**last, **means}, last, tuple(step for _, step in position.best))
 
 
 def _print_note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr, flush=True)
-
-
-def _not_finite(step: int, losses: Mapping[str, Tensor], saved: int, folder: Path) -> str:
-    values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
-    problem = f"step {step + 1}: a loss or gradient is not finite ({values})"
-    kept = (
-        f"the checkpoint of step {saved} in {printable(str(folder))} is good"
-        if saved
-        else "no checkpoint was saved yet"
-    )
-    return f"{problem}; {kept}; train in a new folder with a lower learning rate"
-
-
-def _floats(losses: Mapping[str, Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in losses.items()}

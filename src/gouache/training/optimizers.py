@@ -1,8 +1,8 @@
 """Optimizers by name, and their state as named tensors and numbers.
 
-`TABLE` has those of torch, `EXTRAS` well-kept ones of packages that need not be installed. Any other class derived from
-torch.optim.Optimizer can be given by its dotted path; it is imported, which runs its module's code, so paths belong only
-in settings that the user wrote.
+`TABLE` has those of torch, `EXTRAS` well-kept ones of packages that need not be installed. Any other class derived
+from torch.optim.Optimizer can be given by its dotted path; it is imported, which runs its module's code, so paths
+belong only in settings that the user wrote.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def build(settings: Settings, groups: Sequence[Group]) -> torch.optim.Optimizer:
         for group in groups
     ]
     try:
-        optimizer = make(options, **{"lr": settings.learning_rate, **arguments, **settings.optimizer_arguments})
+        optimizer: Any = make(options, **{"lr": settings.learning_rate, **arguments, **settings.optimizer_arguments})
     except (TypeError, ValueError, RuntimeError) as error:
         problem = " ".join(str(error).split())
         raise RequestError("optimizer_arguments", f"{name} does not accept these settings: {problem}") from None

@@ -87,6 +87,10 @@ class Settings(BaseModel):
         """The learning rate of step `step`, counted from 0."""
         return rates.rate(self, step)
 
+    def is_due(self, step: int, interval: int) -> bool:
+        """Whether `step` steps are a multiple of `interval`, or all of them."""
+        return step % interval == 0 or step == self.steps
+
     @cached_property
     def imported_rates(self) -> list[float]:
         """Those of a schedule given by its path, for each step after the warm-up."""

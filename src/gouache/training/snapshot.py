@@ -7,10 +7,10 @@ is refused before anything is changed.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from gouache.training.changes import Change, as_json, compare, field_defaults, r
 from gouache.training.ema import Ema
 from gouache.training.objective import Group, Json, Objective
 from gouache.training.optimizers import OptimizerState
+from gouache.training.position import Position, position_fault, read_position
+from gouache.training.rounding import Masters
 from gouache.training.settings import Settings
 from gouache.training.state import State
 
@@ -31,12 +33,14 @@ from gouache.training.state import State
 class Run:
     """Everything that a step changes, and the settings that determine how.
 
-    `parameters` are the trained ones. `options` are the optimizer's options as it was built, `buffers` the hashes of
-    the networks' persistent buffers before the first step, `changes` the settings changed since the run began.
+    `parameters` are the trained ones, `masters` the tensors that the optimizer changes in their place. `options` are
+    the optimizer's options as it was built, `buffers` the hashes of the networks' persistent buffers before the first
+    step, `changes` the settings changed since the run began.
     """
 
     objective: Objective
     parameters: Mapping[str, nn.Parameter]
+    masters: Masters
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     settings: Settings
@@ -54,11 +58,16 @@ def begin(objective: Objective, settings: Settings) -> Run:
         raise TrainingError("nothing to train: no parameter requires a gradient; unfreeze a network or pass groups")
     if len(parameters) < sum(len(group.parameters) for group in groups):
         raise TrainingError("two trained parameters have the same name; give each a unique name in its group")
-    optimizer = optimizers.build(settings, groups)
-    ema = Ema(parameters, settings.ema_decay) if settings.ema_decay else None
+    settings.rate(0)  # refuses a schedule that cannot be imported before anything is computed
+    masters = Masters(parameters, settings.rounding)
+    own = [replace(group, parameters={name: masters.tensors[name] for name in group.parameters}) for group in groups]
+    optimizer = optimizers.build(settings, own)
+    averages = settings.ema_decay and not optimizers.is_schedule_free(optimizer)
+    ema = Ema(masters.exact, settings.ema_decay, settings.ema_on_cpu) if averages else None
     config = as_json({**objective.config(), "groups": [_describe(group) for group in groups]})
     buffers = {name: _digest(buffer) for name, buffer in _buffers(objective.networks).items()}
-    return Run(objective, parameters, optimizer, ema, settings, config, optimizers.options(optimizer), buffers)
+    options = optimizers.options(optimizer)
+    return Run(objective, parameters, masters, optimizer, ema, settings, config, options, buffers)
 
 
 def weights(run: Run) -> dict[str, Tensor]:
@@ -67,19 +76,42 @@ def weights(run: Run) -> dict[str, Tensor]:
     These are the trained parameters and the persistent buffers that have changed. Frozen weights are included only
     when the objective names no base they could be loaded from.
     """
-    trained = {name: parameter.detach() for name, parameter in run.parameters.items()}
-    return {**trained, **{name: tensor.detach() for name, tensor in _others(run).items()}}
+    return {**run.masters.exact, **{name: tensor.detach() for name, tensor in _others(run).items()}}
 
 
-def capture(run: Run, step: int, best: float) -> State:
-    """The run after `step` steps, with `best` as its lowest validation loss; valid until the next step."""
-    optimizer = optimizers.capture(run.optimizer, run.parameters, run.options)
-    tensors = {"weights": weights(run), "optimizer": optimizer.tensors}
+def is_finite(run: Run) -> bool:
+    """Whether all trained weights are finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in run.masters.exact.values())
+
+
+def averages(run: Run) -> Mapping[str, Tensor] | None:
+    """The averages of the trained weights, None if there are none.
+
+    A schedule-free optimizer has averages of its own, which it swaps with the weights it trains; swapping back is not
+    exact, so the weights are put back from copies.
+    """
     if run.ema is not None:
-        tensors["ema"] = run.ema.weights
+        return run.ema.weights
+    if not optimizers.is_schedule_free(run.optimizer):
+        return None
+    optimizer: Any = run.optimizer
+    run.masters.load()
+    last = _copies(run.masters.tensors)
+    optimizer.eval()
+    means = _copies(run.masters.tensors)
+    optimizer.train()
+    _copy(last, run.masters.tensors)
+    return means
+
+
+def capture(run: Run, position: Position) -> State:
+    """The run at `position`; valid until the next step."""
+    optimizer = optimizers.capture(run.optimizer, run.masters.tensors, run.options)
+    tensors: dict[str, Mapping[str, Tensor]] = {"weights": weights(run), "optimizer": optimizer.tensors}
+    if (means := averages(run)) is not None:
+        tensors["ema"] = means
     values = {
-        "step": step,
-        "best": best if math.isfinite(best) else None,
+        **position.values(),
         "ema_updates": run.ema.updates if run.ema is not None else 0,
         "settings": run.settings.model_dump(mode="json"),
         "objective": dict(run.config),
@@ -95,12 +127,11 @@ def fault(state: State) -> str:
     for name in ("weights", "optimizer"):
         if name not in state.tensors:
             return f"{name}.safetensors is missing"
-    kinds: tuple[tuple[str, type | tuple[type, ...]], ...] = (
-        ("settings", dict), ("best", (int, float, type(None))), ("ema_updates", int),
-    )  # fmt: skip
-    for name, kind in kinds:
-        if name not in values or not isinstance(values[name], kind):
+    for name, kind in (("settings", dict), ("ema_updates", int)):
+        if not isinstance(values.get(name), kind):
             return f"state.json has no valid {name!r}"
+    if name := position_fault(values):
+        return f"state.json has no valid {name!r}"
     rest, changes = values.get("optimizer", {}), values.get("changes", [])
     known = {each.name for each in fields(Change)}
     if not isinstance(rest, dict) or not isinstance(rest.get("values", {}), dict):
@@ -112,50 +143,67 @@ def fault(state: State) -> str:
     return ""
 
 
+def estimated_bytes(run: Run) -> int:
+    """The size of a checkpoint. Of an optimizer without state yet it assumes two float32 moments per weight."""
+    trained = run.masters.exact.values()
+    moments = [tensor for state in run.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)]
+    optimizer = _bytes(moments) or sum(8 * tensor.numel() for tensor in trained)
+    has_averages = run.ema is not None or optimizers.is_schedule_free(run.optimizer)
+    return _bytes(weights(run).values()) + optimizer + has_averages * sum(4 * tensor.numel() for tensor in trained)
+
+
 @torch.no_grad()
-def restore(run: Run, state: State, folder: Path) -> tuple[int, float]:
-    """Make `run` what it was when `state` was captured; returns its step and lowest validation loss.
+def restore(run: Run, state: State, folder: Path) -> Position:
+    """Make `run` what it was when `state` was captured; returns its position.
 
     Settings that may change are taken from `run`, and their changes are added to `run.changes`. Raises TrainingError,
     naming `folder` and each difference, if the state belongs to another run.
     """
     changes = _changes(run, state)
-    wrong = refused(changes, _changeable(run))
+    wrong = [change for change in refused(changes, _changeable(run)) if not _RATE_OF_GROUP.fullmatch(change.name)]
     _refuse([change for change in wrong if change.setting != "objective.groups"], folder)
-    stored, averages, moments = _check_tensors(run, state, folder)
-    _refuse(wrong, folder)  # the trained parameters fit; their rates or their weight decay differ
+    stored, means, moments = _check_tensors(run, state, folder)
+    _refuse(wrong, folder)
 
     live = _all_tensors(run)
     for name, tensor in stored.items():
         live[name].copy_(tensor)
+    run.masters.restore(stored)
     if run.ema is not None:
-        for name, tensor in run.ema.weights.items():
-            tensor.copy_(averages[name])
-        run.ema.updates = state.values["ema_updates"]
-    rest = state.values.get("optimizer", {})
-    optimizers.restore(
-        run.optimizer, run.parameters, OptimizerState(moments, rest.get("values", {}), rest.get("groups", ()))
-    )
+        run.ema.start(means or run.masters.exact)
+        run.ema.updates = state.values["ema_updates"] if means else 0
+    run.optimizer.state.clear()
+    for group, initial in zip(run.optimizer.param_groups, run.options, strict=True):
+        group.update(initial)
+    if not any(change.setting in ("settings.optimizer", "settings.optimizer_arguments") for change in changes):
+        rest = state.values.get("optimizer", {})
+        own = OptimizerState(moments, rest.get("values", {}), rest.get("groups", ()))
+        optimizers.restore(run.optimizer, run.masters.tensors, own)
     run.changes[:] = [*(Change(**change) for change in state.values.get("changes", ())), *changes]
-    best = state.values["best"]
-    return state.step, math.inf if best is None else best
+    accumulate = next((each.before for each in changes if each.name == "settings.accumulate"), run.settings.accumulate)
+    return read_position(state.values, int(accumulate))  # type: ignore[arg-type]
 
 
 @contextmanager
-def averaged(run: Run) -> Iterator[None]:
-    """Within the block, the networks have the averaged weights; afterwards the last weights again."""
-    if run.ema is None:
-        yield
+def averaged(run: Run) -> Iterator[bool]:
+    """Within the block, the networks have the averaged weights; afterwards the last weights again.
+
+    Yields whether there are averages; without them nothing changes.
+    """
+    means = averages(run)
+    if means is None:
+        yield False
         return
-    last = {name: parameter.detach().clone() for name, parameter in run.parameters.items()}
-    _copy(run.ema.weights, run.parameters)
+    last = _copies(run.parameters)
+    _copy(means, run.parameters)
     try:
-        yield
+        yield True
     finally:
         _copy(last, run.parameters)
 
 
 _ADVICE = "resume with the original values, or use another folder"
+_RATE_OF_GROUP = re.compile(r"objective\.groups\.\d+\.(rate|decay)")  # may change, unlike what is trained
 
 
 def _changes(run: Run, state: State) -> list[Change]:
@@ -183,14 +231,16 @@ def _check_tensors(
     run: Run, state: State, folder: Path
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]:
     """(weights, averages, optimizer tensors) of `state`. Raises TrainingError unless all names and shapes fit."""
-    stored, averages = state.tensors["weights"], state.tensors.get("ema", {})
+    stored = state.tensors["weights"]
+    means = state.tensors.get("ema", {}) if run.ema is not None else {}
     moments = _named(state.tensors["optimizer"], list(run.parameters))
     live = _all_tensors(run)
     old = "objective" not in state.values  # formats 1 and 2: all weights, an optimizer that was AdamW
     optional = set(live if old else run.buffers) & set(stored)
     expected = {*run.parameters, *_others(run), *optional}
     _check_shapes({name: live[name] for name in expected}, stored, "weights", folder)
-    _check_shapes(run.ema.weights if run.ema is not None else {}, averages, "averages", folder)
+    if run.ema is not None and means:
+        _check_shapes(run.ema.weights, means, "averages", folder)
     owners = {name.rpartition(".")[0] for name in moments} | set(state.values.get("optimizer", {}).get("values", {}))
     if unknown := sorted(owners - set(run.parameters)):
         shown, name = printable(str(folder)), printable(unknown[0])
@@ -198,7 +248,7 @@ def _check_tensors(
     if old:  # in format 1 the order of the parameters might be another one
         moments_now = {path: live[path.rpartition(".")[0]] for path in moments if not path.endswith(".step")}
         _check_shapes(moments_now, {path: moments[path] for path in moments_now}, "moments", folder)
-    return stored, averages, moments
+    return stored, means, moments
 
 
 def _check_shapes(now: Mapping[str, Tensor], stored: Mapping[str, Tensor], what: str, folder: Path) -> None:
@@ -262,6 +312,14 @@ def _describe(group: Group) -> dict[str, Json]:
     names = "\n".join(sorted(group.parameters))
     digest = hashlib.sha256(names.encode()).hexdigest()[:16]
     return {"parameters": len(group.parameters), "names": digest, "rate": group.rate, "decay": group.decay}
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
 @torch.no_grad()

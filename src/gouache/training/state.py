@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gouache.errors import FileError, TrainingError, printable
+from gouache.files.source import size_text
 from gouache.files.write import sync_folder, write_atomic, write_safetensors
-from gouache.outside import MalformedText, open_outside, parse_json, read_outside
+from gouache.outside import MalformedText, open_outside, parse_json, read_outside, reason
 
 # 1 numbered the optimizer's tensors instead of naming them; 1 and 2 contain all weights, trained or not, and no
 # configuration of the objective. Both are still read.
 FORMAT = 3
 
+_SPARE = 16_000_000  # bytes that must stay free on the disk
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # a file of a checkpoint; no path can be in a manifest
 
 OnNote = Callable[[str], None]
@@ -49,16 +51,19 @@ class State:
         return int(self.values["step"])
 
 
-def save(folder: Path, state: State, keep: int) -> Path:
-    """Write and verify `state` in `folder`, then remove all but the newest `keep` checkpoints. Returns its path.
+def save(folder: Path, state: State, keep: int, also: Collection[int] = ()) -> Path:
+    """Write and verify `state` in `folder`, then remove older checkpoints. Returns its path.
 
-    Raises FileError or TrainingError if the disk is full or fails; older checkpoints are then kept.
+    The newest `keep` are kept, and those of the steps `also`. Raises TrainingError if the disk is full or fails; then
+    nothing is removed.
     """
     final = folder / f"step-{state.step:08d}"
     part = folder / f"{final.name}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        check_space(folder, sum(each.nbytes for tensors in state.tensors.values() for each in tensors.values()))
+        part.mkdir()
         digests = {
             f"{name}.safetensors": write_safetensors(part / f"{name}.safetensors", tensors)
             for name, tensors in state.tensors.items()
@@ -68,13 +73,28 @@ def save(folder: Path, state: State, keep: int) -> Path:
         _write_json(part / "manifest.json", {"format": FORMAT, "step": state.step, "files": entries})
         os.replace(part, final)  # fails if it exists already: each step is saved once
         sync_folder(folder)
-    except OSError as error:
+    except (OSError, FileError) as error:
+        shutil.rmtree(part, ignore_errors=True)
+        problem = reason(error) if isinstance(error, FileError) else f"cannot be written: {error.strerror}"
         raise TrainingError(
-            f"{printable(str(final))}: cannot be written: {error.strerror}; older checkpoints are kept"
+            f"{printable(str(final))}: {problem.partition(';')[0]}; older checkpoints are kept, start the run again to "
+            "resume it"
         ) from None
     for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if number(old) not in also:
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def check_space(folder: Path, size: int) -> None:
+    """Raises TrainingError unless a checkpoint of `size` bytes can be added on the disk of `folder`."""
+    free = shutil.disk_usage(folder).free
+    if size + _SPARE > free:
+        raise TrainingError(
+            f"{printable(str(folder))}: a checkpoint needs {size_text(size + _SPARE)} with a reserve, but "
+            f"{size_text(free)} are free on that disk; free some space and start the run again, it resumes from the "
+            "newest checkpoint"
+        )
 
 
 def newest(folder: Path, *, fault: Callable[[State], str] | None = None, on_note: OnNote | None = None) -> State | None:
@@ -88,19 +108,17 @@ def newest(folder: Path, *, fault: Callable[[State], str] | None = None, on_note
     for path in reversed(found):
         try:
             state = _load(path)
-            if reason := fault(state) if fault is not None else "":
-                raise _Damaged(reason)
+            if lacks := fault(state) if fault is not None else "":
+                raise _Damaged(lacks)
         except _Damaged as error:
             reasons[path.name] = str(error)
             continue
         if on_note is not None:
-            for name, reason in reasons.items():
-                on_note(
-                    f"{printable(str(folder / name))} is damaged ({reason}): the run goes on from step {state.step}"
-                )
+            for name, why in reasons.items():
+                on_note(f"{printable(str(folder / name))} is damaged ({why}): the run goes on from step {state.step}")
         return state
     if found:
-        listed = ", ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
+        listed = ", ".join(f"{name}: {why}" for name, why in sorted(reasons.items()))
         raise TrainingError(
             f"{printable(str(folder))}: all checkpoints are damaged ({listed}); restore one from a backup, or use "
             "another folder to start over"
@@ -108,34 +126,32 @@ def newest(folder: Path, *, fault: Callable[[State], str] | None = None, on_note
     return None
 
 
+def read(path: Path) -> State:
+    """The checkpoint in the folder `path`, such as that of an earlier step. Raises TrainingError if it is damaged."""
+    try:
+        return _load(path)
+    except _Damaged as error:
+        raise TrainingError(f"{printable(str(path))}: is damaged ({error}); use another checkpoint") from None
+
+
 def start_over(folder: Path, on_note: OnNote) -> None:
-    """Before step 0 in a folder without checkpoints: report the traces of an earlier run, and keep its best weights.
+    """Before step 0 in a folder without checkpoints: report the traces of an earlier run.
 
     A run that was killed before its first checkpoint leaves its log; otherwise the checkpoints were removed or renamed.
     """
-    log, best = folder / "log.jsonl", folder / "best.safetensors"
-    try:
-        traces = [path.name for path in (log, best) if path.exists()]
-        traces += sorted(path.name for path in folder.glob("step-*.bad*"))
-        if not traces:
-            return
-        kept = ""
-        if best.exists():
-            aside = _free_name(best, ".earlier")
-            os.replace(best, aside)
-            kept = f"; {best.name} is {aside.name} now"
-    except OSError as error:
-        raise TrainingError(f"{printable(str(folder))}: cannot be written to ({error.strerror})") from None
-    on_note(
-        f"{printable(str(folder))} has no checkpoint, but {printable(', '.join(traces))} of an earlier run: the run "
-        f"starts from step 0{kept}"
-    )
+    traces = ["log.jsonl"] if (folder / "log.jsonl").exists() else []
+    traces += sorted(path.name for path in folder.glob("step-*.bad*"))
+    if traces:
+        on_note(
+            f"{printable(str(folder))} has no checkpoint, but {printable(', '.join(traces))} of an earlier run: the "
+            "run starts from step 0"
+        )
 
 
 def set_aside(folder: Path, after: int) -> None:
     """Append `.bad` to the names of checkpoints after step `after`, which are damaged, so that they can be examined."""
     for path in checkpoints(folder):
-        if _number(path) > after:
+        if number(path) > after:
             try:
                 os.replace(path, _free_name(path, ".bad"))
             except OSError as error:
@@ -147,7 +163,7 @@ def set_aside(folder: Path, after: int) -> None:
 def checkpoints(folder: Path) -> list[Path]:
     """Folders named as checkpoints, in the order of the step in their names; dates do not matter."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(found, key=_number)
+    return sorted(found, key=number)
 
 
 @contextmanager
@@ -176,7 +192,8 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _number(path: Path) -> int:
+def number(path: Path) -> int:
+    """The step of a checkpoint, from its name."""
     return int(path.name[5:])
 
 
@@ -193,12 +210,12 @@ class _Damaged(Exception):
 def _load(path: Path) -> State:
     """The checkpoint in the folder `path`. Raises _Damaged, or TrainingError for a newer format."""
     manifest = _json(path / "manifest.json")
-    number, files = manifest.get("format"), manifest.get("files")
-    if type(number) is not int or not isinstance(files, dict):
+    written, files = manifest.get("format"), manifest.get("files")
+    if type(written) is not int or not isinstance(files, dict):
         raise _Damaged("manifest.json does not list its files")
-    if number > FORMAT:
-        raise TrainingError(f"{printable(str(path))}: has format {number}, written by a newer Gouache; update Gouache")
-    if manifest.get("step", _number(path)) != _number(path):
+    if written > FORMAT:
+        raise TrainingError(f"{printable(str(path))}: has format {written}, written by a newer Gouache; update Gouache")
+    if manifest.get("step", number(path)) != number(path):
         raise _Damaged("manifest.json is that of another step")
     for name in ("state.json", "weights.safetensors"):
         if name not in files:
@@ -209,7 +226,7 @@ def _load(path: Path) -> State:
         if _entry(path / name) != entry:
             raise _Damaged(f"{name} is not the file that manifest.json describes")
     values = _json(path / "state.json")
-    if type(values.get("step")) is not int or values["step"] != _number(path):
+    if type(values.get("step")) is not int or values["step"] != number(path):
         raise _Damaged("state.json is that of another step")
     names = [Path(name).stem for name in files if name.endswith(".safetensors")]
     try:
@@ -222,7 +239,7 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = parse_json(read_outside(path))
     except FileError as error:
-        raise _Damaged(f"{path.name} {str(error).removeprefix(f'{printable(str(path))}: ')}") from None
+        raise _Damaged(f"{path.name} {reason(error)}") from None
     except MalformedText as error:
         raise _Damaged(f"{path.name} {error}") from None
     if not isinstance(value, dict):
@@ -242,8 +259,8 @@ def _entry(path: Path) -> dict[str, Any]:
     try:
         with open_outside(path) as file:
             size = os.fstat(file.fileno()).st_size
-            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}  # pyright: ignore[reportArgumentType]
+            return {"bytes": size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}  # type: ignore[arg-type]
     except FileError as error:
-        raise _Damaged(f"{path.name} {str(error).removeprefix(f'{printable(str(path))}: ')}") from None
+        raise _Damaged(f"{path.name} {reason(error)}") from None
     except OSError as error:
         raise _Damaged(f"{path.name} cannot be read: {error.strerror}") from None
