@@ -63,6 +63,6 @@ def test_what_is_not_a_picture_is_one_line(tmp_path: Path):
     huge = tmp_path / "c.png"
     huge.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBBI", 13, b"IHDR", 60000, 60000, 8, 2, 0, 0, 0, 0))
     for path in (text, pipe, tmp_path, tmp_path / "missing.png", huge):
-        with pytest.raises(RequestError, match="^data: ") as caught:
+        with pytest.raises(RequestError, match=r"^data: ") as caught:
             pixels.read_size(path, "data")
         assert "\n" not in str(caught.value)

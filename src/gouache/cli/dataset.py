@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option, Typer
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
 from gouache.errors import RequestError, printable
+from gouache.outside import json_line
 from gouache.wording import plural
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def check(
             source, buckets, read(), batch=batch, max_tokens=max_tokens, held_out=held_out, on_work=bar.show
         )
     if as_json:
-        print(json_text(report.to_json()))
+        print(json_line(report.to_json()))
     else:
         _print(report, data, batch)
     if report.faults:
@@ -110,7 +111,7 @@ def show(
         print("\n".join(notes), file=sys.stderr if as_json else sys.stdout)
     if as_json:
         for record in found.records:
-            print(json_text(dataset.to_json(record)))
+            print(json_line(dataset.to_json(record)))
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -34,6 +34,7 @@ from gouache.cli import (
     repaint,
     samplers,
     scan,
+    train,
     vae,
 )
 from gouache.errors import GouacheError
@@ -55,7 +56,8 @@ for command in (
     app.command()(command)
 app.command("hash")(files.hash_)
 for group, name in (
-    (dataset.app, "dataset"), (vae.app, "vae"), (lora.app, "lora"), (embedding.app, "embedding"), (models.app, "models"),
+    (train.app, "train"), (dataset.app, "dataset"), (vae.app, "vae"), (lora.app, "lora"),
+    (embedding.app, "embedding"), (models.app, "models"),
 ):  # fmt: skip
     app.add_typer(group, name=name)
 

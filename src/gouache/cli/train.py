@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from gouache.cli.text import json_text, shown
+from gouache.cli.text import shown
 from gouache.errors import RequestError
+from gouache.outside import json_line
 
 if TYPE_CHECKING:
     from gouache.app.training.folder import RunFolder
@@ -112,7 +113,7 @@ def status(run: Run, as_json: Annotated[bool, Option("--json", help="Print JSON.
 
     found = service(opened(run))
     if as_json:
-        print(json_text({**asdict(found), "path": str(found.path), "finished": found.finished}, indent=1))
+        print(json_line({**asdict(found), "path": str(found.path), "finished": found.finished}, indent=1))
         return
     for line in found.lines():
         print(line)
@@ -166,7 +167,6 @@ def export(
         form=form,
         names=names,
         overwrite=overwrite,
-        on_note=_note,
     )
     print(shown(path))
 

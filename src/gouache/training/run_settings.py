@@ -23,6 +23,11 @@ Mode = Literal["lora", "dreambooth", "finetune"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
+def setting(default: Any, sentence: str, **limits: float) -> Any:
+    """A key of the file with its default, what it means in a sentence, and its limits (gt, ge, lt, le)."""
+    return Field(default=default, description=sentence, **limits)
+
+
 class Table(BaseModel):
     """A table of the file: unknown keys and impossible values are refused."""
 
@@ -30,147 +35,143 @@ class Table(BaseModel):
 
 
 class ModelSettings(Table):
-    name: str = Field("mini", description="The model to start from: a file, a folder, or a name in the library.")
-    sha256: str = Field("", description="Its hash, checked when the run starts or resumes; filled in at the start.")
-    weights: Literal["last", "ema"] = Field(
-        "last", description="Of files that hold both: the last weights, or the averages (EMA)."
+    name: str = setting("mini", "The model to start from: a file, a folder, or a name in the library.")
+    sha256: str = setting("", "Its hash, checked when the run starts or resumes; filled in at the start.")
+    weights: Literal["last", "ema"] = setting(
+        "last", "Of files that hold both: the last weights, or the averages (EMA)."
     )
-    vae: str = Field("automatic", description="Another file's autoencoder, or none for the model's own.")
-    prediction: Literal["", "eps", "v"] = Field("", description="What the U-Net predicts; empty: what the file says.")
-    family: str = Field("", description="sd1, sd2 or sdxl; empty: what the file says.")
-    inpainting: bool = Field(
-        False, description="Train the 9-channel inpainting form; a 4-channel model grows by channels of zeros."
+    vae: str = setting("automatic", "Another file's autoencoder, or none for the model's own.")
+    prediction: Literal["", "eps", "v"] = setting("", "What the U-Net predicts; empty: what the file says.")
+    family: str = setting("", "sd1, sd2 or sdxl; empty: what the file says.")
+    inpainting: bool = setting(
+        False, "Train the 9-channel inpainting form; a 4-channel model grows by channels of zeros."
     )
-    zero_terminal_snr: bool = Field(
-        False, description="Train on noise levels whose last has no signal; the exported file is marked."
+    zero_terminal_snr: bool = setting(
+        False, "Train on noise levels whose last has no signal; the exported file is marked."
     )
-    clip_skip: int = Field(0, ge=0, description="Layer of the text encoders, from the end; 0: the model's own.")
+    clip_skip: int = setting(0, "Layer of the text encoders, from the end; 0: the model's own.", ge=0)
 
 
 class DataSettings(Table):
-    folder: str = Field("", description="A folder of pictures, or a TOML or JSON file in kohya's form.")
-    trigger: str = Field("", description="A word put in front of every caption that does not have it.")
-    class_word: str = Field("", description="What the subject is, in one or two words (DreamBooth).")
-    class_folder: str = Field("", description="Pictures of the class (prior preservation); painted if missing.")
-    class_pictures: int = Field(0, ge=0, description="How many pictures of the class to paint; 0 for none.")
-    resolution: list[int] = Field(
-        [], description="Side of the training pictures in pixels; several: each picture at each. Empty: the model's."
+    folder: str = setting("", "A folder of pictures, or a TOML or JSON file in kohya's form.")
+    trigger: str = setting("", "A word put in front of every caption that does not have it.")
+    class_word: str = setting("", "What the subject is, in one or two words (DreamBooth).")
+    class_folder: str = setting("", "Pictures of the class (prior preservation); painted if missing.")
+    class_pictures: int = setting(0, "How many pictures of the class to paint; 0 for none.", ge=0)
+    resolution: list[int] = setting(
+        [], "Side of the training pictures in pixels; several: each picture at each. Empty: the model's."
     )
-    bucket_step: int = Field(64, gt=0, description="Sides of buckets are multiples of this.")
-    bucket_min: int = Field(0, ge=0, description="Smallest side of a bucket; 0: half of the resolution.")
-    bucket_max: int = Field(0, ge=0, description="Largest side of a bucket; 0: twice the resolution.")
-    upscale: bool = Field(True, description="Enlarge pictures that are smaller than their bucket.")
-    repeats: int = Field(1, gt=0, description="How often each picture is seen per epoch.")
-    filter: list[str] = Field([], description='Keep pictures by their scores, such as "punsafe<0.1".')
-    weigh: str = Field("", description="A score that multiplies the loss of its picture.")
-    shuffle: bool = Field(False, description="Shuffle the comma-separated parts of captions.")
-    keep_tokens: int = Field(0, ge=0, description="So many parts stay in front.")
-    caption_dropout: Share = Field(0.0, description="Share of captions left out, for guidance without a prompt.")
-    tag_dropout: Share = Field(0.0, description="Share of the parts of each caption left out.")
-    prefix: str = Field("", description="Put before every caption.")
-    suffix: str = Field("", description="Put after every caption.")
-    wildcard: bool = Field(False, description="Draw one line of a caption file, and one of {a|b}, each time.")
-    flip: bool = Field(False, description="Mirror pictures at random.")
-    random_crop: bool = Field(False, description="Crop at random positions instead of the centre.")
-    color: bool = Field(False, description="Vary colours slightly.")
-    masks: Literal["none", "alpha", "file"] = Field(
-        "none", description="Limit the loss to a mask: the alpha channel, or NAME.mask.png beside the picture."
+    bucket_step: int = setting(64, "Sides of buckets are multiples of this.", gt=0)
+    bucket_min: int = setting(0, "Smallest side of a bucket; 0: half of the resolution.", ge=0)
+    bucket_max: int = setting(0, "Largest side of a bucket; 0: twice the resolution.", ge=0)
+    upscale: bool = setting(True, "Enlarge pictures that are smaller than their bucket.")
+    repeats: int = setting(1, "How often each picture is seen per epoch.", gt=0)
+    filter: list[str] = setting([], 'Keep pictures by their scores, such as "punsafe<0.1".')
+    weigh: str = setting("", "A score that multiplies the loss of its picture.")
+    shuffle: bool = setting(False, "Shuffle the comma-separated parts of captions.")
+    keep_tokens: int = setting(0, "So many parts stay in front.", ge=0)
+    caption_dropout: Share = setting(0.0, "Share of captions left out, for guidance without a prompt.")
+    tag_dropout: Share = setting(0.0, "Share of the parts of each caption left out.")
+    prefix: str = setting("", "Put before every caption.")
+    suffix: str = setting("", "Put after every caption.")
+    wildcard: bool = setting(False, "Draw one line of a caption file, and one of {a|b}, each time.")
+    flip: bool = setting(False, "Mirror pictures at random.")
+    random_crop: bool = setting(False, "Crop at random positions instead of the centre.")
+    color: bool = setting(False, "Vary colours slightly.")
+    masks: Literal["none", "alpha", "file"] = setting(
+        "none", "Limit the loss to a mask: the alpha channel, or NAME.mask.png beside the picture."
     )
-    cache: bool = Field(True, description="Keep latents and text encodings on disk, and free the encoders.")
-    cache_variations: int = Field(4, gt=0, description="Variations cached per picture where crops or colours vary.")
-    cache_folder: str = Field("", description="Folder of the cache; empty: in the run's folder.")
-    workers: int = Field(2, ge=0, description="Threads that read pictures ahead.")
+    cache: bool = setting(True, "Keep latents and text encodings on disk, and free the encoders.")
+    cache_variations: int = setting(4, "Variations cached per picture where crops or colours vary.", gt=0)
+    cache_folder: str = setting("", "Folder of the cache; empty: in the run's folder.")
+    workers: int = setting(2, "Threads that read pictures ahead.", ge=0)
 
 
 class AdapterSettings(Table):
-    form: Literal["lora", "locon", "loha", "lokr", "dora", "ia3", "oft", "full", "none"] = Field(
-        "lora", description="lora, locon, loha, lokr, dora, ia3, oft; full: differences; none: the weights themselves."
+    form: Literal["lora", "locon", "loha", "lokr", "dora", "ia3", "oft", "full", "none"] = setting(
+        "lora", "lora, locon, loha, lokr, dora, ia3, oft; full: differences; none: the weights themselves."
     )
-    rank: int = Field(16, gt=0, description="Rank of the factors (kohya: network_dim).")
-    alpha: float = Field(16, ge=0, description="Scale of the change is alpha / rank.")
-    conv_rank: int = Field(0, ge=0, description="Rank for 3x3 convolutions; 0: they are not trained.")
-    conv_alpha: float = Field(0, ge=0, description="Alpha for 3x3 convolutions; 0: as `alpha`, relative to the rank.")
-    ranks: dict[str, int] = Field({}, description="Other ranks by part or block, such as {mid = 32, text_encoder = 4}.")
-    alphas: dict[str, float] = Field({}, description="Other alphas, by the same names.")
-    modules: Literal["attention", "linear", "all"] = Field(
-        "linear", description="Layers of the U-Net: attention alone, all linear ones, or all (with norms for full)."
+    rank: int = setting(16, "Rank of the factors (kohya: network_dim).", gt=0)
+    alpha: float = setting(16, "Scale of the change is alpha / rank.", ge=0)
+    conv_rank: int = setting(0, "Rank for 3x3 convolutions; 0: they are not trained.", ge=0)
+    conv_alpha: float = setting(0, "Alpha for 3x3 convolutions; 0: as `alpha`, relative to the rank.", ge=0)
+    ranks: dict[str, int] = setting({}, "Other ranks by part or block, such as {mid = 32, text_encoder = 4}.")
+    alphas: dict[str, float] = setting({}, "Other alphas, by the same names.")
+    modules: Literal["attention", "linear", "all"] = setting(
+        "linear", "Layers of the U-Net: attention alone, all linear ones, or all (with norms for full)."
     )
-    rank_dropout: Share = Field(0.0, description="Share of ranks left out per batch.")
-    module_dropout: Share = Field(0.0, description="Share of modules left out per batch.")
-    dropout: Share = Field(0.0, description="Share of the inner activations left out (kohya: network_dropout).")
-    plus_ratio: float = Field(
-        1.0, gt=0, description="LoRA+: rate of the up factors relative to the others; 16 is usual."
-    )
-    start: str = Field("", description="An adapter file to start from; only its weights are taken.")
+    rank_dropout: Share = setting(0.0, "Share of ranks left out per batch.")
+    module_dropout: Share = setting(0.0, "Share of modules left out per batch.")
+    dropout: Share = setting(0.0, "Share of the inner activations left out (kohya: network_dropout).")
+    plus_ratio: float = setting(1.0, "LoRA+: rate of the up factors relative to the others; 16 is usual.", gt=0)
+    start: str = setting("", "An adapter file to start from; only its weights are taken.")
 
 
 class PartsSettings(Table):
-    unet: bool = Field(True, description="Train the U-Net.")
-    text_encoder: bool = Field(False, description="Train the text encoder (SDXL: both).")
-    text_rate: float = Field(0.5, gt=0, description="Rate of the text encoders, relative to the learning rate.")
-    text_rate_2: float = Field(0.0, ge=0, description="Rate of SDXL's second text encoder; 0: as the first.")
-    text_stop: int = Field(0, ge=0, description="Train the text encoders for so many steps; 0: to the end.")
+    unet: bool = setting(True, "Train the U-Net.")
+    text_encoder: bool = setting(False, "Train the text encoder (SDXL: both).")
+    text_rate: float = setting(0.5, "Rate of the text encoders, relative to the learning rate.", gt=0)
+    text_rate_2: float = setting(0.0, "Rate of SDXL's second text encoder; 0: as the first.", ge=0)
+    text_stop: int = setting(0, "Train the text encoders for so many steps; 0: to the end.", ge=0)
 
 
 class LossSettings(Table):
-    loss: Literal["l2", "l1", "huber", "smooth-l1"] = Field("l2", description="Of the error of the prediction.")
-    huber: float = Field(0.1, gt=0, description="Where huber and smooth-l1 turn from square to linear.")
-    huber_schedule: Literal["constant", "exponential", "snr"] = Field("snr", description="How that changes with noise.")
-    weighting: Literal["none", "min-snr", "debiased", "velocity", "noise"] = Field(
-        "none", description="Weights by noise level: none, min-snr (Hang 2023), debiased, velocity, noise."
+    loss: Literal["l2", "l1", "huber", "smooth-l1"] = setting("l2", "Of the error of the prediction.")
+    huber: float = setting(0.1, "Where huber and smooth-l1 turn from square to linear.", gt=0)
+    huber_schedule: Literal["constant", "exponential", "snr"] = setting("snr", "How that changes with noise.")
+    weighting: Literal["none", "min-snr", "debiased", "velocity", "noise"] = setting(
+        "none", "Weights by noise level: none, min-snr (Hang 2023), debiased, velocity, noise."
     )
-    v_like: float = Field(0.0, ge=0, description="Adds so much of the loss as v-prediction would weigh it.")
-    gamma: float = Field(5.0, gt=0, description="Limit of min-snr and velocity.")
-    noise_offset: float = Field(
-        0.0, ge=0, description="Noise that is equal over the picture, for very dark or light ones."
+    v_like: float = setting(0.0, "Adds so much of the loss as v-prediction would weigh it.", ge=0)
+    gamma: float = setting(5.0, "Limit of min-snr and velocity.", gt=0)
+    noise_offset: float = setting(0.0, "Noise that is equal over the picture, for very dark or light ones.", ge=0)
+    noise_offset_random: bool = setting(False, "Draw the offset's strength per picture.")
+    adaptive_noise_scale: float = setting(0.0, "Adds so much of the latent's mean to the offset.")
+    pyramid_iterations: int = setting(0, "Levels of pyramid (multires) noise; 6 to 10 are usual.", ge=0)
+    pyramid_discount: float = setting(0.3, "Strength of each further level.", gt=0, lt=1)
+    input_perturbation: float = setting(0.0, "Additional noise on the input alone; 0.1 is usual.", ge=0)
+    timesteps: Literal["uniform", "logit-normal", "mode", "cos-map", "sigmoid", "parabola", "beta"] = setting(
+        "uniform", "How timesteps are drawn."
     )
-    noise_offset_random: bool = Field(False, description="Draw the offset's strength per picture.")
-    adaptive_noise_scale: float = Field(0.0, description="Adds so much of the latent's mean to the offset.")
-    pyramid_iterations: int = Field(0, ge=0, description="Levels of pyramid (multires) noise; 6 to 10 are usual.")
-    pyramid_discount: float = Field(0.3, gt=0, lt=1, description="Strength of each further level.")
-    input_perturbation: float = Field(0.0, ge=0, description="Additional noise on the input alone; 0.1 is usual.")
-    timesteps: Literal["uniform", "logit-normal", "mode", "cos-map", "sigmoid", "parabola", "beta"] = Field(
-        "uniform", description="How timesteps are drawn."
+    timestep_shift: float = setting(1.0, "Above 1: more of the noisier timesteps.", gt=0)
+    timestep_min: Share = setting(0.0, "Smallest timestep, as a share of all.")
+    timestep_max: Share = setting(1.0, "Largest timestep, as a share of all.")
+    prior: Literal["none", "pictures", "model"] = setting(
+        "none", "Prior preservation: pictures of the class, or the frozen model's own prediction."
     )
-    timestep_shift: float = Field(1.0, gt=0, description="Above 1: more of the noisier timesteps.")
-    timestep_min: Share = Field(0.0, description="Smallest timestep, as a share of all.")
-    timestep_max: Share = Field(1.0, description="Largest timestep, as a share of all.")
-    prior: Literal["none", "pictures", "model"] = Field(
-        "none", description="Prior preservation: pictures of the class, or the frozen model's own prediction."
-    )
-    prior_weight: float = Field(1.0, ge=0, description="Weight of the prior's loss.")
+    prior_weight: float = setting(1.0, "Weight of the prior's loss.", ge=0)
 
 
 class ValidationSettings(Table):
-    share: Share = Field(0.0, description="Share of the pictures held out; near duplicates stay together.")
-    pictures: int = Field(0, ge=0, description="Or so many; 0 and a share of 0: training pictures with fixed noise.")
-    timesteps: int = Field(8, gt=0, description="Fixed noise levels per picture.")
-    probe: int = Field(4, ge=0, description="So many training pictures are measured too, to see over-fitting.")
+    share: Share = setting(0.0, "Share of the pictures held out; near duplicates stay together.")
+    pictures: int = setting(0, "Or so many; 0 and a share of 0: training pictures with fixed noise.", ge=0)
+    timesteps: int = setting(8, "Fixed noise levels per picture.", gt=0)
+    probe: int = setting(4, "So many training pictures are measured too, to see over-fitting.", ge=0)
 
 
 class SampleSettings(Table):
-    prompts: list[str] = Field([], description="Painted at the moments below; empty: one made of the trigger word.")
-    negative: str = Field("", description="Negative prompt of all.")
-    every: int = Field(0, ge=0, description="Steps between samples; 0: at the start, the middle and the end.")
-    steps: int = Field(0, ge=0, description="Sampling steps; 0: the default of `paint`.")
-    seed: int = Field(1, ge=0, description="Seed of the first sample; it is the same at every moment.")
-    sampler: str = Field("", description="Sampler; empty: the default of `paint`.")
+    prompts: list[str] = setting([], "Painted at the moments below; empty: one made of the trigger word.")
+    negative: str = setting("", "Negative prompt of all.")
+    every: int = setting(0, "Steps between samples; 0: at the start, the middle and the end.", ge=0)
+    steps: int = setting(0, "Sampling steps; 0: the default of `paint`.", ge=0)
+    seed: int = setting(1, "Seed of the first sample; it is the same at every moment.", ge=0)
+    sampler: str = setting("", "Sampler; empty: the default of `paint`.")
 
 
 class MemorySettings(Table):
-    dtype: Literal["", "fp32", "bf16", "fp16"] = Field("", description="Of frozen weights; empty: fastest here.")
-    autocast: Literal["auto", "yes", "no"] = Field("auto", description="Compute in bf16 while weights stay float32.")
-    checkpointing: bool = Field(False, description="Compute activations twice instead of keeping them.")
+    dtype: Literal["", "fp32", "bf16", "fp16"] = setting("", "Of frozen weights; empty: fastest here.")
+    autocast: Literal["auto", "yes", "no"] = setting("auto", "Compute in bf16 while weights stay float32.")
+    checkpointing: bool = setting(False, "Compute activations twice instead of keeping them.")
 
 
 class RunSettings(Table):
     """Everything that a run depends on, apart from the content of its files."""
 
-    mode: Mode = Field("lora", description="lora, dreambooth or finetune.")
-    output: str = Field("", description="The file to write at the end, or when `gouache train export` asks.")
-    device: str = Field("", description="cpu, cuda, mps; empty: the best there is.")
-    lineage: Literal["none", "hashed", "plain"] = Field(
-        "hashed", description="What the file says of its data: nothing, hashes, or names and tag counts as kohya's."
+    mode: Mode = setting("lora", "lora, dreambooth or finetune.")
+    output: str = setting("", "The file to write at the end, or when `gouache train export` asks.")
+    device: str = setting("", "cpu, cuda, mps; empty: the best there is.")
+    lineage: Literal["none", "hashed", "plain"] = setting(
+        "hashed", "What the file says of its data: nothing, hashes, or names and tag counts as kohya's."
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()

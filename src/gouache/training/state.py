@@ -166,6 +166,20 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=number)
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a run trains in `folder` now; False where there are no locks (Windows)."""
+    try:
+        import fcntl
+
+        with (folder / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        pass
+    return False
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock `folder` for one run; a second run is refused. The lock of a killed run ends with its process."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from gouache.app.settings import Settings
 from gouache.app.training import prepare
 from gouache.app.training.folder import RunFolder
-from gouache.app.training.prepare import OnNote, Prepared
+from gouache.app.training.prepare import Prepared
 from gouache.errors import RequestError, TrainingError, printable
 from gouache.training import state
 from gouache.training.run_settings import RunSettings
@@ -33,7 +33,6 @@ def export(
     form: str = "",
     names: str = "kohya",
     overwrite: bool = False,
-    on_note: OnNote,
 ) -> Path:
     """Write the checkpoint `step` (a number, best or last) of a run as the file `output`.
 
@@ -51,18 +50,21 @@ def export(
 
 def read_weights(run: RunFolder, step: str, settings: RunSettings) -> tuple[Mapping[str, Tensor], Averages | None]:
     """(weights, averages or None) of a checkpoint. Raises RequestError or TrainingError if it does not exist."""
-    if step == "best":
-        return state.best(run.path), None
-    found = state.newest(run.path) if step == "last" else None
-    if step != "last":
-        if not step.isdecimal():
-            raise RequestError("step", f"{printable(step, 40)!r} is not known; use a number, best or last")
-        if int(step) not in run.steps():
-            kept = ", ".join(map(str, run.steps())) or "none"
-            raise RequestError("step", f"{step} has no checkpoint; there are {kept}")
-        found = state.at(run.path, int(step))
-    if found is None:
-        raise TrainingError(f"{printable(str(run.path))} has no checkpoint yet; start it: gouache train run RUN")
+    steps = run.steps()
+    if not steps:
+        shown = printable(str(run.path))
+        raise TrainingError(f"{shown} has no checkpoint yet; go on with it: gouache train run {shown}")
+    if step == "last":
+        found = state.newest(run.path)
+    elif step == "best" or step.isdecimal():
+        number = run.best_step() if step == "best" else int(step)
+        if number not in steps:
+            kept = ", ".join(map(str, steps))
+            raise RequestError("step", f"{step} has no checkpoint; there are those of step {kept}")
+        found = state.read(run.checkpoint(number))
+    else:
+        raise RequestError("step", f"{printable(step, 40)!r} is not known; use a number, best or last")
+    assert found is not None
     averages = found.tensors.get("ema")
     if not averages:
         return found.tensors["weights"], None

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gouache.errors import FileError, RequestError, printable
-from gouache.outside import MalformedText, parse_json, read_text
+from gouache.outside import MalformedText, parse_json, read_outside, read_text
 from gouache.training import run_settings, state
 from gouache.training.run_settings import RunSettings
 
@@ -51,6 +52,25 @@ class RunFolder:
     def steps(self) -> list[int]:
         """The steps of the checkpoints, ascending."""
         return [int(each.name[5:]) for each in state.checkpoints(self.path)]
+
+    def checkpoint(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}"
+
+    def state(self) -> Mapping[str, Any]:
+        """The values of the newest checkpoint; empty if there is none. Raises FileError."""
+        for path in reversed(state.checkpoints(self.path)):
+            try:
+                values = parse_json(read_outside(path / "state.json"))
+            except MalformedText:
+                continue
+            if isinstance(values, dict):
+                return values
+        return {}
+
+    def best_step(self) -> int:
+        """The step with the lowest validation loss; -1 if nothing was measured."""
+        ranking = self.state().get("ranking") or []
+        return int(ranking[0][1]) if ranking else -1
 
     def log(self) -> list[Mapping[str, float]]:
         """The lines of the log that are whole: numbers by name, each with "step". Raises FileError."""

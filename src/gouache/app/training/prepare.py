@@ -300,9 +300,9 @@ def make_batches(
     )
     options = Options(
         buckets,
-        settings.train.batch,
-        settings.train.seed,
-        1 if validation else data.cache_variations,
+        batch=settings.train.batch,
+        seed=settings.train.seed,
+        variations=1 if validation else data.cache_variations,
         inpainting=model.unet.spec.in_channels == INPAINTING_CHANNELS,
         balance=not validation,
         workers=data.workers,

@@ -70,7 +70,7 @@ def _curves(logs: Mapping[str, list[Mapping[str, float]]]) -> Iterator[str]:
     """One chart per measurement, with a curve for each run; the parts of the validation loss in one chart per run."""
     several = len(logs) > 1
     measured = {name: None for lines in logs.values() for line in lines for name in line if name != "step"}
-    grouped = [name for name in measured if name.startswith("validation ") and "@" in name]
+    grouped = [name for name in measured if name.startswith("validation loss at ")]
     for measurement in [name for name in measured if name not in grouped]:
         curves = [
             Curve(name if several else measurement, *run_folder.curve(lines, measurement), smooth=measurement == "loss")
@@ -78,7 +78,7 @@ def _curves(logs: Mapping[str, list[Mapping[str, float]]]) -> Iterator[str]:
         ]
         yield chart(measurement, curves)
     for name, lines in logs.items():
-        parts = [Curve(part.partition("@")[2], *run_folder.curve(lines, part)) for part in grouped]
+        parts = [Curve(part.removeprefix("validation loss at "), *run_folder.curve(lines, part)) for part in grouped]
         yield chart(f"validation loss by timestep{f', {name}' if several else ''}", parts)
 
 

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from gouache.app.training import folder as run_folder
 from gouache.app.training.folder import RunFolder
-from gouache.training import stability, state
+from gouache.training import state
 from gouache.training.changes import Change
+from gouache.training.stability import Stability, read_stability, stability
 from gouache.wording import plural
 
 
 @dataclass(frozen=True)
 class Status:
-    """`step` is that of the newest measurement, `saved` the steps of the checkpoints. `remarks` name what needs a look:
-    over-fitting, an unstable loss, checkpoints written too often or too seldom."""
+    """`step` is that of the newest measurement, `saved` the steps of the checkpoints."""
 
     path: Path
     mode: str
@@ -31,9 +31,13 @@ class Status:
     saved: tuple[int, ...]
     bytes: int
     changed: float
-    stability: dict[str, float]
-    remarks: tuple[str, ...]
+    stability: Stability
     changes: tuple[str, ...]
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What needs a look: over-fitting, an unstable loss, checkpoints written too often or too seldom."""
+        return self.stability.remarks
 
     @property
     def finished(self) -> bool:
@@ -50,8 +54,14 @@ class Status:
         if self.validation is not None:
             best = f", lowest {self.best:.4g}" if self.best is not None else ""
             yield f"validation loss {self.validation:.4g}{best}"
-        for name, value in self.stability.items():
-            yield f"{name} {value:.3g}"
+        if (found := self.stability).slope is not None and found.spread is not None:
+            yield f"loss over the last steps: {found.slope:+.1%} per 1,000 steps, spread {found.spread:.1%}"
+        if found.norm is not None:
+            gap = f", averages differ from the weights by {found.ema_gap:.2%}" if found.ema_gap is not None else ""
+            yield f"gradient norm {found.norm:.3g}{gap}"
+        if found.saving is not None and found.waiting is not None:
+            written = f", {found.bytes_per_hour / 1e6:,.0f} MB written per hour" if found.bytes_per_hour else ""
+            yield f"time: {found.saving:.1%} saving, {found.waiting:.1%} waiting for data{written}"
         if self.saved:
             numbers = ", ".join(map(str, self.saved[-8:]))
             yield f"{plural(len(self.saved), 'checkpoint')}, {self.bytes / 1e6:,.1f} MB: step {numbers}"
@@ -81,9 +91,8 @@ def status(run: RunFolder) -> Status:
         saved=tuple(run.steps()),
         bytes=sum(path.stat().st_size for path in files),
         changed=log.stat().st_mtime if log.exists() else time.time(),
-        stability=stability.measures(lines),
-        remarks=tuple(stability.remarks(lines)),
-        changes=tuple(map(_described, state.changes(run.path))),
+        stability=read_stability(run.path) if log.exists() else stability([], []),
+        changes=tuple(_described(Change(**each)) for each in run.state().get("changes", ())),
     )
 
 
