@@ -31,11 +31,13 @@ if TYPE_CHECKING:
         sampler,
         sigmas,
         to_pictures,
+        train,
     )
 
 __all__ = [
     "Attached", "Conditioning", "GouacheError", "Model", "Noise", "Picture", "Request", "Strength", "__version__",
     "cfg", "identify", "load", "open_model", "sampler", "sigmas", "to_pictures",
+    "train",
 ]  # fmt: skip
 
 

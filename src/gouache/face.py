@@ -5,6 +5,7 @@ from __future__ import annotations
 from gouache.adapters.strength import Strength
 from gouache.app.loading import load
 from gouache.app.model import Model
+from gouache.app.training.api import train
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.guidance import cfg
 from gouache.diffusion.noise import Noise
@@ -20,5 +21,5 @@ from gouache.model.attach import Attached
 
 __all__ = [
     "Attached", "Conditioning", "GouacheError", "Model", "Noise", "Picture", "Request", "Strength", "cfg", "identify",
-    "load", "open_model", "sampler", "sigmas", "to_pictures",
+    "load", "open_model", "sampler", "sigmas", "to_pictures", "train",
 ]  # fmt: skip

@@ -32,6 +32,10 @@ def resolve(name: str, settings: Settings, kind: str = "", setting: str = "", pa
     option in its message.
     """
     path = _existing(name) if paths else None
+    if path is not None and _is_run(path):
+        from gouache.app.training.newest import newest_file  # which reads names itself
+
+        return newest_file(path, settings)
     if path is not None and _is_explicit(name, path):
         return path
     if (inside := embedded(name) if kind in ("", "checkpoint") else None) is not None:
@@ -73,6 +77,14 @@ def _existing(name: str) -> Path | None:
     except (OSError, ValueError):
         return None  # there is none, or it is too long for a path
     return path
+
+
+def _is_run(path: Path) -> bool:
+    """Whether `path` is the folder of a training run, whose newest weights are meant."""
+    try:
+        return (path / "settings.toml").is_file() and (path / "log.jsonl").is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _is_explicit(name: str, path: Path) -> bool:

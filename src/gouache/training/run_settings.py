@@ -16,14 +16,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from gouache.errors import FileError, RequestError, printable
-from gouache.outside import MalformedText, parse_toml, read_text
+from gouache.outside import MalformedText, read_text
 from gouache.training.settings import Settings
 
 Mode = Literal["lora", "dreambooth", "finetune"]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def setting(default: Any, sentence: str, **limits: float) -> Any:
+def setting(default: Any, sentence: str, **limits: Any) -> Any:
     """A key of the file with its default, what it means in a sentence, and its limits (gt, ge, lt, le)."""
     return Field(default=default, description=sentence, **limits)
 
@@ -340,18 +340,18 @@ def template(settings: RunSettings) -> str:
 
 
 def _lines(key: str, value: object, description: str | None) -> list[str]:
-    text = _toml(value)
+    text = toml(value)
     commented = f"# {key} = " if text is None else f"{key} = {text}"
     return [*([f"# {description}"] if description else []), commented]
 
 
-def _toml(value: object) -> str | None:
+def toml(value: object) -> str | None:
     """A value as TOML; None if TOML has no such value."""
     if value is None:
         return None
     if isinstance(value, Mapping):
-        inner = (f"{json.dumps(name, ensure_ascii=False)} = {_toml(each)}" for name, each in value.items())
+        inner = (f"{json.dumps(name, ensure_ascii=False)} = {toml(each)}" for name, each in value.items())
         return "{" + ", ".join(inner) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(_toml(each) or '""' for each in value) + "]"
+        return "[" + ", ".join(toml(each) or '""' for each in value) + "]"
     return json.dumps(value, ensure_ascii=False)

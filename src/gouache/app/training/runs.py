@@ -102,6 +102,7 @@ def run(
             preview_steps=_moments(settings),
             should_stop=should_stop,
             seconds=seconds,
+            epoch_batches=len(ready.batches),
             on_note=on_note,
         )
         path = None

@@ -1,0 +1,66 @@
+"""`gouache.train`: a training run from Python, as `gouache train` starts it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gouache.app.settings import Settings, read
+from gouache.app.training import defaults, runs
+from gouache.app.training.folder import RunFolder, is_run
+from gouache.app.training.prepare import OnWork
+from gouache.app.training.runs import Finished
+from gouache.training.loop import Progress
+
+
+def train(
+    mode: str,
+    data: str | Path,
+    *,
+    model: str | Path = "mini",
+    output: str | Path | None = None,
+    trigger: str = "",
+    class_word: str = "",
+    steps: int | None = None,
+    folder: str | Path | None = None,
+    settings: Settings | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_work: OnWork | None = None,
+    on_note: Callable[[str], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    **changes: Any,
+) -> Finished:
+    """Train a "lora", "dreambooth" or "finetune" on a folder of pictures; returns where the file is.
+
+    `output` is the file to write, `folder` that of the run (default: `runs/` and the name of the output); the same call
+    with the same folder goes on with a run. `trigger` is put in front of captions without it; `class_word` says what
+    the subject is. `changes` are settings by name, as in the settings file: `rank=8`, `learning_rate=1e-4`,
+    `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and time left, `on_work` (what, done, total) of
+    the preparation, `on_note` one line each. Raises GouacheError, before any weight is read for what can be known then.
+    """
+    user = settings or read()
+    overrides = [text for name, value in changes.items() for text in _overrides(name, value)]
+    chosen = defaults.choose(
+        mode, str(data), str(model), output=None if output is None else Path(output), trigger=trigger,
+        class_word=class_word, steps=steps, overrides=overrides, settings=user,
+    )  # fmt: skip
+    if folder is None:
+        run = runs.new_folder(chosen)
+    else:
+        run = RunFolder(Path(folder))
+        if is_run(run.path):
+            chosen, run = runs.opened(run.path, overrides)
+    return runs.run(
+        chosen, run, user, on_note=on_note or (lambda line: None), on_progress=on_progress, on_work=on_work,
+        should_stop=should_stop,
+    )  # fmt: skip
+
+
+def _overrides(name: str, value: Any) -> list[str]:
+    """`key=value` texts; a dictionary is a table of the settings file."""
+    from gouache.training.run_settings import TABLES, toml
+
+    if name in TABLES and isinstance(value, dict):
+        return [f"{name}.{key}={toml(each)}" for key, each in value.items()]
+    return [f"{name}={toml(value)}"]
