@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from gouache.errors import FileError, RequestError, printable
-from gouache.outside import MalformedText, read_text
+from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training.settings import Settings
 
 Mode = Literal["lora", "dreambooth", "finetune"]
