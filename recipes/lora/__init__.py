@@ -1,0 +1,1 @@
+"""A LoRA of a drawing style, from pictures that the recipe draws itself: `python -m recipes.lora FOLDER`."""
