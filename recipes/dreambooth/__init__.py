@@ -1,1 +1,1 @@
-"""DreamBooth of an invented character, from five pictures that the recipe draws: `python -m recipes.dreambooth FOLDER`."""
+"""DreamBooth of an invented character, from five drawings: `python -m recipes.dreambooth FOLDER`."""

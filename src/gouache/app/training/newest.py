@@ -1,4 +1,4 @@
-"""The newest weights of a run as a file, also while it trains: what `gouache paint -m RUN` and `--lora RUN` paint with."""
+"""The newest weights of a run as a file, also while it trains: for `gouache paint -m RUN` and `--lora RUN`."""
 
 from __future__ import annotations
 
