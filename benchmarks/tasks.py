@@ -206,7 +206,7 @@ def cold_picture(side: str, folder: Path) -> dict[str, Any]:
     out = str(folder / f"{side}.png")
     if side == "gouache":
         command = [sys.executable, "-m", "gouache.cli.main", "paint", "a cat", "-m", str(folder / "tiny"), "-o", out,
-                   "--steps", "2", "--size", "64x64", "--seed", "1", "--sampler", "DDIM"]  # fmt: skip
+                   "--overwrite", "--steps", "2", "--size", "64x64", "--seed", "1", "--sampler", "DDIM"]  # fmt: skip
     else:
         command = [sys.executable, "-c", COLD.format(folder=str(folder / "tiny"), out=out)]
     return watched(command)

@@ -27,7 +27,7 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("size", [0, 1 << 20, 9 << 20])
+@pytest.mark.parametrize("size", [0, 1 << 20, 3 << 20])  # less than one tensor: torch orders them by their addresses
 @pytest.mark.parametrize("how", ["read", "tensor"])
 def test_a_shortened_file_is_named(path: Path, size: int, how: str):
     file = open_model(path)

@@ -1,8 +1,9 @@
 """How the threads of torch wait for work, and how many there are. To be set before torch is imported.
 
-OpenMP's threads spin while they wait. On a machine with other work to do, a spinning thread takes the core from the
-thread that it waits for: painting with `mini` took 44 to 117 s in place of 5 to 12 s. With the wait policy "passive"
-they sleep at once. `benchmarks/busy.py` measures what that gains on a busy machine and costs on a quiet one.
+OpenMP's threads spin while they wait, for milliseconds. On a machine with other work to do, a spinning thread takes the
+core from the thread that it waits for: painting with `mini` took 44 to 117 s in place of 5 to 12 s. If they sleep at
+once (the wait policy "passive"), a quiet machine loses: waking them takes longer than a small kernel. So they sleep
+after a while that is long for a kernel and short for a scheduler. `benchmarks/busy.py` measures both.
 
 The number of threads is not chosen by load: it changes how sums are rounded, and so the pictures. It is limited only
 to the share of processors that a container has, which OpenMP does not know.
@@ -20,13 +21,14 @@ from gouache.outside import read_outside
 
 _GROUPS = Path("/sys/fs/cgroup")
 _POLICY = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # of the standard, of GCC's OpenMP, of LLVM's
+_SPINS = 10_000  # of GCC's OpenMP, which torch has on Linux: some tens of microseconds
 _COUNT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
 
 
 def configure(environment: MutableMapping[str, str] = os.environ, groups: Path = _GROUPS) -> None:
     """Set the variables that OpenMP reads when torch is loaded. Variables that the user has set are respected."""
     if not any(environment.get(name) for name in _POLICY):
-        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+        environment["GOMP_SPINCOUNT"] = str(_SPINS)
     quota = processors_of_group(groups)
     if quota is not None and not any(environment.get(name) for name in _COUNT) and quota < _processors():
         environment["OMP_NUM_THREADS"] = str(quota)
