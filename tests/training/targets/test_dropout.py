@@ -113,7 +113,8 @@ def test_the_mean_over_many_batches_is_the_value_without_dropout():
     torch.testing.assert_close(torch.stack(ranks).mean(0), torch.ones(6), atol=0.08, rtol=0)
     torch.testing.assert_close(torch.stack(values).mean(0), x, atol=0.06, rtol=0)
     torch.testing.assert_close(torch.stack(ranks).unique(), torch.tensor([0.0, 1 / 0.6]))
-    assert torch.stack(values)[:, 0, 0].std() > 0.1 and not torch.equal(values[0][0], values[0][1])
+    assert torch.stack(values)[:, 0, 0].std() > 0.1  # between batches
+    assert (torch.stack(values)[:, 0] != torch.stack(values)[:, 1]).any(1).float().mean() > 0.5  # and within one
 
 
 def test_a_rank_that_is_left_out_contributes_nothing():
