@@ -39,11 +39,11 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def settings_of(model: Path, pictures: Path, output: Path, **tables: Any) -> RunSettings:
+def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunSettings:
     usual: dict[str, Any] = {
         "output": str(output),
         "device": "cpu",
-        "model": {"name": str(model)},
+        "model": {"name": str(file)},
         "data": {"folder": str(pictures), "resolution": [64], "bucket_step": 8, "workers": 0},
         "train": {"steps": 4, "batch": 2, "learning_rate": 1e-2, "warmup": 0, "log_steps": 1, "validate_steps": 2},
         "samples": {"every": 1000, "steps": 2},

@@ -134,8 +134,14 @@ def memory_of(ready: Prepared) -> int:
     target = prepare.make_target(settings, copy, model.settings)
     for network in (copy.unet, *copy.text_encoders.values()) if settings.memory.checkpointing else ():
         checkpointing.enable(network)
-    objective = replace(ready.objective, denoiser=copy.denoiser, networks=target.networks, target=target,
-                        encode=prepare.text_encoder(settings, copy), unconditional=_on_meta(ready.objective.unconditional))  # fmt: skip
+    objective = replace(
+        ready.objective,
+        denoiser=copy.denoiser,
+        networks=target.networks,
+        target=target,
+        encode=prepare.text_encoder(settings, copy),
+        unconditional=ready.objective.unconditional.to("meta"),
+    )
     groups, batch = objective.parameter_groups(), _largest_batch(ready)
     trained = [parameter for group in groups for parameter in group.parameters.values()]
 
@@ -182,10 +188,6 @@ def _largest_batch(ready: Prepared) -> Batch:
     context = torch.empty(count, 77, spec.context_dim, device="meta")
     vector = torch.empty(count, spec.vector_channels, device="meta") if spec.vector_channels else None
     return Batch(latents, Conditioning(context, vector, concat))
-
-
-def _on_meta(conditioning: Conditioning) -> Conditioning:
-    return conditioning.to("meta")
 
 
 def _step_seconds(ready: Prepared, groups: list[Group]) -> float:

@@ -19,6 +19,7 @@ from gouache.training.run_settings import RunSettings
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.export import Averages
 from gouache.version import __version__
+from gouache.workshop.derive import DTYPES
 
 WEIGHTS = ("ema", "last", "both")
 
@@ -98,7 +99,8 @@ def write(
         return
     kept = None if weights == "last" else averages
     usual = "pruned" if kept is None or weights == "both" else "pruned-emaonly"
-    dtype = ready.model.found.component("unet").dtype.value
+    stored = ready.model.found.component("unet").dtype.value  # of the file that training started from
+    dtype = next((name for name, code in DTYPES.items() if code == stored), None)
     ready.target.export(
         last, output, form=form or usual, metadata=about, averages=kept, dtype=dtype, overwrite=overwrite
     )
