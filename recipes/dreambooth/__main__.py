@@ -1,8 +1,8 @@
 """python -m recipes.dreambooth FOLDER [--steps 400] [--model mini]
 
-Teaches a model one invented character, a zorblax, from five pictures that the recipe draws, and shows that the rest was
-kept. It writes to FOLDER: `pictures/`, `run/`, `zorblax.safetensors` (a whole model: a word that it does not know has to
-be learnt by its text encoder too), `before-after.png`, and prints two numbers:
+Teaches a model one invented character, a zorblax, from five drawings, and shows that the rest was kept. It writes to
+FOLDER: `pictures/`, `run/`, `zorblax.safetensors` (a whole model, because a new word has to be learnt by the text
+encoder too), `before-after.png`, and prints two numbers:
 
 learnt   the share of violet in pictures of a zorblax, relative to that in the drawings: 0 is none, 1 is as much
 kept     the correlation of light and dark between the pictures of other things before and after: 1 is the same drawing

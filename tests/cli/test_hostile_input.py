@@ -24,6 +24,8 @@ from PIL.PngImagePlugin import PngInfo
 from gouache.app import loading
 from gouache.cli.main import app
 from gouache.cli.progress import Bar
+from gouache.errors import RequestError
+from gouache.training.run_settings import checked, template
 from tests.app.model_files import embedding, lora
 from tests.cli.conftest import Command, Ended
 from tests.pipelines import Narrow
@@ -50,6 +52,24 @@ VALID: dict[str, dict[str, Any]] = {
     "samplers": {},
     "doctor": {},
     "hash": {"files": "{lora}"},
+    **{
+        f"train {mode}": {
+            "data": "{pictures}",
+            "model": "{model}",
+            "output": "out.safetensors",
+            "trigger": "zorb",
+            "overwrite": True,
+        }
+        for mode in ("lora", "dreambooth", "finetune")
+    },
+    "train new": {"mode": "lora", "data": "{pictures}", "output": "new.toml", "model": "{model}", "overwrite": True},
+    "train run": {"settings_file": "{run}"},
+    "train status": {"run": "{run}"},
+    "train report": {"run": "{run}", "output": "report.html"},
+    "train compare": {"runs": ["{run}", "{run}"], "output": "report.html"},
+    "train export": {"run": "{run}", "output": "out.safetensors", "overwrite": True},
+    "dataset check": {"data": "{pictures}"},
+    "dataset show": {"data": "{pictures}", "output": "sheet.png", "overwrite": True},
     "vae bake": {"model": "{model}", "vae": "{model}", "target": "out.safetensors", "overwrite": True},
     "vae extract": {"model": "{model}", "target": "out.safetensors", "overwrite": True},
     "lora extract": {"tuned": "{model}", "base": "{model}", "target": "out.safetensors", "overwrite": True},
@@ -96,8 +116,21 @@ def world(narrow: Callable[[str], Narrow], tmp_path: Path, monkeypatch: pytest.M
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8)).save(picture)
     style, word = lora(tmp_path / "models/Lora/style.safetensors", 1.0), embedding(tmp_path / "word.safetensors")
+    pictures, run = tmp_path / "pictures", tmp_path / "run"
+    for folder in (pictures, run):
+        folder.mkdir()
+    Image.new("RGB", (64, 64)).save(pictures / "a.png")
+    settings = {"data": {"folder": str(pictures)}, "model": {"name": str(narrow("sd1").file)},
+                "train": {"steps": 1, "batch": 1, "learning_rate": 1e-3}}  # fmt: skip
+    (run / "settings.toml").write_text(template(checked(settings)))
+    monkeypatch.setattr("gouache.app.training.prepare.load_model", no_training)
     return {"model": narrow("sd1").file, "lora": style, "embedding": word, "prompts": tmp_path / "prompts.txt",
-            "picture": picture}  # fmt: skip
+            "picture": picture, "pictures": pictures, "run": run}  # fmt: skip
+
+
+def no_training(*_: object) -> None:
+    """In place of loading a model for training: all that is read before it has been accepted then."""
+    raise RequestError("model", "is not loaded by these tests")
 
 
 @pytest.fixture
@@ -237,6 +270,13 @@ PLACES = {
     "sidecar .txt": ("models/Lora/style.txt", "json", "models show style"),
     "preview": ("models/Lora/style.preview.png", "json", "models show style"),
     "model paths": ("paths/extra_model_paths.yaml", "yaml", "models add paths/extra_model_paths.yaml"),
+    "settings of a run": ("run/settings.toml", "toml", "train run run"),
+    "log of a run": ("run/log.jsonl", "json", "train status run"),
+    "times of a run": ("run/times.jsonl", "json", "train report run"),
+    "caption": ("pictures/a.txt", "json", "dataset check pictures"),
+    "picture of a data set": ("pictures/a.png", "json", "dataset check pictures"),
+    "metadata of a data set": ("pictures/metadata.jsonl", "json", "dataset check pictures"),
+    "kohya's TOML": ("data.toml", "toml", "dataset check data.toml"),
     "merge recipe": ("recipe.toml", "toml", "merge recipe.toml out.safetensors"),
     "prompts": ("prompts.txt", "json", "compare style style --prompts prompts.txt"),
     "adapter_config.json": ("peft/adapter_config.json", "json", f"inspect {PEFT}"),

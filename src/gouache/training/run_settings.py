@@ -253,7 +253,12 @@ def read(path: Path) -> RunSettings:
 def checked(values: Mapping[str, Any], where: str = "") -> RunSettings:
     """`values` as RunSettings. Raises RequestError naming the first key that is unknown or impossible."""
     try:
-        return RunSettings.model_validate(dict(values))
+        settings = RunSettings.model_validate(dict(values))
+        template(settings).encode()  # what cannot be written into the settings file
+        return settings
+    except UnicodeEncodeError as error:
+        near = ascii(error.object[max(0, error.start - 20) : error.end])
+        raise RequestError(where or "settings", f"have bytes that are not text in UTF-8, at {near}") from None
     except ValidationError as error:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
