@@ -17,7 +17,7 @@ WRITES = {
     ("download.py", "part.open"), ("download.py", "_OPENER.open"), ("install.py", "place.open"),
     ("indexing.py", "os.open"), ("indexing.py", "os.fdopen"), ("tables.py", "os.open"),
     ("loading.py", "loading.load"), ("doctor.py", "load.load"), ("repaint.py", "load.load"),
-    ("compare.py", "clip.load"),
+    ("compare.py", "clip.load"), ("prepare.py", "loading.load"), ("estimate.py", "loading.load"),
 }  # fmt: skip
 
 

@@ -207,7 +207,7 @@ SUBSET = '[[datasets]]\n[[datasets.subsets]]\nimage_dir = "hoge"\n'
         ("[[datasets]]\nresolution = [1,2,3]\n[[datasets.subsets]]\nimage_dir='hoge'", "expected a number of pixels"),
         ("[[datasets]]\nresolution = 0\n[[datasets.subsets]]\nimage_dir='hoge'", "expected a number of pixels"),
         ("general.shuffle_caption." + "a." * 50 + "b = 1\n" + SUBSET, "a table; expected true or false"),
-        ("general.shuffle_caption." + "a." * 50_000 + "b = 1\n" + SUBSET, "more than 64 parts"),
+        ("general.shuffle_caption." + "a." * 50_000 + "b = 1\n" + SUBSET, "nested more than 64 deep|too many dots"),
         ("a = " + "[" * 50_000, "is not TOML|nested"),
         (SUBSET + "image_dir = 'again'", "is not TOML"),
         ("[[datasets]]\n[[datasets.subsets]]\nimage_dir = '" + "x" * 5000 + "'", "not a possible file name"),

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from gouache.diffusion.conditioning import Conditioning
-from gouache.training.denoising import Captioned
+from gouache.training.batch import Batch
 from recipes.mini.latent_cache import LatentCache
 
 
-def captioned(first: int, count: int) -> Captioned:
+def captioned(first: int, count: int) -> Batch:
     """Scenes whose latents, and contexts, are their numbers."""
     numbers = torch.arange(first, first + count, dtype=torch.float32)
-    return Captioned(numbers.view(-1, 1, 1, 1), Conditioning(numbers.view(-1, 1, 1)))
+    return Batch(numbers.view(-1, 1, 1, 1), Conditioning(numbers.view(-1, 1, 1)))
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_a_full_disk_is_one_line(cache: LatentCache, monkeypatch: pytest.MonkeyP
     usage = shutil.disk_usage("/")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
 
-    with pytest.raises(FileError, match=r"cannot be written: it needs \d+ bytes, but 1000 bytes are free there"):
+    with pytest.raises(FileError, match=r"cannot be written: it needs \d+ bytes, but only 1000 bytes are free there"):
         cache.make(cache.key(CONTENT, VIEW), picture(), None)
 
 

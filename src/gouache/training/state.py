@@ -171,11 +171,11 @@ def is_locked(folder: Path) -> bool:
     try:
         import fcntl
 
-        with (folder / "lock").open("rb") as file:
+        with open_outside(folder / "lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (ImportError, OSError):
+    except (ImportError, OSError, FileError):
         pass
     return False
 

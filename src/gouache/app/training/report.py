@@ -9,13 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from gouache.app.training import folder as run_folder
 from gouache.app.training.charts import Curve, chart
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.status import Status, status
-from gouache.errors import printable
+from gouache.errors import RequestError, printable
+from gouache.images import pixels
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -101,9 +100,8 @@ def _samples(name: str, run: RunFolder, titled: bool) -> str:
 
 def _picture(path: Path) -> str:
     try:
-        with Image.open(path) as opened:
-            picture = opened.convert("RGB")
-    except (OSError, ValueError):
+        picture = pixels.read(path, "samples").convert("RGB")
+    except RequestError:
         return ""
     picture.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()

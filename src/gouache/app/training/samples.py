@@ -9,9 +9,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from gouache.errors import RequestError
 from gouache.files.write import write_atomic
 from gouache.generate import run
 from gouache.generate.request import Request
+from gouache.images import pixels
 from gouache.images.sheet import sheet
 from gouache.model.model import Model
 from gouache.training.run_settings import SampleSettings
@@ -74,7 +76,6 @@ def _opened(path: Path | None) -> Image.Image | None:
     if path is None:
         return None
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError):
+        return pixels.read(path, "samples").convert("RGB")
+    except RequestError:
         return None
