@@ -287,9 +287,9 @@ def _check_target(path: Path, size: int) -> None:
         raise FileError(path, "cannot be written: it is a folder or a device, not a file")
     free = shutil.disk_usage(folder).free
     if size and size + min(_SPARE, free // 2) > free:
-        reserve = f", and {size_text(_SPARE)} that stay free," if size > _SPARE else ""
+        reserve = f", and {size_text(_SPARE)} that stay free" if size > _SPARE else ""
         raise FileError(
-            path, f"cannot be written: it needs {size_text(size)}{reserve} but only {size_text(free)} are free there"
+            path, f"cannot be written: it needs {size_text(size)}{reserve}, but only {size_text(free)} are free there"
         )
 
 
