@@ -106,7 +106,7 @@ def test_the_error_states_what_the_file_is(tmp_path: Path, name: str, content: b
 
 @pytest.mark.parametrize("letter", [chr(code) for code in range(32, 127) if chr(code) not in "ciP{[<"])
 def test_text_is_called_text_whatever_it_begins_with(tmp_path: Path, letter: str):
-    """Nearly every letter begins some pickle; `c`, `i` and `P` name something that any loader would look up and call."""
+    """Nearly every letter begins some pickle; `c`, `i` and `P` name something that any loader would look up."""
     path = tmp_path / "notes.bin"
     path.write_text(f"{letter}oot:x:0:0, which is no model\nand a second line\n")
 
