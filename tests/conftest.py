@@ -94,3 +94,11 @@ def loaded(narrow: Callable[[str], Narrow], settings: Settings) -> Callable[[str
     import gouache
 
     return functools.cache(lambda family: gouache.load(narrow(family).file, settings=settings))
+
+
+@pytest.fixture(scope="module")
+def models(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
+    """The same for the tests of one module, which may attach adapters and detach them again."""
+    import gouache
+
+    return functools.cache(lambda family: gouache.load(narrow(family).file, device="cpu", dtype="fp32"))

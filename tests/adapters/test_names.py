@@ -22,18 +22,6 @@ Rename = Callable[[str, str, str], str]
 """(component, the path of a module under our names, its path in diffusers) -> its name in the file."""
 
 
-@pytest.fixture(scope="module")
-def models(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
-    loaded: dict[str, Model] = {}
-
-    def model(family: str) -> Model:
-        if family not in loaded:
-            loaded[family] = gouache.load(narrow(family).file, device="cpu", dtype="fp32")
-        return loaded[family]
-
-    return model
-
-
 CLIP = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 
 

@@ -7,6 +7,7 @@ makes its result appear.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -147,12 +148,7 @@ def test_a_killed_command_leaves_the_old_file_or_the_whole_result(
     work = WORKS[name]
     command, target = work.command.format(**inputs), tmp_path / work.target
 
-    def prepare() -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        target.unlink(missing_ok=True)
-        if work.over:
-            shutil.copy(inputs[work.over], target)
-
+    prepare = functools.partial(put_in_place, target, inputs[work.over] if work.over else None)
     prepare()
     before = content(target)
     assert commands.run(command, tmp_path, work.target) == 0, commands.output.read_text()
@@ -187,12 +183,7 @@ def test_a_terminated_command_leaves_nothing_unfinished(
     work = WORKS[name]
     command, target = work.command.format(**inputs), tmp_path / work.target
 
-    def prepare() -> None:
-        shutil.rmtree(target, ignore_errors=True)
-        target.unlink(missing_ok=True)
-        if work.over:
-            shutil.copy(inputs[work.over], target)
-
+    prepare = functools.partial(put_in_place, target, inputs[work.over] if work.over else None)
     prepare()
     before = content(target)
     assert commands.run(command, tmp_path, work.target) == 0, commands.output.read_text()
@@ -206,6 +197,14 @@ def test_a_terminated_command_leaves_nothing_unfinished(
         assert code == 143 and commands.output.read_text().endswith("stopped\n"), (moment, commands.output.read_text())
         assert set(names_in(tmp_path)) <= {work.target}, moment
         assert content(target) in (before, whole), moment
+
+
+def put_in_place(target: Path, before: Path | None) -> None:
+    """Make `target` a copy of `before`; remove it if that is None."""
+    shutil.rmtree(target, ignore_errors=True)
+    target.unlink(missing_ok=True)
+    if before is not None:
+        shutil.copy(before, target)
 
 
 def names_in(folder: Path) -> list[str]:

@@ -104,6 +104,16 @@ def test_the_error_states_what_the_file_is(tmp_path: Path, name: str, content: b
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("letter", [chr(code) for code in range(32, 127) if chr(code) not in "ciP{[<"])
+def test_text_is_called_text_whatever_it_begins_with(tmp_path: Path, letter: str):
+    """Nearly every letter begins some pickle; `c`, `i` and `P` name something that any loader would look up."""
+    path = tmp_path / "notes.bin"
+    path.write_text(f"{letter}oot:x:0:0, which is no model\nand a second line\n")
+
+    with pytest.raises(NotAModel, match="is a text file, not a model"):
+        open_model(path)
+
+
 def test_the_error_for_a_tensorflow_file_states_what_to_get_instead(tmp_path: Path):
     (tmp_path / "m.ckpt.meta").write_bytes(META_GRAPH)
 

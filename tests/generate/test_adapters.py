@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import gouache
 from gouache import Model
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import GouacheError, RequestError
@@ -28,18 +27,6 @@ from tests.adapters.test_attach import same, weights
 from tests.pipelines import Narrow
 
 OPTIONS = {"steps": 4, "size": (64, 64), "seed": 3, "cfg": 3.0}
-
-
-@pytest.fixture(scope="module")
-def models(narrow: Callable[[str], Narrow]) -> Callable[[str], Model]:
-    loaded: dict[str, Model] = {}
-
-    def load(family: str) -> Model:
-        if family not in loaded:
-            loaded[family] = gouache.load(narrow(family).file, device="cpu", dtype="fp32")
-        return loaded[family]
-
-    return load
 
 
 class In(PathSource):

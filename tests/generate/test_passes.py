@@ -35,18 +35,6 @@ DIFFUSERS_OPTIONS: dict[str, Any] = {
 Narrows = Callable[[str], Narrow]
 
 
-@pytest.fixture(scope="module")
-def models(narrow: Narrows) -> Callable[[str], Model]:
-    loaded: dict[str, Model] = {}
-
-    def load(family: str) -> Model:
-        if family not in loaded:
-            loaded[family] = gouache.load(narrow(family).file, device="cpu", dtype="fp32")
-        return loaded[family]
-
-    return load
-
-
 def paint(model: Model, prompt: str = "a red cat", **options: Any) -> Picture:
     return next(model.paint(prompt, **OPTIONS | options))
 

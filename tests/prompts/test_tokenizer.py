@@ -41,9 +41,12 @@ PROMPTS = [
     "\x00\x01\x7f\x85 control",
 ]
 
-# Assigned in every Unicode version in use, without separators that engines treat differently, lower case by character.
+# Characters of Unicode 3.2, whose classes every version agrees on: the order of combining marks that are newer depends
+# on the tables of `tokenizers`. Without separators that engines treat differently, lower case by character.
 ORDINARY = st.text(
-    st.characters(exclude_categories=("Cs", "Cn", "Cc", "Co"), max_codepoint=0x1FFFF, exclude_characters="\u0130")
+    st.characters(
+        exclude_categories=("Cs", "Cn", "Cc", "Co"), max_codepoint=0x1FFFF, exclude_characters="\u0130"
+    ).filter(lambda character: unicodedata.ucd_3_2_0.category(character) != "Cn")
 ).filter(lambda text: "oftext|>" not in text.lower())
 
 

@@ -72,11 +72,8 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _memory() -> Iterator[str]:
-    try:
-        pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-        yield f"{pages * size / 1e9:.1f} GB"
-    except (AttributeError, ValueError, OSError):
-        yield "unknown on this system"
+    total = residency.total_memory(torch.device("cpu"))
+    yield "unknown on this system" if total is None else f"{total / 1e9:.1f} GB"
 
 
 def _disk() -> Iterator[str]:

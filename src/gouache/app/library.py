@@ -9,33 +9,44 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import stat
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from sqlalchemy import Connection, Table, and_, case, delete, func, or_, select, update
+from sqlalchemy import delete, or_, select, update
 from sqlalchemy.dialects.sqlite import insert
 
 from gouache.app import sidecars
 from gouache.app.categories import category
-from gouache.app.entry import MAX_WEIGHT, USES, About, Entry, read_header
+from gouache.app.entry import About, Entry, read_header
 from gouache.app.hashes import hashes, sha256, sha256_of
+from gouache.app.rows import (
+    ABOUT,
+    FILE,
+    Row,
+    about_at,
+    about_of,
+    entry_of,
+    find_row,
+    is_lora,
+    row_of,
+    storable,
+    with_lists,
+    write_rows,
+)
 from gouache.app.search_paths import Candidate, candidates
 from gouache.app.settings import DATABASE, Settings
-from gouache.app.sidecars import Sidecar
-from gouache.app.tables import AboutRow, Database, FileRow
+from gouache.app.tables import Database
 from gouache.errors import FileError, GouacheError, RequestError, printable
 from gouache.files.open import open_model
 from gouache.outside import open_outside
 
 OnWork = Callable[[str, int, int], None]
 
-_FILE, _ABOUT = cast(Table, FileRow.__table__), cast(Table, AboutRow.__table__)
 _BATCH = 200  # rows written at once: so much is lost if a refresh is stopped
 _INTEGERS = 1 << 63  # SQLite's are smaller
 _MAX_SEARCH = 50_000_000_000  # bytes read at most to find one hash
@@ -49,34 +60,6 @@ class Changes:
     changed: list[Path] = field(default_factory=list)
     gone: list[Path] = field(default_factory=list)
     moved: list[tuple[Path, Path]] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A row of the table `file`; the fields are explained there. `size` is -1 if the row is damaged."""
-
-    path: bytes
-    names: list[str] = field(default_factory=list)
-    size: int = -1
-    mtime_ns: int = 0
-    folder_category: str = ""
-    kind: str = ""
-    family: str = ""
-    facts: dict[str, Any] = field(default_factory=dict)
-    sidecar: dict[str, Any] = field(default_factory=dict)
-    error: str = ""
-    sha256: str = ""
-    missing: bool = False
-    added: datetime = field(default_factory=lambda: datetime.now(UTC).replace(tzinfo=None, microsecond=0))
-    autov3: str | None = None
-
-    @property
-    def location(self) -> Path:
-        return Path(os.fsdecode(self.path))
-
-    @property
-    def hashed(self) -> bool:
-        return bool(self.sha256) and (self.autov3 is not None or not _is_lora(self.kind))
 
 
 class Library:
@@ -128,7 +111,7 @@ class Library:
             with self._database.writing() as connection:
                 for row in gone:
                     rows[row.path] = replace(row, missing=True)
-                    connection.execute(update(_FILE).where(_FILE.c.path == row.path).values(missing=True))
+                    connection.execute(update(FILE).where(FILE.c.path == row.path).values(missing=True))
         self._detect_moved(rows, changes)
         return changes
 
@@ -146,20 +129,20 @@ class Library:
             kind, family, facts, error = read_header(path)
             row = replace(
                 row or Row(key), size=size, mtime_ns=mtime, sha256=_hub_hash(path), autov3=None, kind=kind,
-                family=family, facts=_plain(facts), error=error,
+                family=family, facts=storable(facts), error=error,
             )  # fmt: skip
         left_at = str(row.sidecar.get("left_at", ""))
         sidecar = sidecars.read(path, folders.names(path.parent), Path(left_at) if left_at else None)
         return replace(
             row, names=list(candidate.names), folder_category=candidate.category, missing=False,
-            sidecar=_plain(_with_lists(sidecar)),
+            sidecar=storable(with_lists(sidecar)),
         )  # fmt: skip
 
     def _store(self, rows: list[Row]) -> None:
         if not rows:
             return
         with self._database.writing() as connection:
-            _write(connection, rows)
+            write_rows(connection, rows)
 
     def _detect_moved(self, rows: dict[bytes, Row], changes: Changes) -> None:
         """Hash the new files that have the size of a missing one: they may be the same file under another name."""
@@ -183,7 +166,7 @@ class Library:
     def store_hash(self, path: Path, sha256: str) -> None:
         """Store a hash that was computed elsewhere."""
         with self._database.writing() as connection:
-            connection.execute(update(_FILE).where(_FILE.c.path == os.fsencode(path)).values(sha256=sha256))
+            connection.execute(update(FILE).where(FILE.c.path == os.fsencode(path)).values(sha256=sha256))
 
     def _hash(self, row: Row, changes: Changes) -> Row:
         """`row` with its hashes, or the reason why it has none. Rows of missing files with that hash are removed."""
@@ -195,13 +178,13 @@ class Library:
             return row
         row = replace(row, sha256=sha256, autov3=autov3)
         with self._database.writing() as connection:
-            same = select(_FILE).where(_FILE.c.sha256 == sha256, _FILE.c.missing, _FILE.c.path != row.path)
+            same = select(FILE).where(FILE.c.sha256 == sha256, FILE.c.missing, FILE.c.path != row.path)
             for found in connection.execute(same).mappings().all():
-                before = _row(found)
+                before = row_of(found)
                 changes.moved.append((before.location, row.location))
                 row = replace(row, added=before.added, sidecar=self._left_behind(before, row))
-                connection.execute(delete(_FILE).where(_FILE.c.path == before.path))
-            _write(connection, [row], hashed=True)
+                connection.execute(delete(FILE).where(FILE.c.path == before.path))
+            write_rows(connection, [row], hashed=True)
         return row
 
     def _left_behind(self, before: Row, row: Row) -> dict[str, Any]:
@@ -209,7 +192,7 @@ class Library:
         if row.sidecar.get("files"):
             return row.sidecar
         left_at = Path(str(before.sidecar.get("left_at") or before.location))
-        return _plain(_with_lists(sidecars.read(row.location, None, left_at)))
+        return storable(with_lists(sidecars.read(row.location, None, left_at)))
 
     def entries(self, kind: str = "", family: str = "", tag: str = "", missing: bool = False) -> list[Entry]:
         """Models in name order; only those of a `kind` or category, `family` or `tag`. `missing`: the deleted ones."""
@@ -232,8 +215,8 @@ class Library:
     def entry(self, path: Path) -> Entry | None:
         """The model at `path`; None if it is not in the library."""
         with self._database.reading() as connection:
-            row = _find(connection, path)
-            return None if row is None else _entry(row, _about(connection, row.sha256))
+            row = find_row(connection, path)
+            return None if row is None else entry_of(row, about_at(connection, row.sha256))
 
     def read_entry(self, path: Path) -> Entry:
         """An entry for a model that is in no folder of the library, from its header and sidecar files. Not stored.
@@ -255,9 +238,9 @@ class Library:
         """The existing files of which the SHA-256 or AutoV3, as stored, begins with `start`."""
         if not start:
             return []
-        columns = (_FILE.c.sha256.startswith(start, autoescape=True), _FILE.c.autov3.startswith(start, autoescape=True))
+        columns = (FILE.c.sha256.startswith(start, autoescape=True), FILE.c.autov3.startswith(start, autoescape=True))
         with self._database.reading() as connection:
-            found = [_row(each).location for each in connection.execute(select(_FILE).where(or_(*columns))).mappings()]
+            found = [row_of(each).location for each in connection.execute(select(FILE).where(or_(*columns))).mappings()]
         return [path for path in found if _exists(path)]
 
     def find_hash(self, digest: str, kind: str = "") -> Path | None:
@@ -290,7 +273,7 @@ class Library:
         is computed. Raises RequestError for values out of range, FileError.
         """
         with self._database.reading() as connection:
-            row = _find(connection, path)
+            row = find_row(connection, path)
         if row is None:
             shown = printable(str(path))
             raise RequestError("model", f"{shown} is not in the library; add its folder with `gouache models add`")
@@ -300,32 +283,32 @@ class Library:
             self.store_hash(path, digest)
             row = replace(row, sha256=digest)
         with self._database.writing() as connection:
-            about = replace(_about(connection, row.sha256), **values)
+            about = replace(about_at(connection, row.sha256), **values)
             removed = set(remove_tags)
             tags = [each for each in (*about.tags, *add_tags) if each not in removed]
             about = replace(about, tags=tuple(dict.fromkeys(tags)))
-            new = insert(_ABOUT).values(sha256=row.sha256, **_plain(_with_lists(about)))
+            new = insert(ABOUT).values(sha256=row.sha256, **storable(with_lists(about)))
             changed = {each.name: new.excluded[each.name] for each in fields(About)}
             connection.execute(new.on_conflict_do_update(index_elements=["sha256"], set_=changed))
-        return _entry(row, about)
+        return entry_of(row, about)
 
     def forget(self, paths: Iterable[Path]) -> None:
         """Delete the rows of these files. The user's notes are kept, in case the models are added again."""
         with self._database.writing() as connection:
             for path in paths:
-                connection.execute(delete(_FILE).where(_FILE.c.path == os.fsencode(path)))
+                connection.execute(delete(FILE).where(FILE.c.path == os.fsencode(path)))
 
     def _rows(self) -> dict[bytes, Row]:
         with self._database.reading() as connection:
-            rows = map(_row, connection.execute(select(_FILE)).mappings())
+            rows = map(row_of, connection.execute(select(FILE)).mappings())
             return {row.path: row for row in rows}
 
     def _entries(self) -> Iterator[Entry]:
         with self._database.reading() as connection:
-            rows = [_row(each) for each in connection.execute(select(_FILE)).mappings()]
-            abouts = {each["sha256"]: _about_of(each) for each in connection.execute(select(_ABOUT)).mappings()}
+            rows = [row_of(each) for each in connection.execute(select(FILE)).mappings()]
+            abouts = {each["sha256"]: about_of(each) for each in connection.execute(select(ABOUT)).mappings()}
         for row in rows:
-            yield _entry(row, abouts.get(row.sha256, About()) if row.sha256 else About())
+            yield entry_of(row, abouts.get(row.sha256, About()) if row.sha256 else About())
 
 
 class _Folders:
@@ -343,90 +326,12 @@ class _Folders:
         return self._names[folder]
 
 
-def _write(connection: Connection, rows: list[Row], hashed: bool = False) -> None:
-    """Insert or replace `rows`. A hash that another process has stored meanwhile is kept, unless these are `hashed`."""
-    columns = [each.name for each in fields(Row)]
-    new = insert(_FILE)
-    excluded = new.excluded
-    changed: dict[str, Any] = {_column(name): excluded[_column(name)] for name in columns if name != "path"}
-    if not hashed:
-        known = and_(func.typeof(_FILE.c.sha256) == "text", func.length(_FILE.c.sha256) == 64)
-        same = and_(_FILE.c.size == excluded.size, _FILE.c.mtime_ns == excluded.mtime_ns, known)
-        for name in ("sha256", "autov3"):
-            changed[name] = case((same, _FILE.c[name]), else_=excluded[name])
-    statement = new.on_conflict_do_update(index_elements=["path"], set_=changed)
-    connection.execute(statement, [{_column(name): getattr(row, name) for name in columns} for row in rows])
-
-
-def _column(name: str) -> str:
-    return {"folder_category": "place", "error": "trouble"}.get(name, name)
-
-
-def _find(connection: Connection, path: Path) -> Row | None:
-    found = connection.execute(select(_FILE).where(_FILE.c.path == os.fsencode(path))).mappings().first()
-    return None if found is None else _row(found)
-
-
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "names": list, "size": int, "mtime_ns": int, "folder_category": str, "kind": str, "family": str, "facts": dict,
-    "sidecar": dict, "error": str, "sha256": str, "missing": bool, "added": datetime, "autov3": (str, type(None)),
-}  # fmt: skip
-
-
-def _row(found: Mapping[Any, Any]) -> Row:
-    """A row of the database. What is damaged in it is left out, and the file is read again at the next refresh."""
-    path = found["path"]
-    values = {name: found[_column(name)] for name in _TYPES}
-    sound = {name: value for name, value in values.items() if isinstance(value, _TYPES[name])}
-    if not re.fullmatch("[0-9a-f]*", sound.get("sha256", "")):
-        sound["sha256"] = ""
-    if not sound.get("names") or not all(isinstance(each, str) for each in sound["names"]):
-        sound["names"] = [os.path.basename(os.fsdecode(path))]  # noqa: PTH119
-    if len(sound) < len(_TYPES):
-        sound["size"] = -1
-    return Row(path if isinstance(path, bytes) else os.fsencode(str(path)), **sound)
-
-
-def _about(connection: Connection, sha256: str) -> About:
-    if not sha256:
-        return About()
-    found = connection.execute(select(_ABOUT).where(_ABOUT.c.sha256 == sha256)).mappings().first()
-    return About() if found is None else _about_of(found)
-
-
-def _about_of(found: Mapping[Any, Any]) -> About:
-    """Notes of the database, without what is damaged."""
-    values: dict[str, Any] = {}
-    for each in fields(About):
-        value = found[each.name]
-        if isinstance(each.default, tuple):
-            values[each.name] = tuple(one for one in value if isinstance(one, str)) if isinstance(value, list) else ()
-        elif each.name == "weight":
-            sound = isinstance(value, int | float) and abs(value) <= MAX_WEIGHT
-            values[each.name] = float(value) if sound else None
-        elif isinstance(value, str) and (each.name != "use" or value in USES):
-            values[each.name] = value
-    return About(**values)
-
-
-def _entry(row: Row, about: About) -> Entry:
-    return Entry(
-        path=row.location, names=tuple(row.names), size=max(0, row.size), folder_category=row.folder_category,
-        kind=row.kind, family=row.family, facts=row.facts, sidecar=sidecars.from_stored(row.sidecar), about=about,
-        error=row.error, sha256=row.sha256, missing=row.missing, added=row.added.replace(tzinfo=UTC),
-    )  # fmt: skip
-
-
 def _wants_hash(row: Row) -> bool:
     return not row.hashed and not row.missing and not row.error
 
 
 def _category(row: Row) -> str:
     return category(row.kind) if row.kind not in ("", "unknown") else row.folder_category
-
-
-def _is_lora(kind: str) -> bool:
-    return category(kind) == "lora"
 
 
 def _size_and_mtime(path: Path) -> tuple[int, int]:
@@ -472,8 +377,8 @@ def _digests(row: Row, settings: Settings) -> tuple[str, str | None]:
     """(SHA-256, AutoV3); the second only of LoRAs: it takes a second pass. Raises FileError."""
     path = row.location
     if path.is_dir():
-        return sha256(open_model(path), settings), "" if _is_lora(row.kind) else None
-    if _is_lora(row.kind):
+        return sha256(open_model(path), settings), "" if is_lora(row.kind) else None
+    if is_lora(row.kind):
         every = hashes(path, settings)
         return every.sha256, every.autov3
     return sha256_of(path, settings), None
@@ -487,19 +392,6 @@ def _autov1(path: Path) -> str:
             return hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
     except (FileError, OSError):
         return ""
-
-
-def _with_lists(record: Sidecar | About) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(record).items()}
-
-
-def _plain(value: Any) -> Any:
-    """`value` without lone surrogates (from names that are not valid text), which SQLite cannot store."""
-    if isinstance(value, str):
-        return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode()
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list) else value
 
 
 def _folded(text: str) -> str:

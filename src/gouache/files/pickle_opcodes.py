@@ -165,9 +165,10 @@ def _line_text(make: Callable[[bytes], str | bytes]) -> _Operation:
 
 
 def _put(m: Machine, index: int) -> None:
+    value = m.top()  # first: text that begins with `r` is no pickle, and is not to be called one that is unsafe
     if not 0 <= index < MAX_STEPS:
         raise Unsafe(f"uses a memo index of {MAX_STEPS:,} or more")
-    m.memo[index] = m.top()
+    m.memo[index] = value
 
 
 def _get(m: Machine, index: int) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from gouache.errors import DeviceError
 from gouache.generate.request import Size
 from gouache.model.model import Model
+from gouache.model.residency import total_memory
 
 # At least so many feature maps of the largest size are alive at once (a residual block's input, norm and output; the
 # U-Net's skip connections). A lower bound: only what is impossible is refused.
@@ -30,19 +29,6 @@ def check_memory(model: Model, size: Size, batch: int) -> None:
             f"{width}x{height}{count} needs about {need / 1e9:.0f} GB of memory, and {model.device} has "
             f"{have / 1e9:.0f} GB; choose {how}"
         )
-
-
-def total_memory(device: torch.device) -> int | None:
-    """Bytes of the device's memory; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemTotal:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        pass
-    return None
 
 
 def _channels(spec: object) -> int:

@@ -6,6 +6,7 @@ float16 on GPUs. Therefore the dtypes are timed, on a part of a U-Net.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -221,3 +222,13 @@ def choose(seconds: Mapping[str, float], native: Collection[str] = (), busy: boo
     if share[fastest] < 1:
         return Choice(torch.float32, f"{fastest} saves too little time for its lower precision")
     return Choice(torch.float32, "the fastest measured")
+
+
+def total_memory(device: torch.device) -> int | None:
+    """Bytes of the device's memory; None where the system does not say (Windows)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
