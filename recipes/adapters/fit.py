@@ -46,8 +46,9 @@ SINGLE_THING = replace(UNIFORM, count_weights=(1.0, 0.0, 0.0), tinted=0.0, commo
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run works with: the model, the output folder, numbers of steps and scenes, things and font."""
+    """What a training run works with: a model, the output folder, numbers of steps and scenes, things, a font."""
 
+    name: str
     model: gouache.Model
     folder: Path
     steps: int
@@ -74,7 +75,9 @@ def fit_adapters(options: argparse.Namespace) -> None:
     for name in (options.only,) if options.only else tuple(STEPS):
         model = gouache.load(options.model, device="cpu", dtype="fp32")
         fit = {"night": fit_lora, "zorblax": fit_embedding, "rosy": fit_hypernetwork}[name]
-        print(fit(Run(model, options.folder, options.steps or STEPS[name], options.scenes, things, glyphs)))
+        print(
+            fit(Run(options.model, model, options.folder, options.steps or STEPS[name], options.scenes, things, glyphs))
+        )
 
 
 def fit_lora(run: Run) -> Path:
@@ -84,7 +87,7 @@ def fit_lora(run: Run) -> Path:
     target = AdapterTarget(
         model, AdapterOptions(form="locon", rank=RANK, alpha=RANK, conv_rank=RANK, conv_alpha=RANK), seed=SEED
     )
-    objective = Denoising(model.denoiser, target.networks, unconditional(model), SEED, target=target, base=model.name)
+    objective = Denoising(model.denoiser, target.networks, unconditional(model), SEED, target=target, base=run.name)
     weights = optimise(run, "night", objective, encoded_batches(latents, contexts), 6e-4)
     path = run.folder / "night.safetensors"
     title = {"modelspec.title": "night", "modelspec.description": "scenes by moonlight, for the embedded model"}
@@ -110,7 +113,7 @@ def fit_embedding(run: Run) -> Path:
         return Batch(latents[rows], captions=tuple(captions[row] for row in rows))
 
     objective = Denoising(
-        model.denoiser, {"text_encoder": encoder}, unconditional(model), SEED, 0.0, base=model.name,
+        model.denoiser, {"text_encoder": encoder}, unconditional(model), SEED, 0.0, base=run.name,
         groups=(Group({CHARACTER: vectors}, decay=False),), encode=lambda texts, _: encode_captions(model, texts),
     )  # fmt: skip
     optimise(run, CHARACTER, objective, batch, 5e-4)
@@ -133,7 +136,7 @@ def fit_hypernetwork(run: Run) -> Path:
             layer.register_forward_pre_hook(lambda _, inputs, mlp=mlp: (inputs[0] + mlp(inputs[0]),))
     latents, contexts = encoded_scenes(run, lambda scene: render(rosy(scene), run.glyphs, SIZE))
     networks = {str(width): pair for width, pair in pairs.items()}
-    objective = Denoising(model.denoiser, networks, unconditional(model), SEED, base=model.name)
+    objective = Denoising(model.denoiser, networks, unconditional(model), SEED, base=run.name)
     optimise(run, "rosy", objective, encoded_batches(latents, contexts), 2e-3)
     record = {
         width: tuple({f"linear.{name}": value for name, value in mlp.state_dict().items()} for mlp in pair)

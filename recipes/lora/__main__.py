@@ -1,11 +1,11 @@
 """python -m recipes.lora FOLDER [--steps 300] [--model mini]
 
-Trains a LoRA of a drawing style, chalk on a blackboard, on 24 pictures, and shows what it learnt. The pictures are
-painted by the model itself and redrawn in chalk, so the recipe needs nothing but the package. It writes to FOLDER:
-`pictures/` with captions, `run/` (settings, checkpoints, samples), `chalk.safetensors`, `before-after.png`, and prints
+Trains a LoRA of a drawing style, screen prints in two inks, on 24 pictures, and shows what it learnt. The pictures are
+painted by the model itself and redrawn in this style, so the recipe needs nothing but the package. It writes to FOLDER:
+`pictures/` with captions, `run/` (settings, checkpoints, samples), `print.safetensors`, `before-after.png`, and prints
 two numbers, both for prompts that were not trained on:
 
-learnt   how far the LoRA goes from the model's own colours to those of their chalk drawings: 0 is not at all, 1 is
+learnt   how far the LoRA goes from the model's own colours to those of their prints: 0 is not at all, 1 is
          all the way (overlap of colour histograms)
 kept     the correlation of the outlines with those of the pictures without the LoRA: 1 is the same drawing
 """
@@ -22,11 +22,14 @@ from PIL import Image
 
 import gouache
 from gouache.images.sheet import sheet
-from recipes.lora.chalk import chalk, edges
+from recipes.lora.screen_print import edges, screen_print
 from recipes.mini.command import print_progress, run_command, with_progress
 
-THINGS = ("apple", "cat", "dog", "house", "tree", "fish", "car", "banana", "star", "ghost", "robot", "frog")
-COLOURS = ("yellow", "green", "white", "red", "blue", "orange")
+THINGS = (
+    "an apple", "a cat", "a dog", "a house", "a tree", "a fish", "a car", "a banana", "a star", "a ghost", "a robot",
+    "a frog",
+)  # fmt: skip
+COLOURS = ("a yellow", "a green", "a white", "a red", "a blue", "an orange")
 UNSEEN = (
     "a panda on a red background", "a rocket on a white background", "a fox on a green background",
     "a guitar on a yellow background", "an umbrella on a blue background", "a penguin on an orange background",
@@ -49,17 +52,18 @@ def train_style(folder: Path, name: str, count: int, steps: int) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     model = gouache.load(name, device="cpu", dtype="fp32")
     for number in with_progress(range(count), "painting"):
-        caption = f"a {THINGS[number % len(THINGS)]} on a {COLOURS[number % len(COLOURS)]} background"
+        colour = COLOURS[(number + number // len(THINGS)) % len(COLOURS)]  # another one each time
+        caption = f"{THINGS[number % len(THINGS)]} on {colour} background"
         if not (pictures / f"{number:02d}.png").exists():
-            chalk(painted(model, caption, seed=100 + number)).save(pictures / f"{number:02d}.png")
+            screen_print(painted(model, caption, seed=100 + number)).save(pictures / f"{number:02d}.png")
             (pictures / f"{number:02d}.txt").write_text(caption)
     finished = gouache.train(
-        "lora", pictures, model=name, output=folder / "chalk.safetensors", folder=folder / "run", steps=steps,
-        rank=8, form="locon", learning_rate=6e-4, batch=4, samples={"prompts": list(UNSEEN[:2])},
+        "lora", pictures, model=name, output=folder / "print.safetensors", folder=folder / "run", steps=steps,
+        rank=8, form="locon", learning_rate=1e-3, batch=4, samples={"prompts": list(UNSEEN[:2])},
         on_progress=print_progress,
     )  # fmt: skip
     before = [painted(model, prompt, seed=7) for prompt in UNSEEN]
-    style = model.attach(finished.path or folder / "chalk.safetensors")
+    style = model.attach(finished.path or folder / "print.safetensors")
     after = [painted(model, prompt, seed=7) for prompt in UNSEEN]
     style.detach()
     sheet(UNSEEN, ["without", "with the LoRA"], [before, after]).save(folder / "before-after.png")
@@ -71,8 +75,8 @@ def painted(model: gouache.Model, prompt: str, seed: int) -> Image.Image:
 
 
 def learnt(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """1 - (distance of `after` to the chalk drawings of `before`) / (that of `before`), by colour histograms."""
-    wanted = [_colours(chalk(picture)) for picture in before]
+    """1 - (distance of `after` to the prints of `before`) / (that of `before`), by colour histograms."""
+    wanted = [_colours(screen_print(picture)) for picture in before]
     own, trained = ([_colours(picture) for picture in pictures] for pictures in (before, after))
     distance = lambda ones: sum(np.abs(one - other).sum() for one, other in zip(ones, wanted))  # noqa: E731
     return float(1 - distance(trained) / distance(own))
