@@ -1,4 +1,4 @@
-"""python -m recipes.lora FOLDER [--steps 800] [--model mini]
+"""python -m recipes.lora FOLDER [--steps 400] [--model mini]
 
 Trains a LoRA of a drawing style, screen prints in two inks, on 24 pictures, and shows what it learnt. The pictures are
 painted by the model itself and redrawn in this style, so the recipe needs nothing but the package. It writes to FOLDER:
@@ -39,7 +39,7 @@ SIZE = 128
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=800, help="training steps")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--model", default="mini")
     options = parser.parse_args(arguments)
@@ -58,7 +58,7 @@ def train_style(folder: Path, name: str, count: int, steps: int) -> None:
             (pictures / f"{number:02d}.txt").write_text(caption)
     finished = gouache.train(
         "lora", pictures, model=name, output=folder / "print.safetensors", folder=folder / "run", steps=steps,
-        rank=8, form="locon", learning_rate=1e-3, batch=4, samples={"prompts": list(UNSEEN[:2])},
+        rank=8, form="locon", learning_rate=6e-4, batch=8, caption_dropout=0.1, samples={"prompts": list(UNSEEN[:2])},
         on_progress=print_progress,
     )  # fmt: skip
     before = [painted(model, prompt, seed=7) for prompt in UNSEEN]
