@@ -25,7 +25,7 @@ from torch import Tensor
 from gouache.data import pictures
 from gouache.data.buckets import Buckets, Crop
 from gouache.data.epochs import Plan, balance
-from gouache.data.pictures import Content, View
+from gouache.data.pictures import Examined, View
 from gouache.data.record import Record
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
@@ -72,7 +72,7 @@ class Row:
     """A record at one size, seen `repeats` times per epoch."""
 
     record: Record
-    content: Content
+    content: Examined
     crop: Crop
     repeats: int
 
