@@ -10,26 +10,28 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 import gouache
 from gouache.diffusion.conditioning import Conditioning
-from gouache.files.write import write_safetensors
 from gouache.images import pixels
-from gouache.layouts.modules import kohya_names
+from gouache.training import loop
 from gouache.training.batch import Batch
 from gouache.training.denoising import Denoising
+from gouache.training.objective import Group, step_generator
+from gouache.training.settings import Settings
+from gouache.training.step import Batches
+from gouache.training.targets.adapter import AdapterTarget
+from gouache.training.targets.options import AdapterOptions
 from recipes.adapters.pictures import CHARACTER, character, night, rosy
-from recipes.mini.command import run_command
+from recipes.mini.command import print_progress, run_command, with_progress
 from recipes.mini.dataset import sample
 from recipes.mini.names import Thing, load_things
 from recipes.mini.rendering import Glyphs, render
@@ -41,13 +43,12 @@ SCENES = 384  # their latents are computed once
 # Common things more often, as in the model's training.
 SINGLE_THING = replace(UNIFORM, count_weights=(1.0, 0.0, 0.0), tinted=0.0, common_weight=6)
 
-StepLoss = Callable[[int], Tensor]  # the loss of a step
-
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run works with: the model, the output folder, numbers of steps and scenes, things and font."""
+    """What a training run works with: a model, the output folder, numbers of steps and scenes, things, a font."""
 
+    name: str
     model: gouache.Model
     folder: Path
     steps: int
@@ -74,47 +75,24 @@ def fit_adapters(options: argparse.Namespace) -> None:
     for name in (options.only,) if options.only else tuple(STEPS):
         model = gouache.load(options.model, device="cpu", dtype="fp32")
         fit = {"night": fit_lora, "zorblax": fit_embedding, "rosy": fit_hypernetwork}[name]
-        print(fit(Run(model, options.folder, options.steps or STEPS[name], options.scenes, things, glyphs)))
+        print(
+            fit(Run(options.model, model, options.folder, options.steps or STEPS[name], options.scenes, things, glyphs))
+        )
 
 
 def fit_lora(run: Run) -> Path:
     """A LoRA on every attention and feed-forward layer and every convolution of the U-Net."""
     model = run.model
-    generator = torch.Generator().manual_seed(SEED)
-    pairs: dict[str, tuple[Tensor, Tensor]] = {}
-    for path, layer in model.unet.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and ".emb_layers" not in path and "time_embed" not in path:
-            out, *inner = layer.weight.shape
-            down = torch.randn(RANK, *inner, generator=generator) / layer.weight[0].numel() ** 0.5
-            up = torch.zeros(out, RANK, *[1] * (len(inner) - 1))
-            pairs[path] = (up.requires_grad_(), down.requires_grad_())
-            layer.register_forward_hook(_lora_hook(layer, *pairs[path]))
     latents, contexts = encoded_scenes(run, lambda scene: night(render(scene, run.glyphs, SIZE)))
-    factors = [factor for pair in pairs.values() for factor in pair]
-    optimise(factors, step_loss(model, latents, contexts, dropout=0.1), run.steps, 6e-4)
-    names = kohya_names(model.specs, False)
-    tensors = {}
-    for path, (up, down) in pairs.items():
-        stem = names["unet", path]
-        tensors |= {f"{stem}.lora_up.weight": up.detach().half(), f"{stem}.lora_down.weight": down.detach().half()}
-        tensors[f"{stem}.alpha"] = torch.tensor(float(RANK))
-    target = run.folder / "night.safetensors"
-    write_safetensors(
-        target,
-        tensors,
-        {"ss_network_module": "networks.lora", "ss_network_dim": str(RANK), "ss_network_alpha": str(RANK),
-         "modelspec.title": "night", "modelspec.description": "scenes by moonlight, for the embedded model"},
-    )  # fmt: skip
-    return target
-
-
-def _lora_hook(layer: nn.Linear | nn.Conv2d, up: Tensor, down: Tensor) -> Callable[..., Tensor]:
-    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if isinstance(layer, nn.Conv2d):
-            return output + F.conv2d(F.conv2d(inputs[0], down, None, layer.stride, layer.padding), up)
-        return output + F.linear(F.linear(inputs[0], down), up)
-
-    return add
+    target = AdapterTarget(
+        model, AdapterOptions(form="locon", rank=RANK, alpha=RANK, conv_rank=RANK, conv_alpha=RANK), seed=SEED
+    )
+    objective = Denoising(model.denoiser, target.networks, unconditional(model), SEED, target=target, base=run.name)
+    weights = optimise(run, "night", objective, encoded_batches(latents, contexts), 6e-4)
+    path = run.folder / "night.safetensors"
+    title = {"modelspec.title": "night", "modelspec.description": "scenes by moonlight, for the embedded model"}
+    target.export(weights, path, form="adapter", names="kohya", metadata=title, dtype="fp16", overwrite=True)
+    return path
 
 
 def fit_embedding(run: Run) -> Path:
@@ -122,7 +100,7 @@ def fit_embedding(run: Run) -> Path:
     model = run.model
     encoder = model.text_encoders["text_encoder"]
     tokens = model.tokenizer.encode("grapes")
-    vectors = encoder.embed(torch.tensor(tokens)).detach().clone().requires_grad_()
+    vectors = nn.Parameter(encoder.embed(torch.tensor(tokens)).detach().clone())
     rng = Random(SEED)
     examples = [character(rng, SIZE) for _ in range(run.scenes)]
     latents = encode_pictures(model, [picture for picture, _ in examples])
@@ -130,16 +108,19 @@ def fit_embedding(run: Run) -> Path:
 
     model.embeddings.add(CHARACTER, {"text_encoder": vectors})
 
-    def loss(step: int) -> Tensor:
-        rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[:BATCH].tolist()
-        context = encode_captions(model, [captions[row] for row in rows])
-        return objective(model, dropout=0.0).losses(Batch(latents[rows], Conditioning(context)), step)["loss"]
+    def batch(number: int) -> Batch:
+        rows = rows_of(number, len(latents))
+        return Batch(latents[rows], captions=tuple(captions[row] for row in rows))
 
-    optimise([vectors], loss, run.steps, 5e-4)
-    target = run.folder / f"{CHARACTER}.pt"
+    objective = Denoising(
+        model.denoiser, {"text_encoder": encoder}, unconditional(model), SEED, 0.0, base=run.name,
+        groups=(Group({CHARACTER: vectors}, decay=False),), encode=lambda texts, _: encode_captions(model, texts),
+    )  # fmt: skip
+    optimise(run, CHARACTER, objective, batch, 5e-4)
+    path = run.folder / f"{CHARACTER}.pt"
     record = {"string_to_token": {"*": 265}, "string_to_param": {"*": vectors.detach()}, "name": CHARACTER}
-    torch.save({**record, "step": run.steps, "sd_checkpoint_name": "mini"}, target)
-    return target
+    torch.save({**record, "step": run.steps, "sd_checkpoint_name": "mini"}, path)
+    return path
 
 
 def fit_hypernetwork(run: Run) -> Path:
@@ -148,22 +129,23 @@ def fit_hypernetwork(run: Run) -> Path:
     torch.manual_seed(SEED)
     widths = sorted({layer.in_features for name, layer in model.unet.named_modules()
                      if isinstance(layer, nn.Linear) and name.endswith((".to_k", ".to_v"))})  # fmt: skip
-    pairs = {width: tuple(_mlp(width) for _ in range(2)) for width in widths}
+    pairs = {width: nn.ModuleList(_mlp(width) for _ in range(2)) for width in widths}
     for name, layer in model.unet.named_modules():
         if isinstance(layer, nn.Linear) and name.endswith((".to_k", ".to_v")):
             mlp = pairs[layer.in_features][int(name.endswith(".to_v"))]
             layer.register_forward_pre_hook(lambda _, inputs, mlp=mlp: (inputs[0] + mlp(inputs[0]),))
     latents, contexts = encoded_scenes(run, lambda scene: render(rosy(scene), run.glyphs, SIZE))
-    parameters = [p for pair in pairs.values() for mlp in pair for p in mlp.parameters()]
-    optimise(parameters, step_loss(model, latents, contexts, dropout=0.1), run.steps, 2e-3)
+    networks = {str(width): pair for width, pair in pairs.items()}
+    objective = Denoising(model.denoiser, networks, unconditional(model), SEED, base=run.name)
+    optimise(run, "rosy", objective, encoded_batches(latents, contexts), 2e-3)
     record = {
         width: tuple({f"linear.{name}": value for name, value in mlp.state_dict().items()} for mlp in pair)
         for width, pair in pairs.items()
     }
-    target = run.folder / "rosy.pt"
+    path = run.folder / "rosy.pt"
     flags = {"layer_structure": [1, 2, 1], "activation_func": "relu", "is_layer_norm": False, "activate_output": False}
-    torch.save({**record, "step": run.steps, "name": "rosy", **flags, "sd_checkpoint_name": "mini"}, target)
-    return target
+    torch.save({**record, "step": run.steps, "name": "rosy", **flags, "sd_checkpoint_name": "mini"}, path)
+    return path
 
 
 def _mlp(width: int) -> nn.Sequential:
@@ -178,57 +160,48 @@ def encoded_scenes(run: Run, make_picture: Callable[[Scene], Image.Image]) -> tu
     samples = [sample(SEED, index, run.things, SINGLE_THING) for index in range(run.scenes)]
     latents = encode_pictures(run.model, [make_picture(each.scene) for each in samples])
     with torch.no_grad():
-        contexts = [encode_captions(run.model, [each.caption]) for each in samples]
+        contexts = [encode_captions(run.model, [each.caption]).context for each in samples]
     return latents, torch.cat(contexts)
 
 
 @torch.no_grad()
 def encode_pictures(model: gouache.Model, pictures: list[Image.Image]) -> Tensor:
-    rows = [model.encode(pixels.to_tensor([picture])) for picture in with_progress(pictures, "encoding")]
+    rows = [model.encode(pixels.to_tensor([picture])) for picture in with_progress(pictures, "encoding", every=128)]
     return torch.cat(rows)
 
 
-def encode_captions(model: gouache.Model, texts: list[str]) -> Tensor:
+def encode_captions(model: gouache.Model, texts: Sequence[str]) -> Conditioning:
     """Contexts (B, 77, D), with gradients for the vectors of an embedding."""
-    return model.encode_prompts(texts, emphasis="ignore").context
+    return Conditioning(model.encode_prompts(list(texts), emphasis="ignore").context)
 
 
-def objective(model: gouache.Model, dropout: float) -> Denoising:
-    unconditional = Conditioning(encode_captions(model, [""]).detach())
-    return Denoising(model.denoiser, {"unet": model.unet}, unconditional, SEED, dropout)
+@torch.no_grad()
+def unconditional(model: gouache.Model) -> Conditioning:
+    return encode_captions(model, [""])
 
 
-def step_loss(model: gouache.Model, latents: Tensor, contexts: Tensor, dropout: float) -> StepLoss:
-    denoising = objective(model, dropout)
-
-    def loss(step: int) -> Tensor:
-        rows = torch.randperm(len(latents), generator=torch.Generator().manual_seed(step))[:BATCH]
-        return denoising.losses(Batch(latents[rows], Conditioning(contexts[rows])), step)["loss"]
-
-    return loss
+def rows_of(number: int, count: int) -> list[int]:
+    """The examples of batch `number`, of so many."""
+    return torch.randperm(count, generator=step_generator(SEED, number))[:BATCH].tolist()
 
 
-def optimise(parameters: list[Tensor], loss: StepLoss, steps: int, rate: float) -> None:
-    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    began, mean = time.monotonic(), 0.0
-    for step in range(steps):
-        optimizer.zero_grad()
-        value = loss(step)
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        mean = float(value.detach()) if not step else 0.98 * mean + 0.02 * float(value.detach())
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            left = (time.monotonic() - began) / (step + 1) * (steps - step - 1)
-            print(f"step {step + 1}/{steps}  loss {mean:.4f}  {left:.0f} s left", file=sys.stderr, flush=True)
+def encoded_batches(latents: Tensor, contexts: Tensor) -> Batches:
+    def batch(number: int) -> Batch:
+        rows = rows_of(number, len(latents))
+        return Batch(latents[rows], Conditioning(contexts[rows]))
+
+    return batch
 
 
-def with_progress(items: list[Image.Image], label: str) -> Iterator[Image.Image]:
-    for number, item in enumerate(items, 1):
-        yield item
-        if number % 128 == 0 or number == len(items):
-            print(f"{label} {number}/{len(items)}", file=sys.stderr, flush=True)
+def optimise(run: Run, name: str, objective: Denoising, batches: Batches, rate: float) -> Mapping[str, Tensor]:
+    """Train in FOLDER/runs/NAME, where an interrupted run goes on; returns the weights."""
+    settings = Settings(
+        steps=run.steps, batch=BATCH, learning_rate=rate, warmup=0, final_rate=0, weight_decay=0, ema_decay=0
+    )
+    result = loop.train(objective, batches, settings, run.folder / "runs" / name, on_log=print_progress)
+    if not result.finished:
+        raise KeyboardInterrupt
+    return result.weights
 
 
 if __name__ == "__main__":

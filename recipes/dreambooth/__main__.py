@@ -5,7 +5,7 @@ FOLDER: `pictures/`, `run/`, `zorblax.safetensors` (a whole model, because a new
 encoder too), `before-after.png`, and prints two numbers:
 
 learnt   the share of violet in pictures of a zorblax, relative to that in the drawings: 0 is none, 1 is as much
-kept     the correlation of light and dark between the pictures of other things before and after: 1 is the same drawing
+kept     the correlation of the outlines of other things before and after: 1 is the same drawing
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import gouache
 from gouache.images.sheet import sheet
 from recipes.adapters.pictures import CHARACTER, character
 from recipes.lora.__main__ import kept, painted
-from recipes.mini.command import run_command
+from recipes.mini.command import print_progress, run_command
 
 SUBJECT = tuple(f"a {CHARACTER} on a {colour} background" for colour in ("green", "white", "yellow"))
 OTHERS = ("a cat on a red background", "an apple on a blue background", "a house on a white background")
@@ -52,8 +52,7 @@ def teach(folder: Path, name: str, class_pictures: int, steps: int) -> None:
         "dreambooth", pictures, model=name, output=folder / "zorblax.safetensors", folder=folder / "run", steps=steps,
         trigger=CHARACTER, class_word=CLASS, class_pictures=class_pictures, form="none", text_encoder=True,
         learning_rate=1e-4, batch=2, samples={"prompts": [SUBJECT[0], OTHERS[0]]},
-        on_progress=lambda each: print(f"step {each.step}/{each.steps}  loss {each.losses['loss']:.4f}  "
-                                       f"{each.left:.0f} s left", file=sys.stderr, flush=True),
+        on_progress=print_progress,
     )  # fmt: skip
     prompts = (*SUBJECT, *OTHERS)
     before, after = (

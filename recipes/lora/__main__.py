@@ -1,12 +1,13 @@
 """python -m recipes.lora FOLDER [--steps 300] [--model mini]
 
-Trains a LoRA of a drawing style, night, on 24 pictures, and shows what it learnt. The pictures are painted by the model
-itself and darkened, so the recipe needs nothing but the package. It writes to FOLDER: `pictures/` with captions,
-`run/` (settings, checkpoints, samples), `night.safetensors`, `before-after.png`, and prints two numbers:
+Trains a LoRA of a drawing style, screen prints in two inks, on 24 pictures, and shows what it learnt. The pictures are
+painted by the model itself and redrawn in this style, so the recipe needs nothing but the package. It writes to FOLDER:
+`pictures/` with captions, `run/` (settings, checkpoints, samples), `print.safetensors`, `before-after.png`, and prints
+two numbers, both for prompts that were not trained on:
 
-learnt   how much of the way from the model's own pictures to their nightly forms the LoRA goes, on prompts that were
-         not trained on: 0 is none, 1 is all of it
-kept     the correlation of light and dark between the pictures with and without the LoRA: 1 is the same drawing
+learnt   how far the LoRA goes from the model's own colours to those of their prints: 0 is not at all, 1 is
+         all the way (overlap of colour histograms)
+kept     the correlation of the outlines with those of the pictures without the LoRA: 1 is the same drawing
 """
 
 from __future__ import annotations
@@ -21,11 +22,14 @@ from PIL import Image
 
 import gouache
 from gouache.images.sheet import sheet
-from recipes.adapters.pictures import night
-from recipes.mini.command import run_command, with_progress
+from recipes.lora.screen_print import edges, screen_print
+from recipes.mini.command import print_progress, run_command, with_progress
 
-THINGS = ("apple", "cat", "dog", "house", "tree", "fish", "car", "banana", "star", "ghost", "robot", "frog")
-COLOURS = ("yellow", "green", "white", "red", "blue", "orange")
+THINGS = (
+    "an apple", "a cat", "a dog", "a house", "a tree", "a fish", "a car", "a banana", "a star", "a ghost", "a robot",
+    "a frog",
+)  # fmt: skip
+COLOURS = ("a yellow", "a green", "a white", "a red", "a blue", "an orange")
 UNSEEN = (
     "a panda on a red background", "a rocket on a white background", "a fox on a green background",
     "a guitar on a yellow background", "an umbrella on a blue background", "a penguin on an orange background",
@@ -48,18 +52,18 @@ def train_style(folder: Path, name: str, count: int, steps: int) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     model = gouache.load(name, device="cpu", dtype="fp32")
     for number in with_progress(range(count), "painting"):
-        caption = f"a {THINGS[number % len(THINGS)]} on a {COLOURS[number % len(COLOURS)]} background"
+        colour = COLOURS[(number + number // len(THINGS)) % len(COLOURS)]  # another one each time
+        caption = f"{THINGS[number % len(THINGS)]} on {colour} background"
         if not (pictures / f"{number:02d}.png").exists():
-            night(painted(model, caption, seed=100 + number)).save(pictures / f"{number:02d}.png")
+            screen_print(painted(model, caption, seed=100 + number)).save(pictures / f"{number:02d}.png")
             (pictures / f"{number:02d}.txt").write_text(caption)
     finished = gouache.train(
-        "lora", pictures, model=name, output=folder / "night.safetensors", folder=folder / "run", steps=steps,
-        rank=8, form="locon", learning_rate=6e-4, batch=4, samples={"prompts": list(UNSEEN[:2])},
-        on_progress=lambda each: print(f"step {each.step}/{each.steps}  loss {each.losses['loss']:.4f}  "
-                                       f"{each.left:.0f} s left", file=sys.stderr, flush=True),
+        "lora", pictures, model=name, output=folder / "print.safetensors", folder=folder / "run", steps=steps,
+        rank=8, alpha=16, form="locon", learning_rate=1e-3, batch=4, samples={"prompts": list(UNSEEN[:2])},
+        on_progress=print_progress,
     )  # fmt: skip
     before = [painted(model, prompt, seed=7) for prompt in UNSEEN]
-    style = model.attach(finished.path or folder / "night.safetensors")
+    style = model.attach(finished.path or folder / "print.safetensors")
     after = [painted(model, prompt, seed=7) for prompt in UNSEEN]
     style.detach()
     sheet(UNSEEN, ["without", "with the LoRA"], [before, after]).save(folder / "before-after.png")
@@ -71,22 +75,30 @@ def painted(model: gouache.Model, prompt: str, seed: int) -> Image.Image:
 
 
 def learnt(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """1 - (distance of `after` to the nightly forms of `before`) / (that of `before`), by mean colours."""
-    wanted = np.array([_mean(night(picture)) for picture in before])
-    own, trained = (np.array([_mean(picture) for picture in each]) for each in (before, after))
-    return float(1 - np.linalg.norm(trained - wanted) / np.linalg.norm(own - wanted))
+    """1 - (distance of `after` to the prints of `before`) / (that of `before`), by colour histograms."""
+    wanted = [_colours(screen_print(picture)) for picture in before]
+    own, trained = ([_colours(picture) for picture in pictures] for pictures in (before, after))
+    distance = lambda ones: sum(np.abs(one - other).sum() for one, other in zip(ones, wanted))  # noqa: E731
+    return float(1 - distance(trained) / distance(own))
 
 
 def kept(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """The mean correlation of the grey levels of each pair."""
-    pairs = (
-        (np.asarray(one.convert("L"), float), np.asarray(two.convert("L"), float)) for one, two in zip(before, after)
-    )
+    """The mean correlation of the outlines of each pair."""
+    pairs = ((_outlines(one), _outlines(two)) for one, two in zip(before, after))
     return float(np.mean([np.corrcoef(one.ravel(), two.ravel())[0, 1] for one, two in pairs]))
 
 
-def _mean(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"), float).mean((0, 1))
+def _colours(picture: Image.Image) -> np.ndarray:
+    """The share of pixels in each of 4 x 4 x 4 colours."""
+    levels = np.asarray(picture.convert("RGB"), np.int64) // 64
+    return np.bincount((levels @ [16, 4, 1]).ravel(), minlength=64) / levels[..., 0].size
+
+
+def _outlines(picture: Image.Image) -> np.ndarray:
+    """Where the picture has edges, of whatever strength, at a quarter of its resolution."""
+    found = np.clip(edges(picture) / 80, 0, 1)
+    height, width = (side // 4 * 4 for side in found.shape)
+    return found[:height, :width].reshape(height // 4, 4, width // 4, 4).mean((1, 3))
 
 
 if __name__ == "__main__":

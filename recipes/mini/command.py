@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gouache.errors import GouacheError
+from gouache.training.loop import Progress
 
 Item = TypeVar("Item")
 
@@ -26,13 +27,20 @@ def run_command(work: Callable[[], None]) -> int:
     return 0
 
 
-def with_progress(items: Sequence[Item], label: str) -> Iterator[Item]:
-    """Yield the items, and after each print a line with the time left."""
+def with_progress(items: Sequence[Item], label: str, every: int = 1) -> Iterator[Item]:
+    """Yield the items, and after each, or each `every`th, print a line with the time left."""
     began = time.monotonic()
     for number, item in enumerate(items, 1):
         yield item
         left = (time.monotonic() - began) / number * (len(items) - number)
-        print(f"{label}: {number} of {len(items)}, {left / 60:.0f} min left", flush=True)
+        if number % every == 0 or number == len(items):
+            print(f"{label}: {number} of {len(items)}, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+
+def print_progress(progress: Progress) -> None:
+    """Print a line about a training run."""
+    loss, left = progress.losses["loss"], progress.left / 60
+    print(f"step {progress.step}/{progress.steps}  loss {loss:.4f}  {left:.0f} min left", file=sys.stderr, flush=True)
 
 
 def print_written(path: Path, digest: str) -> None:

@@ -19,16 +19,11 @@ from gouache.errors import FileError, RequestError, printable
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import aliases
 from gouache.training.alias_values import TEXT_RATES, Meaning
-from gouache.training.settings import Settings
+from gouache.training.settings import Settings, setting
 
 Mode = Literal["lora", "dreambooth", "finetune"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Resolution = Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=r"^\d{1,5}x\d{1,5}$")]
-
-
-def setting(default: Any, sentence: str, **limits: Any) -> Any:
-    """A key of the file with its default, what it means in a sentence, and its limits (gt, ge, lt, le)."""
-    return Field(default=default, description=sentence, **limits)
 
 
 class Table(BaseModel):
