@@ -40,8 +40,8 @@ from gouache.training.text_cache import TextCache
 T = TypeVar("T")
 R = TypeVar("R")
 
-Caption = Callable[[Record, int, torch.Generator], str]
-"""The caption of a record in an epoch, with its random changes."""
+Caption = Callable[[Record, int, torch.Generator, int], str]
+"""The caption of a record in an epoch, with its random changes, in the batch of a number."""
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ class Batches:
         generator = step_generator(_stream(self.options.seed, f"examples {place}"), number)
         flip = bool(torch.rand((), generator=generator) < 0.5)
         variation, hole = torch.randint(self.options.variations, (2,), generator=generator).tolist()
-        caption = self._caption(row.record, epoch, generator)
+        caption = self._caption(row.record, epoch, generator, number)
         view = self._view(row, flip, variation)
         key = self._latents.key(row.content, view)
         if not self.options.inpainting:

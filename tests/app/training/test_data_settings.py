@@ -265,6 +265,26 @@ def test_captions_are_framed_tagged_and_drawn(tmp_path: Path, choose: Choose, re
     assert texts == {f"photo of zorb, {text} end" for text in ("a red cat", "a blue cat", "a dog")}
 
 
+def test_the_number_of_tags_grows_with_the_steps(tmp_path: Path, choose: Choose, ready: Ready):
+    """kohya's token warm-up: from `min` at the first step to all of them, in proportion."""
+    picture(tmp_path / "a/0.png")
+    (tmp_path / "a/0.txt").write_text(", ".join("abcdefghi"))
+    overrides = ["token_warmup_min=1", "token_warmup_step=0.5", "train.steps=32", "accumulate=2", "resolution=64"]
+    with ready(choose(tmp_path / "a", *overrides)) as found:
+        counts = [len(found.batches.examples(number)[0].caption.split(", ")) for number in range(0, 64, 2)]
+    assert counts == [min(9, 1 + step * 8 // 16) for step in range(32)]
+
+
+def test_fences_are_not_in_captions_of_validation(tmp_path: Path, choose: Choose, ready: Ready):
+    picture(tmp_path / "a/0.png")
+    (tmp_path / "a/0.txt").write_text("zorb ||| red, green")
+    overrides = ["keep_tokens_separator=|||", "shuffle=true", "caption_dropout=1", "resolution=64"]
+    with ready(choose(tmp_path / "a", *overrides)) as found:
+        context = found.validation.probe[0].conditioning.context
+        wanted = prepare.text_encoder(found.settings, found.model)(["zorb, red, green"], None).context
+    assert bool((context == wanted).all())
+
+
 def test_scores_filter_and_weigh_but_leave_class_pictures_in(tmp_path: Path, choose: Choose, ready: Ready):
     lines = [{"file_name": f"{number}.png", "text": "a", "aesthetic": 4 + number, "punsafe": 0.1 * number}
              for number in range(4)]  # fmt: skip

@@ -32,7 +32,7 @@ from gouache.app.training.pictures import (
     sides,
 )  # fmt: skip
 from gouache.data import captions
-from gouache.data.record import CaptionOptions, PictureOptions, Record
+from gouache.data.record import PictureOptions, Record
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError, TrainingError, printable
 from gouache.families.found import Found
@@ -257,13 +257,22 @@ def make_batches(
                 each,
                 repeats=1,
                 caption_options=replace(
-                    CaptionOptions(), prefix=each.caption_options.prefix, suffix=each.caption_options.suffix
+                    each.caption_options,
+                    shuffle=False,
+                    tag_dropout=0,
+                    dropout=0,
+                    dropout_every_epochs=0,
+                    warmup_steps=0,
                 ),
                 picture_options=PictureOptions(alpha_mask=each.picture_options.alpha_mask),
             )
             for each in records
         ]
-    return Batches(records, options, latents, texts, captions.caption, model.text_recipe)
+
+    def caption(record: Record, epoch: int, generator: torch.Generator, number: int) -> str:
+        return captions.caption(record, epoch, generator, number // settings.train.accumulate, settings.train.steps)
+
+    return Batches(records, options, latents, texts, caption, model.text_recipe)
 
 
 def make_validation(
