@@ -38,9 +38,6 @@ class ModelSettings(Table):
     weights: Literal["last", "ema"] = setting(
         "last", "Of files that hold both: the last weights, or the averages (EMA)."
     )
-    continued: bool = setting(
-        False, "The model is a training checkpoint (Lightning's .ckpt): go on with its moments, averages and step."
-    )
     vae: str = setting("automatic", "Another file's autoencoder, or none for the model's own.")
     prediction: Literal["", "eps", "v"] = setting("", "What the U-Net predicts; empty: what the file says.")
     family: str = setting("", "sd1, sd2 or sdxl; empty: what the file says.")

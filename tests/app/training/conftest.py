@@ -1,4 +1,4 @@
-"""Pictures to train on."""
+"""Pictures for runs of narrow models."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from gouache.training import optimizers
 from gouache.training.objective import Group
 from gouache.training.rates import rate
 from gouache.training.run_settings import RunSettings, checked, with_overrides
-from tests.app.training.small import settings_of
+from tests.app.training.short_runs import settings_of
 from tests.pipelines import Narrow
 
 BASE: dict[str, Any] = {"train": {"steps": 1000, "batch": 1, "learning_rate": 1e-4}}

@@ -16,7 +16,7 @@ from gouache.app.settings import Settings
 from gouache.app.training import prepare
 from gouache.app.training.folder import RunFolder
 from gouache.training.run_settings import RunSettings
-from tests.app.training.small import run, settings_of
+from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]

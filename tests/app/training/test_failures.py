@@ -22,7 +22,7 @@ from gouache.errors import GouacheError
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family
 from gouache.families.found import Fact, Found
-from tests.app.training.small import run, settings_of
+from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
 
 Narrows = Callable[[str], Narrow]

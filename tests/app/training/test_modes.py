@@ -20,9 +20,8 @@ from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.noise import Noise
 from gouache.errors import GouacheError
 from gouache.training.run_settings import RunSettings
-from tests.app.training.small import run, settings_of
+from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow, scheduler
-from tests.training.test_lightning import written
 
 Narrows = Callable[[str], Narrow]
 WEIGHTS: dict[str, Any] = {"mode": "finetune", "adapter": {"form": "none"}}
@@ -181,13 +180,14 @@ def test_class_pictures_limit_the_loss_by_the_weight_of_the_prior(small: Small, 
 
 def test_class_pictures_that_were_painted_serve_the_next_run(small: Small, settings: Settings, tmp_path: Path):
     data = {"class_word": "a striped cat", "class_pictures": 2, "trigger": "zorb"}
-    chosen = small("sd1", data=data, loss={"prior": "pictures"}, mode="dreambooth", train={"steps": 1})
     painted = list[str]()
 
     def work(what: str, done: int, total: int) -> None:
         painted.append(what)
 
     for name in ("a", "b"):
+        output = {"output": str(tmp_path / f"{name}.safetensors")}
+        chosen = small("sd1", **output, data=data, loss={"prior": "pictures"}, mode="dreambooth", train={"steps": 1})
         runs.run(chosen, RunFolder(tmp_path / name), settings, on_note=lambda line: None, on_work=work)
     assert painted.count("painting class pictures") == 2
 
@@ -226,49 +226,6 @@ def test_which_weights_a_run_starts_from_is_said(weights: str, small: Small, set
             assert torch.equal(tensor, stored[key].float()), name
     said = "starts from the averaged weights" if weights == "ema" else "starts from the last"
     assert any(said in note for note in notes), notes
-
-
-def test_a_training_checkpoint_of_another_trainer_is_gone_on_with(
-    small: Small, narrow: Narrows, settings: Settings, tmp_path: Path
-):
-    """The next step is that of an optimizer with its moments, count and averages."""
-    content = written(narrow("sd1"), tmp_path / "last.ckpt", text=False, family="sd1", steps=3)
-    notes = list[str]()
-    tables = {
-        **WEIGHTS,
-        "model": {"continued": True},
-        "train": {"steps": 5, "ema_decay": 0.9999, "save_steps": 1, "keep": 9},
-    }
-    chosen = small(tmp_path / "last.ckpt", **tables)
-    finished = runs.run(chosen, RunFolder(tmp_path / "run"), settings, on_note=notes.append)
-
-    assert any("goes on from step 3 with the moments" in note for note in notes)
-    first = tmp_path / "run/step-00000003"
-    moments = load_file(first / "optimizer.safetensors")
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    assert torch.equal(moments["unet.input_blocks.0.0.weight.exp_avg"], content["moments"][name]["exp_avg"])
-    averages = load_file(first / "ema.safetensors")["unet.input_blocks.0.0.weight"]
-    assert torch.equal(averages, content["content"]["state_dict"][name] * 0.5)
-    after = load_file(tmp_path / "run/step-00000005/optimizer.safetensors")
-    assert float(after["unet.input_blocks.0.0.weight.step"]) == 5
-    assert [line["step"] for line in RunFolder(tmp_path / "run").log() if "loss" in line] == [4, 5]
-    assert finished.step == 5
-
-
-@pytest.mark.parametrize(
-    ("tables", "said"),
-    [
-        ({"model": {"continued": True}}, "needs a run that trains the weights"),
-        ({**WEIGHTS, "model": {"continued": True}, "train": {"optimizer": "sgd"}}, "needs the optimizer adamw"),
-        ({**WEIGHTS, "model": {"continued": True}}, "is not a training checkpoint"),
-    ],
-)
-def test_what_cannot_be_gone_on_with_is_one_line(
-    tables: dict[str, Any], said: str, small: Small, settings: Settings, tmp_path: Path
-):
-    with pytest.raises(GouacheError, match=said) as caught:
-        run(small("sd1", **tables), tmp_path / "run", settings)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])

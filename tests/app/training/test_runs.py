@@ -16,7 +16,7 @@ from gouache.app.settings import Settings
 from gouache.app.training.folder import RunFolder
 from gouache.errors import GouacheError
 from gouache.training.run_settings import RunSettings
-from tests.app.training.small import painted, run, settings_of
+from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
 
 Narrows = Callable[[str], Narrow]
@@ -59,6 +59,11 @@ def test_a_run_exports_what_changes_the_picture_and_a_stopped_one_ends_alike(
         assert parts[0].keys() == parts[1].keys()
         assert all(torch.equal(parts[0][key], parts[1][key]) for key in parts[0])
     assert not torch.equal(painted(model, settings), trained_picture(chosen, model, output, settings))
+
+
+def painted(model: Path, user: Settings, **options: Any) -> torch.Tensor:
+    loaded = gouache.load(model, device="cpu", dtype="fp32", settings=user)
+    return next(loaded.paint("zorb, red", steps=2, seed=1, size=(64, 64), **options)).latent
 
 
 def trained_picture(chosen: RunSettings, model: Path, output: Path, user: Settings) -> torch.Tensor:

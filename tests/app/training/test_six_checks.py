@@ -22,7 +22,7 @@ from gouache.app.training import prepare
 from gouache.app.training.folder import RunFolder
 from gouache.errors import GouacheError, TrainingError
 from gouache.training import state
-from tests.app.training.small import run, settings_of
+from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]

@@ -16,7 +16,7 @@ import torch
 from gouache.app import hashes, loading, machine, names
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import class_pictures, continued
+from gouache.app.training import class_pictures
 from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
@@ -79,8 +79,6 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
         open_model(path), prediction=settings.model.prediction or None, family=settings.model.family or None
     )
     spec = trainable(found)
-    if settings.model.continued:
-        continued.check(settings)
     if settings.model.inpainting and settings.adapter.form != "none" and spec.in_channels != INPAINTING_CHANNELS:
         raise RequestError(
             "model.inpainting",
@@ -122,8 +120,6 @@ def prepared(
             checkpointing.enable(network)
         objective = make_objective(settings, model, target, batches, user, pictures.caption_dropout)
         validation = make_validation(settings, folder, model, target, pictures, objective)
-        if fill_caches and settings.model.continued and not folder.steps():
-            continued.write(settings, objective, model.file.path, folder.path, on_note)
         if fill_caches and settings.data.cache:
             _fill(settings, batches, on_work)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import gouache
 from gouache.app.settings import Settings
 from gouache.app.training import runs
 from gouache.app.training.folder import RunFolder
@@ -31,7 +28,10 @@ def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunS
     return checked(usual)
 
 
-def run(settings: RunSettings, folder: Path, user: Settings, stop_after: int | None = None) -> Finished:
+def run(
+    settings: RunSettings, folder: Path, user: Settings, stop_after: int | None = None, notes: list[str] | None = None
+) -> Finished:
+    """Train in `folder`, for at most `stop_after` steps; `notes` receives what the run reports."""
     done = 0
 
     def stop() -> bool:
@@ -39,9 +39,10 @@ def run(settings: RunSettings, folder: Path, user: Settings, stop_after: int | N
         done += 1
         return stop_after is not None and done > stop_after
 
-    return runs.run(settings, RunFolder(folder), user, on_note=lambda line: None, should_stop=stop)
-
-
-def painted(model: Path, user: Settings, **options: Any) -> torch.Tensor:
-    loaded = gouache.load(model, device="cpu", dtype="fp32", settings=user)
-    return next(loaded.paint("zorb, red", steps=2, seed=1, size=(64, 64), **options)).latent
+    return runs.run(
+        settings,
+        RunFolder(folder),
+        user,
+        on_note=[].append if notes is None else notes.append,
+        should_stop=stop,
+    )
