@@ -317,7 +317,7 @@ def _key(text: str) -> tuple[str, str]:
     if len(found) != 1:
         near = difflib.get_close_matches(text, [*every, *aliases.names()], n=3)
         problem = f"is in several tables: {', '.join(found)}" if found else "is not a setting"
-        hint = f"; did you mean {' or '.join(near)}?" if near and not found else ""
+        hint = "" if found else f"; did you mean {' or '.join(near)}?" if near else "; see `gouache train new`"
         raise RequestError("set", f"{printable(text, 80)} {problem}{hint}")
     table, _, name = found[0].rpartition(".")
     return table, name

@@ -186,8 +186,8 @@ def test_class_pictures_that_were_painted_serve_the_next_run(small: Small, setti
         painted.append(what)
 
     for name in ("a", "b"):
-        output = {"output": str(tmp_path / f"{name}.safetensors")}
-        chosen = small("sd1", **output, data=data, loss={"prior": "pictures"}, mode="dreambooth", train={"steps": 1})
+        chosen = small("sd1", data=data, loss={"prior": "pictures"}, mode="dreambooth", train={"steps": 1})
+        chosen = chosen.model_copy(update={"output": str(tmp_path / f"{name}.safetensors")})
         runs.run(chosen, RunFolder(tmp_path / name), settings, on_note=lambda line: None, on_work=work)
     assert painted.count("painting class pictures") == 2
 

@@ -65,8 +65,11 @@ class Pictures:
     caption_dropout: float = 0.0
 
 
-def read_pictures(settings: RunSettings, folder: RunFolder, user: Settings, on_note: OnNote) -> Pictures:
-    """The pictures of a run. All are decoded, so that a damaged one is found now. Raises GouacheError."""
+def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, user: Settings | None = None) -> Pictures:
+    """The pictures of a run. All are decoded, so that a damaged one is found now. Raises GouacheError.
+
+    Without `user` class pictures are read from a folder of the settings alone, not from the user's data.
+    """
     data = settings.data
     if not data.folder:
         raise RequestError("data.folder", "is missing; name a folder of pictures")
@@ -88,7 +91,7 @@ def read_pictures(settings: RunSettings, folder: RunFolder, user: Settings, on_n
     return Pictures(found, training, held_out, dropout)
 
 
-def _read(settings: RunSettings, user: Settings) -> DataSet:
+def _read(settings: RunSettings, user: Settings | None) -> DataSet:
     """The data set with the class pictures that are there, filtered and weighed."""
     data, subset, of_class = settings.data, subset_of(settings.data), class_folder(settings, user)
     found = folders.read(Path(data.folder), subset, caption_column=data.caption_column)
@@ -144,12 +147,12 @@ def settings_of(dataset: DataSet) -> dict[str, dict[str, Any]]:
     return found
 
 
-def class_folder(settings: RunSettings, user: Settings) -> Path | None:
+def class_folder(settings: RunSettings, user: Settings | None) -> Path | None:
     """The folder of the class pictures: that of the settings, or one of the user's data for this class and model."""
     data = settings.data
     if data.class_folder:
         return Path(data.class_folder)
-    if not data.class_pictures or settings.loss.prior == "none":
+    if user is None or not data.class_pictures or settings.loss.prior == "none":
         return None
     model = settings.model.sha256[:8] or hashlib.sha256(settings.model.name.encode()).hexdigest()[:8]
     word = re.sub(r"[^a-z0-9]+", "-", data.class_word.lower()).strip("-")[:40]

@@ -105,10 +105,10 @@ def prepared(
     are those that were read before. Raises GouacheError.
     """
     check_model(settings, user)
-    pictures = read_pictures(settings, folder, user, on_note) if pictures is None else pictures
+    pictures = read_pictures(settings, folder, on_note, user) if pictures is None else pictures
     model = load_model(settings, user, on_note)
     if fill_caches and _paint_class(settings, user, model, on_work):
-        pictures = read_pictures(settings, folder, user, lambda line: None)
+        pictures = read_pictures(settings, folder, lambda line: None, user)
     target = make_target(settings, model, user)
     for note in target.notes:
         on_note(note)
