@@ -62,7 +62,7 @@ def test_sizes_are_those_of_the_data_set_or_of_the_model(gouache: Command, data:
     report = json.loads(gouache("dataset", "check", toml, "--json", "--resolution", "128", "--batch", "1").out)
     assert [(each["size"], each["batches"]) for each in report["buckets"]] == [([128, 128], 9)]
     report = json.loads(gouache("dataset", "check", data, "--json", "-m", "mini").out)
-    assert [each["size"] for each in report["buckets"]] == [[256, 256]]
+    assert [each["size"] for each in report["buckets"]] == [[128, 128]]
 
 
 @pytest.mark.parametrize(

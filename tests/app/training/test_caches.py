@@ -76,7 +76,7 @@ def test_what_is_edited_is_made_anew_and_nothing_else(
 VARIED = {"shuffle": True, "flip": True, "random_crop": True, "color": True, "tag_dropout": 0.3, "caption_dropout": 0.3}
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "sd1-inpainting"])
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.full), "sdxl", "sd1-inpainting"])
 def test_the_loss_with_caches_is_that_without(
     family: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
@@ -96,10 +96,9 @@ def test_shuffle_dropout_flips_and_crops_go_on_through_the_caches(
     data = {**VARIED, "tag_dropout": 0.0, "cache_variations": 3}
     chosen = chosen_for(narrow("sd1").file, pictures, tmp_path, data=data, train={"steps": 40})
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"resolution": [64]})})
-    run(chosen, tmp_path / "run", settings)
     with prepare.prepared(
         chosen, RunFolder(tmp_path / "run"), settings, on_note=lambda line: None,
-        on_work=lambda what, done, total: None, fill_caches=False,
+        on_work=lambda what, done, total: None,
     ) as found:  # fmt: skip
         examples = [each for number in range(40) for each in found.batches.examples(number)]
         views = {each.view for each in examples if each.row.record.name == "0.png"}

@@ -358,6 +358,20 @@ def test_concepts_of_onetrainer(tmp_path: Path, choose: Choose, ready: Ready):
     assert "enable_random_rotate: without effect" in said and "a concept for validation" in said
 
 
+def test_concepts_in_whole_settings_with_prompts_in_one_file_and_explicit_ones_first(
+    tmp_path: Path, choose: Choose, ready: Ready
+):
+    picture(tmp_path / "one/a.png")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    concept = {"path": "one", "image": {}, "text": {"prompt_source": "concept", "prompt_path": "prompts.txt"}}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"learning_rate": 1, "concepts": [{**concept, "balancing": 3.0}]}))
+    with ready(choose(file, "flip=false", "num_repeats=2", trigger="zorb")) as found:
+        (row,) = found.batches.rows
+    assert (row.record.captions, row.record.repeats) == (("zorb, a cat", "zorb, a dog"), 2)
+    assert not row.record.picture_options.flip and row.record.picture_options.random_crop
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -51,7 +51,7 @@ def ready(chosen: RunSettings, folder: Path, settings: Settings, notes: list[str
 Small = Callable[..., RunSettings]
 
 
-@pytest.mark.parametrize("mode", ["lora", "finetune"])
+@pytest.mark.parametrize("mode", ["lora", pytest.param("finetune", marks=pytest.mark.full)])
 def test_sd2_is_trained_for_what_it_is_said_to_predict(mode: str, small: Small, settings: Settings, tmp_path: Path):
     tables = WEIGHTS if mode == "finetune" else {}
     chosen = small("sd2", **tables, model={"prediction": "eps"}, validation={"timesteps": 1})
@@ -61,7 +61,7 @@ def test_sd2_is_trained_for_what_it_is_said_to_predict(mode: str, small: Small, 
     assert finished.path is not None and finished.path.exists()
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", *(pytest.param(each, marks=pytest.mark.full) for each in ("sd2", "sdxl"))])
 def test_growing_to_nine_channels_changes_nothing_at_step_0_and_the_result_is_trained_on(
     family: str, small: Small, narrow: Narrows, settings: Settings, tmp_path: Path
 ):

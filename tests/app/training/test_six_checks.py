@@ -155,7 +155,7 @@ def test_another_batch_size_finishes_the_epoch_that_has_begun(
     assert seen == {f"{number}.png": 3 for number in range(5)}
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd1", *(pytest.param(each, marks=pytest.mark.full) for each in ("sd2", "sdxl"))])
 def test_zero_terminal_snr_and_velocity_are_marked_in_exported_files(
     family: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
@@ -204,19 +204,21 @@ def test_a_full_disk_stops_in_one_line_with_the_newest_checkpoint_whole(
     assert output.read_bytes() == expected
 
 
+OPTIMIZERS = [("schedule-free", "schedulefree", 1e-2), ("muon", "torch", 1e-2)]
+MORE = [("prodigy", "prodigyopt", 1.0), ("lion", "lion_pytorch", 1e-3), ("adafactor", "torch", 1e-2),
+        ("sgd", "torch", 1e-1), ("adam", "torch", 1e-2), ("torch.optim.NAdam", "torch", 1e-2)]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("optimizer", "package", "rate"),
-    [("schedule-free", "schedulefree", 1e-2), ("prodigy", "prodigyopt", 1.0), ("lion", "lion_pytorch", 1e-3),
-     ("adafactor", "torch", 1e-2), ("muon", "torch", 1e-2), ("sgd", "torch", 1e-1), ("adam", "torch", 1e-2),
-     ("torch.optim.NAdam", "torch", 1e-2)],
-)  # fmt: skip
+    ("optimizer", "package", "rate"), [*OPTIMIZERS, *(pytest.param(*each, marks=pytest.mark.full) for each in MORE)]
+)
 def test_every_optimizer_trains_resumes_bit_for_bit_and_exports_what_it_samples(
     optimizer: str, package: str, rate: float, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
     """Schedule-free ones have other weights for samples, validation and files than those that they train."""
     pytest.importorskip(package)
     output = tmp_path / "out.safetensors"
-    train = {"steps": 4, "optimizer": optimizer, "learning_rate": rate, "validate_steps": 1, "save_steps": 1, "keep": 9}
+    train = {"steps": 4, "optimizer": optimizer, "learning_rate": rate, "validate_steps": 2, "save_steps": 1, "keep": 9}
     chosen = settings_of(narrow("sd1").file, pictures, output, adapter={"rank": 2}, train=train,
                          samples={"every": 2, "steps": 1})  # fmt: skip
     run(chosen, tmp_path / "whole", settings)
