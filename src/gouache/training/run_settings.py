@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from gouache.errors import FileError, RequestError, printable
 from gouache.outside import MalformedText, parse_toml, read_text
@@ -162,6 +162,12 @@ class LossSettings(Table):
     )
     prior_weight: float = setting(1.0, "Weight of the prior's loss.", ge=0)
 
+    @model_validator(mode="after")
+    def _in_order(self) -> LossSettings:
+        if self.timestep_min >= self.timestep_max:
+            raise ValueError(f"timestep_min {self.timestep_min:g} must be below timestep_max {self.timestep_max:g}")
+        return self
+
 
 class ValidationSettings(Table):
     share: Share = setting(0.0, "Share of the pictures held out; near duplicates stay together.")
@@ -237,7 +243,8 @@ def checked(values: Mapping[str, Any], where: str = "") -> RunSettings:
         elif fault["type"] == "missing":
             message = "is missing and has no default"
         else:
-            message = printable(f"{fault['msg'].lower()}, received {fault['input']!r}", 200)
+            given = "" if isinstance(fault["input"], Mapping) else f", received {fault['input']!r}"
+            message = printable(fault["msg"].removeprefix("Value error, ").lower() + given, 200)
         raise RequestError(f"{where + ' ' if where else ''}{printable(key)}", message) from None
 
 

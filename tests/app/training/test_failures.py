@@ -191,7 +191,15 @@ def test_settings_that_cannot_be_are_found_before_anything_is_loaded(
     for tables, said in (
         ({"data": {"filter": ["punsafe<0.1"]}}, "no picture has a score"),
         ({"validation": {"pictures": 5}}, "some must be left"),
-        ({"data": {"folder": ""}}, "data.folder: is missing"),
+        ({"data": {"folder": ""}}, r"data\.folder: is missing"),
+        ({"train": {"optimizer": "no_such_package.Optimizer"}}, "no_such_package"),
+        ({"train": {"optimizer_arguments": {"fast": True}}}, "optimizer_arguments: adamw does not accept"),
+        ({"train": {"schedule": "no.such.Schedule"}}, "schedule: no.such.Schedule cannot be imported"),
+        ({"adapter": {"form": "ia3", "rank_dropout": 0.1}}, "rank_dropout: does not apply to ia3"),
+        ({"adapter": {"start": "no-such-adapter"}}, r"adapter\.start"),
+        ({"parts": {"unet": False}}, "parts: names nothing to train"),
+        ({"parts": {"unet": False, "text_encoder": True, "text_stop": 2}}, "stops all trained parts"),
+        ({"loss": {"timestep_min": 0.5, "timestep_max": 0.2}}, "timestep_min 0.5 must be below timestep_max 0.2"),
     ):
         with pytest.raises(GouacheError, match=said):
             run(settings_of(model, pictures, tmp_path / "out.safetensors", **tables), tmp_path / "run", settings)

@@ -174,7 +174,7 @@ def test_class_pictures_limit_the_loss_by_the_weight_of_the_prior(small: Small, 
             numbers = range(len(found.batches))
             number = next(each for each in numbers if found.batches.examples(each)[0].row.record.regularization)
             losses = found.objective.losses(found.batches(number), number)
-            kinds[weight] = float(losses["loss"])
+            kinds[weight] = losses["loss"].item()
     assert kinds[0.0] == 0 < kinds[1.0] == pytest.approx(float(losses["prior"]))
 
 

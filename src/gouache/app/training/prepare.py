@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gouache.app import hashes, loading, machine, names
 from gouache.app.model import Model
@@ -20,6 +21,7 @@ from gouache.app.training import class_pictures
 from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
+from gouache.app.training.parts import options_of
 from gouache.app.training.pictures import (
     OnNote,
     Pictures,
@@ -41,16 +43,15 @@ from gouache.files.open import open_model
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.prompts.encode import Sizes, encode
-from gouache.training import checkpointing
+from gouache.training import checkpointing, optimizers
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.denoising import Denoising
 from gouache.training.latent_cache import LatentCache, identity_of
 from gouache.training.noise import NoiseOptions
+from gouache.training.objective import Group
 from gouache.training.run_settings import RunSettings
 from gouache.training.targets.adapter import AdapterTarget
-from gouache.training.targets.dropout import Rates
-from gouache.training.targets.options import AdapterOptions
 from gouache.training.targets.weights import WeightsOptions, WeightsTarget
 from gouache.training.text_cache import TextCache
 from gouache.training.timesteps import Timesteps
@@ -73,7 +74,7 @@ class Prepared:
 
 
 def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
-    """The file of the model and what its header says. Raises GouacheError if it cannot be trained."""
+    """The file of the model and what its header says. Raises GouacheError if it cannot be trained with `settings`."""
     path = names.resolve(settings.model.name, user)
     found = identify(
         open_model(path), prediction=settings.model.prediction or None, family=settings.model.family or None
@@ -85,6 +86,11 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             f"{printable(settings.model.name)} has {spec.in_channels} input channels; train its weights "
             "(adapter.form = none), or a LoRA of an inpainting model",
         )
+    options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
+    if settings.adapter.start:
+        names.resolve(settings.adapter.start, user, "lora", "adapter.start")
+    settings.train.rate(0)
+    optimizers.build(settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))})])
     return path, found
 
 
@@ -173,42 +179,12 @@ def _paint_class(settings: RunSettings, user: Settings, model: Model, on_work: O
 
 def make_target(settings: RunSettings, model: Model, user: Settings) -> AdapterTarget | WeightsTarget:
     """What is trained. Raises RequestError or ModelError if the model has no such parts."""
-    chosen, parts = settings.adapter, settings.parts
-    first, *others = model.text_encoders
-    rates = {first: parts.text_rate, **dict.fromkeys(others, parts.text_rate)}
-    if parts.text_rate_2 is not None:
-        rates |= dict.fromkeys(others, parts.text_rate_2)
-    rates = {name: rate for name, rate in rates.items() if rate and parts.text_encoder}
-    trained = (*(["unet"] if parts.unet else []), *rates)
-    if not trained:
-        raise RequestError("parts", "names nothing to train; set unet or text_encoder to true")
-    stops = dict.fromkeys(rates, parts.text_stop * settings.train.accumulate) if parts.text_stop else {}
-    if chosen.form == "none":
-        channels = INPAINTING_CHANNELS if settings.model.inpainting else 0
-        return WeightsTarget(
-            model,
-            WeightsOptions(trained, rates, stops, settings.model.weights, channels, settings.loss.prior == "model"),
-        )
-    options = AdapterOptions(
-        form=chosen.form,
-        parts=trained,
-        modules=chosen.modules or ("conv" if chosen.conv_rank else None),
-        norms=chosen.modules == "all" and chosen.form == "full",
-        rank=chosen.rank,
-        alpha=chosen.alpha or None,
-        conv_rank=chosen.conv_rank or None,
-        conv_alpha=chosen.conv_alpha or None,
-        ranks=chosen.ranks,
-        alphas=chosen.alphas,
-        rates={**rates, **chosen.rates},
-        factor=chosen.factor,
-        constraint=chosen.constraint,
-        loraplus=chosen.plus_ratio,
-        dropouts=Rates(chosen.module_dropout, chosen.rank_dropout, chosen.dropout),
-        stop_after=stops,
-    )
-    start = open_model(names.resolve(chosen.start, user, "lora", "adapter.start")) if chosen.start else None
-    return AdapterTarget(model, options, seed=settings.train.seed, start=start)
+    options = options_of(settings, list(model.text_encoders))
+    if isinstance(options, WeightsOptions):
+        return WeightsTarget(model, options)
+    start = settings.adapter.start
+    file = open_model(names.resolve(start, user, "lora", "adapter.start")) if start else None
+    return AdapterTarget(model, options, seed=settings.train.seed, start=file)
 
 
 def make_batches(
