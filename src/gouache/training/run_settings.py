@@ -268,14 +268,15 @@ def with_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str,
     found = [_meaning(text) for text in overrides]
     for each in found:
         _apply(result, each.implied)
-    fixed = dict.fromkeys(result.get("data", {}).get("fixed", []))
     for each in found:
         _apply(result, each.values)
-        given = (key.partition(".") for key in (*each.implied, *each.values))
-        fixed |= {name: None for table, _, name in given if table == "data" and name not in ("folder", "fixed")}
-    if fixed:
-        result["data"]["fixed"] = list(fixed)
-    _make_text_rates_relative(result)
+    given = [key.removeprefix("data.") for each in found for key in (*each.implied, *each.values) if key[:5] == "data."]
+    if fixing := [name for name in given if name not in ("folder", "fixed")]:
+        before = result["data"].get("fixed", [])
+        before = before if isinstance(before, list) else [before]
+        result["data"]["fixed"] = [*before, *(name for name in dict.fromkeys(fixing) if name not in before)]
+    if isinstance(result.get("parts"), dict):
+        _make_text_rates_relative(result["parts"], result.get("train"))
     return result
 
 
@@ -297,21 +298,23 @@ def _apply(result: dict[str, Any], values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         table, _, name = key.partition(".")
         if name:
-            result.setdefault(table, {})[name] = value
+            if not isinstance(result.setdefault(table, {}), dict):
+                raise RequestError(table, f"is {printable(repr(result[table]), 40)}; expected a table")
+            result[table][name] = value
         else:
             result[table] = value
 
 
-def _make_text_rates_relative(result: dict[str, Any]) -> None:
+def _make_text_rates_relative(parts: dict[str, Any], train: Any) -> None:
     """Absolute rates of text encoders become shares of the learning rate, which is known when all are applied."""
     for key, name in zip(TEXT_RATES, ("text_rate", "text_rate_2")):
-        absolute = result.get("parts", {}).pop(key.partition(".")[2], None)
+        absolute = parts.pop(key.partition(".")[2], None)
         if absolute is None:
             continue
-        rate = result.get("train", {}).get("learning_rate")
-        if not isinstance(rate, int | float) or rate <= 0:
+        rate = train.get("learning_rate") if isinstance(train, dict) else None
+        if not isinstance(rate, int | float) or not isinstance(absolute, int | float) or not rate > 0:
             raise RequestError("text_encoder_lr", "needs train.learning_rate, of which it is a share")
-        result["parts"][name] = float(f"{absolute / rate:.9g}")
+        parts[name] = float(f"{absolute / rate:.9g}")
 
 
 def _key(text: str) -> tuple[str, str]:

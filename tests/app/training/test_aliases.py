@@ -215,6 +215,18 @@ def test_an_explicit_setting_comes_before_what_a_name_implies_in_any_order():
     assert chosen("masked_loss=true", "alpha_mask=true").data.masks == "alpha"
 
 
+@pytest.mark.parametrize(
+    "values",
+    [{"data": 5}, {"data": {"fixed": 5}}, {"data": {"fixed": [5, {}]}}, {"parts": 5}, {"train": 5},
+     {"parts": {"text_learning_rate": "x"}}, {"train": {"learning_rate": "x"}}, {"train": {"learning_rate": 0}}],
+)  # fmt: skip
+@pytest.mark.parametrize("override", ["flip=true", "text_encoder_lr=1e-5", "seed=1"])
+def test_files_of_settings_that_are_wrong_are_one_line(values: dict[str, Any], override: str):
+    with pytest.raises(RequestError) as caught:
+        checked(with_overrides(values, [override]))
+    assert "\n" not in str(caught.value)
+
+
 SCHEDULES = [
     (["lr_scheduler=cosine"], "get_cosine_schedule_with_warmup", {}),
     (["lr_scheduler=cosine_with_restarts", "lr_scheduler_num_cycles=3"],
