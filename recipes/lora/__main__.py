@@ -58,8 +58,8 @@ def train_style(folder: Path, name: str, count: int, steps: int) -> None:
             (pictures / f"{number:02d}.txt").write_text(caption)
     finished = gouache.train(
         "lora", pictures, model=name, output=folder / "print.safetensors", folder=folder / "run", steps=steps,
-        rank=8, form="locon", learning_rate=6e-4, batch=8, caption_dropout=0.1, samples={"prompts": list(UNSEEN[:2])},
-        on_progress=print_progress,
+        rank=8, alpha=16, form="locon", learning_rate=6e-4, batch=8, caption_dropout=0.1,
+        samples={"prompts": list(UNSEEN[:2])}, on_progress=print_progress,
     )  # fmt: skip
     before = [painted(model, prompt, seed=7) for prompt in UNSEEN]
     style = model.attach(finished.path or folder / "print.safetensors")

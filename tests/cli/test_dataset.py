@@ -53,6 +53,18 @@ def test_options_reach_the_check(gouache: Command, data: Path):
     assert report["regularization"] == 3 and report["batches"] == 4
 
 
+def test_sizes_are_those_of_the_data_set_or_of_the_model(gouache: Command, data: Path):
+    toml = data.parent / "data.toml"
+    dataset = "[[datasets]]\nresolution = 256\nbatch_size = 2\nenable_bucket = true\n"
+    toml.write_text(f'{dataset}[[datasets.subsets]]\nimage_dir = "{data.as_posix()}"\nnum_repeats = 3\n')
+    report = json.loads(gouache("dataset", "check", toml, "--json").out)
+    assert [(each["size"], each["seen"], each["batches"]) for each in report["buckets"]] == [([256, 256], 9, 5)]
+    report = json.loads(gouache("dataset", "check", toml, "--json", "--resolution", "128", "--batch", "1").out)
+    assert [(each["size"], each["batches"]) for each in report["buckets"]] == [([128, 128], 9)]
+    report = json.loads(gouache("dataset", "check", data, "--json", "-m", "mini").out)
+    assert [each["size"] for each in report["buckets"]] == [[128, 128]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

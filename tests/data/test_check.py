@@ -90,14 +90,17 @@ def test_small_pictures_and_what_is_cut_off_are_remarked(tmp_path: Path):
     assert crop.pictures == ["long.png"] and f"{share:.0%}" in crop.message and not crop.fault
 
 
-def test_captions_that_are_cut_off_are_faults(tmp_path: Path):
+def test_captions_that_other_programs_cut_off_are_remarked(tmp_path: Path):
     save(tmp_path / "a.png", 1, (160, 128), txt=", ".join(["cat"] * 37) + ", a dog behind")
     save(tmp_path / "b.png", 2, (160, 128), txt=" ".join(["cat"] * 75))
     save(tmp_path / "c.png", 3, (160, 128), txt="short\n" + "dog " * 90)
     result = report(tmp_path, tokenizer=Tokenizer())
     (cut,) = found(result, "long caption")
-    assert cut.pictures == ["a.png"] and cut.fault
-    assert "the longest has 77 and loses" in cut.message and '"dog behind"' in cut.message
+    assert cut.pictures == ["a.png"] and not cut.fault
+    assert (
+        "the longest has 77: training uses all of it, in 2 chunks of 75" in cut.message
+        and '"dog behind"' in cut.message
+    )
     assert found(report(tmp_path, tokenizer=Tokenizer(), max_tokens=150), "long caption") == []
 
     wild = report(

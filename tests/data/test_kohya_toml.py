@@ -82,7 +82,7 @@ def test_the_example_of_the_documentation(folder: Path):
     }
     assert all(each.caption_options.shuffle for each in dataset.records)
     assert dataset.settings == {}
-    assert "data.toml: batch_size differ between data sets and are not used" in dataset.notes
+    assert "data.toml: batch_size differs between data sets; those of the run are used" in dataset.notes
 
 
 def test_every_key(folder: Path):

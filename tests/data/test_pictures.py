@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from gouache.data import masks, pictures
 from gouache.data.buckets import Buckets, cover
-from gouache.data.pictures import Content, View
+from gouache.data.pictures import Examined, View
 from gouache.data.record import PictureOptions, Record
 from gouache.errors import RequestError, TrainingError
 
@@ -194,7 +194,7 @@ def test_a_known_content_is_not_decoded_again(record: Record, monkeypatch: pytes
     assert content.size == (WIDTH, HEIGHT)
     monkeypatch.setattr(pictures.pixels, "decode", None)
 
-    assert pictures.examine(record, {content.digest: Content("known", (1, 2))}) == Content("known", (1, 2))
+    assert pictures.examine(record, {content.digest: Examined("known", (1, 2))}) == Examined("known", (1, 2))
     with pytest.raises(TypeError):
         pictures.examine(record, {"another": content})
 

@@ -47,11 +47,11 @@ def data_set(folder: Path, **options: Any) -> list[Record]:
     ]
 
 
-def plain_caption(record: Record, epoch: int, generator: torch.Generator) -> str:
+def plain_caption(record: Record, epoch: int, generator: torch.Generator, number: int) -> str:
     return record.captions[0]
 
 
-def shuffled_caption(record: Record, epoch: int, generator: torch.Generator) -> str:
+def shuffled_caption(record: Record, epoch: int, generator: torch.Generator, number: int) -> str:
     """The parts in random order, and nothing in a fifth of the cases."""
     parts = record.captions[0].split(", ")
     order = torch.randperm(len(parts), generator=generator).tolist()

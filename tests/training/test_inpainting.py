@@ -14,7 +14,8 @@ from gouache import Model
 from gouache.generate.request import Request
 from gouache.generate.source import read_source
 from gouache.images import pixels
-from gouache.training.inpainting import SHARES, concat_channels, draw_mask
+from gouache.model.inpainting import concat_channels
+from gouache.training.inpainting import SHARES, draw_mask
 
 from .data_sets import draw
 

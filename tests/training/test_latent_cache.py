@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from gouache.data.buckets import cover
-from gouache.data.pictures import Content, View
+from gouache.data.pictures import Examined, View
 from gouache.errors import FileError
 from gouache.training import cache_file
 from gouache.training.latent_cache import LatentCache, identity_of
 
 from .data_sets import Encoders
 
-CONTENT = Content("ab" * 32, (100, 64))
+CONTENT = Examined("ab" * 32, (100, 64))
 VIEW = View(cover((100, 64), (64, 64)))
 
 
@@ -157,7 +157,7 @@ def test_a_full_disk_is_one_line(cache: LatentCache, monkeypatch: pytest.MonkeyP
 
 
 def test_contents_of_pictures_are_kept_and_damage_is_ignored(cache: LatentCache, tmp_path: Path):
-    one, two = Content("a", (3, 4)), Content("b", (5, 6), 0.25)
+    one, two = Examined("a", (3, 4)), Examined("b", (5, 6), 0.25)
     assert cache.contents() == {}
     cache.keep_contents([one])
     cache.keep_contents([two])

@@ -5,22 +5,26 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from gouache.app import names
 from gouache.app.settings import Settings
+from gouache.app.training.pictures import settings_of, sides
 from gouache.data import check as checks
 from gouache.data import folders, scores
-from gouache.data.buckets import Buckets
+from gouache.data.buckets import Buckets, Size
 from gouache.data.contents import SETTING, OnWork, in_threads
 from gouache.data.dataset import DataSet
 from gouache.data.record import Record
 from gouache.data.subset import Subset
 from gouache.errors import RequestError, printable
+from gouache.families.identify import identify
+from gouache.files.open import open_model
 from gouache.files.write import write_atomic, write_new
 from gouache.images import pixels
 from gouache.images.sheet import labelled_tiles
@@ -29,6 +33,7 @@ from gouache.prompts.tokenizer import Tokenizer
 TILE = 192  # pixels
 _ACROSS = 6
 _LABEL = 240  # characters
+_SIDE = 512  # pixels, the resolution where neither the data set nor a model has one
 _MAX_TILES = 2000  # a sheet of these is 1200 by 90,000 pixels
 
 
@@ -54,6 +59,30 @@ class Source:
         return scores.select(found, self.conditions) if self.conditions else found
 
 
+@dataclass(frozen=True)
+class Training:
+    """How the pictures shall be trained on. What is not given is as the data set says, else as the model is."""
+
+    model: str = ""
+    resolution: Size | None = None
+    step: int | None = None
+    upscale: bool | None = None
+    batch: int | None = None
+
+    def buckets(self, own: Mapping[str, Mapping[str, Any]], settings: Settings) -> Buckets:
+        """`own` are the settings of the data set (`training.pictures.settings_of`). Raises GouacheError."""
+        data = own.get("data", {})
+        usual = _SIDE, _SIDE
+        if self.model:
+            found = identify(open_model(names.resolve(self.model, settings)))
+            usual = found.size.value if found.size is not None else usual
+        resolution = self.resolution or sides(data.get("resolution", []), usual)[0]
+        step = self.step or data.get("bucket_step") or (64 if min(resolution) >= _SIDE else 8)
+        upscale = data.get("upscale", True) if self.upscale is None else self.upscale
+        low, high = data.get("bucket_min") or None, data.get("bucket_max") or None
+        return Buckets(resolution, step, low, high, upscale, fixed=not data.get("buckets", True))
+
+
 def cache_of(path: Path, settings: Settings) -> Path:
     """The cache of the data set at `path`, see `data.contents`."""
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:24]
@@ -62,25 +91,30 @@ def cache_of(path: Path, settings: Settings) -> Path:
 
 def check(
     source: Source,
-    buckets: Buckets,
+    training: Training,
     settings: Settings,
     *,
-    batch: int = 1,
     max_tokens: int = checks.MAX_TOKENS,
     held_out: Path | None = None,
     on_work: OnWork | None = None,
 ) -> checks.Report:
     """What is wrong with a data set, see `data.check`. `held_out` is a data set for validation. Raises GouacheError."""
+    dataset = source.read()
+    own = settings_of(dataset)
     return checks.check(
-        source.read(),
-        buckets,
-        batch=batch,
+        dataset if training.resolution is None else _at_one_resolution(dataset),
+        training.buckets(own, settings),
+        batch=training.batch or own.get("train", {}).get("batch") or 1,
         tokenizer=Tokenizer(),
         max_tokens=max_tokens,
         held_out=Source(held_out).read() if held_out is not None else None,
         cache=cache_of(source.path, settings),
         on_work=on_work,
     )
+
+
+def _at_one_resolution(dataset: DataSet) -> DataSet:
+    return replace(dataset, records=[replace(record, resolution=None) for record in dataset.records])
 
 
 def show(dataset: DataSet, output: Path, *, count: int = 60, overwrite: bool = False) -> int:

@@ -42,11 +42,21 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON.")]
 @app.command()
 def check(
     data: Data,
-    resolution: Annotated[str, Option(help="Of training, in pixels: a side, or WIDTHxHEIGHT.")] = "512",
-    step: Annotated[int, Option(help="Sides of buckets are multiples of this.")] = 64,
-    upscale: Annotated[bool, Option("--upscale/--no-upscale", help="Enlarge pictures that are smaller.")] = True,
-    batch: Annotated[int, Option(help="Pictures per batch.")] = 1,
-    max_tokens: Annotated[int, Option(help="Tokens of a caption that are used.")] = 75,
+    model: Annotated[
+        str, Option("--model", "-m", help="The model to train, for its resolution.", show_default=False)
+    ] = "",
+    resolution: Annotated[
+        str,
+        Option(
+            help="Of training, in pixels: a side, or WIDTHxHEIGHT.", show_default="the data set's, the model's, 512"
+        ),
+    ] = "",
+    step: Annotated[int | None, Option(help="Sides of buckets are multiples of this.", show_default="64, or 8")] = None,
+    upscale: Annotated[
+        bool | None, Option("--upscale/--no-upscale", help="Enlarge pictures that are smaller.", show_default="yes")
+    ] = None,
+    batch: Annotated[int | None, Option(help="Pictures per batch.", show_default="1")] = None,
+    max_tokens: Annotated[int, Option(help="Tokens of a caption that other programs use.")] = 75,
     held_out: Annotated[
         Path | None,
         Option("--holdout", help="A folder of pictures held out for validation.", readable=False, show_default=False),
@@ -62,24 +72,22 @@ def check(
 
     Exit code 1 if there are faults.
     """
-    from gouache.app.dataset import Source
+    from gouache.app.dataset import Source, Training
     from gouache.app.dataset import check as service
     from gouache.app.settings import read
     from gouache.cli.progress import Bar
-    from gouache.data.buckets import Buckets
 
-    if batch < 1 or max_tokens < 1:
-        raise RequestError("batch" if batch < 1 else "max_tokens", "expected at least 1")
+    for name, value in (("batch", batch), ("max_tokens", max_tokens)):
+        if value is not None and value < 1:
+            raise RequestError(name, "expected at least 1")
     source = Source(data, trigger, class_word, regularization, caption_column, conditions or ())
-    buckets = Buckets(_size(resolution), step=step, upscale=upscale)
+    training = Training(model, _size(resolution) if resolution else None, step, upscale, batch)
     with Bar() as bar:
-        report = service(
-            source, buckets, read(), batch=batch, max_tokens=max_tokens, held_out=held_out, on_work=bar.show
-        )
+        report = service(source, training, read(), max_tokens=max_tokens, held_out=held_out, on_work=bar.show)
     if as_json:
         print(json_line(report.to_json()))
     else:
-        _print(report, data, batch)
+        _print(report, data)
     if report.faults:
         sys.exit(1)
 
@@ -122,7 +130,7 @@ def _size(text: str) -> tuple[int, int]:
     return int(sides[0]), int(sides[-1])
 
 
-def _print(report: Report, data: Path, batch: int) -> None:
+def _print(report: Report, data: Path) -> None:
     about = f", {report.regularization} of them of the class" if report.regularization else ""
     print(f"{shown(data)}: {plural(report.pictures, 'picture')}, {report.seen} per epoch{about}")
     for note in report.notes:
@@ -132,7 +140,7 @@ def _print(report: Report, data: Path, batch: int) -> None:
     for bucket in report.buckets:
         size = f"{bucket.size[0]}x{bucket.size[1]}"
         print(f"{size:>11} {bucket.pictures:9} {bucket.seen:10} {bucket.batches:8} {bucket.lost:8.1%}")
-    print(f"{plural(report.batches, 'batch', 'batches')} of at most {plural(batch, 'picture')} per epoch\n")
+    print(f"{plural(report.batches, 'batch', 'batches')} of at most {plural(report.batch, 'picture')} per epoch\n")
     for finding in report.findings:
         print(_line(finding))
     faults, remarks = len(report.faults), len(report.findings) - len(report.faults)

@@ -6,7 +6,8 @@ Sizes are (width, height) in pixels everywhere.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from gouache.errors import RequestError
@@ -108,6 +109,13 @@ class Buckets:
     @property
     def _high(self) -> int:
         return self.maximum if self.maximum is not None else math.isqrt(self.area) * 2
+
+
+def crops(original: Size, buckets: Sequence[Buckets], resolution: Size | None = None) -> list[Crop]:
+    """How a picture is seen at each of `buckets`, each size once; at its own `resolution` if it has one."""
+    if resolution is not None:
+        buckets = [replace(buckets[0], resolution=resolution)]
+    return list({crop.size: crop for crop in (each.crop(original) for each in buckets)}.values())
 
 
 def cover(original: Size, size: Size) -> Crop:

@@ -57,11 +57,15 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Report:
-    """`seen` is the number of pictures per epoch, with repeats, of them `regularization` for the class."""
+    """`seen` is the number of pictures per epoch, with repeats, of them `regularization` for the class.
+
+    `batches` is the number of batches of at most `batch` pictures.
+    """
 
     pictures: int
     seen: int
     regularization: int
+    batch: int
     batches: int
     buckets: Sequence[Bucket]
     findings: Sequence[Finding]
@@ -98,8 +102,8 @@ def check(
     """Everything that can be known of `dataset` before training, with all pictures decoded.
 
     `buckets` are the sizes of the run, `batch` its batch size. `tokenizer` counts the tokens of captions, of which
-    `max_tokens` are used. `held_out`: pictures for validation, which should not be in `dataset`. `cache`: see
-    `contents`.
+    programs without chunks use `max_tokens`. `held_out`: pictures for validation, which should not be in `dataset`.
+    `cache`: see `contents`.
     """
     records = _balanced(dataset.records)
     read = contents([record.path for record in records], cache, on_work)
@@ -117,6 +121,7 @@ def check(
         pictures=len(records),
         seen=sum(each.record.repeats for each in pictures),
         regularization=sum(each.record.repeats for each in pictures if each.record.regularization),
+        batch=batch,
         batches=sum(bucket.batches for bucket in table),
         buckets=table,
         findings=findings,
@@ -197,11 +202,13 @@ def _captions(records: Sequence[Record], tokenizer: Tokenizer | None, max_tokens
                 cut[record.name], counts[record.name] = _behind(words, max_tokens), count
     if cut:
         most = max(counts, key=lambda name: counts[name])
+        chunks = math.ceil(counts[most] / MAX_TOKENS)
         message = (
-            f"{plural(len(cut), 'caption')} longer than {max_tokens} tokens; the longest has {counts[most]} and loses "
+            f"{plural(len(cut), 'caption')} longer than {max_tokens} tokens; the longest has {counts[most]}: training "
+            f"uses all of it, in {plural(chunks, 'chunk')} of {MAX_TOKENS}, where other programs cut off "
             f'"{printable(cut[most], _SHOWN)}"'
         )
-        yield Finding("long caption", message, list(cut), fault=True)
+        yield Finding("long caption", message, list(cut))
 
 
 def _behind(words: Sequence[tuple[str, tuple[int, ...]]], limit: int) -> str:

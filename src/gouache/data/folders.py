@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gouache.data import kohya_toml, metadata
+from gouache.data import kohya_toml, metadata, onetrainer
 from gouache.data.dataset import DataSet
 from gouache.data.listing import Folder, all_pictures, folders, relative, some
 from gouache.data.record import Record
@@ -31,6 +31,7 @@ def read(
     - a folder with `metadata.jsonl` or `metadata.csv`, as Hugging Face's imagefolder, or such a file
     - a .json or .jsonl file of kohya's scripts, in the folder of the pictures
     - a .toml file of kohya's scripts, with [[datasets]]
+    - OneTrainer's concepts.json
 
     `subset` has the trigger and class word, and the options of all pictures that a TOML file does not set.
     `regularization` is another such folder, of pictures of the class. `caption_column`: where metadata has the
@@ -39,6 +40,8 @@ def read(
     suffix = path.suffix.lower()
     if suffix == ".toml":
         found = kohya_toml.read(path, subset)
+    elif suffix == ".json" and (concepts := onetrainer.concepts_of(metadata.parsed(path))) is not None:
+        found = onetrainer.read(path, concepts, subset)
     elif suffix in metadata.SUFFIXES and not path.is_dir():
         listed = folders(path.parent)
         found = _described(listed, [(listed[0], path.name)], path.parent, subset, caption_column)
@@ -116,9 +119,12 @@ def _read_kohya(listed: Sequence[Folder], root: Path, parents: Mapping[Path, Sub
             if repeats < 1:
                 notes.append(f"{printable(name)}: not used, because of 0 repeats")
                 continue
-            more, remarks = read_pictures([folder], root, replace(subset, repeats=repeats, class_tokens=tokens))
+            of_folder = replace(subset, class_tokens=tokens)
+            if "repeats" not in subset.fixed:
+                of_folder = replace(of_folder, repeats=repeats)
+            more, remarks = read_pictures([folder], root, of_folder)
             records += more
-            seen = f"{plural(len(more), 'picture')}, each seen {plural(repeats, 'time')} per epoch"
+            seen = f"{plural(len(more), 'picture')}, each seen {plural(of_folder.repeats, 'time')} per epoch"
             notes += [f"{printable(name)}: {each}" for each in (seen, *remarks)]
     others = [folder for folder in listed if folder.path not in read]
     if left := [relative(path, root) for path in all_pictures(others)]:

@@ -78,6 +78,16 @@ _OF_SUBSET: dict[str, Check] = {
     "class_tokens": _is_text,
     "is_reg": _is_true_or_false,
 }
+# Fields of subsets and options that these keys set.
+_FIELDS = {
+    **{key: name for key, (name, _) in _CAPTIONS.items()},
+    **_PICTURES,
+    "num_repeats": "repeats",
+    "caption_extension": "suffixes",
+    "class_tokens": "class_tokens",
+    "conditioning_data_dir": "masks",
+    "resolution": "resolution",
+}
 # Keys that one subset alone may have.
 _OF_ONE_SUBSET: dict[str, Check] = {
     "image_dir": _is_text,
@@ -142,7 +152,10 @@ def read(path: Path, defaults: Subset) -> DataSet:
         notes.append(f"{printable(path.name)}: {', '.join(ignored)}: without effect here")
     settings, differing = _settings(datasets)
     if differing:
-        notes.append(f"{printable(path.name)}: {', '.join(differing)} differ between data sets and are not used")
+        verb = "differs" if len(differing) == 1 else "differ"
+        notes.append(
+            f"{printable(path.name)}: {', '.join(differing)} {verb} between data sets; those of the run are used"
+        )
     return DataSet(_unless_equal(records), notes, settings)
 
 
@@ -169,6 +182,7 @@ def _read_subset(path: Path, values: Values, defaults: Subset) -> tuple[list[Rec
     root = _picture_folder(path, values)
     described = "metadata_file" in values
     listed = folders(root, levels=None if described else 1)
+    values = {key: value for key, value in values.items() if _FIELDS.get(key) not in defaults.fixed}
     repeats = values.get("num_repeats", defaults.repeats)
     if repeats < 1:
         return [], [f"{printable(str(root))}: not used, because of num_repeats = 0"]

@@ -122,6 +122,11 @@ class _Pictures:
         return picture.relative_to(self._root).as_posix()
 
 
+def parsed(path: Path) -> Any:
+    """The values in a JSON file; None for a folder. Raises FileError."""
+    return None if path.is_dir() else _parsed(path, read_text(path, _MAX_BYTES), "")
+
+
 def _rows(path: Path) -> Iterator[Row]:
     text = read_text(path, _MAX_BYTES)
     if path.suffix.lower() == ".csv":

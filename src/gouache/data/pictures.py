@@ -26,7 +26,7 @@ HUE = 0.02  # the largest change of hue, in turns
 
 
 @dataclass(frozen=True)
-class Content:
+class Examined:
     """What is in the files of a record.
 
     `digest` is a hash of the picture and its mask; of a picture without a mask it is the SHA-256 of its file. `size` is
@@ -70,7 +70,7 @@ def view(crop: Crop, options: PictureOptions, flip: bool, generator: torch.Gener
     return View(crop, flip and options.flip, color, options.alpha_mask)  # type: ignore[arg-type]
 
 
-def examine(record: Record, known: Mapping[str, Content] | None = None) -> Content:
+def examine(record: Record, known: Mapping[str, Examined] | None = None) -> Examined:
     """The content of the files of `record`. They are decoded once, so that a damaged one is found before it is used.
 
     `known` are contents that were decoded before, by digest. Raises RequestError, also for a mask that is black.
@@ -81,14 +81,14 @@ def examine(record: Record, known: Mapping[str, Content] | None = None) -> Conte
         return known[digest]
     picture, mask = _decode(record, data, mask_data)
     if mask is None:
-        return Content(digest, picture.size)
+        return Examined(digest, picture.size)
     if mask.getbbox() is None:
         raise RequestError(
             "mask",
             f"{printable(str(record.mask or record.path))} is black or transparent everywhere, so nothing of "
             f"{printable(record.name)} would be trained; make white, or opaque, what counts",
         )
-    return Content(digest, picture.size, float(masks.to_tensor(mask).mean()))
+    return Examined(digest, picture.size, float(masks.to_tensor(mask).mean()))
 
 
 def decode(record: Record) -> tuple[Image.Image, Image.Image | None]:
@@ -99,7 +99,7 @@ def decode(record: Record) -> tuple[Image.Image, Image.Image | None]:
     return _decode(record, *_read(record))
 
 
-def load(record: Record, content: Content, view: View) -> tuple[Tensor, Tensor | None]:
+def load(record: Record, content: Examined, view: View) -> tuple[Tensor, Tensor | None]:
     """The picture (3, H, W) in [-1, 1] and its mask (1, H, W), 0 to 1, if it has one.
 
     Raises RequestError if a file cannot be read, TrainingError if it is not the one that `content` describes.

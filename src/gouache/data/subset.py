@@ -19,7 +19,9 @@ class Subset:
 
     `trigger` is put in front of each caption that does not contain it. A picture without a caption has that of
     `class_tokens`, else `trigger` and `class_word`. Regularization pictures get no trigger. Caption files have one of
-    `suffixes`; the first that exists is used. `masks` has the masks of pictures by their stems.
+    `suffixes`; the first that exists is used. `masks` has the masks of pictures by their stems; with `use_masks` False
+    those beside pictures are not used. `fixed` are the names of fields, also of the options, that a data set which has
+    settings of its own does not replace.
     """
 
     trigger: str = ""
@@ -32,6 +34,8 @@ class Subset:
     resolution: tuple[int, int] | None = None
     caption_options: CaptionOptions = field(default_factory=CaptionOptions)
     picture_options: PictureOptions = field(default_factory=PictureOptions)
+    use_masks: bool = True
+    fixed: frozenset[str] = frozenset()
 
     def record(
         self,
@@ -49,7 +53,7 @@ class Subset:
             self._captions(captions),
             self.repeats,
             regularization=self.regularization,
-            mask=mask or (self.masks.picture(path.stem) if self.masks else None),
+            mask=(mask if self.use_masks else None) or (self.masks.picture(path.stem) if self.masks else None),
             conditioning=conditioning,
             scores=scores or {},
             caption_options=self.caption_options,
@@ -77,6 +81,7 @@ def read_pictures(listed: Sequence[Folder], root: Path, subset: Subset) -> tuple
     Raises FileError for a caption that is not text.
     """
     records, differing, without, unread = list[Record](), list[str](), list[str](), list[str]()
+    unused = list[str]()
     for folder in listed:
         unread += [relative(path, root) for path in folder.unread_pictures()]
         for path in folder.pictures():
@@ -87,8 +92,15 @@ def read_pictures(listed: Sequence[Folder], root: Path, subset: Subset) -> tuple
             if not found:
                 without.append(name)
             mask, conditioning = folder.picture(path.stem, MASK), folder.picture(path.stem, CONDITION)
+            if mask is not None and not subset.use_masks:
+                unused.append(name)
             records.append(subset.record(path, name, found[0] if found else None, mask, conditioning))
     notes = list[str]()
+    if unused:
+        several = plural(
+            len(unused), "picture has a mask beside it that is", "pictures have masks beside them that are"
+        )
+        notes.append(f"{several} not used; with data.masks = file they are: {some(unused)}")
     if unread:
         notes.append(f"{plural(len(unread), 'picture')} left out, in formats that are not read: {some(unread)}")
     if differing:

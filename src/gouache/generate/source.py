@@ -13,6 +13,7 @@ from torch import Tensor
 from gouache.errors import RequestError
 from gouache.generate.request import MAX_SIDE, Request, Size
 from gouache.images import pixels
+from gouache.model.inpainting import concat_channels
 from gouache.model.model import Model
 
 
@@ -70,9 +71,7 @@ def _concat(
                 image = torch.zeros(1, 3, *(side * model.vae.spec.factor for side in shape[1:]))
             if mask is None:
                 mask = torch.ones_like(image[:, :1])
-            kept = model.encode(image * (mask < 0.5))
-            small = F.interpolate(mask, size=shape[1:], mode="nearest").to(kept)
-            return torch.cat([small, kept], dim=1)
+            return concat_channels(model.encode, image, mask)
         case "instruct-pix2pix":
             if image is None:
                 raise RequestError("init", "is missing: this model changes a picture by instruction, so it needs one")

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from gouache.data import pictures
-from gouache.data.buckets import Buckets, Crop
+from gouache.data.buckets import Buckets, Crop, crops
 from gouache.data.epochs import Plan, balance
-from gouache.data.pictures import Content, View
+from gouache.data.pictures import Examined, View
 from gouache.data.record import Record
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
@@ -40,8 +40,8 @@ from gouache.training.text_cache import TextCache
 T = TypeVar("T")
 R = TypeVar("R")
 
-Caption = Callable[[Record, int, torch.Generator], str]
-"""The caption of a record in an epoch, with its random changes."""
+Caption = Callable[[Record, int, torch.Generator, int], str]
+"""The caption of a record in an epoch, with its random changes, in the batch of a number."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Options:
     """How batches are made.
 
     A batch has `batch` examples; `changes` (number, batch) state from which batch on it has another number of them.
-    Each picture is seen at a size of each of `buckets`. Where options of a record ask for random positions or colours,
-    one of `variations` versions is used, the same ones in every run, so that they can be cached; so is one of as many
-    masks per picture with `inpainting`. `balance`: class pictures are repeated until there are as many of them as
-    others. `workers` threads read and decode ahead; with 0 that happens when a batch is asked for. `device` is that of
-    the batches.
+    Each picture is seen at a size of each of `buckets`, or at its own resolution. Where options of a record ask for
+    random positions or colours, one of `variations` versions is used, the same ones in every run, so that they can be
+    cached; so is one of as many masks per picture with `inpainting`. `balance`: class pictures are repeated until there
+    are as many of them as others. `workers` threads read and decode ahead; with 0 that happens when a batch is asked
+    for. `device` is that of the batches.
     """
 
     buckets: tuple[Buckets, ...]
@@ -72,7 +72,7 @@ class Row:
     """A record at one size, seen `repeats` times per epoch."""
 
     record: Record
-    content: Content
+    content: Examined
     crop: Crop
     repeats: int
 
@@ -253,16 +253,15 @@ class Batches:
         self._latents.keep_contents(contents)
         rows = []
         for record, content, count in zip(records, contents, repeats):
-            crops = (buckets.crop(content.size) for buckets in self.options.buckets)
-            by_size = {crop.size: crop for crop in crops}  # a small picture may have the same size in two of them
-            rows += [Row(record, content, crop, count) for crop in by_size.values()]
+            seen = crops(content.size, self.options.buckets, record.resolution)
+            rows += [Row(record, content, crop, count) for crop in seen]
         return rows
 
     def _example(self, row: Row, epoch: int, number: int, place: int) -> Example:
         generator = step_generator(_stream(self.options.seed, f"examples {place}"), number)
         flip = bool(torch.rand((), generator=generator) < 0.5)
         variation, hole = torch.randint(self.options.variations, (2,), generator=generator).tolist()
-        caption = self._caption(row.record, epoch, generator)
+        caption = self._caption(row.record, epoch, generator, number)
         view = self._view(row, flip, variation)
         key = self._latents.key(row.content, view)
         if not self.options.inpainting:

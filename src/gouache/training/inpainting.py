@@ -1,12 +1,9 @@
-"""What an inpainting network receives beside the noisy latent: a mask, and the picture without what is masked."""
+"""The masks that an inpainting network is trained with, drawn at random; see `model.inpainting`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -28,16 +25,6 @@ def draw_mask(size: Size, generator: torch.Generator) -> Tensor:
     elif kind == "rectangles":
         _rectangles(image, generator)
     return torch.from_numpy(np.array(image))[None].float().div(255)
-
-
-def concat_channels(encode: Callable[[Tensor], Tensor], pictures: Tensor, masks: Tensor) -> Tensor:
-    """pictures (B, 3, H, W) in [-1, 1], masks (B, 1, H, W) of 0 and 1 -> (B, 1 + C, h, w): mask, masked latent.
-
-    What is masked is mid-grey before it is encoded.
-    """
-    kept = encode(pictures * (masks < 0.5))
-    small = F.interpolate(masks, size=kept.shape[2:], mode="nearest").to(kept)
-    return torch.cat([small, kept], dim=1)
 
 
 def _rectangles(image: Image.Image, generator: torch.Generator) -> None:

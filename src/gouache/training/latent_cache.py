@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from gouache.data import masks
 from gouache.data.buckets import Size
-from gouache.data.pictures import Content, View
+from gouache.data.pictures import Examined, View
 from gouache.errors import FileError
 from gouache.files.write import bytes_of, describe, write_atomic
+from gouache.model.inpainting import concat_channels
 from gouache.outside import MalformedText, parse_json, read_outside
 from gouache.training import cache_file
 from gouache.training.cache_file import Entry
-from gouache.training.inpainting import concat_channels
 
 FORMAT = "1"  # of the entries; another one makes all of them anew
 CONTENTS = "contents.json"
@@ -47,7 +47,7 @@ class LatentCache:
         self.folder, self.vae, self.channels, self.factor = folder, vae, channels, factor
         self._encode = encode
 
-    def key(self, content: Content, view: View, hole: int | None = None) -> str:
+    def key(self, content: Examined, view: View, hole: int | None = None) -> str:
         """The name of an entry: a hash of everything that it depends on."""
         return cache_file.key_of(FORMAT, self.vae, content.digest, repr(view), str(hole))
 
@@ -77,20 +77,20 @@ class LatentCache:
             concat = concat_channels(self._encode, picture[None], hole[None])[0]
         return self._store(key, {"concat": concat.float().cpu()})
 
-    def contents(self) -> dict[str, Content]:
+    def contents(self) -> dict[str, Examined]:
         """Contents of pictures that were decoded before, by digest."""
         if self.folder is None:
             return {}
         try:
             values = parse_json(read_outside(self.folder / CONTENTS))
             return {
-                str(digest): Content(digest, (int(width), int(height)), None if counted is None else float(counted))
+                str(digest): Examined(digest, (int(width), int(height)), None if counted is None else float(counted))
                 for digest, (width, height, counted) in values.items()
             }
         except (FileError, MalformedText, AttributeError, TypeError, ValueError):  # missing or damaged
             return {}
 
-    def keep_contents(self, contents: Iterable[Content]) -> None:
+    def keep_contents(self, contents: Iterable[Examined]) -> None:
         """Add to `contents`. Raises FileError if that is impossible."""
         known = self.contents()
         new = {content.digest: content for content in contents}

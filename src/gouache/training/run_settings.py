@@ -1,26 +1,29 @@
 """All settings of a training run, as in its TOML file: what is trained, from which model, on which pictures, and how.
 
 Each table is a class, each key a field with a default and a sentence; `template` writes a commented file from them.
-Names that other trainers use (`network_dim`, `learning_rate_te1`, `noise_offset`, ...) are accepted for `--set` and are
-listed in `ALIASES`.
+The names of other trainers (`network_dim`, `learning_rate_te1`, ...) are accepted for `--set`, see `aliases`.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
 from gouache.errors import FileError, RequestError, printable
 from gouache.outside import MalformedText, parse_toml, read_text
+from gouache.training import aliases
+from gouache.training.alias_values import TEXT_RATES, Meaning
 from gouache.training.settings import Settings, setting
 
 Mode = Literal["lora", "dreambooth", "finetune"]
 Share = Annotated[float, Field(ge=0, le=1)]
+Resolution = Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=r"^\d{1,5}x\d{1,5}$")]
 
 
 class Table(BaseModel):
@@ -48,14 +51,18 @@ class ModelSettings(Table):
 
 
 class DataSettings(Table):
-    folder: str = setting("", "A folder of pictures, or a TOML or JSON file in kohya's form.")
+    folder: str = setting("", "A folder of pictures, kohya's TOML or JSON file, or OneTrainer's concepts.json.")
+    fixed: list[str] = setting([], "Keys of this table that replace those of a TOML or concepts.json; others do not.")
+    caption_extension: str = setting("", "Of the caption files; empty: .txt, else .caption.")
+    caption_column: str = setting("", "Where metadata has the captions; empty: one of the usual names.")
     trigger: str = setting("", "A word put in front of every caption that does not have it.")
     class_word: str = setting("", "What the subject is, in one or two words (DreamBooth).")
-    class_folder: str = setting("", "Pictures of the class (prior preservation); painted if missing.")
-    class_pictures: int = setting(0, "How many pictures of the class to paint; 0 for none.", ge=0)
-    resolution: list[int] = setting(
-        [], "Side of the training pictures in pixels; several: each picture at each. Empty: the model's."
+    class_folder: str = setting("", "Pictures of the class; empty: a folder of Gouache's, if some are to be painted.")
+    class_pictures: int = setting(0, "Paint pictures of the class until there are so many.", ge=0)
+    resolution: list[Resolution] = setting(
+        [], 'In pixels, a side or "WIDTHxHEIGHT"; several: each picture at each. Empty: the model\'s.'
     )
+    buckets: bool = setting(True, "A size for each shape of picture; false: all are cut to the resolution.")
     bucket_step: int = setting(64, "Sides of buckets are multiples of this.", gt=0)
     bucket_min: int = setting(0, "Smallest side of a bucket; 0: half of the resolution.", ge=0)
     bucket_max: int = setting(0, "Largest side of a bucket; 0: twice the resolution.", ge=0)
@@ -65,8 +72,14 @@ class DataSettings(Table):
     weigh: str = setting("", "A score that multiplies the loss of its picture.")
     shuffle: bool = setting(False, "Shuffle the comma-separated parts of captions.")
     keep_tokens: int = setting(0, "So many parts stay in front.", ge=0)
+    keep_tokens_separator: str = setting("", "Or those before this text, and after its second occurrence.")
+    separator: str = setting(",", "What separates the parts of captions.")
+    secondary_separator: str = setting("", "Joins parts that stay together.")
     caption_dropout: Share = setting(0.0, "Share of captions left out, for guidance without a prompt.")
+    caption_dropout_epochs: int = setting(0, "All captions are left out in every so many epochs; 0: never.", ge=0)
     tag_dropout: Share = setting(0.0, "Share of the parts of each caption left out.")
+    warmup_steps: float = setting(0.0, "The number of parts grows for so many steps, or a share of them.", ge=0)
+    warmup_tags: int = setting(1, "From so many.", ge=0)
     prefix: str = setting("", "Put before every caption.")
     suffix: str = setting("", "Put after every caption.")
     wildcard: bool = setting(False, "Draw one line of a caption file, and one of {a|b}, each time.")
@@ -81,20 +94,31 @@ class DataSettings(Table):
     cache_folder: str = setting("", "Folder of the cache; empty: in the run's folder.")
     workers: int = setting(2, "Threads that read pictures ahead.", ge=0)
 
+    @field_validator("resolution", mode="before")
+    @classmethod
+    def _of_kohya(cls, value: Any) -> Any:
+        """512, or kohya's "512,768" (width, height), instead of a list."""
+        if isinstance(value, str):
+            value = [re.sub(r"\s*,\s*", "x", value.strip())]
+        return [value] if isinstance(value, int) else value
+
 
 class AdapterSettings(Table):
     form: Literal["lora", "locon", "loha", "lokr", "dora", "ia3", "oft", "full", "none"] = setting(
         "lora", "lora, locon, loha, lokr, dora, ia3, oft; full: differences; none: the weights themselves."
     )
     rank: int = setting(16, "Rank of the factors (kohya: network_dim).", gt=0)
-    alpha: float = setting(16, "Scale of the change is alpha / rank.", ge=0)
-    conv_rank: int = setting(0, "Rank for 3x3 convolutions; 0: they are not trained.", ge=0)
-    conv_alpha: float = setting(0, "Alpha for 3x3 convolutions; 0: as `alpha`, relative to the rank.", ge=0)
-    ranks: dict[str, int] = setting({}, "Other ranks by part or block, such as {mid = 32, text_encoder = 4}.")
+    alpha: float = setting(0, "Scale of the change is alpha / rank; 0: as the rank.", ge=0)
+    conv_rank: int = setting(0, "Rank for 3x3 convolutions, which are trained then; 0: as `rank`, if at all.", ge=0)
+    conv_alpha: float = setting(0, "Alpha for 3x3 convolutions; 0: as `alpha`.", ge=0)
+    ranks: dict[str, int] = setting({}, "Other ranks by part or block, such as {M00 = 32, text_encoder = 4}.")
     alphas: dict[str, float] = setting({}, "Other alphas, by the same names.")
-    modules: Literal["attention", "linear", "all"] = setting(
-        "linear", "Layers of the U-Net: attention alone, all linear ones, or all (with norms for full)."
+    rates: dict[str, float] = setting({}, "Factors of the learning rate, by the same names.")
+    modules: Literal["", "attention", "linear", "conv", "all"] = setting(
+        "", "Trained layers: attention alone, linear ones, convolutions too, all; empty: usual for the form."
     )
+    factor: int = setting(-1, "LoKr: largest size of the smaller factor; -1: its square root.")
+    constraint: float = setting(0.0, "OFT: limit of the rotation; 0: none.", ge=0)
     rank_dropout: Share = setting(0.0, "Share of ranks left out per batch.")
     module_dropout: Share = setting(0.0, "Share of modules left out per batch.")
     dropout: Share = setting(0.0, "Share of the inner activations left out (kohya: network_dropout).")
@@ -105,14 +129,15 @@ class AdapterSettings(Table):
 class PartsSettings(Table):
     unet: bool = setting(True, "Train the U-Net.")
     text_encoder: bool = setting(False, "Train the text encoder (SDXL: both).")
-    text_rate: float = setting(0.5, "Rate of the text encoders, relative to the learning rate.", gt=0)
-    text_rate_2: float = setting(0.0, "Rate of SDXL's second text encoder; 0: as the first.", ge=0)
+    text_rate: float = setting(0.5, "Its rate, relative to the learning rate; 0: it is frozen.", ge=0)
+    text_rate_2: float | None = setting(None, "That of SDXL's second text encoder; without it: as the first.", ge=0)
     text_stop: int = setting(0, "Train the text encoders for so many steps; 0: to the end.", ge=0)
 
 
 class LossSettings(Table):
     loss: Literal["l2", "l1", "huber", "smooth-l1"] = setting("l2", "Of the error of the prediction.")
     huber: float = setting(0.1, "Where huber and smooth-l1 turn from square to linear.", gt=0)
+    huber_scale: float = setting(1.0, "Multiplies that, unless huber_schedule is snr.", gt=0)
     huber_schedule: Literal["constant", "exponential", "snr"] = setting("snr", "How that changes with noise.")
     weighting: Literal["none", "min-snr", "debiased", "velocity", "noise"] = setting(
         "none", "Weights by noise level: none, min-snr (Hang 2023), debiased, velocity, noise."
@@ -125,6 +150,7 @@ class LossSettings(Table):
     pyramid_iterations: int = setting(0, "Levels of pyramid (multires) noise; 6 to 10 are usual.", ge=0)
     pyramid_discount: float = setting(0.3, "Strength of each further level.", gt=0, lt=1)
     input_perturbation: float = setting(0.0, "Additional noise on the input alone; 0.1 is usual.", ge=0)
+    input_perturbation_random: bool = setting(False, "Draw its strength per picture.")
     timesteps: Literal["uniform", "logit-normal", "mode", "cos-map", "sigmoid", "parabola", "beta"] = setting(
         "uniform", "How timesteps are drawn."
     )
@@ -132,14 +158,21 @@ class LossSettings(Table):
     timestep_min: Share = setting(0.0, "Smallest timestep, as a share of all.")
     timestep_max: Share = setting(1.0, "Largest timestep, as a share of all.")
     prior: Literal["none", "pictures", "model"] = setting(
-        "none", "Prior preservation: pictures of the class, or the frozen model's own prediction."
+        "none", "Prior preservation: pictures of the class; or model: what it predicted before training."
     )
     prior_weight: float = setting(1.0, "Weight of the prior's loss.", ge=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> LossSettings:
+        if self.timestep_min >= self.timestep_max:
+            raise ValueError(f"timestep_min {self.timestep_min:g} must be below timestep_max {self.timestep_max:g}")
+        return self
 
 
 class ValidationSettings(Table):
     share: Share = setting(0.0, "Share of the pictures held out; near duplicates stay together.")
     pictures: int = setting(0, "Or so many; 0 and a share of 0: training pictures with fixed noise.", ge=0)
+    seed: int = setting(0, "Of the choice, which does not change with train.seed.", ge=0)
     timesteps: int = setting(8, "Fixed noise levels per picture.", gt=0)
     probe: int = setting(4, "So many training pictures are measured too, to see over-fitting.", ge=0)
 
@@ -179,59 +212,6 @@ class RunSettings(Table):
     memory: MemorySettings = MemorySettings()
 
 
-ALIASES: Mapping[str, str] = {
-    "network_dim": "adapter.rank",
-    "network_alpha": "adapter.alpha",
-    "conv_dim": "adapter.conv_rank",
-    "network_dropout": "adapter.dropout",
-    "network_weights": "adapter.start",
-    "loraplus_lr_ratio": "adapter.plus_ratio",
-    "pretrained_model_name_or_path": "model.name",
-    "train_data_dir": "data.folder",
-    "reg_data_dir": "data.class_folder",
-    "class_tokens": "data.class_word",
-    "instance_prompt": "data.trigger",
-    "shuffle_caption": "data.shuffle",
-    "caption_dropout_rate": "data.caption_dropout",
-    "caption_tag_dropout_rate": "data.tag_dropout",
-    "caption_prefix": "data.prefix",
-    "caption_suffix": "data.suffix",
-    "enable_wildcard": "data.wildcard",
-    "flip_aug": "data.flip",
-    "color_aug": "data.color",
-    "cache_latents": "data.cache",
-    "min_bucket_reso": "data.bucket_min",
-    "max_bucket_reso": "data.bucket_max",
-    "bucket_reso_steps": "data.bucket_step",
-    "num_repeats": "data.repeats",
-    "max_data_loader_n_workers": "data.workers",
-    "max_train_steps": "train.steps",
-    "max_train_epochs": "train.epochs",
-    "train_batch_size": "train.batch",
-    "gradient_accumulation_steps": "train.accumulate",
-    "max_grad_norm": "train.clip_norm",
-    "lr": "train.learning_rate",
-    "unet_lr": "train.learning_rate",
-    "lr_scheduler": "train.schedule",
-    "lr_warmup_steps": "train.warmup",
-    "optimizer_type": "train.optimizer",
-    "min_snr_gamma": "loss.gamma",
-    "loss_type": "loss.loss",
-    "huber_c": "loss.huber",
-    "noise_offset_random_strength": "loss.noise_offset_random",
-    "multires_noise_iterations": "loss.pyramid_iterations",
-    "multires_noise_discount": "loss.pyramid_discount",
-    "ip_noise_gamma": "loss.input_perturbation",
-    "prior_loss_weight": "loss.prior_weight",
-    "zero_terminal_snr": "model.zero_terminal_snr",
-    "v_parameterization": "model.prediction",
-    "gradient_checkpointing": "memory.checkpointing",
-    "mixed_precision": "memory.dtype",
-    "sample_every_n_steps": "samples.every",
-}
-"""Names of kohya's scripts and diffusers' examples -> the setting they mean. `v_parameterization` and
-`cache_latents` are switches there; see `read_overrides`."""
-
 TABLES = {name: field.annotation for name, field in RunSettings.model_fields.items() if name not in (
     "mode", "output", "device", "lineage")}  # fmt: skip
 
@@ -263,7 +243,8 @@ def checked(values: Mapping[str, Any], where: str = "") -> RunSettings:
         elif fault["type"] == "missing":
             message = "is missing and has no default"
         else:
-            message = printable(f"{fault['msg'].lower()}, received {fault['input']!r}", 200)
+            given = "" if isinstance(fault["input"], Mapping) else f", received {fault['input']!r}"
+            message = printable(fault["msg"].removeprefix("Value error, ").lower() + given, 200)
         raise RequestError(f"{where + ' ' if where else ''}{printable(key)}", message) from None
 
 
@@ -280,38 +261,73 @@ def keys() -> Iterator[str]:
 def with_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str, Any]:
     """`values`, as in the file, with `key=value` texts applied: `train.steps=300`, `rank=8`, `network_dim=8`.
 
-    A key without its table must be unique. Values are TOML; what is not TOML is text. Raises RequestError.
+    A key without its table must be unique. Values are TOML; what is not TOML is text. A key alone is a switch that is
+    set. Keys of [data] are also added to `data.fixed`. Raises RequestError.
     """
     result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    for text in overrides:
-        key, sign, value = text.partition("=")
-        if not sign:
-            raise RequestError("set", f"{printable(text, 80)!r} is not key=value")
-        table, name = _key(key.strip())
-        parsed = _value(value.strip())
-        if name == "prediction" and isinstance(parsed, bool):
-            parsed = "v" if parsed else "eps"
-        if name == "gamma" and key.strip() == "min_snr_gamma":
-            result.setdefault("loss", {})["weighting"] = "min-snr"
-        if table:
-            result.setdefault(table, {})[name] = parsed
-        else:
-            result[name] = parsed
+    found = [_meaning(text) for text in overrides]
+    for each in found:
+        _apply(result, each.implied)
+    for each in found:
+        _apply(result, each.values)
+    given = [key.removeprefix("data.") for each in found for key in (*each.implied, *each.values) if key[:5] == "data."]
+    if fixing := [name for name in given if name not in ("folder", "fixed")]:
+        before = result["data"].get("fixed", [])
+        before = before if isinstance(before, list) else [before]
+        result["data"]["fixed"] = [*before, *(name for name in dict.fromkeys(fixing) if name not in before)]
+    if isinstance(result.get("parts"), dict):
+        _make_text_rates_relative(result["parts"], result.get("train"))
     return result
+
+
+def _meaning(text: str) -> Meaning:
+    """What `key=value` sets."""
+    key, sign, value = text.partition("=")
+    key = key.strip()
+    plain = key.lstrip("-").replace("-", "_")
+    parsed = _value(value.strip()) if sign else True
+    if (found := aliases.meaning(plain, parsed)) is not None:
+        return found
+    table, name = _key(key)
+    if not sign:
+        raise RequestError("set", f"{printable(text, 80)!r} is not key=value")
+    return Meaning({f"{table}.{name}" if table else name: parsed})
+
+
+def _apply(result: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        table, _, name = key.partition(".")
+        if name:
+            if not isinstance(result.setdefault(table, {}), dict):
+                raise RequestError(table, f"is {printable(repr(result[table]), 40)}; expected a table")
+            result[table][name] = value
+        else:
+            result[table] = value
+
+
+def _make_text_rates_relative(parts: dict[str, Any], train: Any) -> None:
+    """Absolute rates of text encoders become shares of the learning rate, which is known when all are applied."""
+    for key, name in zip(TEXT_RATES, ("text_rate", "text_rate_2")):
+        absolute = parts.pop(key.partition(".")[2], None)
+        if absolute is None:
+            continue
+        rate = train.get("learning_rate") if isinstance(train, dict) else None
+        if not isinstance(rate, int | float) or not isinstance(absolute, int | float) or not rate > 0:
+            raise RequestError("text_encoder_lr", "needs train.learning_rate, of which it is a share")
+        parts[name] = float(f"{absolute / rate:.9g}")
 
 
 def _key(text: str) -> tuple[str, str]:
     """(table, key) of a setting's name; the table is "" for those outside tables."""
-    text = ALIASES.get(text.lstrip("-").replace("-", "_"), text.replace("-", "_"))
+    text = text.replace("-", "_")
     every = list(keys())
-    # The keys of a dictionary are its own: adapter.ranks.mid
     found = [each for each in every if each == text or each.rpartition(".")[2] == text]
     if text in every:
         found = [text]
     if len(found) != 1:
-        near = difflib.get_close_matches(text, [*every, *ALIASES], n=3)
+        near = difflib.get_close_matches(text, [*every, *aliases.names()], n=3)
         problem = f"is in several tables: {', '.join(found)}" if found else "is not a setting"
-        hint = f"; did you mean {' or '.join(near)}?" if near and not found else ""
+        hint = "" if found else f"; did you mean {' or '.join(near)}?" if near else "; see `gouache train new`"
         raise RequestError("set", f"{printable(text, 80)} {problem}{hint}")
     table, _, name = found[0].rpartition(".")
     return table, name

@@ -188,7 +188,10 @@ def test_given_weights_and_dtype_are_written(narrow: Callable[[str], Narrow], tm
     written = load_file(tmp_path / "new.safetensors")
     name = f"{UNET}time_embed.0.weight"
     assert torch.equal(written[name], halves["unet.time_embed.0.weight"].bfloat16())
-    assert {tensor.dtype for tensor in written.values() if tensor.is_floating_point()} == {torch.bfloat16}
+    assert {tensor.dtype for key, tensor in written.items() if key.startswith(UNET)} == {torch.bfloat16}
+    others = {key: tensor for key, tensor in written.items() if not key.startswith(UNET)}
+    before = load_file(narrow("sd1").file)
+    assert others and all(torch.equal(tensor, before[key]) for key, tensor in others.items())
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from gouache.app import names
 from gouache.app.settings import Settings
+from gouache.app.training import pictures
 from gouache.data import folders
 from gouache.data.subset import Subset
 from gouache.errors import ModelError, RequestError, printable
@@ -16,12 +17,15 @@ from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.model import residency
+from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.nn.spec import UNetSpec
 from gouache.training import run_settings
+from gouache.training.aliases import EPOCHS
 from gouache.training.run_settings import Mode, RunSettings
 
 TRAINABLE = ("sd1", "sd2", "sdxl")
 _FULL_WIDTH = 320  # channels of the first level of a released U-Net; narrower ones learn at higher rates
+_RATES = {"lion": 0.2, "schedule-free": 5.0}  # relative to AdamW's
 
 
 def choose(
@@ -36,42 +40,57 @@ def choose(
     overrides: list[str],
     settings: Settings,
 ) -> RunSettings:
-    """The settings of a new run; `overrides` ("key=value") replace what is chosen here.
+    """The settings of a new run: `overrides` ("key=value"), else those that the data set has, else chosen ones.
 
     The pictures are listed and the model's header is read, no weight. Raises GouacheError.
     """
     if mode not in get_args(Mode):
         raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(get_args(Mode))}")
-    path = names.resolve(model, settings)
-    found = identify(open_model(path))
+    # Those of other settings on which chosen ones depend; the rate of 1 only until the real one is known.
+    given = run_settings.with_overrides({"train": {"learning_rate": 1.0}}, overrides)
+    given_data = given.get("data", {})
+    folder = str(given_data.get("folder") or Path(data))
+    trigger, class_word = given_data.get("trigger") or trigger, given_data.get("class_word") or class_word
+    found = identify(open_model(names.resolve(str(given.get("model", {}).get("name") or model), settings)))
     spec = trainable(found)
-    given = run_settings.with_overrides({}, overrides)
-    pictures = folders.read(Path(data), Subset(trigger=trigger, class_word=class_word))
+    column = str(given_data.get("caption_column") or "")
+    dataset = folders.read(Path(folder), Subset(trigger=trigger, class_word=class_word), caption_column=column)
+    own = pictures.settings_of(dataset)
+    count = len(dataset.records)
     device = residency.device(given.get("device") or settings.device)
     small = spec.channels < _FULL_WIDTH
     side = found.size.value[0] if found.size is not None else 512
+    optimizer = str(given["train"].get("optimizer", ""))
     chosen: dict[str, Any] = {
         "mode": mode,
-        "output": str(output or Path(f"{Path(data).stem or 'run'}.safetensors")),
+        "output": str(output or Path(f"{Path(folder).stem or 'run'}.safetensors")),
         "model": {"name": model},
         "data": {
-            "folder": str(Path(data)),
+            "folder": folder,
             "trigger": trigger,
             "class_word": class_word,
             "resolution": [side],
             "bucket_step": 64 if side >= 512 else 8,
             "repeats": 1,
         },
-        "train": _training(mode, len(pictures.records), steps, small, spec.channels, device.type),
+        "train": _training(mode, count, steps, small, spec.channels, device.type, optimizer),
         "memory": {"checkpointing": device.type == "cuda" and found.family.value is not None
                    and found.family.value.name == "sdxl"},
     }  # fmt: skip
     if mode == "dreambooth":
-        _dreambooth(chosen, class_word, len(pictures.records))
+        _dreambooth(chosen, given, count)
     if mode == "finetune":
         chosen["adapter"] = {"form": "none"}
         chosen["data"]["caption_dropout"] = 0.1
-    return run_settings.checked(_merged(chosen, given))
+    values = run_settings.with_overrides(_merged(chosen, own), overrides)
+    epochs = values["train"].pop(EPOCHS.partition(".")[2], None)
+    checked = run_settings.checked(values)
+    if epochs is None:
+        return checked
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+        raise RequestError("epochs", f"is {printable(str(epochs), 40)}; expected a whole number from 1")
+    found_steps = pictures.steps_of(checked, epochs, settings, (side, side))
+    return run_settings.checked(_merged(values, {"train": {"steps": found_steps}}))
 
 
 def trainable(found: Found) -> UNetSpec:
@@ -84,42 +103,52 @@ def trainable(found: Found) -> UNetSpec:
     part = found.components.get("unet")
     if part is None or not isinstance(part.spec, UNetSpec):
         raise ModelError(f"{where} has no U-Net to train: {found.missing.get('unet', 'it is not in the file')}")
+    if part.spec.in_channels not in (part.spec.out_channels, INPAINTING_CHANNELS):
+        raise ModelError(
+            f"{where} has {part.spec.in_channels} input channels, for which there is no trainer; models with "
+            f"{part.spec.out_channels} and inpainting models with {INPAINTING_CHANNELS} can be trained"
+        )
     return part.spec
 
 
-def _training(mode: str, pictures: int, steps: int | None, small: bool, channels: int, device: str) -> dict[str, Any]:
+def _training(
+    mode: str, pictures: int, steps: int | None, small: bool, channels: int, device: str, optimizer: str
+) -> dict[str, Any]:
     batch = 1 if device == "cpu" and not small else 4 if pictures >= 16 else 2 if pictures >= 4 else 1
     # Adapters train some 100 passes over a small set and ever fewer over larger ones.
     passes = {"lora": 100, "dreambooth": 200, "finetune": 20}[mode]
     usual = pictures * passes / batch / max(1.0, math.log2(max(2, pictures) / 8))
     chosen = steps if steps is not None else int(min(4000, max(300, round(usual, -2))))
     rate = {"lora": 1e-4, "dreambooth": 1e-4, "finetune": 1e-5}[mode]
-    rate *= min(8.0, _FULL_WIDTH / channels)
+    rate *= min(8.0, _FULL_WIDTH / channels) * _RATES.get(optimizer, 1.0)
+    if optimizer == "prodigy":
+        rate = 1.0  # a factor of the rate that it estimates
     return {
         "steps": chosen,
         "batch": batch,
         "learning_rate": float(f"{rate:.2g}"),
+        **({"schedule": "constant"} if optimizer == "schedule-free" else {}),
         "warmup": min(100, chosen // 10),
         "weight_decay": 0.01,
-        "ema_decay": 0.0 if mode == "lora" else 0.999,
+        "ema_decay": 0.0 if mode == "lora" or optimizer == "schedule-free" else 0.999,
         "log_steps": max(1, min(50, chosen // 100)),
     }
 
 
-def _dreambooth(chosen: dict[str, Any], class_word: str, pictures: int) -> None:
-    if not chosen["data"]["trigger"]:
+def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int) -> None:
+    data = chosen["data"]
+    if not data["trigger"]:
         raise RequestError(
             "trigger", "is missing: DreamBooth needs a rare word for the subject, such as --trigger zorb"
         )
-    if class_word:
-        chosen["data"]["class_pictures"] = max(50, 10 * pictures)
-        chosen["loss"] = {"prior": "pictures"}
-    else:
-        chosen["loss"] = {"prior": "none"}
+    prior = given.get("loss", {}).get("prior") or ("pictures" if data["class_word"] else "none")
+    chosen["loss"] = {"prior": prior}
+    if prior == "pictures" and not given.get("data", {}).get("class_folder"):
+        data["class_pictures"] = max(50, 10 * pictures)
 
 
-def _merged(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(chosen: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(chosen)
-    for name, value in given.items():
-        merged[name] = {**merged.get(name, {}), **value} if isinstance(value, Mapping) else value
+    for name, value in own.items():
+        merged[name] = {**merged.get(name, {}), **value}
     return merged

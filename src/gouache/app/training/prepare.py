@@ -12,54 +12,52 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from gouache.app import hashes, loading, machine, names
 from gouache.app.model import Model
 from gouache.app.settings import Settings
 from gouache.app.training import class_pictures
+from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
-from gouache.data import captions, contents, folders, scores, split
-from gouache.data.buckets import Buckets
-from gouache.data.contents import Content
-from gouache.data.dataset import DataSet
-from gouache.data.record import CaptionOptions, PictureOptions, Record
-from gouache.data.subset import Subset
+from gouache.app.training.parts import options_of
+from gouache.app.training.pictures import (
+    OnNote,
+    Pictures,
+    buckets_of,
+    cache_of,
+    class_folder,
+    latents_of,
+    mask_note,
+    read_pictures,
+    sides,
+)  # fmt: skip
+from gouache.data import captions
+from gouache.data.record import PictureOptions, Record
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError, TrainingError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.model import residency
+from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.prompts.encode import Sizes, encode
-from gouache.training import checkpointing
+from gouache.training import checkpointing, optimizers
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.denoising import Denoising
 from gouache.training.latent_cache import LatentCache, identity_of
 from gouache.training.noise import NoiseOptions
+from gouache.training.objective import Group
 from gouache.training.run_settings import RunSettings
 from gouache.training.targets.adapter import AdapterTarget
-from gouache.training.targets.dropout import Rates
-from gouache.training.targets.options import AdapterOptions
 from gouache.training.targets.weights import WeightsOptions, WeightsTarget
 from gouache.training.text_cache import TextCache
 from gouache.training.timesteps import Timesteps
 from gouache.training.validation import Validation
-from gouache.wording import plural
 
-OnNote = Callable[[str], None]
 OnWork = Callable[[str, int, int], None]
-INPAINTING_CHANNELS = 9
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """The training pictures and those held out of training, with the data set they are from."""
-
-    dataset: DataSet
-    training: Sequence[Record]
-    held_out: Sequence[Record]
 
 
 @dataclass(frozen=True)
@@ -75,69 +73,24 @@ class Prepared:
     validation: Validation
 
 
-def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote) -> Pictures:
-    """The pictures of a run, filtered, weighed and divided. Raises GouacheError; no weight is read."""
-    data = settings.data
-    if not data.folder:
-        raise RequestError("data.folder", "is missing; name a folder of pictures")
-    subset = Subset(
-        trigger=data.trigger,
-        class_word=data.class_word,
-        repeats=data.repeats,
-        caption_options=CaptionOptions(
-            shuffle=data.shuffle,
-            keep_tokens=data.keep_tokens,
-            tag_dropout=data.tag_dropout,
-            prefix=data.prefix,
-            suffix=data.suffix,
-            wildcard=data.wildcard,
-        ),
-        picture_options=PictureOptions(
-            flip=data.flip, random_crop=data.random_crop, color=data.color, alpha_mask=data.masks == "alpha"
-        ),
-    )
-    regularization = _class_folder(settings, folder)
-    present = regularization if regularization is not None and regularization.is_dir() else None
-    found = folders.read(Path(data.folder), subset, regularization=present)
-    found = scores.select(found, data.filter) if data.filter else found
-    found = scores.weigh(found, data.weigh) if data.weigh else found
-    for note in found.notes:
-        on_note(note)
-    records = list(found.records)
-    if data.masks == "none":
-        records = [replace(record, mask=None) for record in records]
-    elif masked := sum(record.mask is not None for record in records):
-        on_note(f"{masked} of {len(records)} pictures have a mask; the loss is limited to its white parts")
-    training, held_out = records, list[Record]()
-    if amount := settings.validation.pictures or settings.validation.share:
-        known = [_readable(each) for each in contents.contents([record.path for record in records], folder.contents)]
-        training, held_out = split.split(records, known, amount, settings.train.seed)
-        on_note(f"{len(held_out)} of {plural(len(records), 'picture')} held out for validation")
-    if not training:
-        raise RequestError("data.folder", f"{printable(data.folder)}: no picture is left to train on")
-    return Pictures(found, training, held_out)
-
-
-def _readable(content: Content | RequestError) -> Content:
-    if isinstance(content, RequestError):
-        raise content
-    return content
-
-
-def _class_folder(settings: RunSettings, folder: RunFolder) -> Path | None:
-    data = settings.data
-    if data.class_folder:
-        return Path(data.class_folder)
-    return folder.path / "class" if data.class_pictures else None
-
-
 def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
-    """The file of the model and what its header says. Raises GouacheError if it cannot be trained."""
+    """The file of the model and what its header says. Raises GouacheError if it cannot be trained with `settings`."""
     path = names.resolve(settings.model.name, user)
     found = identify(
         open_model(path), prediction=settings.model.prediction or None, family=settings.model.family or None
     )
-    trainable(found)
+    spec = trainable(found)
+    if settings.model.inpainting and settings.adapter.form != "none" and spec.in_channels != INPAINTING_CHANNELS:
+        raise RequestError(
+            "model.inpainting",
+            f"{printable(settings.model.name)} has {spec.in_channels} input channels; train its weights "
+            "(adapter.form = none), or a LoRA of an inpainting model",
+        )
+    options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
+    if settings.adapter.start:
+        names.resolve(settings.adapter.start, user, "lora", "adapter.start")
+    settings.train.rate(0)
+    optimizers.build(settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))})])
     return path, found
 
 
@@ -150,24 +103,28 @@ def prepared(
     on_note: OnNote,
     on_work: OnWork,
     fill_caches: bool = True,
+    pictures: Pictures | None = None,
 ) -> Iterator[Prepared]:
     """A context manager of the run; afterwards the model is free of the target and the threads have ended.
 
-    `fill_caches`: encode all pictures and captions that can be known now. Raises GouacheError.
+    `fill_caches`: paint missing class pictures, and encode all pictures and captions that can be known now. `pictures`
+    are those that were read before. Raises GouacheError.
     """
     check_model(settings, user)
-    pictures = read_pictures(settings, folder, on_note)
+    pictures = read_pictures(settings, folder, on_note, user) if pictures is None else pictures
     model = load_model(settings, user, on_note)
-    if _paint_class(settings, folder, model, on_work):
-        pictures = read_pictures(settings, folder, lambda line: None)
+    if fill_caches and _paint_class(settings, user, model, on_work):
+        pictures = read_pictures(settings, folder, lambda line: None, user)
     target = make_target(settings, model, user)
     for note in target.notes:
         on_note(note)
     batches = make_batches(settings, folder, model, target, pictures.training)
+    if masked := {row.record.path: row.content.counted for row in batches.rows if row.content.counted is not None}:
+        on_note(mask_note(list(masked.values()), len({row.record.path for row in batches.rows})))
     try:
         for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
             checkpointing.enable(network)
-        objective = make_objective(settings, model, target, batches, user)
+        objective = make_objective(settings, model, target, batches, user, pictures.caption_dropout)
         validation = make_validation(settings, folder, model, target, pictures, objective)
         if fill_caches and settings.data.cache:
             _fill(settings, batches, on_work)
@@ -207,66 +164,27 @@ def load_model(settings: RunSettings, user: Settings, on_note: OnNote) -> Model:
     return model
 
 
-def _paint_class(settings: RunSettings, folder: RunFolder, model: Model, on_work: OnWork) -> int:
+def _paint_class(settings: RunSettings, user: Settings, model: Model, on_work: OnWork) -> int:
     """Paint the missing pictures of the class; returns how many there were."""
-    data, where = settings.data, _class_folder(settings, folder)
+    data, where = settings.data, class_folder(settings, user)
     if where is None or not data.class_pictures or settings.loss.prior == "none":
         return 0
     if not data.class_word:
         raise RequestError("data.class_word", "is missing: it says what the class pictures show")
     return class_pictures.paint_missing(
-        model, data.class_word, data.class_pictures, where, sides(settings, model)[-1],
+        model, data.class_word, data.class_pictures, where, sides(data.resolution, model.size)[-1],
         lambda done, total: on_work("painting class pictures", done, total),
     )  # fmt: skip
 
 
-def sides(settings: RunSettings, model: Model) -> list[tuple[int, int]]:
-    """The resolutions of training, as (width, height)."""
-    return [(side, side) for side in settings.data.resolution] or [model.size]
-
-
 def make_target(settings: RunSettings, model: Model, user: Settings) -> AdapterTarget | WeightsTarget:
     """What is trained. Raises RequestError or ModelError if the model has no such parts."""
-    chosen, parts = settings.adapter, settings.parts
-    encoders = list(model.text_encoders)
-    trained = (*(["unet"] if parts.unet else []), *(encoders if parts.text_encoder else []))
-    if not trained:
-        raise RequestError("parts", "names nothing to train; set unet or text_encoder to true")
-    rates = dict.fromkeys(encoders, parts.text_rate) if parts.text_encoder else {}
-    if parts.text_rate_2 and len(encoders) > 1 and parts.text_encoder:
-        rates[encoders[1]] = parts.text_rate_2
-    stops = dict.fromkeys(encoders, parts.text_stop * settings.train.accumulate) if parts.text_stop else {}
-    stops = {name: stop for name, stop in stops.items() if name in trained}
-    if chosen.form == "none":
-        channels = INPAINTING_CHANNELS if settings.model.inpainting else 0
-        return WeightsTarget(
-            model,
-            WeightsOptions(trained, rates, stops, settings.model.weights, channels, settings.loss.prior == "model"),
-        )
-    if settings.model.inpainting and model.unet.spec.in_channels != INPAINTING_CHANNELS:
-        raise RequestError(
-            "model.inpainting",
-            f"{printable(settings.model.name)} has {model.unet.spec.in_channels} input channels; train its weights "
-            "(adapter.form = none), or a LoRA of an inpainting model",
-        )
-    options = AdapterOptions(
-        form=chosen.form,
-        parts=trained,
-        modules={"attention": "attention", "linear": None, "all": "all"}[chosen.modules],
-        norms=chosen.modules == "all" and chosen.form == "full",
-        rank=chosen.rank,
-        alpha=chosen.alpha or None,
-        conv_rank=chosen.conv_rank or None,
-        conv_alpha=chosen.conv_alpha or None,
-        ranks=chosen.ranks,
-        alphas=chosen.alphas,
-        rates=rates,
-        loraplus=chosen.plus_ratio,
-        dropouts=Rates(chosen.module_dropout, chosen.rank_dropout, chosen.dropout),
-        stop_after=stops,
-    )
-    start = open_model(names.resolve(chosen.start, user, "lora", "adapter.start")) if chosen.start else None
-    return AdapterTarget(model, options, seed=settings.train.seed, start=start)
+    options = options_of(settings, list(model.text_encoders))
+    if isinstance(options, WeightsOptions):
+        return WeightsTarget(model, options)
+    start = settings.adapter.start
+    file = open_model(names.resolve(start, user, "lora", "adapter.start")) if start else None
+    return AdapterTarget(model, options, seed=settings.train.seed, start=file)
 
 
 def make_batches(
@@ -279,10 +197,9 @@ def make_batches(
     validation: bool = False,
 ) -> Batches:
     """The batches of `records`; those of a validation are not varied."""
-    data = settings.data
-    cache = (Path(data.cache_folder) if data.cache_folder else folder.cache) if data.cache else None
+    data, cache = settings.data, cache_of(settings, folder)
     latents = LatentCache(
-        None if cache is None else cache / "latents",
+        latents_of(cache),
         identity_of({"vae": model.vae}, scale=model.core.vae_scale),
         model.encode,
         channels=model.unet.spec.out_channels,
@@ -294,13 +211,11 @@ def make_batches(
         texts = TextCache(
             None if cache is None else cache / "texts", identity, lambda captions: encode_text(captions, None)
         )
-    buckets = tuple(
-        Buckets(size, data.bucket_step, data.bucket_min or None, data.bucket_max or None, data.upscale)
-        for size in sides(settings, model)
-    )
+    batch, changes = (settings.train.batch, ()) if validation else batch_changes(folder, settings)
     options = Options(
-        buckets,
-        batch=settings.train.batch,
+        buckets_of(settings, model.size),
+        batch=batch,
+        changes=changes,
         seed=settings.train.seed,
         variations=1 if validation else data.cache_variations,
         inpainting=model.unet.spec.in_channels == INPAINTING_CHANNELS,
@@ -309,11 +224,27 @@ def make_batches(
         device=model.device,
     )
     if validation:
-        plain = CaptionOptions(prefix=data.prefix, suffix=data.suffix)
         records = [
-            replace(each, repeats=1, caption_options=plain, picture_options=PictureOptions()) for each in records
+            replace(
+                each,
+                repeats=1,
+                caption_options=replace(
+                    each.caption_options,
+                    shuffle=False,
+                    tag_dropout=0,
+                    dropout=0,
+                    dropout_every_epochs=0,
+                    warmup_steps=0,
+                ),
+                picture_options=PictureOptions(alpha_mask=each.picture_options.alpha_mask),
+            )
+            for each in records
         ]
-    return Batches(records, options, latents, texts, captions.caption, model.text_recipe)
+
+    def caption(record: Record, epoch: int, generator: torch.Generator, number: int) -> str:
+        return captions.caption(record, epoch, generator, number // settings.train.accumulate, settings.train.steps)
+
+    return Batches(records, options, latents, texts, caption, model.text_recipe)
 
 
 def make_validation(
@@ -360,7 +291,12 @@ def text_encoder(
 
 
 def make_objective(
-    settings: RunSettings, model: Model, target: AdapterTarget | WeightsTarget, batches: Batches, user: Settings
+    settings: RunSettings,
+    model: Model,
+    target: AdapterTarget | WeightsTarget,
+    batches: Batches,
+    user: Settings,
+    caption_dropout: float,
 ) -> Denoising:
     loss, encode_text = settings.loss, text_encoder(settings, model)
     with torch.no_grad():
@@ -371,7 +307,7 @@ def make_objective(
         target.networks,
         unconditional,
         settings.train.seed,
-        dropout=settings.data.caption_dropout,
+        dropout=caption_dropout,
         gamma=loss.gamma,
         weighting=loss.weighting,
         autocast=_autocast(settings, model, user),
@@ -386,6 +322,7 @@ def make_objective(
             pyramid_iterations=loss.pyramid_iterations,
             pyramid_discount=loss.pyramid_discount,
             perturbation=loss.input_perturbation,
+            perturbation_random=loss.input_perturbation_random,
         ),
         timesteps=Timesteps(
             loss.timesteps,
@@ -396,6 +333,7 @@ def make_objective(
         v_like_loss=loss.v_like,
         distance=loss.loss,
         huber_c=loss.huber,
+        huber_scale=loss.huber_scale,
         huber_schedule=loss.huber_schedule,
         prior_weight=loss.prior_weight,
         prior="frozen" if loss.prior == "model" else "pictures",

@@ -86,10 +86,10 @@ def run(
     """
     settings = _with_hash(settings, user)
     prepare.check_model(settings, user)
-    prepare.read_pictures(settings, folder, lambda line: None)
+    pictures = prepare.read_pictures(settings, folder, on_note, user)
     _write_settings(settings, folder)
     work = on_work or (lambda what, done, total: None)
-    with prepare.prepared(settings, folder, user, on_note=on_note, on_work=work) as ready:
+    with prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready:
         samples = _samples(ready, folder)
         result = loop.train(
             ready.objective,

@@ -273,7 +273,8 @@ def export_model(
 
     "full" keeps everything that the file has and adds the averages of the U-Net as `model_ema.*`; "pruned" leaves out
     what is not part of the model; "pruned-emaonly" has the averages under the names of the weights. Without averages
-    "pruned-emaonly" is a RequestError. The names are those of the original file, also if the base is a folder.
+    "pruned-emaonly" is a RequestError. The names are those of the original file, also if the base is a folder. `dtype`
+    is that of the trained weights and their averages; what was not trained stays as it is, bit for bit.
     """
     if form not in FORMS_OF_MODELS:
         raise RequestError("form", f"{printable(form, 40)!r} is not a form of models; use {', '.join(FORMS_OF_MODELS)}")
@@ -299,7 +300,8 @@ def export_model(
         if form != "pruned-emaonly":
             extras |= {average_name(name): tensor for name, tensor in _part(averages.weights, "unet").items()}
     file = derive.join(rest, *parts, in_memory(path, extras))
-    file = derive.cast(file, dtype, {name for name in extras if not name.startswith("model_ema.diffusion_model")})
+    unchanged = {*rest, *(name for name in extras if not name.startswith("model_ema.diffusion_model"))}
+    file = derive.cast(file, dtype, unchanged)
     stated = {key: text for key, text in base.metadata.items() if not key.startswith(("modelspec.hash", "sshs_"))}
     file = replace(file, path=path, format="safetensors", metadata=stated, extra={}, notes=())
     described = identify(file, prediction=model.prediction, family=model.family.name)

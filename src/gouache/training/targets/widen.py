@@ -9,12 +9,11 @@ from torch import nn
 
 from gouache.errors import ModelError
 from gouache.families.found import Fact
+from gouache.model.inpainting import CHANNELS
 from gouache.model.model import Model
 
-INPAINTING_CHANNELS = 9  # the latent, the mask, the latent of the masked picture
 
-
-def widen(model: Model, channels: int = INPAINTING_CHANNELS) -> str:
+def widen(model: Model, channels: int = CHANNELS) -> str:
     """Add input channels to the U-Net of `model`, with weights of 0, in place. Returns one line for the user.
 
     What the new channels contain changes nothing until they are trained. Raises ModelError if the family has no variant
