@@ -126,8 +126,8 @@ def _settings(name: str, folder: Path, model: str) -> Any:
     usual: Tables = {
         "model": {"name": "mini" if kind == "mini" else model},
         "data": {"folder": str(folder / "pictures"), "resolution": [side], "bucket_step": 64},
-        "train": {"steps": steps, "batch": 1, "learning_rate": 1e-5, "log_steps": 1, "validate_steps": max(2, steps // 2),
-                  "save_steps": max(2, steps // 2)},
+        "train": {"steps": steps, "batch": 1, "learning_rate": 1e-5, "log_steps": 1,
+                  "validate_steps": max(2, steps // 2), "save_steps": max(2, steps // 2)},
         "samples": {"every": steps, "steps": 2},
         "validation": {"timesteps": 2, "probe": 1},
     }  # fmt: skip

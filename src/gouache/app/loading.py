@@ -33,7 +33,8 @@ def load(
 ) -> Model:
     """Load a model by path or name; "mini" is the one inside the package.
 
-    `device` defaults to the best there is (torch.device("meta"): no weight is read), `dtype` ("fp32", "bf16", "fp16") to the fastest measured on it.
+    `device` defaults to the best there is, `dtype` ("fp32", "bf16", "fp16") to the fastest measured on it; on
+    torch.device("meta") no weight is read.
     `prediction` ("eps", "v") and `family` ("sd1", "sd2", "sdxl") override what the file seems to be. `vae` is another
     file's autoencoder, or "none" for the model's own in any case; by default ("automatic") the file that the library
     notes for the model or that is named like it, else its own, else, if it has none or a damaged one, the first in the
