@@ -89,6 +89,14 @@ class TrainingError(GouacheError):
     """A training run cannot start, continue or resume. What was saved so far is not lost."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: of Python, of torch on the CPU or a device, or of a library of the device."""
+    text = str(error)
+    return isinstance(error, MemoryError) or any(
+        each in text for each in ("out of memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")
+    )
+
+
 def printable(text: str, limit: int = 200) -> str:
     """`text` on one line, with control characters escaped: names that come from files are not trusted."""
     cleaned = "".join(ch if ch.isprintable() else f"\\x{ord(ch):02x}" for ch in text)

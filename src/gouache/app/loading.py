@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from gouache.app import machine, names
 from gouache.app.model import Model
 from gouache.app.settings import Settings, read
@@ -21,7 +23,7 @@ from gouache.nn.spec import UNetSpec
 def load(
     name: str | Path = names.DEFAULT,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: str | None = None,
     prediction: str | None = None,
     family: str | None = None,
@@ -31,7 +33,8 @@ def load(
 ) -> Model:
     """Load a model by path or name; "mini" is the one inside the package.
 
-    `device` defaults to the best there is, `dtype` ("fp32", "bf16", "fp16") to the fastest measured on it.
+    `device` defaults to the best there is, `dtype` ("fp32", "bf16", "fp16") to the fastest measured on it; on
+    torch.device("meta") no weight is read.
     `prediction` ("eps", "v") and `family` ("sd1", "sd2", "sdxl") override what the file seems to be. `vae` is another
     file's autoencoder, or "none" for the model's own in any case; by default ("automatic") the file that the library
     notes for the model or that is named like it, else its own, else, if it has none or a damaged one, the first in the
@@ -39,7 +42,7 @@ def load(
     """
     settings = settings or read()
     file = open_model(names.resolve(str(name), settings))
-    target = residency.device(device or settings.device)
+    target = device if isinstance(device, torch.device) else residency.device(device or settings.device)
     found = identify(file, prediction=prediction, family=family)
     wanted = dtype or settings.dtype
     chosen_dtype = residency.dtype(wanted) if wanted else machine.best_dtype(target, _channels(found), settings)

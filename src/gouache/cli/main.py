@@ -37,7 +37,7 @@ from gouache.cli import (
     train,
     vae,
 )
-from gouache.errors import GouacheError
+from gouache.errors import GouacheError, is_out_of_memory
 from gouache.outside import PrintableStream
 from gouache.version import __version__
 
@@ -114,7 +114,7 @@ def _run() -> int:
         _discard_output()
         return _failed(f"the output cannot be written: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         return _failed("not enough memory; choose a smaller size or batch, or dtype bf16")
     if code == _INTERRUPTED:  # typer turns KeyboardInterrupt into this exit code
@@ -191,11 +191,6 @@ def _as_utf8(argument: str) -> str:
         return os.fsencode(argument).decode()
     except UnicodeDecodeError:
         return argument
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    text = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in text or "allocate memory" in text
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from gouache.diffusion.schedule import Schedule
 from gouache.errors import ModelError, printable
 from gouache.families.family import Family, NoiseLevels
 from gouache.families.found import Component, Found
+from gouache.families.identify import identify
 from gouache.files.assign import assign
 from gouache.files.record import ModelFile
 from gouache.model.core import Core
@@ -80,6 +81,18 @@ def load(
     text = TextConditioner(encoders, recipe, Tokenizer())
     vae_file = vae[0] if vae is not None else None
     return model_class(file=file, found=found, family=family, core=core, text=text, vae_file=vae_file)
+
+
+def fill(model: Model, stage: str) -> None:
+    """Fill the networks of `stage` ("text encoder" or "VAE"), as `load` does, after `Model.unload`."""
+    if stage == "VAE":
+        source = (model.file, model.found) if model.vae_file is None else (model.vae_file, identify(model.vae_file))
+        loaded = load_vae(*source, model.device, model.dtype)
+        model.vae.load_state_dict(loaded.state_dict(), assign=True)
+        return
+    for name, encoder in model.text_encoders.items():
+        tensors = _Tensors(model.found.component(name), model.file)
+        assign(encoder, tensors, device=model.device, dtype=model.dtype)
 
 
 def _family(found: Found) -> Family:

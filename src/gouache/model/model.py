@@ -47,7 +47,8 @@ class Model:
 
     `vae_file` is the source of the autoencoder if that is not `file`. `attached` lists the adapters
     (`model.attach`). Several threads may paint with one model: each request leases it (`model.lease`). Its methods
-    work under autograd; parameters do not require gradients until the caller says so.
+    work under autograd; parameters do not require gradients until the caller says so. `unloaded` are the stages whose
+    weights are not in memory, see `unload`.
     """
 
     file: ModelFile
@@ -60,6 +61,7 @@ class Model:
     lock: threading.RLock = field(default_factory=threading.RLock)
     holder: Lease | None = None
     spare: Lease | None = None
+    unloaded: set[str] = field(default_factory=set)
 
     def __reduce_ex__(self, protocol: object) -> str:
         raise RequestError("model", f"cannot be pickled or copied; load {printable(str(self.file.path))} once more")
@@ -228,6 +230,28 @@ class Model:
                 module.to(self.dtype)
         self.upcast.remove(stage)
 
+    def unload(self, stage: str) -> None:
+        """Free the weights of "text encoder" or "VAE", to which no adapter may be attached, until `reload`.
+
+        What computes that stage reloads it first.
+        """
+        with self.lock:
+            for module in self.modules_of(stage):
+                module.to("meta")
+            self.unloaded.add(stage)
+
+    def reload(self, stage: str) -> None:
+        """Read the weights of an unloaded stage from the file again; they are equal bit for bit."""
+        from gouache.model.load import fill
+
+        with self.lock, torch.inference_mode(False), torch.no_grad():
+            if stage in self.unloaded:
+                fill(self, stage)
+                if stage in self.upcast:
+                    for module in self.modules_of(stage):
+                        module.float()
+                self.unloaded.remove(stage)
+
     def exclusive(self) -> Lease:
         """A lease without adapters: within it, no other request uses the model and none of its adapters is attached."""
         from gouache.model.lease import Lease
@@ -235,6 +259,7 @@ class Model:
         return Lease(self)
 
     def _finite(self, stage: str, compute: Callable[[], T], valid: Callable[[T], bool]) -> T:
+        self.reload(stage)
         try:
             return self.core.finite(stage, self.modules_of(stage), compute, valid)
         except NotFinite:

@@ -150,8 +150,9 @@ def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
 
 
 def _result(run: Run, position: Position) -> Result:
+    means = dict(averages(run) or {})  # nothing changes them any more
+    run.optimizer.state.clear()  # its memory is more than that of the copies
     last = {name: tensor.clone() for name, tensor in weights(run).items()}
-    means = {name: tensor.clone() for name, tensor in (averages(run) or {}).items()}
     reason: Literal["steps", "patience", "stopped"] = "stopped"
     if position.step >= run.settings.steps:
         reason = "steps"

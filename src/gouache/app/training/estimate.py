@@ -1,60 +1,69 @@
 """What a run will take, before it is started: steps, time, disk and memory. `gouache train ... --dry-run`.
 
-The memory is that of one step on the meta device, where tensors have no data; the time that of a few real steps.
+Memory and disk are found without reading a weight, so that what does not fit is not tried. If it fits, the time is that
+of a few real steps.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import shutil
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gouache.app.model import Model
+from gouache.app import machine
 from gouache.app.settings import Settings
-from gouache.app.training import prepare
+from gouache.app.training import memory_use, prepare
+from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
+from gouache.app.training.memory_use import MemoryUse, available
+from gouache.app.training.out_of_memory import ways_to_save
 from gouache.app.training.prepare import OnNote, Prepared
-from gouache.diffusion.conditioning import Conditioning
-from gouache.errors import FileError
-from gouache.families.found import Found
-from gouache.families.identify import identify
-from gouache.files.record import ModelFile
-from gouache.files.source import TORCH_NAMES, size_text
-from gouache.model import load as loading
-from gouache.outside import open_outside
-from gouache.prompts.encode import Sizes
-from gouache.training import checkpointing, optimizers
-from gouache.training.batch import Batch
-from gouache.training.memory import peak_bytes
-from gouache.training.objective import Group
+from gouache.files.source import size_text
+from gouache.model import residency
+from gouache.model.model import Model
+from gouache.training import snapshot
+from gouache.training.batches import Batches
+from gouache.training.retention import is_multiple
 from gouache.training.run_settings import RunSettings
+from gouache.training.settings import Settings as LoopSettings
+from gouache.training.step import accumulate_gradients, clip_gradients, update
+from gouache.training.targets.adapter import AdapterTarget
 from gouache.wording import plural
 
 _TIMED = 3  # steps that are timed, after one that is not
-_KERNELS = 1.06  # scratch memory of kernels and what an allocator keeps, as a factor of the tensors'
-_CHECKPOINT_PARTS = 4  # weights, two moments, average: the largest usual checkpoint
+_MOST_EXAMPLES = 20_000  # whose entries in the caches are counted
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes and seconds; `advice` says what to change if `fits` is False."""
+    """Bytes and seconds; `advice` says what to change if `fits` is False.
+
+    `memory_bytes` is the most that the run takes for itself on `device`, of which `memory_free` can be had.
+    `mapped_bytes` are weights that are read from the model's file at every step: without memory for them too, the run
+    is as slow as the disk. `checkpoint_bytes` is the size of one checkpoint, of which `checkpoints` are kept at most.
+    `class_pictures` are painted before the first step.
+    """
 
     steps: int
     epochs: float
     pictures: int
+    class_pictures: int
     step_seconds: float
     cache_bytes: int
     checkpoint_bytes: int
-    free_bytes: int
+    checkpoints: int
+    output_bytes: int
+    disk_free: int
     memory_bytes: int
-    memory_there: int
+    mapped_bytes: int
+    memory_free: int
     device: str
     advice: tuple[str, ...]
 
@@ -63,180 +72,128 @@ class Estimate:
         return not self.advice
 
     def lines(self) -> Iterator[str]:
-        seconds = self.steps * self.step_seconds
-        duration = (
-            f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else "1 min"
-        )
         yield f"{plural(self.pictures, 'picture')}, {self.steps} steps, {self.epochs:.1f} epochs"
-        if math.isnan(seconds):
+        if self.class_pictures:
+            yield f"first   {plural(self.class_pictures, 'picture')} of the class are painted"
+        if math.isnan(self.step_seconds):
             yield "time    not measured, because the memory is not enough"
         else:
-            yield f"time    {duration}, {self.step_seconds:.2f} s per step, without samples"
+            yield (
+                f"time    {_duration(self.steps * self.step_seconds)}, {self.step_seconds:.2f} s per step, without "
+                "samples and validation"
+            )
         yield (
-            f"disk    {size_text(self.cache_bytes)} of caches, {size_text(self.checkpoint_bytes)} of checkpoints; "
-            f"{size_text(self.free_bytes)} are free"
+            f"disk    {size_text(self.cache_bytes)} of caches, {plural(self.checkpoints, 'checkpoint')} of "
+            f"{size_text(self.checkpoint_bytes)}, {size_text(self.output_bytes)} for the result; "
+            f"{size_text(self.disk_free)} are free"
         )
-        yield f"memory  {size_text(self.memory_bytes)} of {self.device}'s {size_text(self.memory_there)}"
+        mapped = f", and {size_text(self.mapped_bytes)} of the model's file" if self.mapped_bytes else ""
+        yield f"memory  {size_text(self.memory_bytes)}{mapped}; {size_text(self.memory_free)} are free on {self.device}"
         yield from (f"advice  {line}" for line in self.advice)
 
 
 def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_note: OnNote) -> Estimate:
     """Nothing is written but for temporary files. Raises GouacheError for whatever a run would refuse."""
+    _, found = prepare.check_model(settings, user)
+    device = residency.device(settings.device or user.device)
+    class_pictures = 0 if settings.loss.prior == "none" else settings.data.class_pictures
+    settings = _settled(settings, device, trainable(found).channels, user)
     with tempfile.TemporaryDirectory(prefix="gouache-") as scratch:
         trial = RunFolder(Path(scratch))
-        with prepare.prepared(
-            settings, trial, user, on_note=on_note, on_work=lambda what, done, total: None, fill_caches=False
-        ) as ready:
-            return _measured(ready, folder)
-
-
-def _measured(ready: Prepared, folder: RunFolder) -> Estimate:
-    settings, train, batches = ready.settings, ready.settings.train, ready.batches
-    epoch = max(1, len(batches))
-    needs = batches.needs(range(min(train.steps * train.accumulate, 8 * epoch)))
-    groups = ready.objective.parameter_groups()
-    trained = sum(parameter.nbytes for group in groups for parameter in group.parameters.values())
-    count = train.keep + train.keep_best + (train.steps // train.keep_every if train.keep_every else 0)
-    checkpoint = trained * _CHECKPOINT_PARTS * (count + 1)  # one more while it is written
+        pictures = prepare.read_pictures(settings, trial, on_note)
+        class_pictures = max(0, class_pictures - sum(each.regularization for each in pictures.training))
+        model = prepare.load_model(settings, user, on_note, torch.device("meta"))
+        target = prepare.make_target(settings, model, user)
+        with prepare.make_batches(settings, trial, model, target, pictures.training) as batches:
+            cache, epoch = _cache_bytes(settings, batches, model), max(1, len(batches))
+            if isinstance(target, AdapterTarget):
+                target.detach()
+            used = memory_use.memory_use(settings, model, device, batches, user)
+        output = used.trained if settings.adapter.form != "none" else model.file.nbytes
+        free, seconds = available(device), math.nan
+        if used.peak + used.mapped < free:
+            quiet = {"on_note": lambda line: None, "on_work": lambda what, done, total: None}
+            with prepare.prepared(settings, trial, user, **quiet, fill_caches=False) as ready:
+                seconds = _step_seconds(ready)
+    width, height = max((row.crop.size for row in batches.rows), key=lambda size: size[0] * size[1])
+    cache += class_pictures * 3 * width * height  # as noise; their latents are a few kilobytes each
+    count = _kept(settings.train, epoch, seconds)
     existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    memory = memory_of(ready)
-    device = ready.model.device
-    there = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else _computer_memory()
-    seconds = _step_seconds(ready, groups) if memory < there else math.nan
-    advice = tuple(_advice(settings, needs.bytes + checkpoint, free, memory, there))
+    disk, disk_free = cache + (count + 1) * used.checkpoint + output, shutil.disk_usage(existing).free
     return Estimate(
-        steps=train.steps,
-        epochs=train.steps * train.accumulate / epoch,
-        pictures=len(ready.pictures.training),
+        steps=settings.train.steps,
+        epochs=settings.train.steps * settings.train.accumulate / epoch,
+        pictures=len(pictures.training),
+        class_pictures=class_pictures,
         step_seconds=seconds,
-        cache_bytes=needs.bytes if settings.data.cache else 0,
-        checkpoint_bytes=checkpoint,
-        free_bytes=free,
-        memory_bytes=memory,
-        memory_there=there,
+        cache_bytes=cache,
+        checkpoint_bytes=used.checkpoint,
+        checkpoints=count,
+        output_bytes=output,
+        disk_free=disk_free,
+        memory_bytes=used.peak,
+        mapped_bytes=used.mapped,
+        memory_free=free,
         device=str(device),
-        advice=advice,
+        advice=tuple(_advice(settings, disk, disk_free, used, free)),
     )
 
 
-def memory_of(ready: Prepared) -> int:
-    """The bytes that a run needs at its peak, without running it: one step of a copy of the model on the meta device.
-
-    On the CPU, weights that are mapped from the file in the dtype of the run are not counted: the system can drop them.
-    """
-    settings, model = ready.settings, ready.model
-    copy = loading.load(
-        model.file, model.found, device="meta", dtype=model.dtype, vae=_vae_of(model), model_class=type(model)
+def _settled(settings: RunSettings, device: torch.device, channels: int, user: Settings) -> RunSettings:
+    """The settings for a trial: with the dtype that a run would choose, and without class pictures to be painted."""
+    dtype = settings.memory.dtype or ("fp32" if settings.adapter.form == "none" else user.dtype)
+    dtype = dtype or residency.dtype_name(machine.best_dtype(device, channels, user))
+    memory = settings.memory.model_copy(update={"dtype": dtype})
+    return settings.model_copy(
+        update={"memory": memory, "data": settings.data.model_copy(update={"class_pictures": 0})}
     )
-    for network in (copy.unet, copy.vae, *copy.text_encoders.values()):
-        network.requires_grad_(False)
-    target = prepare.make_target(settings, copy, model.settings)
-    for network in (copy.unet, *copy.text_encoders.values()) if settings.memory.checkpointing else ():
-        checkpointing.enable(network)
-    objective = replace(
-        ready.objective,
-        denoiser=copy.denoiser,
-        networks=target.networks,
-        target=target,
-        encode=prepare.text_encoder(settings, copy),
-        unconditional=ready.objective.unconditional.to("meta"),
-    )
-    groups, batch = objective.parameter_groups(), _largest_batch(ready)
-    trained = [parameter for group in groups for parameter in group.parameters.values()]
-
-    def step() -> None:
-        optimizer = optimizers.build(settings.train, groups)
-        for number in range(2):  # the moments exist from the first step on
-            objective.losses(batch, number)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    peak = peak_bytes(step)
-    weights = sum(parameter.nbytes for parameter in trained)
-    frozen = [each for network in (copy.unet, *(copy.text_encoders.values() if target.trains_text else ()))
-              for each in network.parameters() if not each.requires_grad]  # fmt: skip
-    weights += sum(each.nbytes for each in frozen) if not _is_mapped(model) else 0
-    averages = sum(each.numel() * 4 for each in trained) if settings.train.ema_decay else 0
-    return round(_KERNELS * (peak + weights + averages)) + _private_memory()
 
 
-def _vae_of(model: Model) -> tuple[ModelFile, Found] | None:
-    return None if model.vae_file is None else (model.vae_file, identify(model.vae_file))
+def _cache_bytes(settings: RunSettings, batches: Batches, model: Model) -> int:
+    """The latents and captions of all steps, or of as many as are counted in a moment."""
+    if not settings.data.cache:
+        return 0
+    width = model.unet.spec.context_dim + model.unet.spec.vector_channels / 77
+    count = min(settings.train.steps * settings.train.accumulate, max(1, _MOST_EXAMPLES // settings.train.batch))
+    return batches.needs(range(count), round(77 * width * 4)).bytes
 
 
-def _is_mapped(model: Model) -> bool:
-    """Whether the U-Net's weights are pages of its file."""
-    part = model.found.component("unet")
-    return model.device.type == "cpu" and TORCH_NAMES[part.dtype.value] == str(model.dtype).removeprefix("torch.")
+def _kept(train: LoopSettings, epoch: int, step_seconds: float) -> int:
+    """The most checkpoints that are kept at once."""
+    by_time = train.save_seconds / step_seconds if step_seconds > 0 else train.save_seconds
+    every = [train.save_steps, train.keep_every, train.save_epochs * epoch // train.accumulate, math.ceil(by_time)]
+    steps = range(1, train.steps + 1)
+    saved = [step for step in steps if step == train.steps or any(is_multiple(step, each) for each in every)]
+    older = saved[: -train.keep]
+    marked = sum(is_multiple(step, train.keep_every) for step in older)
+    validated = sum(train.is_due(step, train.validate_steps) for step in steps if step < saved[-train.keep :][0])
+    return min(train.keep, len(saved)) + marked + min(train.keep_best, validated)
 
 
-def _largest_batch(ready: Prepared) -> Batch:
-    """A batch of the largest size, on the meta device."""
-    batches = ready.batches
-    largest = max((row.crop.size for row in batches.rows), key=lambda size: size[0] * size[1])
-    count, factor = ready.settings.train.batch, ready.model.vae.spec.factor
-    spec = ready.model.unet.spec
-    latents = torch.empty(count, spec.out_channels, largest[1] // factor, largest[0] // factor, device="meta")
-    sizes = tuple(Sizes(largest) for _ in range(count))
-    concat = None
-    if spec.in_channels > spec.out_channels or ready.settings.model.inpainting:
-        channels = prepare.INPAINTING_CHANNELS - spec.out_channels
-        concat = torch.empty(count, channels, *latents.shape[2:], device="meta")
-    if ready.target.trains_text:
-        return Batch(latents, captions=("a",) * count, sizes=sizes, concat=concat)
-    context = torch.empty(count, 77, spec.context_dim, device="meta")
-    vector = torch.empty(count, spec.vector_channels, device="meta") if spec.vector_channels else None
-    return Batch(latents, Conditioning(context, vector, concat))
-
-
-def _step_seconds(ready: Prepared, groups: list[Group]) -> float:
-    """The time of a step: some are run, with an optimizer of their own, and nothing is kept of them."""
+def _step_seconds(ready: Prepared) -> float:
+    """The time of a step: some are run as the loop does it, and nothing is kept of them."""
     train = ready.settings.train
-    parameters = [parameter for group in groups for parameter in group.parameters.values()]
-    before = [parameter.detach().clone() for parameter in parameters]
-    optimizer = optimizers.build(train, groups)
+    run = snapshot.begin(ready.objective, train)
     seconds = []
-    try:
-        for number in range(_TIMED + 1):
-            began = time.perf_counter()
-            for part in range(train.accumulate):
-                ready.objective.losses(ready.batches(part), part)["loss"].backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if number:
-                seconds.append(time.perf_counter() - began)
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, before):
-                parameter.copy_(value)
-    return min(seconds)
+    for step in range(_TIMED + 1):
+        began = time.perf_counter()
+        accumulate_gradients(run, ready.batches, 0)
+        clip_gradients(run)
+        update(run, step)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
 
 
-def _private_memory() -> int:
-    """The private memory of this process now, in bytes: what Python and the libraries take."""
-    try:
-        with open_outside("/proc/self/status") as file:
-            fields = dict(line.split(":", 1) for line in file.read().decode().splitlines())
-        return int(fields["RssAnon"].split()[0]) * 1024
-    except (FileError, KeyError, ValueError):
-        return 300_000_000
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else "1 min"
 
 
-def _computer_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _advice(settings: RunSettings, disk: int, free: int, memory: int, there: int) -> Iterator[str]:
-    if disk > free:
-        yield f"the disk needs {size_text(disk)}: keep fewer checkpoints (train.keep), or free some space"
-    if memory > there:
-        ways = []
-        if settings.train.batch > 1:
-            ways.append(f"train.batch below {settings.train.batch}, with train.accumulate to make up for it")
-        if not settings.memory.checkpointing:
-            ways.append("memory.checkpointing = true")
-        if settings.adapter.form == "none":
-            ways.append("a LoRA instead of the weights (adapter.form = lora)")
-        ways.append("a smaller data.resolution")
-        yield f"the memory needs {size_text(memory)}: set {'; or '.join(ways)}"
+def _advice(settings: RunSettings, disk: int, disk_free: int, used: MemoryUse, free: int) -> Iterator[str]:
+    if disk > disk_free:
+        yield (
+            f"the disk needs {size_text(disk)}, {size_text(disk_free)} are free: keep fewer checkpoints (train.keep, "
+            "train.keep_best, train.keep_every), or free some space"
+        )
+    if used.peak + used.mapped > free:
+        needed = size_text(used.peak + used.mapped)
+        yield f"the memory needs {needed}, {size_text(free)} are free: {ways_to_save(settings)}"

@@ -43,7 +43,7 @@ from gouache.files.open import open_model
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.prompts.encode import Sizes, encode
-from gouache.training import checkpointing, optimizers
+from gouache.training import checkpointing, memory, optimizers
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.denoising import Denoising
@@ -128,6 +128,7 @@ def prepared(
         validation = make_validation(settings, folder, model, target, pictures, objective)
         if fill_caches and settings.data.cache:
             _fill(settings, batches, on_work)
+            free_encoders(settings, model, target)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
     finally:
         batches.close()
@@ -135,16 +136,18 @@ def prepared(
             target.detach()
 
 
-def load_model(settings: RunSettings, user: Settings, on_note: OnNote) -> Model:
-    """The model in the dtype for training. Raises GouacheError, also if its file is not that of the settings."""
+def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:
+    """The model in the dtype for training. Raises GouacheError, also if its file is not that of the settings.
+
+    `device` is that of the settings, or the meta device.
+    """
     chosen = settings.model
-    device = settings.device or user.device
     dtype = settings.memory.dtype or None
     if dtype is None and settings.adapter.form == "none":
         dtype = "fp32"
     model = loading.load(
         chosen.name,
-        device=device,
+        device=device or settings.device or user.device,
         dtype=dtype,
         prediction=chosen.prediction or None,
         family=chosen.family or None,
@@ -274,6 +277,7 @@ def text_encoder(
     """Encodes captions as plain text, without weights and brackets; the vector without sizes if none are given."""
 
     def run(texts: Sequence[str], sizes: Sequence[Sizes] | None) -> Conditioning:
+        model.reload("text encoder")
         return encode(
             texts,
             model.tokenizer,
@@ -288,6 +292,16 @@ def text_encoder(
         )
 
     return run
+
+
+def free_encoders(settings: RunSettings, model: Model, target: AdapterTarget | WeightsTarget) -> None:
+    """Free the weights of what only fills the caches; it is read again when something is painted or not cached yet."""
+    if not settings.data.cache:
+        return
+    model.unload("VAE")
+    if not target.trains_text:
+        model.unload("text encoder")
+    memory.trim()
 
 
 def make_objective(

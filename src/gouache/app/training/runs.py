@@ -15,15 +15,15 @@ from pathlib import Path
 
 from gouache.app import hashes
 from gouache.app.settings import Settings
-from gouache.app.training import export, prepare
+from gouache.app.training import export, out_of_memory, prepare
 from gouache.app.training.folder import RunFolder, is_run
 from gouache.app.training.prepare import OnNote, OnWork, Prepared
 from gouache.app.training.samples import Samples, requests_of
-from gouache.errors import FileError, GouacheError, RequestError, printable
+from gouache.errors import FileError, GouacheError, RequestError, is_out_of_memory, printable
 from gouache.files.open import open_model
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
-from gouache.training import loop, run_settings
+from gouache.training import loop, memory, run_settings
 from gouache.training.loop import Progress
 from gouache.training.run_settings import RunSettings, template
 
@@ -89,7 +89,10 @@ def run(
     pictures = prepare.read_pictures(settings, folder, on_note, user)
     _write_settings(settings, folder)
     work = on_work or (lambda what, done, total: None)
-    with prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready:
+    with (
+        out_of_memory.explained(settings, folder),
+        prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready,
+    ):
         samples = _samples(ready, folder)
         result = loop.train(
             ready.objective,
@@ -98,7 +101,7 @@ def run(
             folder.path,
             on_log=on_progress,
             validate=ready.validation,
-            on_preview=lambda step: _paint(samples, step, on_note),
+            on_preview=lambda step: _paint(ready, samples, step, on_note),
             preview_steps=_moments(settings),
             should_stop=should_stop,
             seconds=seconds,
@@ -137,12 +140,20 @@ def _samples(ready: Prepared, folder: RunFolder) -> Samples:
     return Samples(ready.model, requests, folder.samples)
 
 
-def _paint(samples: Samples, step: int, on_note: OnNote) -> None:
+def _paint(ready: Prepared, samples: Samples, step: int, on_note: OnNote) -> None:
     """A sample that cannot be painted does not end a run."""
     try:
+        memory.trim()  # what the steps leave is in small pieces
+        ready.model.reload("text encoder")  # before a prompt attaches adapters to it
         samples.paint(step)
     except GouacheError as error:
         on_note(f"no samples at step {step}: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        on_note(f"no samples at step {step}: {out_of_memory.reason(error)}")
+    finally:
+        prepare.free_encoders(ready.settings, ready.model, ready.target)
 
 
 def _moments(settings: RunSettings) -> range | frozenset[int]:

@@ -1,0 +1,189 @@
+"""The memory that a run needs, phase by phase, before a weight is read: networks whose tensors have no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gouache.app.model import Model
+from gouache.app.settings import Settings
+from gouache.app.training import prepare
+from gouache.data.buckets import Size
+from gouache.diffusion.conditioning import Conditioning
+from gouache.errors import FileError
+from gouache.families.identify import identify
+from gouache.files.source import TORCH_NAMES
+from gouache.model import residency
+from gouache.nn.vae import Autoencoder
+from gouache.outside import open_outside
+from gouache.prompts.encode import Sizes
+from gouache.training import checkpointing, snapshot
+from gouache.training.batch import Batch
+from gouache.training.batches import Batches
+from gouache.training.memory import Simulation
+from gouache.training.run_settings import RunSettings
+from gouache.training.step import accumulate_gradients, clip_gradients, update
+from gouache.training.targets.adapter import AdapterTarget
+from gouache.training.targets.weights import WeightsTarget
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes. `peak` is the memory that the run takes for itself on its device; `mapped` are weights that it reads from
+    the model's file at every step, which the system can drop and read again. `checkpoint` is the size of one on disk,
+    `trained` that of the trained weights.
+    """
+
+    peak: int
+    mapped: int
+    checkpoint: int
+    trained: int
+
+
+# The GNU C library keeps freed blocks of less than 32 MB, and what it cannot fill again is lost. Of a U-Net's step at
+# 256 px, tensors take 387 MB in float32 and 285 MB in bf16. Measured were 389 and 281 MB where every block was returned
+# at once (MALLOC_MMAP_THRESHOLD_=65536), 590 and 430 MB as usual; of samples after some steps 1.6 to 2.3 times.
+_HEAP, _HEAP_OF_SAMPLES = 1.5, 1.8
+# What oneDNN's kernels and their caches keep, measured as the growth of a process over its first steps.
+_KERNELS = 30_000_000
+
+Target = AdapterTarget | WeightsTarget
+
+
+def memory_use(
+    settings: RunSettings, model: Model, device: torch.device, batches: Batches, user: Settings
+) -> MemoryUse:
+    """That of the run with `settings` on `device`. `model` is on the meta device, and not to be used afterwards.
+
+    The batches are used for their sizes alone.
+    """
+    simulated = Simulation(device)
+    networks = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
+    if isinstance(model.vae, Autoencoder):
+        model.vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as `Core` does at first use
+    simulated.convert(*networks.values())
+    model.core.device = device
+    with simulated.only():
+        target = prepare.make_target(settings, model, user)
+    simulated.fill_buffers(*target.networks.values())
+    private = _private_bytes(model, target, device)
+    for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
+        checkpointing.enable(network)
+    size = max((row.crop.size for row in batches.rows), key=lambda each: each[0] * each[1])
+    objective = prepare.make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
+    train = settings.train.model_copy(update={"accumulate": min(2, settings.train.accumulate)})
+    batch = _largest_batch(settings, simulated, model, target, size)
+    checkpoint = kept = 0
+
+    def steps() -> object:
+        nonlocal checkpoint
+        run = snapshot.begin(objective, train)
+        for number in range(2):  # the moments exist from the first step on
+            accumulate_gradients(run, lambda number: batch, number * train.accumulate)
+            clip_gradients(run)
+            update(run, number)
+        checkpoint = snapshot.estimated_bytes(run)
+        return run
+
+    step, kept = simulated.measure(steps)
+    encode, _ = simulated.measure(lambda: _encode(simulated, model, size))
+    sample, _ = simulated.measure(lambda: _sample(simulated, model, size))
+    trained = sum(each.nbytes for group in target.groups() for each in group.parameters.values())
+    heap, heap_of_samples, scratch, own = 1.0, 1.0, 0, 0
+    if device.type == "cpu":
+        heap, heap_of_samples, own = _HEAP, _HEAP_OF_SAMPLES, _own_memory() + _KERNELS
+        scratch = max(each.nbytes for each in model.unet.parameters())
+    encoders = private["vae"] + sum(private[name] for name in model.text_encoders)
+    networks_always = private["unet"] + private.get("adapter", 0)
+    if not settings.data.cache:
+        networks_always, encoders = networks_always + encoders, 0
+    elif target.trains_text:
+        networks_always, encoders = networks_always + encoders - private["vae"], private["vae"]
+    lasting = min(step, kept + trained)  # with the gradients, which are as large as what is trained
+    averaged = trained if settings.train.ema_decay else 0  # the last weights, while the averages are painted with
+    peak = max(
+        lasting + heap * (step - lasting) + scratch,
+        encoders + heap * encode,
+        encoders + kept + averaged + heap_of_samples * sample + scratch,
+    )
+    mapped = sum(each.nbytes for each in model.unet.parameters()) - private["unet"]
+    return MemoryUse(round(own + networks_always + peak), mapped, checkpoint, trained)
+
+
+def _private_bytes(model: Model, target: Target, device: torch.device) -> dict[str, int]:
+    """The bytes of the weights of each network that are not pages of a file."""
+    vae_found = model.found if model.vae_file is None else identify(model.vae_file)
+    found = {"vae": vae_found} | dict.fromkeys(("unet", *model.text_encoders), model.found)
+    networks = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
+    result: dict[str, int] = {}
+    for name, network in networks.items():
+        part = found[name].components.get(name)
+        in_file = part is not None and TORCH_NAMES[part.dtype.value] == str(model.dtype).removeprefix("torch.")
+        mapped = device.type == "cpu" and in_file
+        trained = target.networks.get(name) is not None
+        result[name] = sum(
+            each.nbytes
+            for each in network.parameters()
+            # some convolutions are copied to another memory format
+            if not mapped or trained or (each.ndim == 4 and not each.is_contiguous())
+        )
+    if isinstance(target, AdapterTarget):
+        result["adapter"] = sum(each.nbytes for network in target.networks.values() for each in network.parameters())
+    return result
+
+
+def _largest_batch(settings: RunSettings, simulated: Simulation, model: Model, target: Target, size: Size) -> Batch:
+    count, spec, factor = settings.train.batch, model.unet.spec, model.vae.spec.factor
+    latents = simulated.empty(count, spec.out_channels, size[1] // factor, size[0] // factor)
+    concat = None
+    if spec.in_channels > spec.out_channels:
+        concat = simulated.empty(count, spec.in_channels - spec.out_channels, *latents.shape[2:])
+    if target.trains_text:
+        return Batch(latents, captions=("a",) * count, sizes=(Sizes(size),) * count, concat=concat)
+    return Batch(latents, Conditioning(*_conditioning(simulated, model, count), concat=concat))
+
+
+def _conditioning(simulated: Simulation, model: Model, count: int) -> tuple[Tensor, Tensor | None]:
+    spec = model.unet.spec
+    vector = simulated.empty(count, spec.vector_channels) if spec.vector_channels else None
+    return simulated.empty(count, 77, spec.context_dim), vector
+
+
+@torch.no_grad()
+def _encode(simulated: Simulation, model: Model, size: Size) -> object:
+    return model.core.encode(simulated.empty(1, 3, size[1], size[0]))
+
+
+@torch.no_grad()
+def _sample(simulated: Simulation, model: Model, size: Size) -> object:
+    """One evaluation with guidance, and the picture."""
+    spec, factor = model.unet.spec, model.vae.spec.factor
+    latents = simulated.empty(2, spec.in_channels, size[1] // factor, size[0] // factor)
+    context, vector = _conditioning(simulated, model, 2)
+    dtype = next(model.unet.parameters()).dtype
+    model.unet(latents.to(dtype), torch.ones(2), context.to(dtype), *([] if vector is None else [vector.to(dtype)]))
+    return model.core.decode(simulated.empty(1, model.vae.spec.latent_channels, *latents.shape[2:]))
+
+
+def available(device: torch.device) -> int:
+    """The bytes of memory that a run can have on `device` now, with what this process has already."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    try:
+        with open_outside("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file.read().decode().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024 + _own_memory()
+    except (FileError, KeyError, ValueError):
+        return residency.total_memory(device) or 1 << 62
+
+
+def _own_memory() -> int:
+    """The private memory of this process now, in bytes."""
+    try:
+        with open_outside("/proc/self/status") as file:
+            fields = dict(line.split(":", 1) for line in file.read().decode().splitlines())
+        return int(fields["RssAnon"].split()[0]) * 1024
+    except (FileError, KeyError, ValueError):
+        return 300_000_000

@@ -1,0 +1,88 @@
+"""What `--dry-run` predicts, compared with what runs leave on disk, and how it depends on the settings.
+
+Memory and time are compared with measurements by `benchmarks.dry_run`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gouache.app.settings import Settings
+from gouache.app.training import estimate
+from gouache.app.training.estimate import Estimate
+from gouache.app.training.folder import RunFolder
+from gouache.cli import main
+from gouache.training.run_settings import template
+
+from .small_runs import Narrows, make_pictures, run, settings_of
+
+WEIGHTS: dict[str, Any] = {"mode": "finetune", "adapter": {"form": "none"}}
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    return make_pictures(tmp_path / "pictures")
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize("tables", [{}, {**WEIGHTS, "train": {"ema_decay": 0.9, "save_steps": 1, "keep": 3}}])
+def test_the_disk_is_what_a_run_then_takes(
+    tables: dict[str, Any], narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+):
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", **tables)
+    found = estimate.estimate(chosen, RunFolder(tmp_path / "run"), settings, on_note=lambda line: None)
+    assert found.fits and found.step_seconds > 0 and not (tmp_path / "run").exists()
+    run(chosen, tmp_path / "run", settings)
+
+    steps = list((tmp_path / "run").glob("step-*"))
+    assert found.checkpoints == len(steps)
+    assert found.checkpoints * found.checkpoint_bytes == pytest.approx(sum(map(size, steps)), rel=0.15)
+    assert found.cache_bytes == pytest.approx(size(tmp_path / "run" / "cache"), rel=0.15, abs=4096)
+
+
+def memory(file: Path, pictures: Path, user: Settings, monkeypatch: pytest.MonkeyPatch, **tables: Any) -> Estimate:
+    monkeypatch.setattr(estimate, "available", lambda device: 1)  # nothing is run
+    monkeypatch.setattr("gouache.app.training.memory_use._own_memory", lambda: 0)
+    chosen = settings_of(file, pictures, Path("out.safetensors"), **tables)
+    return estimate.estimate(chosen, RunFolder(Path("none")), user, on_note=lambda line: None)
+
+
+def test_memory_depends_on_the_settings(
+    narrow: Narrows, pictures: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    def of(**tables: Any) -> int:
+        tables["data"] = {"resolution": [256], "cache": True}
+        return memory(narrow("sd1").file, pictures, settings, monkeypatch, **tables).memory_bytes
+
+    usual = of(train={"batch": 4})
+    assert of(train={"batch": 8}) > usual
+    assert of(train={"batch": 4}, memory={"checkpointing": True}) < usual
+    trained = of(train={"batch": 4}, **WEIGHTS)
+    assert trained > usual
+    assert of(train={"batch": 4, "ema_decay": 0.9}, **WEIGHTS) > trained
+    assert of(train={"batch": 4, "optimizer": "adafactor"}, **WEIGHTS) < trained
+
+
+def test_what_does_not_fit_is_named_with_what_to_change_and_the_exit_code_is_1(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", **WEIGHTS)
+    (tmp_path / "run.toml").write_text(template(chosen))
+    monkeypatch.setattr(estimate, "available", lambda device: 50_000_000)
+    monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: estimate.shutil._ntuple_diskusage(9, 9, 1_000_000))
+    monkeypatch.setattr("sys.argv", ["gouache", "train", "run", str(tmp_path / "run.toml"), "--dry-run"])
+
+    with pytest.raises(SystemExit) as ended:
+        main.main()
+
+    assert ended.value.code == 1
+    advice = [line for line in capsys.readouterr().out.splitlines() if line.startswith("advice")]
+    assert len(advice) == 2
+    assert "disk" in advice[0] and "train.keep" in advice[0]
+    assert "memory" in advice[1] and "adapter.form = lora" in advice[1] and "train.batch below 2" in advice[1]
