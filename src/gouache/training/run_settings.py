@@ -50,6 +50,7 @@ class ModelSettings(Table):
         False, "Train on noise levels whose last has no signal; the exported file is marked."
     )
     clip_skip: int = setting(0, "Layer of the text encoders, from the end; 0: the model's own.", ge=0)
+    resume: bool = setting(False, "Go on with the moments and the step in a training checkpoint of PyTorch Lightning.")
 
 
 class DataSettings(Table):
@@ -150,12 +151,13 @@ class ValidationSettings(Table):
 
 
 class SampleSettings(Table):
-    prompts: list[str] = setting([], "Painted at the moments below; empty: one made of the trigger word.")
+    prompts: list[str] = setting([], "Painted at the moments below; empty: the first caption.")
     negative: str = setting("", "Negative prompt of all.")
-    every: int = setting(0, "Steps between samples; 0: at the start, the middle and the end.", ge=0)
+    every: int = setting(0, "Steps between samples; 0: at the start, each quarter and the end.", ge=0)
     steps: int = setting(0, "Sampling steps; 0: the default of `paint`.", ge=0)
     seed: int = setting(1, "Seed of the first sample; it is the same at every moment.", ge=0)
     sampler: str = setting("", "Sampler; empty: the default of `paint`.")
+    last: bool = setting(True, "With averages (EMA): paint with the last weights too.")
 
 
 class MemorySettings(Table):
@@ -172,6 +174,9 @@ class RunSettings(Table):
     device: str = setting("", "cpu, cuda, mps; empty: the best there is.")
     lineage: Literal["none", "hashed", "plain"] = setting(
         "hashed", "What the file says of its data: nothing, hashes, or names and tag counts as kohya's."
+    )
+    tensorboard: Literal["auto", "yes", "no"] = setting(
+        "auto", "Write TensorBoard files into the run's folder; auto: if tensorboardX is installed."
     )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
@@ -238,7 +243,7 @@ ALIASES: Mapping[str, str] = {
 `cache_latents` are switches there; see `read_overrides`."""
 
 TABLES = {name: field.annotation for name, field in RunSettings.model_fields.items() if name not in (
-    "mode", "output", "device", "lineage")}  # fmt: skip
+    "mode", "output", "device", "lineage", "tensorboard")}  # fmt: skip
 
 
 def read(path: Path) -> RunSettings:

@@ -15,6 +15,7 @@ from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
+from gouache.files.record import ModelFile
 from gouache.model import residency
 from gouache.nn.spec import UNetSpec
 from gouache.training import run_settings
@@ -43,10 +44,12 @@ def choose(
     if mode not in get_args(Mode):
         raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(get_args(Mode))}")
     path = names.resolve(model, settings)
-    found = identify(open_model(path))
+    file = open_model(path)
+    found = identify(file)
     spec = trainable(found)
     given = run_settings.with_overrides({}, overrides)
     pictures = folders.read(Path(data), Subset(trigger=trigger, class_word=class_word))
+    steps = steps if steps is not None else _given_steps(given)
     device = residency.device(given.get("device") or settings.device)
     small = spec.channels < _FULL_WIDTH
     side = found.size.value[0] if found.size is not None else 512
@@ -71,6 +74,8 @@ def choose(
     if mode == "finetune":
         chosen["adapter"] = {"form": "none"}
         chosen["data"]["caption_dropout"] = 0.1
+    if given.get("model", {}).get("resume") is True:
+        _resume(chosen, file)
     return run_settings.checked(_merged(chosen, given))
 
 
@@ -103,6 +108,8 @@ def _training(mode: str, pictures: int, steps: int | None, small: bool, channels
         "weight_decay": 0.01,
         "ema_decay": 0.0 if mode == "lora" else 0.999,
         "log_steps": max(1, min(50, chosen // 100)),
+        # Some ten validations, so that over-fitting can be seen; in short runs each costs as much as some steps.
+        "validate_steps": min(1000, max(10, chosen // 10)),
     }
 
 
@@ -116,6 +123,20 @@ def _dreambooth(chosen: dict[str, Any], class_word: str, pictures: int) -> None:
         chosen["loss"] = {"prior": "pictures"}
     else:
         chosen["loss"] = {"prior": "none"}
+
+
+def _resume(chosen: dict[str, Any], file: ModelFile) -> None:
+    """Steps are counted on from those in a training checkpoint, whose schedule is not known: the rate is constant."""
+    done = file.extra.get("global_step")
+    if isinstance(done, int):
+        chosen["train"] |= {"steps": done + chosen["train"]["steps"], "schedule": "constant", "warmup": 0}
+
+
+def _given_steps(given: Mapping[str, Any]) -> int | None:
+    """`train.steps` of the overrides, on which other values depend."""
+    table = given.get("train")
+    steps = table.get("steps") if isinstance(table, Mapping) else None
+    return steps if type(steps) is int and steps > 0 else None
 
 
 def _merged(chosen: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
