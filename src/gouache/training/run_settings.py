@@ -31,7 +31,8 @@ def setting(default: Any, sentence: str, **limits: Any) -> Any:
 class Table(BaseModel):
     """A table of the file: unknown keys and impossible values are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Defaults are validated so that a float is one before it was written to a file and read from it.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class ModelSettings(Table):

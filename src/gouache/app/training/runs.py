@@ -66,6 +66,10 @@ def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
 def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
     """The settings in a file, or of a run's folder, with `overrides`, and the folder that the run is or will be in."""
     folder = RunFolder(path) if is_run(path) else None
+    if folder is None and path.is_dir():
+        raise RequestError(
+            "run", f"{printable(str(path))} is not the folder of a training run: it has no settings.toml"
+        )
     file = folder.settings_file if folder is not None else path
     try:
         values = parse_toml(read_text(file))
@@ -146,7 +150,7 @@ def run(
             on_note=on_note,
         )
         path, exported = (
-            (Path(settings.output), _export(ready, folder, result, on_note)) if result.finished else (None, 0)
+            (_near(Path(settings.output)), _export(ready, folder, result, on_note)) if result.finished else (None, 0)
         )
     command = _command(settings, ready, path)
     return Finished(folder.path, result.step, path, command, settings.train.steps, exported, result.signal)
@@ -197,6 +201,12 @@ def _absolute(settings: RunSettings, user: Settings) -> RunSettings:
             ),
         }
     )
+
+
+def _near(path: Path) -> Path:
+    """`path` as it is named from the present folder, if it is in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _resumed(settings: RunSettings, folder: RunFolder, step: int) -> str:

@@ -20,8 +20,9 @@ from gouache.wording import plural
 class Status:
     """`step` is that of the newest measurement, `saved` the steps of the checkpoints, `bytes` their size.
 
-    `validation` is the newest validation loss, `best` the lowest, of step `best_step`. `left` are the seconds until the
-    last step at the present speed, None if it is not known. `early`: patience has ended the run before its last step.
+    `window` are the last steps, over which the stability is measured. `validation` is the newest validation loss,
+    `best` the lowest, of step `best_step`. `left` are the seconds until the last step at the present speed, None if it
+    is not known. `early`: patience has ended the run before its last step.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Status:
     step: int
     steps: int
     left: float | None
+    window: int
     loss: float | None
     rate: float | None
     validation: float | None
@@ -85,7 +87,8 @@ class Status:
             best = f", lowest {self.best:.4g} at step {self.best_step}" if self.best is not None else ""
             yield f"validation loss {self.validation:.4g}{best}"
         if (found := self.stability).slope is not None and found.spread is not None:
-            yield f"loss over the last steps: {found.slope:+.1%} per 1,000 steps, spread {found.spread:.1%}"
+            change = found.slope * self.window / 1000
+            yield f"loss over the last {plural(self.window, 'step')}: {change:+.1%}, spread {found.spread:.1%}"
         if found.norm is not None:
             gap = f", averages differ from the weights by {found.ema_gap:.2%}" if found.ema_gap is not None else ""
             yield f"gradient norm {found.norm:.3g}{gap}"
@@ -102,7 +105,7 @@ class Status:
 def status(run: RunFolder) -> Status:
     """Raises GouacheError if the run's settings or log cannot be read."""
     settings, lines, values = run.settings(), run.log(), run.state()
-    _, losses = run_folder.curve(lines, "loss")
+    at, losses = run_folder.curve(lines, "loss")
     _, rates = run_folder.curve(lines, "rate")
     measured, validation = run_folder.curve(lines, "validation loss")
     best = min(range(len(validation)), key=validation.__getitem__, default=None)
@@ -116,7 +119,8 @@ def status(run: RunFolder) -> Status:
         running=state.is_locked(run.path),
         step=step,
         steps=steps,
-        left=_left(run, steps - step),
+        left=_left(run, steps - step) if step < steps else None,
+        window=at[-1] - at[-WINDOW:][0] if at else 0,
         loss=losses[-1] if losses else None,
         rate=rates[-1] if rates else None,
         validation=validation[-1] if validation else None,
