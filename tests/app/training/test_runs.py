@@ -7,63 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 import gouache
 from gouache.app.settings import Settings
-from gouache.app.training import runs
 from gouache.app.training.folder import RunFolder
-from gouache.app.training.runs import Finished
 from gouache.errors import GouacheError
-from gouache.training.run_settings import RunSettings, checked
+from gouache.training.run_settings import RunSettings
+from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
 
 Narrows = Callable[[str], Narrow]
 FAMILIES = ("sd1", "sd2", "sdxl")
 FORMS = ("lora", "locon", "loha", "lokr", "dora", "ia3", "oft")
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Five pictures of three shapes with captions."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for number, size in enumerate(((64, 64), (96, 64), (64, 96), (64, 64), (80, 64))):
-        levels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
-        Image.fromarray(levels).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text(f"zorb, number {number}, red")
-    return folder
-
-
-def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunSettings:
-    usual: dict[str, Any] = {
-        "output": str(output),
-        "device": "cpu",
-        "model": {"name": str(file)},
-        "data": {"folder": str(pictures), "resolution": [64], "bucket_step": 8, "workers": 0},
-        "train": {"steps": 4, "batch": 2, "learning_rate": 1e-2, "warmup": 0, "log_steps": 1, "validate_steps": 2},
-        "samples": {"every": 1000, "steps": 2},
-        "memory": {"dtype": "fp32", "autocast": "no"},
-        "validation": {"probe": 1, "timesteps": 2},
-    }
-    for name, value in tables.items():
-        usual[name] = {**usual.get(name, {}), **value} if isinstance(value, dict) else value
-    return checked(usual)
-
-
-def run(settings: RunSettings, folder: Path, user: Settings, stop_after: int | None = None) -> Finished:
-    done = 0
-
-    def stop() -> bool:
-        nonlocal done
-        done += 1
-        return stop_after is not None and done > stop_after
-
-    return runs.run(settings, RunFolder(folder), user, on_note=lambda line: None, should_stop=stop)
 
 
 MODES: dict[str, dict[str, Any]] = {

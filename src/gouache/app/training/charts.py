@@ -58,15 +58,22 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         values = _smoothed(curve.values) if curve.smooth else curve.values
         parts.append(_line(curve.steps, values, place, color, "curve"))
     parts.append("</svg>")
-    keys = "".join(
-        f'<span><i style="background:{_COLORS[number % len(_COLORS)]}"></i>{html.escape(curve.label)}</span>'
-        for number, curve in enumerate(curves)
+    keys = (
+        ""
+        if len(curves) == 1 and curves[0].label == title
+        else "".join(
+            f'<span><i style="background:{_COLORS[number % len(_COLORS)]}"></i>{html.escape(curve.label)}</span>'
+            for number, curve in enumerate(curves)
+        )
     )
     return f'<figure><figcaption>{html.escape(title)}</figcaption>{"".join(parts)}<p class="key">{keys}</p></figure>'
 
 
 def _line(steps: Sequence[float], values: Sequence[float], place: Place, color: str, style: str) -> str:
     steps, values = _thinned(steps, values)
+    if len(steps) == 1:
+        x, y = place(steps[0], values[0])
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, steps, values))
     return f'<polyline points="{points}" stroke="{color}" class="{style}"/>'
 

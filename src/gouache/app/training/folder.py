@@ -78,9 +78,10 @@ class RunFolder:
         """Whether the checkpoint of `step` has averaged weights (EMA)."""
         return (self.checkpoint(step) / "ema.safetensors").exists()
 
-    def state(self) -> Mapping[str, Any]:
-        """The values of the newest checkpoint; empty if there is none. Raises FileError."""
-        for path in reversed(state.checkpoints(self.path)):
+    def state(self, step: int | None = None) -> Mapping[str, Any]:
+        """The values of the checkpoint of `step`, or of the newest; empty if there is none that can be read."""
+        paths = reversed(state.checkpoints(self.path)) if step is None else (self.checkpoint(step),)
+        for path in paths:
             try:
                 values = parse_json(read_outside(path / "state.json"))
             except (MalformedText, FileError):

@@ -43,6 +43,12 @@ class Entry:
     def log(self) -> list[Mapping[str, float]]:
         return [line for line in self.run.log() if self.step is None or line["step"] <= self.step]
 
+    def settings(self) -> dict[str, Any]:
+        """By name; of a checkpoint, those of training as they were then."""
+        settings = dict(_flat(self.run.settings().model_dump(mode="json")))
+        then = self.run.state(self.step).get("settings") if self.step is not None else None
+        return settings | dict(_flat(then, "train.")) if isinstance(then, dict) else settings
+
 
 def entry(text: str) -> Entry:
     """RUN, or RUN@STEP, RUN@best, RUN@last for a checkpoint. Raises GouacheError if there is none."""
@@ -59,7 +65,7 @@ def report(entries: Sequence[Entry]) -> str:
     several = len(entries) > 1
     states = {each.name: status(each.run) for each in entries}
     logs = {each.name: each.log() for each in entries}
-    settings = {each.name: dict(_flat(each.run.settings().model_dump(mode="json"))) for each in entries}
+    settings = {each.name: each.settings() for each in entries}
     title = f"{'Comparison' if several else 'Training'} of {', '.join(states)}"
     body = [
         f"<h1>{_text(title)}</h1>",
