@@ -17,15 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from gouache.errors import FileError, RequestError, printable
 from gouache.outside import MalformedText, parse_toml, read_text
-from gouache.training.settings import Settings
+from gouache.training.settings import Settings, setting
 
 Mode = Literal["lora", "dreambooth", "finetune"]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def setting(default: Any, sentence: str, **limits: Any) -> Any:
-    """A key of the file with its default, what it means in a sentence, and its limits (gt, ge, lt, le)."""
-    return Field(default=default, description=sentence, **limits)
 
 
 class Table(BaseModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 
@@ -15,6 +15,11 @@ from gouache.training import rates
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 StepsOrShare = Annotated[int | float, Field(ge=0)]
 """A number of steps, or below 1 a share of all steps."""
+
+
+def setting(default: Any, sentence: str, **limits: Any) -> Any:
+    """A key of a settings file with its default, what it means in a sentence, and its limits (gt, ge, lt, le)."""
+    return Field(default=default, description=sentence, **limits)
 
 
 class Settings(BaseModel):
@@ -43,37 +48,51 @@ class Settings(BaseModel):
 
     changeable: ClassVar[frozenset[str]]
 
-    steps: int = Field(gt=0)
-    batch: int = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    schedule: str = "cosine"
-    schedule_arguments: dict[str, JsonValue] = {}
-    warmup: StepsOrShare = 100
-    final_rate: float = Field(default=0.05, ge=0, le=1)
-    restarts: int = Field(default=0, ge=0)
-    power: float = Field(default=2.0, gt=0)
-    decay: StepsOrShare = 0.2
-    optimizer: str = "adamw"
-    optimizer_arguments: dict[str, JsonValue] = {}
-    weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
-    clip_norm: float = Field(default=1.0, ge=0)
-    rounding: Literal["master", "stochastic"] = "master"
-    ema_decay: Fraction = 0.999
-    ema_on_cpu: bool = False
-    accumulate: int = Field(default=1, gt=0)
-    seed: int = Field(default=0, ge=0)
-    log_steps: int = Field(default=50, gt=0)
-    validate_steps: int = Field(default=1000, gt=0)
-    patience: int = Field(default=0, ge=0)
-    minimum_change: float = Field(default=0.0, ge=0)
-    save_seconds: float = Field(default=300, gt=0)
-    save_steps: int = Field(default=0, ge=0)
-    save_epochs: int = Field(default=0, ge=0)
-    keep: int = Field(default=2, gt=0)
-    keep_best: int = Field(default=1, ge=0)
-    keep_every: int = Field(default=0, ge=0)
-    not_finite: Literal["stop", "skip"] = "stop"
+    steps: int = setting(..., "Optimizer steps of the whole run.", gt=0)
+    batch: int = setting(..., "Pictures per batch.", gt=0)
+    learning_rate: float = setting(..., "Rate of the U-Net or the adapter.", gt=0)
+    schedule: str = setting(
+        "cosine", "constant, linear, cosine, polynomial, rex, warmup-stable-decay, inverse-sqrt, or a dotted path."
+    )
+    schedule_arguments: dict[str, JsonValue] = setting({}, "Arguments of a schedule that is a class.")
+    warmup: StepsOrShare = setting(
+        100, "Steps in which the rate increases to its value; below 1: a share of all steps."
+    )
+    final_rate: float = setting(0.05, "The lowest rate, as a share of `learning_rate`.", ge=0, le=1)
+    restarts: int = setting(0, "How often cosine starts again.", ge=0)
+    power: float = setting(2.0, "Exponent of polynomial.", gt=0)
+    decay: StepsOrShare = setting(
+        0.2, "Last steps of warmup-stable-decay in which the rate falls; below 1: a share of all."
+    )
+    optimizer: str = setting(
+        "adamw", "adamw, adam, sgd, adafactor, muon, lion, prodigy, schedule-free, adamw8bit, or a dotted path."
+    )
+    optimizer_arguments: dict[str, JsonValue] = setting({}, "Further arguments of the optimizer.")
+    weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0)
+    betas: tuple[Fraction, Fraction] = setting((0.9, 0.99), "Decay of the optimizer's two averages of the gradient.")
+    clip_norm: float = setting(1.0, "Gradients are scaled to this norm at most; 0: never.", ge=0)
+    rounding: Literal["master", "stochastic"] = setting(
+        "master", "Of weights in half precision: float32 copies (master), or rounded at random (stochastic)."
+    )
+    ema_decay: Fraction = setting(0.999, "Decay of the averaged weights (EMA); 0: none are kept.")
+    ema_on_cpu: bool = setting(False, "Keep the averages in the computer's memory.")
+    accumulate: int = setting(1, "Batches per step, for a larger batch in the same memory.", gt=0)
+    seed: int = setting(0, "Of noise, timesteps, order and dropout.", ge=0)
+    log_steps: int = setting(50, "Steps between lines of the log.", gt=0)
+    validate_steps: int = setting(1000, "Steps between validations.", gt=0)
+    patience: int = setting(
+        0, "End after so many validations without improvement, with the best weights; 0: never.", ge=0
+    )
+    minimum_change: float = setting(0.0, "How much lower a validation loss must be to be an improvement.", ge=0)
+    save_seconds: float = setting(300, "Seconds between checkpoints.", gt=0)
+    save_steps: int = setting(0, "Steps between checkpoints; 0: by time alone.", ge=0)
+    save_epochs: int = setting(0, "Epochs between checkpoints; 0: by time alone.", ge=0)
+    keep: int = setting(2, "How many of the newest checkpoints are kept.", gt=0)
+    keep_best: int = setting(1, "How many with the lowest validation loss are kept too.", ge=0)
+    keep_every: int = setting(0, "Those whose step is a multiple of this are kept too; 0: none.", ge=0)
+    not_finite: Literal["stop", "skip"] = setting(
+        "stop", "What a loss or gradient that is not finite does: stop the run, or skip the batch."
+    )
 
     @field_validator("schedule")
     @classmethod

@@ -73,10 +73,10 @@ def test_averages_and_last_weights_are_validated_at_each_timestep(
 def test_a_finished_run_names_the_step_that_was_best(
     narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
-    train = {"steps": 3, "validate_steps": 1, "learning_rate": 0.05, "ema_decay": 0.0}
+    train = {"steps": 3, "validate_steps": 1, "learning_rate": 0.05, "ema_decay": 0.0, "schedule": "constant"}
     chosen = settings_of(
         narrow("sd1").file, pictures, tmp_path / "out.safetensors", mode="finetune", adapter={"form": "none"},
-        train=train,
+        train=train, validation={"pictures": 1},
     )  # fmt: skip
     notes: list[str] = []
     finished = run(chosen, tmp_path / "run", settings, notes=notes)

@@ -48,7 +48,7 @@ def test_a_resumed_run_paints_only_what_is_missing(narrow: Narrows, pictures: Pa
     folder = tmp_path / "run" / "samples"
     chosen = settings_of(
         narrow("sd1").file, pictures, tmp_path / "out.safetensors", adapter={"rank": 2},
-        samples={"every": 1, "steps": 1, "prompts": ["a", "b"]},
+        samples={"every": 1, "steps": 1, "prompts": ["a", "b"]}, train={"ema_decay": 0.0},
     )  # fmt: skip
     run(chosen, tmp_path / "run", settings, stop_after=2)
     times = {path: path.stat().st_mtime_ns for path in folder.glob("step-*")}
