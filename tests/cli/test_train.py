@@ -18,8 +18,10 @@ from PIL import Image
 
 import gouache as package
 from gouache.app.settings import Settings
+from gouache.cli.training_progress import TrainingProgress
 from gouache.errors import RequestError
 from gouache.training import run_settings, state
+from gouache.training.loop import Progress
 from tests.cli.conftest import Command
 from tests.pipelines import Narrow
 
@@ -130,6 +132,29 @@ def test_other_modes_are_one_command_too(
     ended = gouache("train", mode, "pics", "-m", model, "--steps", 1, *SHORT, *options)
     assert ended.code == 0, ended.err
     assert (tmp_path / ended.out.strip()).exists()
+
+
+def test_progress_does_not_flood_a_log(capsys: pytest.CaptureFixture[str]):
+    with TrainingProgress() as progress:
+        for step in range(1, 1001):
+            progress.work("encoding", step, 1000)
+            progress.show(Progress(step, 1000, {"loss": 0.5}, 1.0, (1000 - step) * 0.5, 1e-4, 1.0))
+        progress.note("something to know")
+    assert capsys.readouterr().err.splitlines() == [
+        "step 1000/1000  loss 0.5000  rate 1.00e-04  0 s left", "note: something to know",
+    ]  # fmt: skip
+
+
+def test_progress_on_a_terminal_is_one_line_with_notes_above(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "160")
+    with TrainingProgress() as progress:
+        progress.show(Progress(3, 1000, {"loss": 0.25}, 1.0, 500.0, 1e-4, 1.0))
+        progress.note("a \x1b[31mnote")
+    printed = capsys.readouterr().err
+    assert "3/1000" in printed and "loss 0.2500" in printed and "note: a \\x1b[31mnote" in printed
 
 
 @pytest.mark.skipif("sys.platform == 'win32'", reason="signals of POSIX")

@@ -59,6 +59,19 @@ def test_the_command_counts_its_steps_on_from_those_of_the_checkpoint(
     assert (chosen.train.steps, chosen.train.schedule, chosen.train.warmup) == (23, "constant", 0)
 
 
+def test_a_checkpoint_that_is_only_started_from_says_that_it_could_be_gone_on_with(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+):
+    written(narrow("sd1"), tmp_path / "last.ckpt", text=False, family="sd1")
+    chosen = settings_of(
+        tmp_path / "last.ckpt", pictures, tmp_path / "out.safetensors", mode="finetune", adapter={"form": "none"},
+        train={"steps": 1},
+    )  # fmt: skip
+    notes: list[str] = []
+    assert run(chosen, tmp_path / "run", settings, notes=notes).step == 1
+    assert "last.ckpt is a training checkpoint of step 3; to go on from there: --set resume=true" in notes
+
+
 @pytest.mark.parametrize(
     ("tables", "message"),
     [

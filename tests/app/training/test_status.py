@@ -62,7 +62,8 @@ def test_a_run_that_trains_states_the_time_left(run: RunFolder):
 def test_a_run_that_patience_ended_names_its_best_step(run: RunFolder):
     losses = {10: 0.5, 20: 0.3, 30: 0.4, 40: 0.35, 50: 0.36}
     log(run, *({"step": step, "validation loss": loss} for step, loss in losses.items()))
-    checkpoint(run, 20), checkpoint(run, 50, waiting=3, ranking=[[0.3, 20]])
+    checkpoint(run, 20)
+    checkpoint(run, 50, waiting=3, ranking=[[0.3, 20]])
     found = status(run)
     assert (found.state, found.finished, found.best, found.best_step) == ("stopped early", True, 0.3, 20)
     assert found.validation == 0.36 and run.best_step() == 20

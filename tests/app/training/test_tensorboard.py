@@ -15,6 +15,7 @@ from PIL import Image
 
 from gouache.app.settings import Settings
 from gouache.app.training import tensorboard
+from gouache.app.training.folder import RunFolder
 from gouache.errors import RequestError
 from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
@@ -100,7 +101,7 @@ def test_a_resumed_run_has_each_number_of_its_log_once_and_in_order(
     folder = tmp_path / "run"
     chosen = settings_of(
         narrow("sd1").file, pictures, tmp_path / "out.safetensors", adapter={"rank": 2}, tensorboard="yes",
-        samples={"every": 2, "steps": 1}, train={"save_steps": 2},
+        samples={"every": 2, "steps": 1}, train={"save_steps": 2, "ema_decay": 0.0},
     )  # fmt: skip
     run(chosen, folder, settings, stop_after=3)
     (folder / "step-00000003").rename(tmp_path / "removed")  # as if the run was killed after step 3
@@ -118,6 +119,17 @@ def test_a_resumed_run_has_each_number_of_its_log_once_and_in_order(
     assert sorted(images) == [(step, "samples/00") for step in (0, 2, 4)]
     sample = Image.open(folder / "samples/step-00000004-00.png").convert("RGB")
     assert np.array_equal(np.asarray(images[4, "samples/00"]), np.asarray(sample))
+
+
+def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path: Path):
+    run_folder = RunFolder(tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    run_folder.tensorboard.write_text("a file")
+    notes: list[str] = []
+    with tensorboard.Board(run_folder, notes.append) as board:
+        board.update(now=True)
+        board.update(now=True)
+    assert len(notes) == 1 and notes[0].startswith("no more TensorBoard files: ")
 
 
 def test_asking_for_them_without_the_package_is_one_line(monkeypatch: pytest.MonkeyPatch):

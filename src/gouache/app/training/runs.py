@@ -105,7 +105,11 @@ def run(
         _check_output(settings, overwrite)
     settings = _with_hash(settings, user)
     wants_board = tensorboard.is_wanted(settings.tensorboard)
-    prepare.check_model(settings, user)
+    path, _ = prepare.check_model(settings, user)
+    if settings.model.resume:
+        foreign.check(settings, open_model(path))
+    if not folder.is_started and (note := foreign.hint(settings, open_model(path))):
+        on_note(note)
     prepare.read_pictures(settings, folder, lambda line: None)
     changed = is_run(folder.path) and _absolute(settings, user) != folder.settings()
     if not folder.is_started:
@@ -113,7 +117,7 @@ def run(
     work = on_work or (lambda what, done, total: None)
     with (
         prepare.prepared(settings, folder, user, on_note=on_note, on_work=work) as ready,
-        Board(folder) if wants_board else nullcontext() as board,
+        Board(folder, on_note) if wants_board else nullcontext() as board,
     ):
         if settings.model.resume:
             foreign.begin(ready, folder, on_note)
@@ -149,11 +153,12 @@ def run(
             epoch_batches=len(ready.batches),
             on_note=on_note,
         )
-        path, exported = (
-            (_near(Path(settings.output)), _export(ready, folder, result, on_note)) if result.finished else (None, 0)
-        )
-    command = _command(settings, ready, path)
-    return Finished(folder.path, result.step, path, command, settings.train.steps, exported, result.signal)
+        output, exported = None, 0
+        if result.finished:
+            output = _near(Path(settings.output))
+            exported = _export(ready, folder, result, on_note)
+    command = _command(settings, ready, output)
+    return Finished(folder.path, result.step, output, command, settings.train.steps, exported, result.signal)
 
 
 def _check_output(settings: RunSettings, overwrite: bool) -> None:

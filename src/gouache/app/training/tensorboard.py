@@ -16,9 +16,10 @@ import numpy as np
 
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.samples import pictures
-from gouache.errors import FileError, RequestError
+from gouache.errors import FileError, RequestError, printable
 from gouache.images import pixels
 from gouache.training.log import LOG, read_lines
+from gouache.training.state import OnNote
 
 _FILES = "events.out.tfevents.*"
 _SECONDS = 10  # between updates: each reads the log
@@ -35,8 +36,8 @@ def is_wanted(setting: str) -> bool:
 class Board:
     """Writes `RUN/tensorboard`: `update`, and the end of the block, add what the log and the samples have gained."""
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
+    def __init__(self, run: RunFolder, on_note: OnNote) -> None:
+        self._run, self._on_note, self._failed = run, on_note, False
         self._writer: Any = None
         self._log_file, self._lines, self._updated = -1, 0, -_SECONDS
         self._pictures: set[Path] = set()
@@ -53,8 +54,8 @@ class Board:
             self._close()
 
     def update(self, now: bool = False) -> None:
-        """Every few seconds, or `now`. Raises FileError if the files cannot be written."""
-        if not now and time.monotonic() - self._updated < _SECONDS:
+        """Every few seconds, or `now`. What cannot be written is reported once, and does not end a run."""
+        if self._failed or (not now and time.monotonic() - self._updated < _SECONDS):
             return
         self._updated = time.monotonic()
         try:
@@ -73,8 +74,9 @@ class Board:
             self._lines = len(lines)
             self._add_pictures()
             self._writer.flush()
-        except OSError as error:
-            raise FileError(self._run.tensorboard, f"cannot be written: {error.strerror or error}") from None
+        except (OSError, FileError) as error:
+            self._failed = True
+            self._on_note(f"no more TensorBoard files: {printable(str(error))}")
 
     def _close(self) -> None:
         if self._writer is not None:
