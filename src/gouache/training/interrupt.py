@@ -13,7 +13,7 @@ from gouache.errors import TrainingError, printable
 SAVE_NOW = "save-now"
 """The name of a file in the run's folder: when it appears, a checkpoint is saved and the file is removed."""
 
-_ONE = 0.5  # seconds in which signals are one: `timeout` and others send it to a process and to its group
+_ONE = 0.2  # seconds in which signals are one: `timeout` and others send it to a process and to its group
 
 
 class Requests:

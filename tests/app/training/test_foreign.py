@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from gouache.app.settings import Settings
-from gouache.app.training import defaults
+from gouache.app.training import defaults, foreign
 from gouache.app.training.folder import RunFolder
 from gouache.errors import GouacheError
+from gouache.files.open import open_model
 from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
 from tests.training.test_lightning import UNET, written
@@ -60,16 +61,18 @@ def test_the_command_counts_its_steps_on_from_those_of_the_checkpoint(
 
 
 def test_a_checkpoint_that_is_only_started_from_says_that_it_could_be_gone_on_with(
-    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+    narrow: Narrows, pictures: Path, tmp_path: Path
 ):
     written(narrow("sd1"), tmp_path / "last.ckpt", text=False, family="sd1")
-    chosen = settings_of(
-        tmp_path / "last.ckpt", pictures, tmp_path / "out.safetensors", mode="finetune", adapter={"form": "none"},
-        train={"steps": 1},
-    )  # fmt: skip
-    notes: list[str] = []
-    assert run(chosen, tmp_path / "run", settings, notes=notes).step == 1
-    assert "last.ckpt is a training checkpoint of step 3; to go on from there: --set resume=true" in notes
+    file, tables = open_model(tmp_path / "last.ckpt"), {"adapter": {"form": "none"}}
+    chosen = settings_of(tmp_path / "last.ckpt", pictures, tmp_path / "out.safetensors", **tables)
+    assert foreign.hint(chosen, file) == (
+        "last.ckpt is a training checkpoint of step 3; to go on from there: --set resume=true"
+    )
+    resumed = settings_of(
+        tmp_path / "last.ckpt", pictures, tmp_path / "out.safetensors", model={"resume": True}, **tables
+    )
+    assert foreign.hint(resumed, file) == "" == foreign.hint(chosen, open_model(narrow("sd1").file))
 
 
 @pytest.mark.parametrize(

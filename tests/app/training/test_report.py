@@ -149,6 +149,12 @@ def test_a_checkpoint_that_does_not_exist_is_one_line(text: str, message: str, t
         entry(f"{tmp_path / 'run'}{text}")
 
 
+def test_a_run_named_twice_is_one_line(tmp_path: Path):
+    make_run(tmp_path / "run")
+    with pytest.raises(GouacheError, match="run, step 20 is named twice"):
+        report([entry(f"{tmp_path / 'run'}@{step}") for step in ("last", "20")])
+
+
 def test_an_empty_run_has_a_report(tmp_path: Path):
     make_run(tmp_path / "run", steps=())
     (tmp_path / "run" / "log.jsonl").unlink()

@@ -46,11 +46,10 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         _, y = place(0, value)
         parts.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-        x, _ = place(last * number / 4, low)
+        step = round(last * number / 4)
+        x, _ = place(step, low)
         anchor = "end" if number == 4 else "middle"
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="{anchor}">{round(last * number / 4)}</text>'
-        )
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="{anchor}">{step}</text>')
     for number, curve in enumerate(curves):
         color = _COLORS[number % len(_COLORS)]
         if curve.smooth:

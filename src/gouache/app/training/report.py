@@ -60,7 +60,7 @@ def entry(text: str) -> Entry:
 
 
 def report(entries: Sequence[Entry]) -> str:
-    """The page. Raises GouacheError if a run's settings or log cannot be read."""
+    """The page. Raises GouacheError if a run is named twice, or its settings or log cannot be read."""
     entries = _named(entries)
     several = len(entries) > 1
     states = {each.name: status(each.run) for each in entries}
@@ -94,7 +94,10 @@ def _named(entries: Sequence[Entry]) -> list[Entry]:
         replace(each, name=named[each.run.path.resolve()] + (f", step {each.step}" if each.step is not None else ""))
         for each in entries
     ]
-    return list({each.name: each for each in found}.values())
+    names = [each.name for each in found]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RequestError("runs", f"{printable(twice[0])} is named twice; name two runs, or two checkpoints")
+    return found
 
 
 def _summary(each: Entry, state: Status, titled: bool) -> str:
