@@ -190,7 +190,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(gouache: Command, dat
         (["lora", "pics", "-o", "there.safetensors"], "already exists"),
         (["lora", "pics", "-o", "picture.png"], "does not end in .safetensors"),
         (["lora", "pics", "-o", "no/folder/x.safetensors"], "its folder does not exist"),
-        (["lora", "pics", "--set", "rnak=3"], "did you mean"),
+        (["lora", "pics", "--set", "rnak=3"], "rnak is not a setting"),
         (["lora", "pics", "--set", "rank"], "is not key=value"),
         (["lora", "pics", "--set", "tensorboard=perhaps"], "tensorboard"),
         (["dreambooth", "pics"], "--trigger zorb"),

@@ -315,7 +315,7 @@ def _key(text: str) -> tuple[str, str]:
     if text in every:
         found = [text]
     if len(found) != 1:
-        near = difflib.get_close_matches(text, [*every, *(each.rpartition(".")[2] for each in every), *ALIASES], n=3)
+        near = difflib.get_close_matches(text, [*every, *ALIASES], n=3)
         problem = f"is in several tables: {', '.join(found)}" if found else "is not a setting"
         hint = f"; did you mean {' or '.join(near)}?" if near and not found else ""
         raise RequestError("set", f"{printable(text, 80)} {problem}{hint}")

@@ -19,7 +19,7 @@ StepsOrShare = Annotated[int | float, Field(ge=0)]
 
 def setting(default: Any, sentence: str, **limits: Any) -> Any:
     """A key of a settings file with its default, what it means in a sentence, and its limits (gt, ge, lt, le)."""
-    return Field(default=default, description=sentence, **limits)
+    return Field(default, description=sentence, **limits)
 
 
 class Settings(BaseModel):
@@ -50,48 +50,38 @@ class Settings(BaseModel):
 
     steps: int = setting(..., "Optimizer steps of the whole run.", gt=0)
     batch: int = setting(..., "Pictures per batch.", gt=0)
-    learning_rate: float = setting(..., "Rate of the U-Net or the adapter.", gt=0)
-    schedule: str = setting(
-        "cosine", "constant, linear, cosine, polynomial, rex, warmup-stable-decay, inverse-sqrt, or a dotted path."
-    )
-    schedule_arguments: dict[str, JsonValue] = setting({}, "Arguments of a schedule that is a class.")
-    warmup: StepsOrShare = setting(
-        100, "Steps in which the rate increases to its value; below 1: a share of all steps."
-    )
-    final_rate: float = setting(0.05, "The lowest rate, as a share of `learning_rate`.", ge=0, le=1)
-    restarts: int = setting(0, "How often cosine starts again.", ge=0)
-    power: float = setting(2.0, "Exponent of polynomial.", gt=0)
-    decay: StepsOrShare = setting(
-        0.2, "Last steps of warmup-stable-decay in which the rate falls; below 1: a share of all."
-    )
-    optimizer: str = setting(
-        "adamw", "adamw, adam, sgd, adafactor, muon, lion, prodigy, schedule-free, adamw8bit, or a dotted path."
-    )
-    optimizer_arguments: dict[str, JsonValue] = setting({}, "Further arguments of the optimizer.")
-    weight_decay: float = setting(0.01, "Decoupled weight decay.", ge=0)
-    betas: tuple[Fraction, Fraction] = setting((0.9, 0.99), "Decay of the optimizer's two averages of the gradient.")
-    clip_norm: float = setting(1.0, "Gradients are scaled to this norm at most; 0: never.", ge=0)
+    learning_rate: float = setting(..., "The highest learning rate, after the warm-up.", gt=0)
+    schedule: str = setting("cosine", f"How the rate falls: {', '.join(rates.SCHEDULES)}, or the path of a class.")
+    schedule_arguments: dict[str, JsonValue] = setting({}, "Arguments of that class.")
+    warmup: StepsOrShare = setting(100, "Steps in which the rate rises to its highest; below 1: a share of all.")
+    final_rate: float = setting(0.05, "The lowest rate, relative to learning_rate.", ge=0, le=1)
+    restarts: int = setting(0, "How often a cosine schedule starts again.", ge=0)
+    power: float = setting(2.0, "Of a polynomial schedule.", gt=0)
+    decay: StepsOrShare = setting(0.2, "Last steps of warmup-stable-decay, in which the rate falls, or their share.")
+    optimizer: str = setting("adamw", "adamw, adafactor, sgd, muon, prodigy, lion, ..., or the path of a class.")
+    optimizer_arguments: dict[str, JsonValue] = setting({}, "Its other arguments.")
+    weight_decay: float = setting(0.01, "How strongly weights are drawn to 0.", ge=0)
+    betas: tuple[Fraction, Fraction] = setting((0.9, 0.99), "Of Adam's moments.")
+    clip_norm: float = setting(1.0, "Gradients are scaled down to this norm; 0: never.", ge=0)
     rounding: Literal["master", "stochastic"] = setting(
-        "master", "Of weights in half precision: float32 copies (master), or rounded at random (stochastic)."
+        "master", "Weights in half precision: float32 copies are trained, or updates are rounded at random."
     )
-    ema_decay: Fraction = setting(0.999, "Decay of the averaged weights (EMA); 0: none are kept.")
-    ema_on_cpu: bool = setting(False, "Keep the averages in the computer's memory.")
-    accumulate: int = setting(1, "Batches per step, for a larger batch in the same memory.", gt=0)
-    seed: int = setting(0, "Of noise, timesteps, order and dropout.", ge=0)
+    ema_decay: Fraction = setting(0.999, "Of the running average of the weights (EMA); 0: none is kept.")
+    ema_on_cpu: bool = setting(False, "Keep that average in the memory of the computer.")
+    accumulate: int = setting(1, "Batches per optimizer step.", gt=0)
+    seed: int = setting(0, "Of everything random in the run.", ge=0)
     log_steps: int = setting(50, "Steps between lines of the log.", gt=0)
     validate_steps: int = setting(1000, "Steps between validations.", gt=0)
-    patience: int = setting(
-        0, "End after so many validations without improvement, with the best weights; 0: never.", ge=0
-    )
-    minimum_change: float = setting(0.0, "How much lower a validation loss must be to be an improvement.", ge=0)
+    patience: int = setting(0, "End after so many validations without a lower loss; 0: never.", ge=0)
+    minimum_change: float = setting(0.0, "By how much the loss must be lower to count as such.", ge=0)
     save_seconds: float = setting(300, "Seconds between checkpoints.", gt=0)
     save_steps: int = setting(0, "Steps between checkpoints; 0: by time alone.", ge=0)
     save_epochs: int = setting(0, "Epochs between checkpoints; 0: by time alone.", ge=0)
     keep: int = setting(2, "How many of the newest checkpoints are kept.", gt=0)
-    keep_best: int = setting(1, "How many with the lowest validation loss are kept too.", ge=0)
-    keep_every: int = setting(0, "Those whose step is a multiple of this are kept too; 0: none.", ge=0)
+    keep_best: int = setting(1, "How many with the lowest validation loss are kept besides.", ge=0)
+    keep_every: int = setting(0, "Checkpoints whose step is a multiple of this are kept for ever; 0: none.", ge=0)
     not_finite: Literal["stop", "skip"] = setting(
-        "stop", "What a loss or gradient that is not finite does: stop the run, or skip the batch."
+        "stop", "After NaN or Inf: stop, or go back to the last good state and skip the batch."
     )
 
     @field_validator("schedule")

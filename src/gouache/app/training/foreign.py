@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.prepare import OnNote, Prepared
-from gouache.errors import RequestError, printable
+from gouache.errors import ModelError, RequestError, printable
 from gouache.files.record import ModelFile
 from gouache.training import lightning, optimizers, snapshot, state
 from gouache.training.optimizers import OptimizerState
@@ -51,12 +51,17 @@ def begin(ready: Prepared, run: RunFolder, on_note: OnNote) -> None:
     begun = snapshot.begin(ready.objective, settings)
     trained = begun.masters.tensors
     kept = {name: value for name, value in found.optimizer.tensors.items() if name.rpartition(".")[0] in trained}
+    if not kept:
+        name = printable(ready.model.file.path.name)
+        raise ModelError(f"{name} has no moments of what is trained; start from its weights instead")
     optimizers.restore(begun.optimizer, trained, OptimizerState(kept))
-    if begun.ema is not None and set(begun.ema.weights) <= set(found.averages):
-        begun.ema.start(found.averages)
+    if begun.ema is not None and found.averages:  # those of text encoders are not in such files
+        begun.ema.start({name: found.averages.get(name, tensor) for name, tensor in begun.masters.exact.items()})
         begun.ema.updates = found.updates
     for note in found.notes:
         on_note(note)
+    if without := len(trained) - len({name.rpartition(".")[0] for name in kept}):
+        on_note(f"{plural(without, 'trained weight')} begin without moments")
     if left := len(found.optimizer.tensors) - len(kept):
         on_note(f"{plural(left, 'moment')} of weights that this run does not train left out")
     position = Position(step=found.step, number=found.step * settings.accumulate)
