@@ -104,6 +104,7 @@ def test_an_export_has_the_weights_of_its_step(adapter_run: RunFolder, settings:
         with safe_open(out, "pt") as file:
             metadata = file.metadata()
         assert (metadata["ss_steps"], metadata["ss_num_train_images"]) == (str(number), "5")
+        assert metadata["ss_epoch"] == str(number // 4)  # five pictures of three sizes: four batches of at most two
         assert metadata["modelspec.trigger_phrase"] == "zorb"
 
 

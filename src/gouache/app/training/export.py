@@ -17,6 +17,7 @@ from gouache.app.training import prepare
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.prepare import Prepared
 from gouache.errors import FileError, RequestError, TrainingError, printable
+from gouache.families.found import Found
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_json, read_text
 from gouache.training import state
@@ -66,7 +67,7 @@ def export(
     choice = choose(settings, run.has_averages(number), output, weights=weights, form=form, names=names)
     check_output(choice, output, overwrite)
     checkpoint = read_checkpoint(run, number, newest=step == "last", on_note=note)
-    loaded = settings.model_copy(update={"device": "cpu"})
+    loaded = _on_cpu(settings, user, bakes=choice.form != "adapter")
     model = prepare.load_model(loaded, user, note)
     target = prepare.make_target(loaded, model, user)
     try:
@@ -75,6 +76,20 @@ def export(
         if isinstance(target, AdapterTarget):
             target.detach()
     return checkpoint.step
+
+
+def _on_cpu(settings: RunSettings, user: Settings, bakes: bool) -> RunSettings:
+    """The settings of a model that is loaded to be exported; if an adapter is baked into it, in the file's dtype."""
+    memory = settings.memory
+    if bakes and settings.adapter.form != "none":
+        memory = memory.model_copy(update={"dtype": _stored(prepare.check_model(settings, user)[1]) or "fp32"})
+    return settings.model_copy(update={"device": "cpu", "memory": memory})
+
+
+def _stored(found: Found) -> str | None:
+    """The dtype of the U-Net in its file; None for one that weights are not written in."""
+    code = found.component("unet").dtype.value
+    return next((name for name, each in DTYPES.items() if each == code), None)
 
 
 def find_step(run: RunFolder, step: str) -> int:
@@ -178,11 +193,10 @@ def write(
     averages = None
     if (means := checkpoint.tensors.get("ema")) and choice.weights != "last":
         averages = Averages(means, settings.train.ema_decay, int(checkpoint.values["ema_updates"]))
-    about = {**metadata, "ss_steps": str(checkpoint.step)}
+    about = {**metadata, "ss_steps": str(checkpoint.step), **_epoch(metadata, checkpoint)}
     if choice.weights == "ema" and averages is not None and choice.form != "pruned-emaonly":
         last, averages = {**last, **averages.weights}, None
-    stored = target.model.found.component("unet").dtype.value  # of the file that training started from
-    dtype = next((name for name, code in DTYPES.items() if code == stored), None)
+    dtype = _stored(target.model.found)  # of the file that training started from
     if isinstance(target, WeightsTarget):
         target.export(
             last, output, form=choice.form, metadata=about, averages=averages, dtype=dtype, overwrite=overwrite
@@ -195,6 +209,13 @@ def write(
         return
     form = "pruned" if choice.form == "pruned-emaonly" else choice.form
     export_model(_baked(target, last), target.model, output, form, about, None, dtype, overwrite=overwrite)
+
+
+def _epoch(metadata: Mapping[str, str], checkpoint: State) -> dict[str, str]:
+    """The number of whole epochs, if the length of one is known."""
+    batches, number = metadata.get("ss_num_batches_per_epoch", ""), checkpoint.values.get("number")
+    known = batches.isdecimal() and len(batches) < 10 and int(batches) > 0
+    return {"ss_epoch": str(number // int(batches))} if known and isinstance(number, int) else {}
 
 
 @torch.no_grad()
