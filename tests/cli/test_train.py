@@ -201,6 +201,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(gouache: Command, dat
         (["status", "pics"], "is not the folder of a training run"),
         (["status", "nothing"], "does not exist"),
         (["compare", "pics"], "at least two"),
+        (["report", "pics", "-o", "there.safetensors"], "does not end in .html"),
         (["export", "pics", "x.safetensors"], "is not the folder of a training run"),
     ],
 )

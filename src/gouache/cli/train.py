@@ -142,7 +142,7 @@ def report(
 def compare(
     runs: Annotated[
         list[str],
-        Argument(metavar="RUN[@STEP]...", help="Folders of runs; @STEP, @best or @last for a checkpoint.",
+        Argument(metavar="RUN[@STEP]", help="Folders of runs; @STEP, @best or @last for a checkpoint.",
                  show_default=False),
     ],
     output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("comparison.html"),
@@ -258,6 +258,8 @@ def _report(runs: list[str], output: Path) -> None:
     from gouache.files.write import write_atomic
     from gouache.workshop.save import writing
 
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise RequestError("output", f"{shown(output)} does not end in .html; this command writes a page")
     page = service([entry(each) for each in runs])
     with writing(output, True):
         write_atomic(output, page.encode())
