@@ -75,19 +75,30 @@ def memory_use(
     objective = prepare.make_objective(settings, model, target, batches, user)
     train = settings.train.model_copy(update={"accumulate": min(2, settings.train.accumulate)})
     batch = _largest_batch(settings, simulated, model, target, size)
-    checkpoint = kept = 0
+    run: snapshot.Run | None = None
 
-    def steps() -> object:
-        nonlocal checkpoint
+    def begin() -> object:
+        nonlocal run
         run = snapshot.begin(objective, train)
-        for number in range(2):  # the moments exist from the first step on
-            accumulate_gradients(run, lambda number: batch, number * train.accumulate)
-            clip_gradients(run)
-            update(run, number)
-        checkpoint = snapshot.estimated_bytes(run)
         return run
 
-    step, kept = simulated.measure(steps)
+    def gradients() -> object:
+        assert run is not None
+        accumulate_gradients(run, lambda number: batch, 0)
+        return run
+
+    def updated() -> object:
+        assert run is not None
+        clip_gradients(run)
+        update(run, 0)
+        return run
+
+    _, copies = simulated.measure(begin)
+    backward, grads = simulated.measure(gradients)
+    updating, moments = simulated.measure(updated)  # they exist from the first update on
+    assert run is not None
+    checkpoint, kept = snapshot.estimated_bytes(run), copies + moments
+    step = max(kept + backward, copies + grads + updating)
     encode, _ = simulated.measure(lambda: _encode(simulated, model, size))
     sample, _ = simulated.measure(lambda: _sample(simulated, model, size))
     trained = sum(each.nbytes for group in target.groups() for each in group.parameters.values())
@@ -101,7 +112,7 @@ def memory_use(
         networks_always, encoders = networks_always + encoders, 0
     elif target.trains_text:
         networks_always, encoders = networks_always + encoders - private["vae"], private["vae"]
-    lasting = min(step, kept + trained)  # with the gradients, which are as large as what is trained
+    lasting = kept + grads
     averaged = trained if settings.train.ema_decay else 0  # the last weights, while the averages are painted with
     peak = max(
         lasting + heap * (step - lasting) + scratch,
