@@ -53,6 +53,7 @@ def memory(file: Path, pictures: Path, user: Settings, monkeypatch: pytest.Monke
     return estimate.estimate(chosen, RunFolder(Path("none")), user, on_note=lambda line: None)
 
 
+@pytest.mark.full  # six simulations; checkpointing alone is in the short test
 def test_memory_depends_on_the_settings(
     narrow: Narrows, pictures: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
@@ -67,6 +68,17 @@ def test_memory_depends_on_the_settings(
     assert trained > usual
     assert of(train={"batch": 2, "ema_decay": 0.9}, **WEIGHTS) > trained
     assert of(train={"batch": 2, "optimizer": "adafactor"}, **WEIGHTS) < trained
+
+
+def test_checkpointing_lowers_the_memory(
+    narrow: Narrows, pictures: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    data, file = {"resolution": [256]}, narrow("sd1").file
+    kept, again = (
+        memory(file, pictures, settings, monkeypatch, data=data, memory={"checkpointing": checkpointing}).memory_bytes
+        for checkpointing in (False, True)
+    )
+    assert again < kept
 
 
 def test_what_does_not_fit_is_named_with_what_to_change_and_the_exit_code_is_1(
