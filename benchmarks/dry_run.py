@@ -3,7 +3,7 @@
 For each case, a new process predicts, and another trains for a few steps with samples, validation and checkpoints.
 Compared are the peak of private memory (RssAnon, sampled 100 times per second: what the process has allocated, without
 mapped files), the median time of a step, and the bytes of caches and checkpoints on disk. Ratios are predicted /
-measured; between 0.85 and 1.15 is the aim. Full-size cases need 9 GB of disk, up to 20 GB of memory and a quiet
+measured; between 0.85 and 1.15 is the aim. Full-size cases need 6 GB of disk, 5 GB of memory and a quiet
 machine; `--quick` runs those of `mini` alone.
 """
 

@@ -53,6 +53,7 @@ def memory(file: Path, pictures: Path, user: Settings, monkeypatch: pytest.Monke
     return estimate.estimate(chosen, RunFolder(Path("none")), user, on_note=lambda line: None)
 
 
+@pytest.mark.full  # six simulations; checkpointing alone is in the short test
 def test_memory_depends_on_the_settings(
     narrow: Narrows, pictures: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
@@ -60,13 +61,24 @@ def test_memory_depends_on_the_settings(
         tables["data"] = {"resolution": [256], "cache": True}
         return memory(narrow("sd1").file, pictures, settings, monkeypatch, **tables).memory_bytes
 
-    usual = of(train={"batch": 4})
-    assert of(train={"batch": 8}) > usual
-    assert of(train={"batch": 4}, memory={"checkpointing": True}) < usual
-    trained = of(train={"batch": 4}, **WEIGHTS)
+    usual = of(train={"batch": 2})
+    assert of(train={"batch": 1}) < usual
+    assert of(train={"batch": 2}, memory={"checkpointing": True}) < usual
+    trained = of(train={"batch": 2}, **WEIGHTS)
     assert trained > usual
-    assert of(train={"batch": 4, "ema_decay": 0.9}, **WEIGHTS) > trained
-    assert of(train={"batch": 4, "optimizer": "adafactor"}, **WEIGHTS) < trained
+    assert of(train={"batch": 2, "ema_decay": 0.9}, **WEIGHTS) > trained
+    assert of(train={"batch": 2, "optimizer": "adafactor"}, **WEIGHTS) < trained
+
+
+def test_checkpointing_lowers_the_memory(
+    narrow: Narrows, pictures: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    data, file = {"resolution": [256]}, narrow("sd1").file
+    kept, again = (
+        memory(file, pictures, settings, monkeypatch, data=data, memory={"checkpointing": checkpointing}).memory_bytes
+        for checkpointing in (False, True)
+    )
+    assert again < kept
 
 
 def test_what_does_not_fit_is_named_with_what_to_change_and_the_exit_code_is_1(

@@ -153,9 +153,10 @@ def _cache_bytes(settings: RunSettings, batches: Batches, model: Model) -> int:
     """The latents and captions of all steps, or of as many as are counted in a moment."""
     if not settings.data.cache:
         return 0
-    width = model.unet.spec.context_dim + model.unet.spec.vector_channels / 77
+    chunk = round((77 * model.unet.spec.context_dim + model.unet.spec.vector_channels) * model.dtype.itemsize)
     count = min(settings.train.steps * settings.train.accumulate, max(1, _MOST_EXAMPLES // settings.train.batch))
-    return batches.needs(range(count), round(77 * width * 4)).bytes
+    # The captions of a validation are in a file of their own.
+    return batches.needs(range(count), chunk).bytes + min(settings.validation.probe, len(batches.rows)) * chunk
 
 
 def _kept(train: LoopSettings, epoch: int, step_seconds: float) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +48,10 @@ class MemoryUse:
 # 256 px, tensors take 387 MB in float32 and 285 MB in bf16. Measured were 389 and 281 MB where every block was returned
 # at once (MALLOC_MMAP_THRESHOLD_=65536), 590 and 430 MB as usual; of samples after some steps 1.6 to 2.3 times.
 _HEAP, _HEAP_OF_SAMPLES = 1.5, 1.8
+# Encoding a picture in bf16 on a processor without units for it: 368 MB where tensors take 81; in float32 239 of 161.
+_HEAP_OF_HALF_VAE = 4.5
+# In the header of a safetensors file, with shape and offsets: 146 in a checkpoint of a LoRA.
+_BYTES_OF_NAME = 146
 # What oneDNN's kernels and their caches keep, measured as the growth of a process over its first steps.
 _KERNELS = 30_000_000
 
@@ -71,29 +77,42 @@ def memory_use(
     private = _private_bytes(model, target, device)
     for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
         checkpointing.enable(network)
-    size = max((row.crop.size for row in batches.rows), key=lambda each: each[0] * each[1])
+    size, count = _largest(batches, settings.train.batch)
     objective = prepare.make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
     train = settings.train.model_copy(update={"accumulate": min(2, settings.train.accumulate)})
-    batch = _largest_batch(settings, simulated, model, target, size)
-    checkpoint = kept = 0
+    batch = _batch(simulated, model, target, size, count)
+    run: snapshot.Run | None = None
 
-    def steps() -> object:
-        nonlocal checkpoint
+    def begin() -> object:
+        nonlocal run
         run = snapshot.begin(objective, train)
-        for number in range(2):  # the moments exist from the first step on
-            accumulate_gradients(run, lambda number: batch, number * train.accumulate)
-            clip_gradients(run)
-            update(run, number)
-        checkpoint = snapshot.estimated_bytes(run)
         return run
 
-    step, kept = simulated.measure(steps)
+    def gradients() -> object:
+        assert run is not None
+        accumulate_gradients(run, lambda number: batch, 0)
+        return run
+
+    def updated() -> object:
+        assert run is not None
+        clip_gradients(run)
+        update(run, 0)
+        return run
+
+    _, copies = simulated.measure(begin)
+    backward, grads = simulated.measure(gradients)
+    updating, moments = simulated.measure(updated)  # they exist from the first update on
+    assert run is not None
+    names = len(run.parameters) * (2 if run.ema else 1) + sum(map(len, run.optimizer.state.values()))
+    checkpoint, kept = snapshot.estimated_bytes(run) + _BYTES_OF_NAME * names, copies + moments
+    step = max(kept + backward, copies + grads + updating)
     encode, _ = simulated.measure(lambda: _encode(simulated, model, size))
     sample, _ = simulated.measure(lambda: _sample(simulated, model, size))
     trained = sum(each.nbytes for group in target.groups() for each in group.parameters.values())
-    heap, heap_of_samples, scratch, own = 1.0, 1.0, 0, 0
+    heap, heap_of_samples, heap_of_encoder, scratch, own = 1.0, 1.0, 1.0, 0, 0
     if device.type == "cpu":
         heap, heap_of_samples, own = _HEAP, _HEAP_OF_SAMPLES, _own_memory() + _KERNELS
+        heap_of_encoder = heap if model.dtype == torch.float32 else _HEAP_OF_HALF_VAE
         scratch = max(each.nbytes for each in model.unet.parameters())
     encoders = private["vae"] + sum(private[name] for name in model.text_encoders)
     networks_always = private["unet"] + private.get("adapter", 0)
@@ -101,11 +120,11 @@ def memory_use(
         networks_always, encoders = networks_always + encoders, 0
     elif target.trains_text:
         networks_always, encoders = networks_always + encoders - private["vae"], private["vae"]
-    lasting = min(step, kept + trained)  # with the gradients, which are as large as what is trained
+    lasting = kept + grads
     averaged = trained if settings.train.ema_decay else 0  # the last weights, while the averages are painted with
     peak = max(
         lasting + heap * (step - lasting) + scratch,
-        encoders + heap * encode,
+        encoders + heap_of_encoder * encode,
         encoders + kept + averaged + heap_of_samples * sample + scratch,
     )
     mapped = sum(each.nbytes for each in model.unet.parameters()) - private["unet"]
@@ -134,8 +153,18 @@ def _private_bytes(model: Model, target: Target, device: torch.device) -> dict[s
     return result
 
 
-def _largest_batch(settings: RunSettings, simulated: Simulation, model: Model, target: Target, size: Size) -> Batch:
-    count, spec, factor = settings.train.batch, model.unet.spec, model.vae.spec.factor
+def _largest(batches: Batches, batch: int) -> tuple[Size, int]:
+    """The size and the number of pictures of the batch with most pixels; a small bucket does not fill one."""
+    counts = Counter[Size]()
+    for row in batches.rows:
+        counts[row.crop.size] += row.repeats
+    return max(
+        ((size, min(batch, count)) for size, count in counts.items()), key=lambda each: math.prod(each[0]) * each[1]
+    )
+
+
+def _batch(simulated: Simulation, model: Model, target: Target, size: Size, count: int) -> Batch:
+    spec, factor = model.unet.spec, model.vae.spec.factor
     latents = simulated.empty(count, spec.out_channels, size[1] // factor, size[0] // factor)
     concat = None
     if spec.in_channels > spec.out_channels:
