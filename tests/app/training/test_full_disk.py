@@ -52,7 +52,7 @@ def test_a_run_on_a_full_disk_stops_in_one_line_with_its_newest_checkpoint_whole
 ):
     pictures, folder = make_pictures(tmp_path / "pictures"), tmp_path / "run"
     chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors")
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match="full|are free") as caught:
+    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"full|are free") as caught:
         fill(patch, folder)
         run(chosen, folder, settings)
 
