@@ -10,12 +10,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gouache.errors import TrainingError
-from gouache.training import state
+from gouache.training import interrupt, state
 
 from . import runs
 from .toys import train_small_autoencoder
@@ -188,6 +189,17 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_remains(start, tm
     assert still_running and child.exitcode not in (None, 0)
     found = state.newest(folder)
     assert found is not None and found.step == 3
+
+
+def test_signals_that_come_together_are_one(tmp_path, monkeypatch):
+    now = iter([10.0, 10.01, 12.0])
+    monkeypatch.setattr(interrupt, "time", SimpleNamespace(monotonic=lambda: next(now)))
+    requests = interrupt.Requests(tmp_path)
+    requests.on_stop(signal.SIGTERM, None)
+    requests.on_stop(signal.SIGTERM, None)  # as of `timeout`, which also sends it to the group
+    assert requests.stop and requests.signal == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt):
+        requests.on_stop(signal.SIGINT, None)
 
 
 def test_the_folder_of_a_running_process_is_locked_until_that_is_killed(start, tmp_path):

@@ -82,7 +82,7 @@ def _existing(name: str) -> Path | None:
 def _is_run(path: Path) -> bool:
     """Whether `path` is the folder of a training run, whose newest weights are meant."""
     try:
-        return (path / "settings.toml").is_file() and (path / "log.jsonl").is_file()
+        return (path / "settings.toml").is_file() and (path / "lock").is_file()
     except (OSError, ValueError):
         return False
 

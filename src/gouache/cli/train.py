@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -39,6 +41,7 @@ Trigger = Annotated[str, Option(help="A word put in front of every caption that 
 ClassWord = Annotated[str, Option("--class", help="What the subject is, in one or two words.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the file given with -o if it exists.")]
 Run = Annotated[Path, Argument(help="The folder of a run.", show_default=False)]
+_SIGNALLED = 128  # a shell's exit code of a process that a signal ended, less its number
 
 
 @app.command()
@@ -73,47 +76,50 @@ def new(
     mode: Annotated[str, Argument(help="lora, dreambooth or finetune.", show_default=False)],
     data: Data,
     output: Annotated[Path, Option("--output", "-o", help="The settings file to write.", show_default=False)],
-    model: Model = "mini",
-    settings: Set = None,
-    overwrite: Overwrite = False,
-) -> None:
+    model: Model = "mini", trigger: Trigger = "", class_word: ClassWord = "", steps: Steps = None,
+    settings: Set = None, overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
+) -> None:  # fmt: skip
     """Write a commented settings file, with values chosen for this model, data and device."""
     from gouache.files.write import write_atomic, write_new
     from gouache.training.run_settings import template
+    from gouache.workshop.save import writing
 
-    chosen = _chosen(mode, data, model, None, "", "", None, settings)
+    if output.suffix.lower() != ".toml":
+        raise RequestError("output", f"{shown(output)} does not end in .toml; this command writes a settings file")
+    result = output.with_suffix(".safetensors")
+    chosen = _chosen(mode, data, model, result, trigger, class_word, steps, settings)
     text = template(chosen).encode()
-    try:
+    with writing(output, overwrite):
         (write_atomic if overwrite else write_new)(output, text)
-    except FileExistsError:
-        raise RequestError("output", f"{shown(output)} exists; add --overwrite to replace it") from None
-    print(f"{shown(output)} is written; start the run with: gouache train run {shown(output)}")
+    print(f"{shown(output)} is written; start the run with: gouache train run {_quoted(output)}")
 
 
 @app.command()
 def run(
-    settings_file: Annotated[Path, Argument(metavar="SETTINGS.toml|RUN", show_default=False)],
+    settings_file: Annotated[
+        Path,
+        Argument(metavar="SETTINGS.toml|RUN", help="A settings file, or the folder of a run.", show_default=False),
+    ],
     settings: Set = None,
     dry_run: DryRun = False,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file at the settings' output.")] = False,
 ) -> None:
     """Start the run of a settings file, or go on with it where it stopped."""
     from gouache.app.training import runs
 
     chosen, folder = runs.opened(settings_file, settings or [])
-    _train(chosen, folder, dry_run)
+    _train(chosen, folder, dry_run, overwrite)
 
 
 @app.command()
 def status(run: Run, as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
     """Show what a run has done, how stable it is, and what needs a look."""
-    from dataclasses import asdict
-
     from gouache.app.training.folder import opened
     from gouache.app.training.status import status as service
 
     found = service(opened(run))
     if as_json:
-        print(json_line({**asdict(found), "path": str(found.path), "finished": found.finished}, indent=1))
+        print(json_line(found.to_json(), indent=1))
         return
     for line in found.lines():
         print(line)
@@ -129,17 +135,21 @@ def report(
     output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write curves, samples, settings and changes as one HTML file that needs nothing else."""
-    _report([run], output)
+    _report([str(run)], output)
 
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], Argument(help="Folders of runs.", show_default=False)],
+    runs: Annotated[
+        list[str],
+        Argument(metavar="RUN[@STEP]", help="Folders of runs; @STEP, @best or @last for a checkpoint.",
+                 show_default=False),
+    ],
     output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("comparison.html"),
-) -> None:
-    """Set runs side by side: settings that differ, curves, samples with equal seeds."""
+) -> None:  # fmt: skip
+    """Set runs or checkpoints side by side: settings that differ, curves, samples with equal seeds."""
     if len(runs) < 2:
-        raise RequestError("runs", "expected at least two runs to compare")
+        raise RequestError("runs", "expected at least two runs to compare, or two checkpoints as RUN@STEP")
     _report(runs, output)
 
 
@@ -147,7 +157,7 @@ def compare(
 def export(
     run: Run,
     output: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
-    step: Annotated[str, Option(help="A checkpoint's step, best or last.")] = "last",
+    step: Annotated[str, Option(help="The step of a checkpoint, best or last.")] = "last",
     weights: Annotated[str, Option(help="ema, last or both.", show_default="ema if kept")] = "",
     form: Annotated[str, Option(help="adapter, full, pruned or pruned-emaonly.", show_default="adapter, or full")] = "",
     names: Annotated[str, Option(help="Names in adapter files: kohya, peft or diffusers.")] = "kohya",
@@ -158,17 +168,12 @@ def export(
     from gouache.app.training import export as service
     from gouache.app.training.folder import opened
 
-    path = service.export(
-        opened(run),
-        output,
-        read(),
-        step=step,
-        weights=weights,
-        form=form,
-        names=names,
-        overwrite=overwrite,
-    )
-    print(shown(path))
+    used = service.export(
+        opened(run), output, read(), step=step, weights=weights, form=form, names=names, overwrite=overwrite,
+        on_note=_note,
+    )  # fmt: skip
+    print(shown(output))
+    print(f"weights of step {used}", file=sys.stderr)
 
 
 def _start(
@@ -187,7 +192,7 @@ def _start(
 
     chosen = _chosen(mode, data, model, output, trigger, class_word, steps, overrides)
     folder = runs.new_folder(chosen, overwrite=overwrite)
-    _train(chosen, folder, dry_run)
+    _train(chosen, folder, dry_run, overwrite)
 
 
 def _chosen(
@@ -209,7 +214,7 @@ def _chosen(
     )  # fmt: skip
 
 
-def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool) -> None:
+def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: bool) -> None:
     from gouache.app.settings import read
     from gouache.app.training import estimate, runs
     from gouache.cli.training_progress import TrainingProgress
@@ -221,30 +226,49 @@ def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool) -> None:
         if not found.fits:
             sys.exit(1)
         return
-    with TrainingProgress() as progress:
-        finished = runs.run(
-            chosen, folder, read(), on_note=progress.note, on_progress=progress.show, on_work=progress.work
-        )
+    try:
+        with TrainingProgress() as progress:
+            finished = runs.run(
+                chosen, folder, read(), on_note=progress.note, on_progress=progress.show, on_work=progress.work,
+                overwrite=overwrite,
+            )  # fmt: skip
+    except KeyboardInterrupt:  # while it was prepared, or a second one
+        if folder.settings_file.exists():
+            print(f"stopped; to go on: gouache train run {_quoted(folder.path)}", file=sys.stderr)
+            sys.exit(_SIGNALLED + signal.SIGINT)
+        raise
     _finished(finished)
 
 
 def _finished(finished: Finished) -> None:
-    folder = finished.folder
     if finished.path is None:
-        print(f"stopped at step {finished.step}; everything is saved in {shown(folder)}", file=sys.stderr)
-        print(f"to go on: gouache train run {shown(folder)}", file=sys.stderr)
-        sys.exit(130)
+        print(
+            f"stopped at step {finished.step} of {finished.steps}, which is saved; to go on: "
+            f"gouache train run {_quoted(finished.folder)}",
+            file=sys.stderr,
+        )
+        sys.exit(_SIGNALLED + (finished.signal or signal.SIGINT))
     print(shown(finished.path))
     print(f"to paint with it: {finished.command}", file=sys.stderr)
 
 
-def _report(runs: list[Path], output: Path) -> None:
-    from gouache.app.training.folder import opened
+def _report(runs: list[str], output: Path) -> None:
+    from gouache.app.training.report import entry
     from gouache.app.training.report import report as service
     from gouache.files.write import write_atomic
+    from gouache.workshop.save import writing
 
-    write_atomic(output, service([opened(each) for each in runs]).encode())
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise RequestError("output", f"{shown(output)} does not end in .html; this command writes a page")
+    page = service([entry(each) for each in runs])
+    with writing(output, True):
+        write_atomic(output, page.encode())
     print(shown(output))
+
+
+def _quoted(path: Path) -> str:
+    """`path` for a command line."""
+    return shlex.quote(shown(path))
 
 
 def _note(text: str) -> None:

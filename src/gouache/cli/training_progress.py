@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gouache.errors import printable
+
 if TYPE_CHECKING:
     from gouache.training.loop import Progress as Measured
 
@@ -38,7 +40,12 @@ class TrainingProgress:
         self._bar.stop()
 
     def note(self, text: str) -> None:
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        if self._console.is_terminal:  # above the bar
+            self._bar.console.print(
+                f"note: {printable(text, sys.maxsize)}", markup=False, highlight=False, soft_wrap=True
+            )
+        else:
+            print(f"note: {text}", file=sys.stderr, flush=True)
 
     def work(self, what: str, done: int, total: int) -> None:
         """Progress of `what` before the first step: reading pictures, filling the cache, painting samples."""

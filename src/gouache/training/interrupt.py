@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,16 @@ from gouache.errors import TrainingError, printable
 SAVE_NOW = "save-now"
 """The name of a file in the run's folder: when it appears, a checkpoint is saved and the file is removed."""
 
+_ONE = 0.2  # seconds in which signals are one: `timeout` and others send it to a process and to its group
+
 
 class Requests:
-    """What was requested so far. `stop` remains; `saving()` reports a request once."""
+    """What was requested so far. `stop` remains, with the number of its signal; `saving()` reports a request once."""
 
     def __init__(self, folder: Path) -> None:
         self.stop = False
+        self.signal = 0
+        self._at = 0.0
         self._save = False
         self._file = folder / SAVE_NOW
 
@@ -31,12 +36,13 @@ class Requests:
         requested, self._save = self._save, False
         return requested
 
-    def on_stop(self, _signal: int, _frame: object) -> None:
-        if self.stop:
+    def on_stop(self, number: int, _frame: object) -> None:
+        if self.stop and time.monotonic() - self._at > _ONE:
             raise KeyboardInterrupt
-        self.stop = True
+        if not self.stop:
+            self.stop, self.signal, self._at = True, int(number), time.monotonic()
 
-    def on_save(self, _signal: int, _frame: object) -> None:
+    def on_save(self, number: int, _frame: object) -> None:
         self._save = True
 
 

@@ -51,12 +51,7 @@ def read(path: Path) -> Continued:
     """
     name = printable(str(path))
     file = open_model(path)
-    step = file.extra.get("global_step")
-    if file.format == "safetensors" or not isinstance(step, int) or "optimizer_states" not in file.extra:
-        raise ModelError(
-            f"{name} is not a training checkpoint of PyTorch Lightning: it has no global_step and optimizer_states; "
-            "start from its weights instead"
-        )
+    step = step_of(file)
     everything = open_pickle(path, everything=True)
     found = identify(file)
     moments = _moments(everything, found)
@@ -76,6 +71,17 @@ def read(path: Path) -> Continued:
     if averages:
         notes.append(f"{name}: goes on with its averages (EMA) of {updates} updates")
     return Continued(step, OptimizerState(tensors), averages, updates, tuple(notes))
+
+
+def step_of(file: ModelFile) -> int:
+    """The step of a training checkpoint, from its header. Raises ModelError if `file` is none."""
+    step = file.extra.get("global_step")
+    if file.format == "safetensors" or not isinstance(step, int) or "optimizer_states" not in file.extra:
+        raise ModelError(
+            f"{printable(str(file.path))} is not a training checkpoint of PyTorch Lightning: it has no global_step and "
+            "optimizer_states; start from its weights instead"
+        )
+    return step
 
 
 def _moment(origin: Any, values: Mapping[str, Tensor]) -> Tensor:

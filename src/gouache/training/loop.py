@@ -36,7 +36,7 @@ class Result:
     `reason` is "steps" if all were done, "patience" if validation did not improve, or "stopped". `last` are the weights
     that its checkpoints contain (trained parameters, and frozen ones if the objective names no base); `weights` are the
     same with averages where they are kept. `best` are the steps with the lowest validation losses, the lowest first;
-    their checkpoints are kept.
+    their checkpoints are kept. `signal` is the number of the signal that stopped it, 0 if none did.
     """
 
     step: int
@@ -44,6 +44,7 @@ class Result:
     weights: Mapping[str, Tensor]
     last: Mapping[str, Tensor]
     best: tuple[int, ...] = ()
+    signal: int = 0
 
     @property
     def finished(self) -> bool:
@@ -56,9 +57,11 @@ def train(
     settings: Settings,
     folder: Path,
     *,
+    on_begin: Callable[[int], None] | None = None,
     on_log: Callable[[Progress], None] | None = None,
     validate: Validate | None = None,
     on_preview: Callable[[int], None] | None = None,
+    on_last_preview: Callable[[int], None] | None = None,
     preview_steps: Container[int] = (),
     should_stop: Callable[[], bool] | None = None,
     seconds: float = math.inf,
@@ -67,9 +70,11 @@ def train(
 ) -> Result:
     """Train until `settings.steps`, for `seconds`, or until Ctrl-C or `should_stop()`; then save. A later call resumes.
 
-    `folder` contains the checkpoints and the logs. `validate` and `on_preview` are called with the averaged weights in
-    the networks: `validate` every `settings.validate_steps`, and once more with the last weights; `on_preview` with the
-    number of steps done, for the numbers in `preview_steps` (0 is before the first step; an interval is a `range`).
+    `folder` contains the checkpoints and the logs. `on_begin` is called with the number of steps that are done, once
+    the folder is locked and a checkpoint, if there is one, is restored. `validate` and `on_preview` are called with the
+    averaged weights in the networks: `validate` every `settings.validate_steps`, and once more with the last weights;
+    `on_preview` with the number of steps done, for the numbers in `preview_steps` (0 is before the first step; an
+    interval is a `range`); `on_last_preview` likewise with the last weights, if there are averages and a step was done.
     `should_stop` is polled between steps; it is for callers outside the main thread, where no signal arrives. A
     checkpoint is saved at once when SIGUSR1 or a file `save-now` in `folder` asks for it. `on_note` receives lines such
     as "step-00000003 is damaged ..."; without it they are printed on stderr. `epoch_batches` is the number of batches
@@ -86,15 +91,21 @@ def train(
         saves = Saves(run, folder, position.step, epoch_batches)
         record = Recorder(run, folder, position.step, on_log, note)
         batches = record.clock.measured("data", batches)
+        if on_begin is not None:
+            on_begin(position.step)
 
         def running() -> bool:
             stopped = requested.stop or record.seconds >= seconds or (should_stop is not None and should_stop())
             return position.step < settings.steps and not position.without_patience(settings) and not stopped
 
         def preview() -> None:
-            if on_preview is not None and position.step in preview_steps:
-                with record.clock.measure("previews"), averaged(run), evaluating(objective.networks):
+            if on_preview is None or position.step not in preview_steps:
+                return
+            with record.clock.measure("previews"), evaluating(objective.networks):
+                with averaged(run) as are_others:
                     on_preview(position.step)
+                if are_others and position.step and on_last_preview is not None:
+                    on_last_preview(position.step)
 
         def skip_step(losses: Mapping[str, Tensor]) -> None:
             if settings.not_finite == "stop" and is_finite(run):
@@ -135,7 +146,7 @@ def train(
             record.times(position)
 
         save()
-        return _result(run, position)
+        return _result(run, position, requested.signal)
 
 
 def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
@@ -149,7 +160,7 @@ def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
     return position
 
 
-def _result(run: Run, position: Position) -> Result:
+def _result(run: Run, position: Position, signal: int) -> Result:
     means = dict(averages(run) or {})  # nothing changes them any more
     run.optimizer.state.clear()  # its memory is more than that of the copies
     last = {name: tensor.clone() for name, tensor in weights(run).items()}
@@ -158,7 +169,8 @@ def _result(run: Run, position: Position) -> Result:
         reason = "steps"
     elif position.without_patience(run.settings):
         reason = "patience"
-    return Result(position.step, reason, {**last, **means}, last, tuple(step for _, step in position.best))
+    best = tuple(step for _, step in position.best)
+    return Result(position.step, reason, {**last, **means}, last, best, signal)
 
 
 def _print_note(line: str) -> None:

@@ -29,7 +29,8 @@ Resolution = Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=r"^\d{1,
 class Table(BaseModel):
     """A table of the file: unknown keys and impossible values are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    # Defaults are validated so that a float is one before it was written to a file and read from it.
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
 
 class ModelSettings(Table):
@@ -48,6 +49,7 @@ class ModelSettings(Table):
         False, "Train on noise levels whose last has no signal; the exported file is marked."
     )
     clip_skip: int = setting(0, "Layer of the text encoders, from the end; 0: the model's own.", ge=0)
+    resume: bool = setting(False, "Go on with the moments and the step in a training checkpoint of PyTorch Lightning.")
 
 
 class DataSettings(Table):
@@ -178,12 +180,13 @@ class ValidationSettings(Table):
 
 
 class SampleSettings(Table):
-    prompts: list[str] = setting([], "Painted at the moments below; empty: one made of the trigger word.")
+    prompts: list[str] = setting([], "Painted at the moments below; empty: the first caption.")
     negative: str = setting("", "Negative prompt of all.")
-    every: int = setting(0, "Steps between samples; 0: at the start, the middle and the end.", ge=0)
+    every: int = setting(0, "Steps between samples; 0: at the start, each quarter and the end.", ge=0)
     steps: int = setting(0, "Sampling steps; 0: the default of `paint`.", ge=0)
     seed: int = setting(1, "Seed of the first sample; it is the same at every moment.", ge=0)
     sampler: str = setting("", "Sampler; empty: the default of `paint`.")
+    last: bool = setting(True, "With averages (EMA): paint with the last weights too.")
 
 
 class MemorySettings(Table):
@@ -201,6 +204,9 @@ class RunSettings(Table):
     lineage: Literal["none", "hashed", "plain"] = setting(
         "hashed", "What the file says of its data: nothing, hashes, or names and tag counts as kohya's."
     )
+    tensorboard: Literal["auto", "yes", "no"] = setting(
+        "auto", "Write TensorBoard files into the run's folder; auto: if tensorboardX is installed."
+    )
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     adapter: AdapterSettings = AdapterSettings()
@@ -213,7 +219,7 @@ class RunSettings(Table):
 
 
 TABLES = {name: field.annotation for name, field in RunSettings.model_fields.items() if name not in (
-    "mode", "output", "device", "lineage")}  # fmt: skip
+    "mode", "output", "device", "lineage", "tensorboard")}  # fmt: skip
 
 
 def read(path: Path) -> RunSettings:

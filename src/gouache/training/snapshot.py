@@ -224,7 +224,9 @@ def _changeable(run: Run) -> frozenset[str]:
 def _refuse(changes: Sequence[Change], folder: Path) -> None:
     if changes:
         shown = printable(str(folder))
-        raise TrainingError(f"{shown}: was trained with {', '.join(each.text for each in changes)}; {_ADVICE}")
+        # The hash of the layout differs with everything that changes it, which says more.
+        telling = [each for each in changes if not each.name.endswith(".layout")] or changes
+        raise TrainingError(f"{shown}: was trained with {', '.join(each.text for each in telling)}; {_ADVICE}")
 
 
 def _check_tensors(

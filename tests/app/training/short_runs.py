@@ -45,4 +45,5 @@ def run(
         user,
         on_note=[].append if notes is None else notes.append,
         should_stop=stop,
+        overwrite=True,
     )

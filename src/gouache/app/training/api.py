@@ -8,10 +8,11 @@ from typing import Any
 
 from gouache.app.settings import Settings, read
 from gouache.app.training import defaults, runs
-from gouache.app.training.folder import RunFolder, is_run
+from gouache.app.training.folder import RunFolder
 from gouache.app.training.prepare import OnWork
 from gouache.app.training.runs import Finished
 from gouache.training.loop import Progress
+from gouache.training.run_settings import TABLES, toml
 
 
 def train(
@@ -29,38 +30,41 @@ def train(
     on_work: OnWork | None = None,
     on_note: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    overwrite: bool = False,
     **changes: Any,
 ) -> Finished:
     """Train a "lora", "dreambooth" or "finetune" on a folder of pictures; returns where the file is.
 
-    `output` is the file to write, `folder` that of the run (default: `runs/` and the name of the output); the same call
-    with the same folder goes on with a run. `trigger` is put in front of captions without it; `class_word` says what
-    the subject is. `changes` are settings by name, as in the settings file: `rank=8`, `learning_rate=1e-4`,
-    `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and time left, `on_work` (what, done, total) of
-    the preparation, `on_note` one line each. Raises GouacheError, before any weight is read for what can be known then.
+    `output` is the file to write, replaced only with `overwrite`; `folder` that of the run (default: `runs/` and the
+    name of the output). The same call with the same `folder` goes on with a run that was stopped. `trigger` is put in
+    front of captions without it; `class_word` says what the subject is. `changes` are settings by name, as in the
+    settings file: `rank=8`, `learning_rate=1e-4`, `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and
+    time left, `on_work` (what, done, total) of the preparation, `on_note` one line each. `should_stop` is polled
+    between steps; if it returns True, or on Ctrl-C, the run is saved and the result has no path. Raises GouacheError,
+    before any weight is read for what can be known then.
     """
     user = settings or read()
     overrides = [text for name, value in changes.items() for text in _overrides(name, value)]
-    chosen = defaults.choose(
-        mode, str(data), str(model), output=None if output is None else Path(output), trigger=trigger,
-        class_word=class_word, steps=steps, overrides=overrides, settings=user,
-    )  # fmt: skip
-    if folder is None:
-        run = runs.new_folder(chosen)
+    run = None if folder is None else RunFolder(Path(folder))
+    if run is not None and run.is_started:
+        given = {"mode": mode, "train.steps": steps, "data.trigger": trigger, "data.class_word": class_word,
+                 "output": None if output is None else str(output)}  # fmt: skip
+        texts = [f"{name}={toml(value)}" for name, value in given.items() if value not in (None, "")]
+        chosen, run = runs.opened(run.path, [*texts, *overrides])
     else:
-        run = RunFolder(Path(folder))
-        if is_run(run.path):
-            chosen, run = runs.opened(run.path, overrides)
+        chosen = defaults.choose(
+            mode, str(data), str(model), output=None if output is None else Path(output), trigger=trigger,
+            class_word=class_word, steps=steps, overrides=overrides, settings=user,
+        )  # fmt: skip
+        run = run or runs.new_folder(chosen, overwrite=overwrite)
     return runs.run(
         chosen, run, user, on_note=on_note or (lambda line: None), on_progress=on_progress, on_work=on_work,
-        should_stop=should_stop,
+        should_stop=should_stop, overwrite=overwrite,
     )  # fmt: skip
 
 
 def _overrides(name: str, value: Any) -> list[str]:
     """`key=value` texts; a dictionary is a table of the settings file."""
-    from gouache.training.run_settings import TABLES, toml
-
     if name in TABLES and isinstance(value, dict):
         return [f"{name}.{key}={toml(each)}" for key, each in value.items()]
     return [f"{name}={toml(value)}"]

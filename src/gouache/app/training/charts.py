@@ -46,11 +46,10 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         _, y = place(0, value)
         parts.append(f'<line x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-        x, _ = place(last * number / 4, low)
+        step = round(last * number / 4)
+        x, _ = place(step, low)
         anchor = "end" if number == 4 else "middle"
-        parts.append(
-            f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="{anchor}">{round(last * number / 4)}</text>'
-        )
+        parts.append(f'<text x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="{anchor}">{step}</text>')
     for number, curve in enumerate(curves):
         color = _COLORS[number % len(_COLORS)]
         if curve.smooth:
@@ -58,15 +57,22 @@ def chart(title: str, curves: Sequence[Curve]) -> str:
         values = _smoothed(curve.values) if curve.smooth else curve.values
         parts.append(_line(curve.steps, values, place, color, "curve"))
     parts.append("</svg>")
-    keys = "".join(
-        f'<span><i style="background:{_COLORS[number % len(_COLORS)]}"></i>{html.escape(curve.label)}</span>'
-        for number, curve in enumerate(curves)
+    keys = (
+        ""
+        if len(curves) == 1 and curves[0].label == title
+        else "".join(
+            f'<span><i style="background:{_COLORS[number % len(_COLORS)]}"></i>{html.escape(curve.label)}</span>'
+            for number, curve in enumerate(curves)
+        )
     )
     return f'<figure><figcaption>{html.escape(title)}</figcaption>{"".join(parts)}<p class="key">{keys}</p></figure>'
 
 
 def _line(steps: Sequence[float], values: Sequence[float], place: Place, color: str, style: str) -> str:
     steps, values = _thinned(steps, values)
+    if len(steps) == 1:
+        x, y = place(steps[0], values[0])
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>'
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, steps, values))
     return f'<polyline points="{points}" stroke="{color}" class="{style}"/>'
 

@@ -16,6 +16,7 @@ from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
+from gouache.files.record import ModelFile
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.nn.spec import UNetSpec
@@ -48,10 +49,12 @@ def choose(
         raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(get_args(Mode))}")
     # Those of other settings on which chosen ones depend; the rate of 1 only until the real one is known.
     given = run_settings.with_overrides({"train": {"learning_rate": 1.0}}, overrides)
+    steps = steps if steps is not None else _given_steps(given)
     given_data = given.get("data", {})
     folder = str(given_data.get("folder") or Path(data))
     trigger, class_word = given_data.get("trigger") or trigger, given_data.get("class_word") or class_word
-    found = identify(open_model(names.resolve(str(given.get("model", {}).get("name") or model), settings)))
+    file = open_model(names.resolve(str(given.get("model", {}).get("name") or model), settings))
+    found = identify(file)
     spec = trainable(found)
     column = str(given_data.get("caption_column") or "")
     dataset = folders.read(Path(folder), Subset(trigger=trigger, class_word=class_word), caption_column=column)
@@ -82,6 +85,8 @@ def choose(
     if mode == "finetune":
         chosen["adapter"] = {"form": "none"}
         chosen["data"]["caption_dropout"] = 0.1
+    if given.get("model", {}).get("resume") is True:
+        _resume(chosen, file)
     values = run_settings.with_overrides(_merged(chosen, own), overrides)
     epochs = values["train"].pop(EPOCHS.partition(".")[2], None)
     checked = run_settings.checked(values)
@@ -132,6 +137,8 @@ def _training(
         "weight_decay": 0.01,
         "ema_decay": 0.0 if mode == "lora" or optimizer == "schedule-free" else 0.999,
         "log_steps": max(1, min(50, chosen // 100)),
+        # Some ten validations, so that over-fitting can be seen; in short runs each costs as much as some steps.
+        "validate_steps": min(1000, max(10, chosen // 10)),
     }
 
 
@@ -145,6 +152,20 @@ def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int)
     chosen["loss"] = {"prior": prior}
     if prior == "pictures" and not given.get("data", {}).get("class_folder"):
         data["class_pictures"] = max(50, 10 * pictures)
+
+
+def _resume(chosen: dict[str, Any], file: ModelFile) -> None:
+    """Steps are counted on from those in a training checkpoint, whose schedule is not known: the rate is constant."""
+    done = file.extra.get("global_step")
+    if isinstance(done, int):
+        chosen["train"] |= {"steps": done + chosen["train"]["steps"], "schedule": "constant", "warmup": 0}
+
+
+def _given_steps(given: Mapping[str, Any]) -> int | None:
+    """`train.steps` of the overrides, on which other values depend."""
+    table = given.get("train")
+    steps = table.get("steps") if isinstance(table, Mapping) else None
+    return steps if type(steps) is int and steps > 0 else None
 
 
 def _merged(chosen: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

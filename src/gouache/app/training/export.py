@@ -4,24 +4,43 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from gouache.adapters.strength import Strength
 from gouache.app.settings import Settings
 from gouache.app.training import prepare
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.prepare import Prepared
-from gouache.errors import RequestError, TrainingError, printable
+from gouache.errors import FileError, RequestError, TrainingError, printable
+from gouache.families.found import Found
+from gouache.files.write import write_atomic
+from gouache.outside import MalformedText, parse_json, read_text
 from gouache.training import state
 from gouache.training.run_settings import RunSettings
-from gouache.training.targets.adapter import AdapterTarget
-from gouache.training.targets.export import Averages
+from gouache.training.state import State
+from gouache.training.targets.adapter import NETWORK, AdapterTarget
+from gouache.training.targets.export import FORMS_OF_MODELS, NAMES, Averages, export_model
+from gouache.training.targets.weights import WeightsTarget
 from gouache.version import __version__
+from gouache.workshop import save
 from gouache.workshop.derive import DTYPES
 
 WEIGHTS = ("ema", "last", "both")
+FORMS = ("adapter", *FORMS_OF_MODELS)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What becomes a file: `weights` "ema", "last" or "both"; `form`, of FORMS; `names` of an adapter."""
+
+    weights: str
+    form: str
+    names: str
 
 
 def export(
@@ -34,76 +53,200 @@ def export(
     form: str = "",
     names: str = "kohya",
     overwrite: bool = False,
-) -> Path:
-    """Write the checkpoint `step` (a number, best or last) of a run as the file `output`.
+    on_note: Callable[[str], None] | None = None,
+) -> int:
+    """Write the checkpoint `step` (a number, best or last) of a run as the file `output`; returns its step.
 
     `weights`: the averages (ema), the last weights, or both; "" chooses the averages where they are kept. `form`:
-    adapter, full, pruned or pruned-emaonly; "" chooses by what was trained. Raises GouacheError.
+    adapter, full, pruned or pruned-emaonly; "" chooses by what was trained. The run may be training meanwhile; the
+    model is loaded on the CPU. Raises GouacheError, before any weight is read for what does not go together.
     """
+    note = on_note or (lambda line: None)
     settings = run.settings()
-    last, averages = read_weights(run, step, settings)
-    with prepare.prepared(
-        settings, run, user, on_note=lambda line: None, on_work=lambda what, done, total: None, fill_caches=False
-    ) as ready:
-        write(ready, output, last, averages, weights=weights, form=form, names=names, overwrite=overwrite)
-    return output
+    number = find_step(run, step)
+    choice = choose(settings, run.has_averages(number), output, weights=weights, form=form, names=names)
+    check_output(choice, output, overwrite)
+    checkpoint = read_checkpoint(run, number, newest=step == "last", on_note=note)
+    loaded = _on_cpu(settings, user, bakes=choice.form != "adapter")
+    model = prepare.load_model(loaded, user, note)
+    target = prepare.make_target(loaded, model, user)
+    try:
+        write(target, settings, checkpoint, choice, output, metadata=read_metadata(run), overwrite=overwrite)
+    finally:
+        if isinstance(target, AdapterTarget):
+            target.detach()
+    return checkpoint.step
 
 
-def read_weights(run: RunFolder, step: str, settings: RunSettings) -> tuple[Mapping[str, Tensor], Averages | None]:
-    """(weights, averages or None) of a checkpoint. Raises RequestError or TrainingError if it does not exist."""
-    steps = run.steps()
+def _on_cpu(settings: RunSettings, user: Settings, bakes: bool) -> RunSettings:
+    """The settings of a model that is loaded to be exported; if an adapter is baked into it, in the file's dtype."""
+    memory = settings.memory
+    if bakes and settings.adapter.form != "none":
+        memory = memory.model_copy(update={"dtype": _stored(prepare.check_model(settings, user)[1]) or "fp32"})
+    return settings.model_copy(update={"device": "cpu", "memory": memory})
+
+
+def _stored(found: Found) -> str | None:
+    """The dtype of the U-Net in its file; None for one that weights are not written in."""
+    code = found.component("unet").dtype.value
+    return next((name for name, each in DTYPES.items() if each == code), None)
+
+
+def find_step(run: RunFolder, step: str) -> int:
+    """The number of the checkpoint `step`. Raises RequestError or TrainingError if there is none."""
+    steps, shown = run.steps(), printable(str(run.path))
     if not steps:
-        shown = printable(str(run.path))
         raise TrainingError(f"{shown} has no checkpoint yet; go on with it: gouache train run {shown}")
     if step == "last":
-        found = state.newest(run.path)
-    elif step == "best" or step.isdecimal():
-        number = run.best_step() if step == "best" else int(step)
-        if number not in steps:
-            kept = ", ".join(map(str, steps))
-            raise RequestError("step", f"{step} has no checkpoint; there are those of step {kept}")
-        found = state.read(run.checkpoint(number))
-    else:
+        return steps[-1]
+    if step != "best" and not step.isdecimal():
         raise RequestError("step", f"{printable(step, 40)!r} is not known; use a number, best or last")
-    assert found is not None
-    averages = found.tensors.get("ema")
-    if not averages:
-        return found.tensors["weights"], None
-    return found.tensors["weights"], Averages(averages, settings.train.ema_decay, int(found.values["ema_updates"]))
+    number = run.best_step() if step == "best" else int(step)
+    if number in steps:
+        return number
+    if step == "best":
+        found = "no validation yet" if number < 0 else f"the best at step {number}, whose checkpoint was not kept"
+        raise RequestError("step", f"{shown} has {found}; use {', '.join(map(str, steps))} or last")
+    raise RequestError("step", f"{step} has no checkpoint; there are those of step {', '.join(map(str, steps))}")
+
+
+def choose(
+    settings: RunSettings, averages: bool, output: Path, *, weights: str = "", form: str = "", names: str = "kohya"
+) -> Choice:
+    """What the options mean for a run with or without `averages`. Raises RequestError if they do not go together."""
+    _known("weights", weights, ("", *WEIGHTS))
+    _known("form", form, ("", *FORMS))
+    _known("names", names, NAMES)
+    if not averages and (weights in ("ema", "both") or form == "pruned-emaonly"):
+        setting, value = ("weights", weights) if weights in ("ema", "both") else ("form", form)
+        raise RequestError(setting, f"{value} needs averages, and this checkpoint has none; use last weights")
+    if form == "pruned-emaonly" and weights in ("last", "both"):
+        raise RequestError("form", f"pruned-emaonly has the averages alone, not {weights} weights; use pruned")
+    is_adapter = settings.adapter.form != "none"
+    if is_adapter:
+        if weights == "both":
+            raise RequestError("weights", "both is for trained weights; an adapter holds one kind: use ema or last")
+        form, weights = form or "adapter", "ema" if averages and weights != "last" else "last"
+    elif form == "adapter":
+        raise RequestError(
+            "form", "adapter: this run trained the weights themselves; `gouache lora extract` makes a LoRA of its file"
+        )
+    if form != "adapter" and names != "kohya":
+        raise RequestError("names", f"{names} is for adapters; models have the names of their original files")
+    if not is_adapter:
+        usual = {"full": "both", "pruned": "both" if form else "ema"}
+        weights = (weights or usual.get(form or "pruned", "ema")) if averages else "last"
+        form = form or ("pruned-emaonly" if weights == "ema" else "pruned")
+    if form != "adapter":
+        save.single_form_of(output)
+    elif names == "peft" and output.suffix:
+        raise RequestError("out", f"{save.shown(output)} has a suffix; PEFT's adapters are folders, name one")
+    elif names != "peft" and output.suffix.lower() != ".safetensors":
+        raise RequestError("out", f"{save.shown(output)} does not end in .safetensors, the format of adapters")
+    return Choice(weights, form, names)
+
+
+def _known(setting: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise RequestError(setting, f"{printable(value, 40)!r} is not known; use {', '.join(filter(None, known))}")
+
+
+def check_output(choice: Choice, output: Path, overwrite: bool) -> None:
+    """Before any work: raises RequestError if `output` exists, FileError if it cannot be written."""
+    if choice.names != "peft":
+        save.check_target(output, overwrite)
+    elif output.exists() and not (overwrite and output.is_dir()):
+        raise RequestError("out", f"{save.shown(output)} already exists; choose another name, or add --overwrite")
+
+
+def read_checkpoint(run: RunFolder, number: int, *, newest: bool, on_note: Callable[[str], None]) -> State:
+    """The checkpoint of step `number`; with `newest` the newest one that is not damaged. Raises TrainingError."""
+    if not newest:
+        return state.read(run.checkpoint(number))
+    found = None
+    for attempt in range(3):
+        try:
+            found = state.newest(
+                run.path, on_note=lambda line: on_note(line.replace("the run goes on from", "used is"))
+            )
+            break
+        except TrainingError:  # a run that is training may have removed the one that was read
+            if attempt == 2 or run.steps()[-1:] == [number]:
+                raise
+    if found is None:
+        raise TrainingError(f"{printable(str(run.path))} has no checkpoint any more")
+    return found
 
 
 def write(
-    ready: Prepared,
+    target: AdapterTarget | WeightsTarget,
+    settings: RunSettings,
+    checkpoint: State,
+    choice: Choice,
     output: Path,
-    last: Mapping[str, Tensor],
-    averages: Averages | None,
     *,
-    weights: str = "",
-    form: str = "",
-    names: str = "kohya",
+    metadata: Mapping[str, str],
     overwrite: bool = False,
 ) -> None:
-    """Write `last`, or `averages`, of the run `ready` as `output`; see `export`."""
-    if weights not in ("", *WEIGHTS):
-        raise RequestError("weights", f"{printable(weights, 40)!r} is not known; use {', '.join(WEIGHTS)}")
-    if weights in ("ema", "both") and averages is None:
-        raise RequestError("weights", f"{weights} needs averages, and the run keeps none; use last")
-    about = metadata(ready)
-    if isinstance(ready.target, AdapterTarget):
-        if weights == "both":
-            raise RequestError("weights", "both is for whole models; an adapter file holds one: use ema or last")
-        chosen = averages.weights if averages is not None and weights != "last" else last
-        ready.target.export(
-            chosen, output, form=form or "adapter", names=names, metadata=about, dtype="fp16", overwrite=overwrite
+    """Write the weights of `checkpoint` as `output`. The model of `target` has the baked weights afterwards."""
+    last = checkpoint.tensors["weights"]
+    averages = None
+    if (means := checkpoint.tensors.get("ema")) and choice.weights != "last":
+        averages = Averages(means, settings.train.ema_decay, int(checkpoint.values["ema_updates"]))
+    about = {**metadata, "ss_steps": str(checkpoint.step), **_epoch(metadata, checkpoint)}
+    if choice.weights == "ema" and averages is not None and choice.form != "pruned-emaonly":
+        last, averages = {**last, **averages.weights}, None
+    dtype = _stored(target.model.found)  # of the file that training started from
+    if isinstance(target, WeightsTarget):
+        target.export(
+            last, output, form=choice.form, metadata=about, averages=averages, dtype=dtype, overwrite=overwrite
         )
         return
-    kept = None if weights == "last" else averages
-    usual = "pruned" if kept is None or weights == "both" else "pruned-emaonly"
-    stored = ready.model.found.component("unet").dtype.value  # of the file that training started from
-    dtype = next((name for name, code in DTYPES.items() if code == stored), None)
-    ready.target.export(
-        last, output, form=form or usual, metadata=about, averages=kept, dtype=dtype, overwrite=overwrite
-    )
+    if averages is not None:
+        last = {**last, **averages.weights}
+    if choice.form == "adapter":
+        target.export(last, output, names=choice.names, metadata=about, dtype="fp16", overwrite=overwrite)
+        return
+    form = "pruned" if choice.form == "pruned-emaonly" else choice.form
+    export_model(_baked(target, last), target.model, output, form, about, None, dtype, overwrite=overwrite)
+
+
+def _epoch(metadata: Mapping[str, str], checkpoint: State) -> dict[str, str]:
+    """The number of whole epochs, if the length of one is known."""
+    batches, number = metadata.get("ss_num_batches_per_epoch", ""), checkpoint.values.get("number")
+    known = batches.isdecimal() and len(batches) < 10 and int(batches) > 0
+    return {"ss_epoch": str(number // int(batches))} if known and isinstance(number, int) else {}
+
+
+@torch.no_grad()
+def _baked(target: AdapterTarget, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The weights of the changed networks with the adapter's changes in them; the adapter has `weights` afterwards."""
+    model = target.model
+    for name, tensor in target.adapter.state_dict().items():
+        tensor.copy_(weights.get(f"{NETWORK}.{name}", tensor))
+    folded = model.adapters.attach(target.adapter, Strength(), how="folded")
+    networks = {"unet": model.unet, **model.text_encoders}
+    try:
+        return {
+            part: {name: tensor.detach().cpu().clone() for name, tensor in networks[part].state_dict().items()}
+            for part in dict.fromkeys(part for part, _ in target.modules)
+        }
+    finally:
+        model.adapters.detach(folded)
+
+
+def write_metadata(ready: Prepared, run: RunFolder) -> None:
+    """Keep `metadata` in the run's folder: exports need no pictures then. Raises FileError."""
+    write_atomic(run.metadata, json.dumps(metadata(ready), indent=1).encode())
+
+
+def read_metadata(run: RunFolder) -> dict[str, str]:
+    """What `write_metadata` wrote; empty if there is nothing that can be read."""
+    try:
+        values = parse_json(read_text(run.metadata))
+    except (FileError, MalformedText):
+        return {}
+    return {name: value for name, value in values.items() if isinstance(value, str)} if isinstance(values, dict) else {}
 
 
 def metadata(ready: Prepared) -> dict[str, str]:
@@ -116,7 +259,6 @@ def metadata(ready: Prepared) -> dict[str, str]:
         "ss_learning_rate": repr(train.learning_rate),
         "ss_unet_lr": repr(train.learning_rate if settings.parts.unet else 0.0),
         "ss_text_encoder_lr": repr(train.learning_rate * settings.parts.text_rate * settings.parts.text_encoder),
-        "ss_steps": str(train.steps),
         "ss_max_train_steps": str(train.steps),
         "ss_num_epochs": str(-(-train.steps * train.accumulate // epoch)),
         "ss_num_batches_per_epoch": str(epoch),

@@ -19,13 +19,17 @@ _MOST = 1 << 30  # bytes of a log
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`path` has `settings.toml`, `log.jsonl`, checkpoints, `samples/`, `cache/` and, once exported, the result."""
+    """`path` has `settings.toml`, `log.jsonl`, checkpoints, `samples/`, `cache/` and other files of a run."""
 
     path: Path
 
     @property
     def settings_file(self) -> Path:
         return self.path / SETTINGS
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.jsonl"
 
     @property
     def samples(self) -> Path:
@@ -36,14 +40,28 @@ class RunFolder:
         return self.path / "cache"
 
     @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
     def contents(self) -> Path:
         """The cache of hashes of pictures."""
         return self.cache / "contents.jsonl"
 
     @property
+    def metadata(self) -> Path:
+        """What exported files say of the data and the settings; written when the run begins."""
+        return self.path / "metadata.json"
+
+    @property
     def newest(self) -> Path:
-        """The newest weights as a file that can be painted with; written when asked for."""
-        return self.path / "newest.safetensors"
+        """The folder of the newest weights as a file that can be painted with; written when asked for."""
+        return self.path / "newest"
+
+    @property
+    def is_started(self) -> bool:
+        """Whether training has begun: there is something to go on with."""
+        return self.log_file.exists() or bool(self.steps())
 
     def settings(self) -> RunSettings:
         """Raises FileError or RequestError."""
@@ -56,13 +74,18 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.path / f"step-{step:08d}"
 
-    def state(self) -> Mapping[str, Any]:
-        """The values of the newest checkpoint; empty if there is none. Raises FileError."""
-        for path in reversed(state.checkpoints(self.path)):
+    def has_averages(self, step: int) -> bool:
+        """Whether the checkpoint of `step` has averaged weights (EMA)."""
+        return (self.checkpoint(step) / "ema.safetensors").exists()
+
+    def state(self, step: int | None = None) -> Mapping[str, Any]:
+        """The values of the checkpoint of `step`, or of the newest; empty if there is none that can be read."""
+        paths = reversed(state.checkpoints(self.path)) if step is None else (self.checkpoint(step),)
+        for path in paths:
             try:
                 values = parse_json(read_outside(path / "state.json"))
-            except MalformedText:
-                continue
+            except (MalformedText, FileError):
+                continue  # damaged, or removed by the run meanwhile
             if isinstance(values, dict):
                 return values
         return {}
@@ -74,11 +97,10 @@ class RunFolder:
 
     def log(self) -> list[Mapping[str, float]]:
         """The lines of the log that are whole: numbers by name, each with "step". Raises FileError."""
-        path = self.path / "log.jsonl"
-        if not path.exists():
+        if not self.log_file.exists():
             return []
         lines = list[Mapping[str, float]]()
-        for line in read_text(path, _MOST, errors="replace").splitlines():
+        for line in read_text(self.log_file, _MOST, errors="replace").splitlines():
             try:
                 values = parse_json(line)
             except MalformedText:

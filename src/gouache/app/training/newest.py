@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from gouache.app.settings import Settings
 from gouache.app.training import export
 from gouache.app.training.folder import RunFolder
-from gouache.errors import FileError, TrainingError, printable
-from gouache.files.write import write_atomic
-from gouache.outside import MalformedText, parse_json, read_outside
+from gouache.errors import TrainingError, printable
 
 
 def newest_file(path: Path, settings: Settings) -> Path:
     """The file of the newest checkpoint of the run in the folder `path`, written if there is none of that step yet.
 
-    Raises GouacheError if the run has no checkpoint yet.
+    Its name states the step. A damaged checkpoint is passed over. Raises GouacheError if the run has no checkpoint yet.
     """
     run = RunFolder(path)
     steps = run.steps()
     if not steps:
-        raise TrainingError(f"{printable(str(path))} has no checkpoint yet; wait, or ask for one: touch RUN/save-now")
-    if run.newest.is_file() and _step_of(run) == steps[-1]:
-        return run.newest
-    export.export(run, run.newest, settings, step=str(steps[-1]), overwrite=True)
-    write_atomic(_note(run), json.dumps({"step": steps[-1]}).encode())
-    return run.newest
+        shown = printable(str(path))
+        raise TrainingError(f"{shown} has no checkpoint yet; wait for one, or ask a run for it: touch {shown}/save-now")
+    present = _file(run, steps[-1])
+    if _is_of(present, run.checkpoint(steps[-1])):
+        return present
+    run.newest.mkdir(exist_ok=True)
+    draft = run.newest / f"{path.resolve().name}.safetensors"
+    step = export.export(run, draft, settings, overwrite=True)
+    for old in run.newest.glob("*-step-*.safetensors"):
+        old.unlink(missing_ok=True)
+    return draft.replace(_file(run, step))
 
 
-def _note(run: RunFolder) -> Path:
-    """States the step of the exported file: the run may have written another checkpoint meanwhile."""
-    return run.newest.with_suffix(".json")
+def _file(run: RunFolder, step: int) -> Path:
+    return run.newest / f"{run.path.resolve().name}-step-{step:08d}.safetensors"
 
 
-def _step_of(run: RunFolder) -> int:
-    """The step that the exported file states; -1 if it cannot be read."""
+def _is_of(file: Path, checkpoint: Path) -> bool:
+    """Whether `file` was written after `checkpoint`, which may be that of a run that was trained again."""
     try:
-        header = read_outside(_note(run))
-        return int(parse_json(header)["step"])
-    except (FileError, MalformedText, KeyError, TypeError, ValueError):
-        return -1
+        return file.stat().st_mtime >= (checkpoint / "manifest.json").stat().st_mtime
+    except OSError:
+        return False

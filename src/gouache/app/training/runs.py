@@ -10,21 +10,23 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from gouache.app import hashes
+from gouache.app import hashes, names
 from gouache.app.settings import Settings
-from gouache.app.training import export, out_of_memory, prepare
+from gouache.app.training import export, foreign, out_of_memory, prepare, tensorboard
 from gouache.app.training.folder import RunFolder, is_run
 from gouache.app.training.prepare import OnNote, OnWork, Prepared
-from gouache.app.training.samples import Samples, requests_of
-from gouache.errors import FileError, GouacheError, RequestError, is_out_of_memory, printable
+from gouache.app.training.samples import LAST, Samples, default_prompt, most_common, requests_of
+from gouache.app.training.tensorboard import Board
+from gouache.errors import FileError, GouacheError, RequestError, TrainingError, is_out_of_memory, printable
 from gouache.files.open import open_model
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
-from gouache.training import loop, memory, run_settings
-from gouache.training.loop import Progress
+from gouache.training import loop, memory, run_settings, state
+from gouache.training.loop import Progress, Result
 from gouache.training.run_settings import RunSettings, template
 
 RUNS = Path("runs")
@@ -32,32 +34,42 @@ RUNS = Path("runs")
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that ended at `step`. `path` is the exported file, None if the run was stopped; `folder` is the run's."""
+    """A run that ended at `step` of `steps`.
+
+    `path` is the exported file, with the weights of step `exported`; None if the run was stopped, by `signal` if that
+    is not 0. `folder` is the run's. `command` paints with the file.
+    """
 
     folder: Path
     step: int
     path: Path | None
     command: str
+    steps: int = 0
+    exported: int = 0
+    signal: int = 0
 
 
 def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
     """The folder for a new run, named like its output. Raises RequestError if it, or the output, exists already."""
     output = Path(settings.output)
     folder = RunFolder(RUNS / output.stem)
-    if is_run(folder.path):
+    if folder.is_started:
         shown = printable(str(folder.path))
         raise RequestError(
             "output",
             f"{shown} is a run already; go on with it: gouache train run {shown}, or name another output with -o",
         )
-    if output.exists() and not overwrite:
-        raise RequestError("output", f"{printable(str(output))} exists; add --overwrite to replace it")
+    _check_output(settings, overwrite)
     return folder
 
 
 def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
     """The settings in a file, or of a run's folder, with `overrides`, and the folder that the run is or will be in."""
     folder = RunFolder(path) if is_run(path) else None
+    if folder is None and path.is_dir():
+        raise RequestError(
+            "run", f"{printable(str(path))} is not the folder of a training run: it has no settings.toml"
+        )
     file = folder.settings_file if folder is not None else path
     try:
         values = parse_toml(read_text(file))
@@ -65,7 +77,8 @@ def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
         raise FileError(file, str(error)) from None
     settings = run_settings.checked(run_settings.with_overrides(values, overrides), printable(file.name))
     if folder is None:
-        folder = RunFolder(file.parent) if file.name == "settings.toml" else RunFolder(RUNS / file.stem)
+        is_of_run = file.name == "settings.toml" and (file.parent / "lock").exists()
+        folder = RunFolder(file.parent if is_of_run else RUNS / file.stem)
     return settings, folder
 
 
@@ -79,40 +92,84 @@ def run(
     on_work: OnWork | None = None,
     should_stop: Callable[[], bool] | None = None,
     seconds: float = math.inf,
+    overwrite: bool = False,
 ) -> Finished:
     """Train until the last step, or until Ctrl-C, `should_stop` or `seconds`; then the result is exported.
 
-    Raises GouacheError, before any weight is read for whatever can be known then.
+    A new run replaces a file at its output only with `overwrite`. Raises GouacheError, before any weight is read for
+    whatever can be known then.
     """
+    if state.is_locked(folder.path):
+        raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
+    if not folder.is_started:
+        _check_output(settings, overwrite)
     settings = _with_hash(settings, user)
-    prepare.check_model(settings, user)
+    wants_board = tensorboard.is_wanted(settings.tensorboard)
+    path, _ = prepare.check_model(settings, user)
+    if settings.model.resume:
+        foreign.check(settings, open_model(path))
+    if not folder.is_started and (note := foreign.hint(settings, open_model(path))):
+        on_note(note)
     pictures = prepare.read_pictures(settings, folder, on_note, user)
-    _write_settings(settings, folder)
+    changed = is_run(folder.path) and _absolute(settings, user) != folder.settings()
+    if not folder.is_started:
+        _write_settings(settings, folder, user)
     work = on_work or (lambda what, done, total: None)
     with (
         out_of_memory.explained(settings, folder),
         prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready,
+        Board(folder, on_note) if wants_board else nullcontext() as board,
     ):
+        if settings.model.resume:
+            foreign.begin(ready, folder, on_note)
         samples = _samples(ready, folder)
+
+        def begin(step: int) -> None:
+            _write_settings(settings, folder, user)  # only now: a change may have been refused
+            export.write_metadata(ready, folder)
+            if changed:
+                samples.forget(step)
+            if step:
+                on_note(_resumed(settings, folder, step))
+
+        def progress(measured: Progress) -> None:
+            if board is not None:
+                board.update()
+            if on_progress is not None:
+                on_progress(measured)
+
         result = loop.train(
             ready.objective,
             ready.batches,
             settings.train,
             folder.path,
-            on_log=on_progress,
+            on_begin=begin,
+            on_log=progress,
             validate=ready.validation,
-            on_preview=lambda step: _paint(ready, samples, step, on_note),
+            on_preview=lambda step: _paint(ready, samples, step, "", on_note),
+            on_last_preview=(lambda step: _paint(ready, samples, step, LAST, on_note))
+            if settings.samples.last
+            else None,
             preview_steps=_moments(settings),
             should_stop=should_stop,
             seconds=seconds,
             epoch_batches=len(ready.batches),
             on_note=on_note,
         )
-        path = None
+        output, exported = None, 0
         if result.finished:
-            path = Path(settings.output)
-            export.write(ready, path, *export.read_weights(folder, "last", settings), overwrite=True)
-    return Finished(folder.path, result.step, path, _command(settings, path))
+            output = _near(Path(settings.output))
+            exported = _export(ready, folder, result, on_note)
+    command = _command(settings, ready, output)
+    return Finished(folder.path, result.step, output, command, settings.train.steps, exported, result.signal)
+
+
+def _check_output(settings: RunSettings, overwrite: bool) -> None:
+    """Before hours of training: raises GouacheError if the result cannot be written."""
+    if not settings.output:
+        raise RequestError("output", "is empty; name the file to write")
+    output = Path(settings.output)
+    export.check_output(export.choose(settings, False, output), output, overwrite)
 
 
 def _with_hash(settings: RunSettings, user: Settings) -> RunSettings:
@@ -124,28 +181,93 @@ def _with_hash(settings: RunSettings, user: Settings) -> RunSettings:
     return settings.model_copy(update={"model": settings.model.model_copy(update={"sha256": digest})})
 
 
-def _write_settings(settings: RunSettings, folder: RunFolder) -> None:
+def _write_settings(settings: RunSettings, folder: RunFolder, user: Settings) -> None:
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(folder.path, f"cannot be created: {error.strerror}") from None
-    write_atomic(folder.settings_file, template(settings).encode())
+    write_atomic(folder.settings_file, template(_absolute(settings, user)).encode())
+
+
+def _absolute(settings: RunSettings, user: Settings) -> RunSettings:
+    """The settings with absolute paths, so that the run can be gone on with from any folder; names remain names."""
+
+    def path(text: str) -> str:
+        return str(Path(text).expanduser().absolute()) if text else ""
+
+    def model(text: str) -> str:
+        return path(text) if text and Path(text).exists() and names.resolve(text, user) == Path(text) else text
+
+    data, chosen, adapter = settings.data, settings.model, settings.adapter
+    return settings.model_copy(
+        update={
+            "output": path(settings.output),
+            "model": chosen.model_copy(update={"name": model(chosen.name)}),
+            "adapter": adapter.model_copy(update={"start": model(adapter.start)}),
+            "data": data.model_copy(
+                update={name: path(getattr(data, name)) for name in ("folder", "class_folder", "cache_folder")}
+            ),
+        }
+    )
+
+
+def _near(path: Path) -> Path:
+    """`path` as it is named from the present folder, if it is in it."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _resumed(settings: RunSettings, folder: RunFolder, step: int) -> str:
+    """One line on what a run that was called again does."""
+    shown, train, values = printable(str(folder.path)), settings.train, folder.state()
+    again = f"gouache train run {shlex.quote(shown)}"
+    if step >= train.steps:
+        return f"all {train.steps} steps are done; to train more: {again} --set train.steps={step + train.steps}"
+    if 0 < train.patience <= int(values.get("waiting", 0)):
+        return f"patience ended this run at step {step}; to train more: {again} --set train.patience=0"
+    return f"goes on after step {step} of {train.steps}"
+
+
+def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote) -> int:
+    """Write the result: the last checkpoint or, if patience ended the run, the best one. Returns its step."""
+    settings, number = ready.settings, result.step
+    best = result.best[0] if result.best else 0
+    if result.reason == "patience":
+        waited = f"validation has not improved for {settings.train.patience} validations"
+        if best in folder.steps():
+            number = best
+            on_note(f"stopped early at step {result.step}: {waited}; exported is the best checkpoint, of step {best}")
+        else:
+            on_note(f"stopped early at step {result.step}: {waited}; exported is the last checkpoint")
+    elif best and best != number and best in folder.steps():
+        on_note(
+            f"the validation loss was lowest at step {best}; to export that: gouache train export "
+            f"{shlex.quote(printable(str(folder.path)))} OUT --step best"
+        )
+    output = Path(settings.output)
+    checkpoint = export.read_checkpoint(folder, number, newest=number == result.step, on_note=on_note)
+    choice = export.choose(settings, "ema" in checkpoint.tensors, output)
+    try:
+        export.write(
+            ready.target, settings, checkpoint, choice, output, metadata=export.metadata(ready), overwrite=True
+        )
+    except GouacheError as error:
+        shown = printable(str(folder.path))
+        raise TrainingError(f"{error}; the run is complete, export it with: gouache train export {shown} OUT") from None
+    return checkpoint.step
 
 
 def _samples(ready: Prepared, folder: RunFolder) -> Samples:
-    settings = ready.settings
-    default = settings.data.trigger or ready.pictures.training[0].captions[0] or "a picture"
-    size = ready.batches.rows[0].crop.size
-    requests = requests_of(settings.samples, default, size, settings.model.clip_skip)
-    return Samples(ready.model, requests, folder.samples)
+    size = most_common([row.crop.size for row in ready.batches.rows])
+    return Samples(ready.model, requests_of(ready.settings, ready.pictures.training, size), folder.samples)
 
 
-def _paint(ready: Prepared, samples: Samples, step: int, on_note: OnNote) -> None:
+def _paint(ready: Prepared, samples: Samples, step: int, ending: str, on_note: OnNote) -> None:
     """A sample that cannot be painted does not end a run."""
     try:
         memory.trim()  # what the steps leave is in small pieces
         ready.model.reload("text encoder")  # before a prompt attaches adapters to it
-        samples.paint(step)
+        samples.paint(step, ending)
     except GouacheError as error:
         on_note(f"no samples at step {step}: {error}")
     except (MemoryError, RuntimeError) as error:
@@ -163,12 +285,12 @@ def _moments(settings: RunSettings) -> range | frozenset[int]:
     return frozenset({0, steps // 4, steps // 2, 3 * steps // 4, steps})
 
 
-def _command(settings: RunSettings, path: Path | None) -> str:
-    """The command that paints with the result."""
+def _command(settings: RunSettings, ready: Prepared, path: Path | None) -> str:
+    """The command that paints with the result, as the samples are painted."""
     if path is None:
         return ""
-    prompt = settings.samples.prompts[0] if settings.samples.prompts else settings.data.trigger or "a picture"
-    command = ["gouache", "paint", prompt]
+    prompts = settings.samples.prompts or [default_prompt(settings, ready.pictures.training)]
+    command = ["gouache", "paint", prompts[0]]
     if settings.adapter.form == "none":
         return shlex.join([*command, "-m", str(path)])
     return shlex.join([*command, "-m", settings.model.name, "--lora", str(path)])

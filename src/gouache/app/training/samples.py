@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from gouache.errors import RequestError
+from gouache.data.record import Record
+from gouache.errors import FileError, RequestError
 from gouache.files.write import write_atomic
 from gouache.generate import run
+from gouache.generate.picture import read_recipe
 from gouache.generate.request import Request
-from gouache.images import pixels
 from gouache.images.sheet import sheet
 from gouache.model.model import Model
-from gouache.training.run_settings import SampleSettings
+from gouache.training.run_settings import RunSettings
 
 SHEET = "sheet.png"
-_NAME = re.compile(r"step-(\d{8})-(\d{2})\.png")
+LAST = "-last"  # ends the names of pictures painted with the last weights, beside those of the averages
+_NAME = re.compile(rf"step-(\d{{8,}})-(\d{{2,}})({LAST})?\.png")
 _MOST_ROWS = 40  # of the sheet; older moments are thinned out
+_COMPARED = ("prompt", "negative", "seed", "size", "steps", "sampler", "cfg", "clip_skip")
 
 
 class Samples:
@@ -29,40 +33,74 @@ class Samples:
     def __init__(self, model: Model, requests: Sequence[Request], folder: Path) -> None:
         self._model, self._requests, self._folder = model, requests, folder
 
-    def paint(self, step: int) -> Path:
-        """The pictures after `step` steps; returns the contact sheet. Raises GouacheError if they cannot be painted."""
+    def paint(self, step: int, ending: str = "") -> Path:
+        """The pictures after `step` steps; returns the contact sheet. `ending` "" or `LAST`.
+
+        Those that a run painted before it was stopped are kept. Raises GouacheError if they cannot be painted.
+        """
         for number, request in enumerate(self._requests):
-            picture = next(iter(run.paint(self._model, request)))
-            picture.save(self._folder / f"step-{step:08d}-{number:02d}.png")
+            path = self._folder / f"step-{step:08d}-{number:02d}{ending}.png"
+            if not _shows(path, request):
+                next(iter(run.paint(self._model, request))).save(path)
         return self._write_sheet()
 
+    def forget(self, after: int) -> None:
+        """Remove the pictures of later steps, which other settings will paint differently. Raises FileError."""
+        for step, _, _, path in pictures(self._folder):
+            if step > after:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:
+                    raise FileError(path, f"cannot be removed: {error.strerror}") from None
+
     def _write_sheet(self) -> Path:
-        found: dict[int, dict[int, Path]] = {}
-        for path in self._folder.iterdir():
-            if match := _NAME.fullmatch(path.name):
-                found.setdefault(int(match[1]), {})[int(match[2])] = path
+        found: dict[int, dict[tuple[int, str], Path]] = {}
+        for step, number, ending, path in pictures(self._folder):
+            found.setdefault(step, {})[number, ending] = path
         steps = _thinned(sorted(found))
-        columns = [request.prompt for request in self._requests]
-        rows = [[_opened(found[step].get(number)) for number in range(len(columns))] for step in steps]
+        endings = ("", LAST) if any(LAST in {ending for _, ending in row} for row in found.values()) else ("",)
+        columns = [(number, ending) for number in range(len(self._requests)) for ending in endings]
+        heads = [self._requests[number].prompt + " (last weights)" * bool(ending) for number, ending in columns]
+        rows = [[_opened(found[step].get(each), self._requests[each[0]]) for each in columns] for step in steps]
         path = self._folder / SHEET
-        picture = sheet(columns, [f"step {step}" for step in steps], rows)
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        sheet(heads, [f"step {step}" for step in steps], rows).save(buffer, "PNG")
         write_atomic(path, buffer.getvalue())
         return path
 
 
-def requests_of(settings: SampleSettings, default: str, size: tuple[int, int], clip_skip: int) -> list[Request]:
-    """The samples' requests: the model's own defaults, at the training pictures' size. Raises RequestError."""
+def pictures(folder: Path) -> Iterator[tuple[int, int, str, Path]]:
+    """(step, number of the prompt, "" or `LAST`, path) of the samples in `folder`, in that order."""
+    found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir()) if folder.is_dir() else ()
+    yield from sorted((int(match[1]), int(match[2]), match[3] or "", path) for match, path in found if match)
+
+
+def requests_of(settings: RunSettings, training: Sequence[Record], size: tuple[int, int]) -> list[Request]:
+    """The samples' requests: the model's own defaults, at the size of training pictures. Raises RequestError."""
+    chosen = settings.samples
     changed = {
-        **({"steps": settings.steps} if settings.steps else {}),
-        **({"sampler": settings.sampler} if settings.sampler else {}),
-        **({"clip_skip": clip_skip} if clip_skip else {}),
+        **({"steps": chosen.steps} if chosen.steps else {}),
+        **({"sampler": chosen.sampler} if chosen.sampler else {}),
+        **({"clip_skip": settings.model.clip_skip} if settings.model.clip_skip else {}),
     }
     return [
-        Request(prompt=prompt, negative=settings.negative, seed=settings.seed + number, size=size, **changed)
-        for number, prompt in enumerate(settings.prompts or [default])
+        Request(prompt=prompt, negative=chosen.negative, seed=chosen.seed + number, size=size, **changed)
+        for number, prompt in enumerate(chosen.prompts or [default_prompt(settings, training)])
     ]
+
+
+def default_prompt(settings: RunSettings, training: Sequence[Record]) -> str:
+    """The first caption, which has the trigger word: what the run learns to paint."""
+    captions = (line for record in training if not record.regularization for line in record.captions if line.strip())
+    words = " ".join(filter(None, (settings.data.trigger, settings.data.class_word)))
+    caption = next(captions, "") or words or "a picture"
+    return " ".join(filter(None, (settings.data.prefix, caption, settings.data.suffix)))
+
+
+def most_common(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size of most training pictures; of equally many the largest."""
+    counted = Counter(sizes)
+    return max(counted, key=lambda size: (counted[size], size[0] * size[1], size))
 
 
 def _thinned(steps: list[int]) -> list[int]:
@@ -72,10 +110,23 @@ def _thinned(steps: list[int]) -> list[int]:
     return [steps[round(index * (len(steps) - 1) / (_MOST_ROWS - 1))] for index in range(_MOST_ROWS)]
 
 
-def _opened(path: Path | None) -> Image.Image | None:
+def _shows(path: Path, request: Request) -> bool:
+    """Whether `path` is a picture of `request`."""
+    try:
+        painted = read_recipe(path)[0]["request"] if path.is_file() else {}
+    except RequestError:
+        return False
+    wanted = request.to_json()
+    return bool(painted) and all(painted.get(name) == wanted[name] for name in _COMPARED if wanted[name] is not None)
+
+
+def _opened(path: Path | None, request: Request) -> Image.Image | None:
+    """The picture, if it is one of the same prompt and seed."""
     if path is None:
         return None
     try:
-        return pixels.read(path, "samples").convert("RGB")
+        recipe, picture = read_recipe(path)
     except RequestError:
         return None
+    painted = recipe["request"]
+    return picture if (painted.get("prompt"), painted.get("seed")) == (request.prompt, request.seed) else None
