@@ -100,7 +100,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
     settings = _settled(settings, device, trainable(found).channels, user)
     with tempfile.TemporaryDirectory(prefix="gouache-") as scratch:
         trial = RunFolder(Path(scratch))
-        pictures = prepare.read_pictures(settings, trial, on_note)
+        pictures = prepare.read_pictures(settings, trial, on_note, user)
         class_pictures = max(0, class_pictures - sum(each.regularization for each in pictures.training))
         model = prepare.load_model(settings, user, on_note, torch.device("meta"))
         target = prepare.make_target(settings, model, user)

@@ -125,9 +125,11 @@ def prepared(
         for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
             checkpointing.enable(network)
         objective = make_objective(settings, model, target, batches, user, pictures.caption_dropout)
-        validation = make_validation(settings, folder, model, target, pictures, objective)
-        if fill_caches and settings.data.cache:
+        filled = fill_caches and settings.data.cache
+        if filled:  # first, so that the validation finds the captions that it shares with training
             _fill(settings, batches, on_work)
+        validation = make_validation(settings, folder, model, target, pictures, objective)
+        if filled:
             free_encoders(settings, model, target)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
     finally:
