@@ -104,28 +104,32 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x.bfloat16(), weight, bias)
     x, out = x.float(), torch.empty(len(x), len(weight), dtype=weight.dtype)
     offset = None if bias is None else bias.float()
-    for block in _blocks(weight):
+    for block in _blocks(*weight.shape):
         part = weight[block].float().T
         out[:, block] = x @ part if offset is None else torch.addmm(offset[block], x, part)
     return out
 
 
 def _back_product(gradient: Tensor, weight: Tensor) -> Tensor:
-    """gradient (rows, out) times weight (out, in): (rows, in), in float32 if there are enough rows."""
+    """gradient (rows, out) times weight (out, in): bfloat16 (rows, in)."""
     if len(gradient) < FEW_ROWS:
         return gradient @ weight
-    gradient, total = gradient.float(), None
-    for block in _blocks(weight):
-        part = weight[block].float()
-        total = gradient[:, block] @ part if total is None else total.addmm_(gradient[:, block], part)
-    assert total is not None
-    return total
+    rows, (outputs, inputs) = gradient.float(), weight.shape
+    if inputs > outputs:  # blocks of columns: the larger result is written once
+        out = torch.empty(len(rows), inputs, dtype=weight.dtype)
+        for block in _blocks(inputs, outputs):
+            out[:, block] = rows @ weight[:, block].float()
+        return out
+    total = torch.zeros(len(rows), inputs)
+    for block in _blocks(outputs, inputs):
+        total.addmm_(rows[:, block], weight[block].float())
+    return total.to(weight.dtype)
 
 
-def _blocks(weight: Tensor) -> list[slice]:
-    """Consecutive rows of `weight`, about BLOCK numbers each."""
-    step = max(16, BLOCK // weight.shape[1])
-    return [slice(first, first + step) for first in range(0, len(weight), step)]
+def _blocks(count: int, width: int) -> list[slice]:
+    """Consecutive slices of `count` rows of so many numbers, about BLOCK numbers each."""
+    step = max(16, BLOCK // width)
+    return [slice(first, first + step) for first in range(0, count, step)]
 
 
 class _Linear(torch.autograd.Function):
@@ -141,7 +145,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         rows = _back_product(gradient.reshape(-1, gradient.shape[-1]), weight)
-        return rows.to(weight.dtype).unflatten(0, gradient.shape[:-1]), None, None
+        return rows.unflatten(0, gradient.shape[:-1]), None, None
 
 
 class _Unfolded(torch.autograd.Function):
