@@ -37,6 +37,7 @@ from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.denoising import Denoising
 from gouache.training.latent_cache import LatentCache, identity_of
+from gouache.training.mapped import to_disk
 from gouache.training.noise import NoiseOptions
 from gouache.training.run_settings import RunSettings
 from gouache.training.targets.adapter import AdapterTarget
@@ -171,6 +172,8 @@ def prepared(
         validation = make_validation(settings, folder, model, target, pictures, objective)
         if fill_caches and settings.data.cache:
             _fill(settings, batches, on_work)
+            encoders = () if target.trains_text else model.text_encoders.values()
+            to_disk([model.vae, *encoders], folder.cache)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
     finally:
         batches.close()
