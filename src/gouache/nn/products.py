@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 BLOCK = 2**19  # numbers of a weight converted at once: 2 MiB in float32, which stays in the cache
 FEW_ROWS = 32  # with fewer rows, reading the weights takes most of the time, and bfloat16 is faster
-UNFOLDED_ROWS = 256  # up to so many positions, 3x3 convolutions are faster as products of unfolded maps
+SMALL_MAP = 256  # up to so many positions, 3x3 convolutions are faster as products of matrices
 
 
 @cache
@@ -87,8 +88,8 @@ def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
         rows = x.permute(0, 2, 3, 1)  # B H W C
         return _Linear.apply(rows, layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
     positions = len(x) * x.shape[2] * x.shape[3]
-    if simple and layer.stride == (1, 1) and three and layer.padding == (1, 1) and positions <= UNFOLDED_ROWS:
-        return _Unfolded.apply(x, layer.weight, layer.bias)
+    if simple and layer.stride == (1, 1) and three and layer.padding == (1, 1) and positions <= SMALL_MAP:
+        return (_Tiny if positions < FEW_ROWS else _Small).apply(x, layer.weight, layer.bias)
     options = [list(each) for each in (layer.stride, layer.padding, layer.dilation)]
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return nn.Conv2d.forward(layer, x)
@@ -148,28 +149,59 @@ class _Linear(torch.autograd.Function):
         return rows.unflatten(0, gradient.shape[:-1]), None, None
 
 
-class _Unfolded(torch.autograd.Function):
-    """A 3x3 convolution of stride 1 and padding 1 on a small map, as a product with its 3x3 neighbourhoods."""
+class _Small(torch.autograd.Function):
+    """A 3x3 convolution of stride 1 and padding 1 on a small map: the sum of nine products, one per neighbour."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        count, channels, height, width = x.shape
+        total = torch.zeros(count * height * width, len(weight))
+        if bias is not None:
+            total += bias
+        padded = F.pad(x.permute(0, 2, 3, 1).float(), (0, 0, 1, 1, 1, 1))  # B H+2 W+2 C
+        for row, column in product(range(3), range(3)):
+            rows = padded[:, row : row + height, column : column + width].reshape(-1, channels)
+            part = weight[:, :, row, column]
+            for block in _blocks(*part.shape):
+                total[:, block].addmm_(rows, part[block].float().T)
+        return total.to(x.dtype).reshape(count, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        count, outputs, height, width = gradient.shape
+        rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs).float()
+        padded = torch.zeros(count, height + 2, width + 2, weight.shape[1])
+        for row, column in product(range(3), range(3)):
+            part, place = weight[:, :, row, column], padded[:, row : row + height, column : column + width]
+            for block in _blocks(weight.shape[1], outputs):
+                place[..., block] += (rows @ part[:, block].float()).reshape(count, height, width, -1)
+        return padded[:, 1:-1, 1:-1].to(weight.dtype).permute(0, 3, 1, 2), None, None
+
+
+class _Tiny(torch.autograd.Function):
+    """The same for fewer than FEW_ROWS positions, in bfloat16: a product with the 3x3 neighbourhoods."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(weight)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # B H+2 W+2 C
         places = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # B H W 3 3 C
-        rows = _product(places.reshape(-1, 9 * x.shape[1]), _as_rows(weight), bias)
+        rows = F.linear(places.reshape(-1, 9 * x.shape[1]), _as_rows(weight), bias)
         return rows.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        count, _, height, width = gradient.shape
-        rows = gradient.permute(0, 2, 3, 1).reshape(-1, len(weight))
-        places = _back_product(rows, _as_rows(weight)).reshape(count, height, width, 3, 3, -1)
-        padded = places.new_zeros(count, height + 2, width + 2, places.shape[-1], dtype=torch.float32)
-        for row in range(3):
-            for column in range(3):
-                padded[:, row : row + height, column : column + width] += places[:, :, :, row, column]
+        count, outputs, height, width = gradient.shape
+        rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
+        places = (rows @ _as_rows(weight)).reshape(count, height, width, 3, 3, -1)
+        padded = torch.zeros(count, height + 2, width + 2, weight.shape[1])
+        for row, column in product(range(3), range(3)):
+            padded[:, row : row + height, column : column + width] += places[:, :, :, row, column]
         return padded[:, 1:-1, 1:-1].to(weight.dtype).permute(0, 3, 1, 2), None, None
 
 
