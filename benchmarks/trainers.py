@@ -5,7 +5,8 @@ printed as JSON. 0 ends it. Gouache runs first; it writes `check.safetensors` (c
 timesteps to compare the loss for), which diffusers reads.
 
 Gouache runs what `gouache train` runs. diffusers runs the loop of its example `train_text_to_image_lora.py`, or
-`train_text_to_image.py` for full weights, with `--mixed_precision bf16`, on cached latents and text encodings.
+`train_text_to_image.py` for full weights, with `--mixed_precision bf16` for the LoRA, on cached latents and text
+encodings. Both train the full weights in float32.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from benchmarks.tasks import Peak
 
 RANK, RATE, SIDE, PICTURES = 16, 1e-4, 256, 8
 ATTENTION = ["to_k", "to_q", "to_v", "to_out.0"]  # the default of diffusers' example, Gouache's "attention"
+LORA = ["adapter.modules=attention", f"adapter.rank={RANK}", f"adapter.alpha={RANK}", "memory.dtype=bf16"]
 CHECKS = ((100, 0), (500, 1), (900, 2))  # timestep, picture
 WATCH = Peak()
 
@@ -56,12 +58,14 @@ class Pace:
 
 
 def gouache(task: str, model: Path, folder: Path) -> None:
+    from gouache.app import threads as policy
     from gouache.app.settings import read
     from gouache.app.training import defaults
     from gouache.app.training.folder import RunFolder
     from gouache.app.training.prepare import prepared
     from gouache.training import loop
 
+    policy.configure()  # as the command line does
     pictures(folder / "pictures")
     settings = defaults.choose(
         "lora" if task == "lora" else "finetune",
@@ -75,7 +79,7 @@ def gouache(task: str, model: Path, folder: Path) -> None:
             f"data.resolution=[{SIDE}]", "data.caption_dropout=0", "train.batch=1", f"train.learning_rate={RATE}",
             "train.warmup=0", "train.schedule=constant", "loss.weighting=none", "train.ema_decay=0",
             "train.save_seconds=100000", "validation.probe=0",
-            *(["adapter.modules=attention", f"adapter.rank={RANK}", "memory.dtype=bf16"] if task == "lora" else []),
+            *(LORA if task == "lora" else ["memory.dtype=fp32", "memory.autocast=no"]),
         ],
         settings=(user := read()),
     )  # fmt: skip
@@ -117,7 +121,7 @@ def gouache_check(ready: Any, task: str, folder: Path) -> dict[str, Any]:
         "noise": noise,
     }
     save_file({name: tensor.contiguous().clone() for name, tensor in data.items()}, folder / "check.safetensors")
-    loss = float(torch.stack(losses).mean())
+    loss = float(torch.stack(losses).detach().mean())
     trained = sum(each.numel() for each in parameters)
     modules = len(ready.target.modules) if task == "lora" else len(parameters)
     return {"loss": loss, "norm": float(norm), "modules": modules, "parameters": trained, **threads()}
@@ -132,7 +136,8 @@ def diffusers(task: str, model: Path, folder: Path, channels_last: bool) -> None
     from peft import LoraConfig
     from safetensors.torch import load_file
 
-    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+    dtype = torch.bfloat16 if task == "lora" else torch.float32
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16" if task == "lora" else "no")
     scheduler = DDPMScheduler.from_pretrained(model / "scheduler")
     unet = UNet2DConditionModel.from_pretrained(model / "unet")
     if channels_last:
@@ -140,18 +145,14 @@ def diffusers(task: str, model: Path, folder: Path, channels_last: bool) -> None
     if task == "lora":
         unet.requires_grad_(False)
         unet.to(accelerator.device, dtype=torch.bfloat16)
-        unet.add_adapter(
-            LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=ATTENTION)
-        )
+        unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=ATTENTION))
         cast_training_params(unet, dtype=torch.float32)
     else:
         unet.train()
     parameters = [each for each in unet.parameters() if each.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01, eps=1e-8)
     data = load_file(folder / "check.safetensors")
-    examples = [
-        {"latents": latents, "context": context} for latents, context in zip(data["latents"], data["context"])
-    ]
+    examples = [{"latents": latents, "context": context} for latents, context in zip(data["latents"], data["context"])]
     loader = torch.utils.data.DataLoader(examples, shuffle=True, batch_size=1, num_workers=0)
     rates = get_scheduler("constant", optimizer=optimizer)
     unet, optimizer, loader, rates = accelerator.prepare(unet, optimizer, loader, rates)
@@ -166,8 +167,8 @@ def diffusers(task: str, model: Path, folder: Path, channels_last: bool) -> None
         put_lora(unet, folder / "check-lora")
     losses = []
     for (t, picture), noise in zip(CHECKS, data["noise"]):
-        latents, context = (data[name][picture : picture + 1].bfloat16() for name in ("latents", "context"))
-        losses.append(loss_of(latents, context, noise[None].bfloat16(), torch.tensor([t])))
+        latents, context = (data[name][picture : picture + 1].to(dtype) for name in ("latents", "context"))
+        losses.append(loss_of(latents, context, noise[None].to(dtype), torch.tensor([t])))
         accelerator.backward(losses[-1])
     norm = float(torch.nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None]))
     optimizer.zero_grad()
@@ -175,7 +176,7 @@ def diffusers(task: str, model: Path, folder: Path, channels_last: bool) -> None
         each.data.copy_(value)
     modules = sum(name.endswith("lora_A.default") for name, _ in unet.named_modules()) or len(parameters)
     trained = sum(each.numel() for each in parameters)
-    loss = float(torch.stack(losses).mean())
+    loss = float(torch.stack(losses).detach().mean())
     check = {"loss": loss, "norm": norm, "modules": modules, "parameters": trained, **threads()}
     del losses, before
 
@@ -197,7 +198,7 @@ def diffusers(task: str, model: Path, folder: Path, channels_last: bool) -> None
     while not pace.should_stop():
         batch = next(source)
         with accelerator.accumulate(unet):
-            latents, context = batch["latents"].bfloat16(), batch["context"].bfloat16()
+            latents, context = batch["latents"].to(dtype), batch["context"].to(dtype)
             noise = torch.randn_like(latents)
             t = torch.randint(0, scheduler.config["num_train_timesteps"], (len(latents),)).long()
             loss = loss_of(latents, context, noise, t)

@@ -31,11 +31,15 @@ SMALL_MAP = 256  # up to so many positions, 3x3 convolutions are faster as produ
 def float32_is_faster() -> bool:
     """Whether this CPU multiplies float32 faster than bfloat16: x86 with neither AMX nor AMD's AVX512-BF16."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")[:8000]
+        return slow_bfloat16(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
     except OSError:
         return False
-    lines = (line.partition(":") for line in text.splitlines())
-    facts = {name.strip(): value.split() for name, _, value in reversed(list(lines))}  # of the first processor
+
+
+def slow_bfloat16(cpuinfo: str) -> bool:
+    """The same for the text of /proc/cpuinfo; False for processors other than x86."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    facts = {name.strip(): value.split() for name, _, value in lines}
     flags = facts.get("flags", [])  # ARM calls them Features
     amd = facts.get("vendor_id") == ["AuthenticAMD"]
     return bool(flags) and "amx_bf16" not in flags and not (amd and "avx512_bf16" in flags)

@@ -25,8 +25,8 @@ ALIGNMENT = 64
 def to_disk(networks: Iterable[nn.Module], folder: Path) -> int:
     """Move the weights of `networks` to a file without a name in `folder`; returns how many bytes.
 
-    The system deletes it when the weights or the process are gone. Values, strides and parameters stay the same. Nothing
-    is moved from a GPU, if the disk does not have twice the space, or where files without a name cannot be mapped.
+    The system deletes it when the weights or the process are gone. Values, strides and parameters stay the same.
+    Nothing is moved from a GPU, if the disk does not have twice the space, or where such files cannot be mapped.
     """
     weights = [each for network in networks for each in network.parameters() if each.device.type == "cpu"]
     sizes = [-(-each.untyped_storage().nbytes() // ALIGNMENT) * ALIGNMENT for each in weights]
