@@ -133,6 +133,7 @@ def per_step(result: dict[str, Any], task: str) -> float:
     return result["seconds"] / STEPS[task]
 
 
+UNITS = {"lora": "module", "full": "tensor"}
 TITLES = {"lora": "SD1.5, LoRA of rank 16", "full": "narrow SD1, all weights"}
 
 
@@ -152,7 +153,7 @@ def table(result: dict[str, Any]) -> str:
     for row in result["tasks"]:
         ours, theirs = row["gouache"], row["diffusers"]
         lines.append(
-            f"| {TITLES[row['task']]} ({plural(row['modules'], 'module')}) | {ours['seconds']:.3f} "
+            f"| {TITLES[row['task']]} ({plural(row['modules'], UNITS[row['task']])}) | {ours['seconds']:.3f} "
             f"| {theirs['seconds']:.3f} | {row['ratio']:.2f} | {row['cpu_ratio']:.2f} | {ours['peak_private_mb']:.0f} "
             f"| {theirs['peak_private_mb']:.0f} | {row['memory_ratio']:.2f} | {ours['waiting_for_data']:.2%} "
             f"| {ours['loss']:.5f}, {theirs['loss']:.5f} | {ours['norm']:.4f}, {theirs['norm']:.4f} |"

@@ -36,7 +36,7 @@ def to_disk(networks: Iterable[nn.Module], folder: Path) -> int:
         with tempfile.TemporaryFile(dir=folder) as file:
             for weight, size in zip(weights, sizes, strict=True):
                 storage = torch.empty(0, dtype=torch.uint8).set_(weight.untyped_storage())  # type: ignore[call-overload]
-                file.write(memoryview(storage.numpy()))
+                file.write(storage.numpy().data)
                 file.write(bytes(size - storage.numel()))
             file.flush()
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -48,7 +48,7 @@ class AdapterTarget:
         )
         self.adapter = ParameterAdapter("the trained adapter", parts, self._dropouts)
         self._attached = model.adapters.attach(self.adapter, Strength(), how="live")
-        self._disable = [products.enable(networks[part]) for part in dict.fromkeys(part for part, _ in parts)]
+        self._disable = [products.enable(network) for network in networks.values()]
         if wrong := self._attached.wrong_shape:
             self.detach()
             module, why = next(iter(wrong.items()))
