@@ -6,6 +6,7 @@ extra, 6 GB of disk and 8 GB of memory; `--quick` uses a narrow model instead. R
 
     python -m benchmarks workshop ...    the commands that convert, merge and prune files: see benchmarks/workshop.py
     python -m benchmarks attach ...      attaching, changing and detaching an SDXL LoRA: see benchmarks/attach.py
+    python -m benchmarks train ...       training steps: see benchmarks/train.py
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attach, workshop
+from benchmarks import attach, train, workshop
 from benchmarks.report import log, machine, store
 from benchmarks.tasks import TASKS
 from gouache.wording import plural
@@ -34,6 +35,8 @@ def main() -> int:
         return workshop.main(sys.argv[2:])
     if sys.argv[1:2] == ["attach"]:
         return attach.main(sys.argv[2:])
+    if sys.argv[1:2] == ["train"]:
+        return train.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="use a narrow model: takes seconds, only to try the benchmark"

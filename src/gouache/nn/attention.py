@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gouache.nn import products
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with `heads` heads of d channels.
@@ -24,6 +26,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # B heads N d
     if _use_blocks(q, k) and not causal:
         out = _attention_in_blocks(q, k, v)
+    elif products.applies_to(q) and not causal:
+        out = products.attention(q, k, v)
     elif _use_matmul(q, k) and not causal:
         out = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(-1).to(v.dtype) @ v
     else:

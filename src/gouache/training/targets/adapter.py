@@ -16,6 +16,7 @@ from gouache.errors import ModelError, RequestError, printable
 from gouache.files.record import ModelFile
 from gouache.layouts.modules import Module, module_names
 from gouache.model.model import Model
+from gouache.nn import products
 from gouache.training.objective import Group, Json
 from gouache.training.targets.dropout import ModuleDropout, module_generator
 from gouache.training.targets.export import AdapterParts, adapter_metadata, export_adapter
@@ -47,6 +48,7 @@ class AdapterTarget:
         )
         self.adapter = ParameterAdapter("the trained adapter", parts, self._dropouts)
         self._attached = model.adapters.attach(self.adapter, Strength(), how="live")
+        self._disable = [products.enable(network) for network in networks.values()]
         if wrong := self._attached.wrong_shape:
             self.detach()
             module, why = next(iter(wrong.items()))
@@ -144,6 +146,8 @@ class AdapterTarget:
 
     def detach(self) -> None:
         """Leave the model as it was before; painting with the adapter needs the exported file then."""
+        for disable in self._disable:
+            disable()
         self.model.adapters.detach(self._attached)
 
     def _new(self, seed: int, networks: Mapping[str, nn.Module]) -> dict[Module, dict[str, Tensor]]:

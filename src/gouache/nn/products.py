@@ -1,0 +1,258 @@
+"""Products of bfloat16 weights and activations computed in float32, for training on CPUs where that is faster.
+
+Most x86 processors have no bfloat16 units, or slow ones: on an Intel Xeon (Sapphire Rapids) whose AMX a virtual machine
+does not offer, matrix products reach 82 GFLOP/s per thread in bfloat16 and 146 in float32. Converting a block of a
+weight in the cache costs little beside that, so frozen layers convert their weight block by block, in both directions
+of a training step, and nothing of it is kept. Sums are more exact than in bfloat16, which rounds every result too.
+
+Only where gradients are enabled: the pixels of pictures do not depend on it. Decided by the processor's flags and not
+by timing, so that a resumed run computes the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+BLOCK = 2**19  # numbers of a weight converted at once: 2 MiB in float32, which stays in the cache
+FEW_ROWS = 32  # with fewer rows, reading the weights takes most of the time, and bfloat16 is faster
+SMALL_MAP = 256  # up to so many positions, 3x3 convolutions are faster as products of matrices
+
+
+@cache
+def float32_is_faster() -> bool:
+    """Whether this CPU multiplies float32 faster than bfloat16: x86 with neither AMX nor AMD's AVX512-BF16."""
+    try:
+        return slow_bfloat16(Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace"))
+    except OSError:
+        return False
+
+
+def slow_bfloat16(cpuinfo: str) -> bool:
+    """The same for the text of /proc/cpuinfo; False for processors other than x86."""
+    lines = (line.partition(":") for line in cpuinfo.splitlines())
+    facts = {name.strip(): value.split() for name, _, value in lines}
+    flags = facts.get("flags", [])  # ARM calls them Features
+    amd = facts.get("vendor_id") == ["AuthenticAMD"]
+    return bool(flags) and "amx_bf16" not in flags and not (amd and "avx512_bf16" in flags)
+
+
+def applies_to(x: Tensor) -> bool:
+    """Whether products of `x` are to be computed in float32."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and torch.is_grad_enabled() and float32_is_faster()
+
+
+def enable(network: nn.Module) -> Callable[[], None]:
+    """Compute the frozen linear layers and convolutions of `network` so where it is faster; returns the reverse.
+
+    The forward method of each layer is replaced, so names and weights stay as they are.
+    """
+    layers = [each for each in network.modules() if type(each) in _FORWARD and "forward" not in vars(each)]
+    for layer in layers:
+        layer.forward = _chosen(layer, layer.forward, _FORWARD[type(layer)])
+
+    def disable() -> None:
+        for layer in layers:
+            vars(layer).pop("forward", None)
+
+    return disable
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v for bfloat16 tensors (B, heads, N or M, d), computed in float32."""
+    return _Attention.apply(q, k, v)
+
+
+def _chosen(layer: nn.Module, forward: Callable[..., Tensor], fast: Callable[[Any, Tensor], Tensor]) -> Any:
+    def run(x: Tensor) -> Tensor:
+        weight: Any = layer.weight
+        if not applies_to(x) or weight.dtype != x.dtype or weight.requires_grad:
+            return forward(x)
+        return fast(layer, x)
+
+    return run
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _Linear.apply(x, layer.weight, layer.bias)
+
+
+def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    simple = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    one, three = layer.kernel_size == (1, 1), layer.kernel_size == (3, 3)
+    if simple and layer.stride == (1, 1) and one and layer.padding == (0, 0):
+        rows = x.permute(0, 2, 3, 1)  # B H W C
+        return _Linear.apply(rows, layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
+    positions = len(x) * x.shape[2] * x.shape[3]
+    if simple and layer.stride == (1, 1) and three and layer.padding == (1, 1) and positions <= SMALL_MAP:
+        return (_Tiny if positions < FEW_ROWS else _Small).apply(x, layer.weight, layer.bias)
+    options = [list(each) for each in (layer.stride, layer.padding, layer.dilation)]
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        return nn.Conv2d.forward(layer, x)
+    return _Convolution.apply(x, layer.weight, layer.bias, options, layer.groups)
+
+
+_FORWARD: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {nn.Linear: _linear, nn.Conv2d: _convolution}
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x (rows, in) times weight (out, in) transposed, plus bias (out,): bfloat16 (rows, out)."""
+    if len(x) < FEW_ROWS:
+        return F.linear(x.bfloat16(), weight, bias)
+    x, out = x.float(), torch.empty(len(x), len(weight), dtype=weight.dtype)
+    offset = None if bias is None else bias.float()
+    for block in _blocks(*weight.shape):
+        part = weight[block].float().T
+        out[:, block] = x @ part if offset is None else torch.addmm(offset[block], x, part)
+    return out
+
+
+def _back_product(gradient: Tensor, weight: Tensor) -> Tensor:
+    """gradient (rows, out) times weight (out, in): bfloat16 (rows, in)."""
+    if len(gradient) < FEW_ROWS:
+        return gradient @ weight
+    rows, (outputs, inputs) = gradient.float(), weight.shape
+    if inputs > outputs:  # blocks of columns: the larger result is written once
+        out = torch.empty(len(rows), inputs, dtype=weight.dtype)
+        for block in _blocks(inputs, outputs):
+            out[:, block] = rows @ weight[:, block].float()
+        return out
+    total = torch.zeros(len(rows), inputs)
+    for block in _blocks(outputs, inputs):
+        total.addmm_(rows[:, block], weight[block].float())
+    return total.to(weight.dtype)
+
+
+def _blocks(count: int, width: int) -> list[slice]:
+    """Consecutive slices of `count` rows of so many numbers, about BLOCK numbers each."""
+    step = max(16, BLOCK // width)
+    return [slice(first, first + step) for first in range(0, count, step)]
+
+
+class _Linear(torch.autograd.Function):
+    """x (..., in) -> (..., out) for a weight (out, in) without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        rows = _back_product(gradient.reshape(-1, gradient.shape[-1]), weight)
+        return rows.unflatten(0, gradient.shape[:-1]), None, None
+
+
+class _Small(torch.autograd.Function):
+    """A 3x3 convolution of stride 1 and padding 1 on a small map: the sum of nine products, one per neighbour."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        count, channels, height, width = x.shape
+        total = torch.zeros(count * height * width, len(weight))
+        if bias is not None:
+            total += bias
+        padded = F.pad(x.permute(0, 2, 3, 1).float(), (0, 0, 1, 1, 1, 1))  # B H+2 W+2 C
+        for row, column in product(range(3), range(3)):
+            rows = padded[:, row : row + height, column : column + width].reshape(-1, channels)
+            part = weight[:, :, row, column]
+            for block in _blocks(*part.shape):
+                total[:, block].addmm_(rows, part[block].float().T)
+        return total.to(x.dtype).reshape(count, height, width, -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        count, outputs, height, width = gradient.shape
+        rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs).float()
+        padded = torch.zeros(count, height + 2, width + 2, weight.shape[1])
+        for row, column in product(range(3), range(3)):
+            part, place = weight[:, :, row, column], padded[:, row : row + height, column : column + width]
+            for block in _blocks(weight.shape[1], outputs):
+                place[..., block] += (rows @ part[:, block].float()).reshape(count, height, width, -1)
+        return padded[:, 1:-1, 1:-1].to(weight.dtype).permute(0, 3, 1, 2), None, None
+
+
+class _Tiny(torch.autograd.Function):
+    """The same for fewer than FEW_ROWS positions, in bfloat16: a product with the 3x3 neighbourhoods."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # B H+2 W+2 C
+        places = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # B H W 3 3 C
+        rows = F.linear(places.reshape(-1, 9 * x.shape[1]), _as_rows(weight), bias)
+        return rows.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        count, outputs, height, width = gradient.shape
+        rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
+        places = (rows @ _as_rows(weight)).reshape(count, height, width, 3, 3, -1)
+        padded = torch.zeros(count, height + 2, width + 2, weight.shape[1])
+        for row, column in product(range(3), range(3)):
+            padded[:, row : row + height, column : column + width] += places[:, :, :, row, column]
+        return padded[:, 1:-1, 1:-1].to(weight.dtype).permute(0, 3, 1, 2), None, None
+
+
+def _as_rows(weight: Tensor) -> Tensor:
+    """(out, in, 3, 3) -> (out, 9 in), the order of neighbourhoods; no copy of a weight in channels-last."""
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+class _Convolution(torch.autograd.Function):
+    """Any convolution whose weight has no gradient."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, options: list[list[int]], groups: int
+    ) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.options, ctx.groups = x.shape, options, groups
+        offset = None if bias is None else bias.float()
+        return F.conv2d(x.float(), weight.float(), offset, *options, groups).to(x.dtype)  # type: ignore[arg-type]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        # The input's values do not matter for its own gradient.
+        x = gradient.new_empty(1, dtype=torch.float32).expand(ctx.shape)
+        result, *_ = torch.ops.aten.convolution_backward(
+            gradient.float(), x, weight.float(), None, *ctx.options, False, [0, 0], ctx.groups, [True, False, False]
+        )
+        return result.to(weight.dtype), None, None, None, None
+
+
+class _Attention(torch.autograd.Function):
+    """torch's fused kernel, which keeps no scores; what is kept for the gradients is bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        exact, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
+        out = exact.to(q.dtype)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, out, sums = ctx.saved_tensors
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            gradient.float(), q.float(), k.float(), v.float(), out.float(), sums, 0.0, False
+        )
+        return tuple(each.to(q.dtype) for each in results)
