@@ -22,8 +22,8 @@ def meaning(name: str, value: JsonValue) -> Meaning | None:
 
     Raises RequestError for a value that has no counterpart, and for a name in `INSTEAD`.
     """
-    if name in INSTEAD:
-        raise RequestError(name, INSTEAD[name])
+    if name in INSTEAD or (name == "resume" and not isinstance(value, bool)):  # a switch here, a folder there
+        raise RequestError(name, INSTEAD.get(name, _RESUME))
     if name in SAME:
         return Meaning({SAME[name]: value})
     if name in SWITCHES:
@@ -169,7 +169,6 @@ INSTEAD: Mapping[str, str] = {
     "persistent_data_loader_workers": _NOT_NEEDED.format("threads read pictures, for the whole run"),
     "lowram": _NOT_NEEDED.format("weights are mapped from the file"),
     "v2": _NOT_NEEDED.format("the family is read from the file, or given as model.family"),
-    "resume": _RESUME,
     "resume_from_checkpoint": _RESUME,
     "save_state": _RESUME,
     "skip_until_initial_step": _RESUME,

@@ -159,6 +159,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("sample_every_n_steps=50", {"samples.every": 50}),
     ("output_name=style", {"output": "style.safetensors"}),
     ("no_metadata=true", {"lineage": "none"}),
+    ("resume=true", {"model.resume": True}),
 ]  # fmt: skip
 
 
