@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -127,3 +128,21 @@ def test_many_pictures_are_listed_quickly(tmp_path: Path):
     started = time.perf_counter()
     assert sizes(paths) == [(512, 512)] * 2000
     assert time.perf_counter() - started < 10  # so 20,000 within 100 s even on a busy machine
+
+
+def test_work_that_ends_early_leaves_no_thread(tmp_path: Path):
+    """A half-used pool that the garbage collector ends can block for ever."""
+    before, paths = set(threading.enumerate()), [tmp_path / f"{number}" for number in range(40)]
+    for path in paths[1:]:
+        photo(1).save(path, "PNG")
+
+    with pytest.raises(RequestError) as caught:
+        sizes(paths)
+    with pytest.raises(KeyboardInterrupt):
+        contents(paths, on_work=lambda what, done, total: interrupt())
+
+    assert caught.value.__traceback__ is not None and set(threading.enumerate()) <= before
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt

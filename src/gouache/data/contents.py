@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -127,16 +127,15 @@ def _cached(
             new[key] = read(path)
         return known[key] if key in known else new[key]
 
-    found = list[T | RequestError]()
+    def report(done: int) -> None:
+        if on_work is not None:
+            on_work("reading pictures", done, len(paths))
+
     try:
-        for each in in_threads(look_up, paths):
-            found.append(each)
-            if on_work is not None:
-                on_work("reading pictures", len(found), len(paths))
+        return in_threads(look_up, paths, report)
     finally:
         if cache is not None and new:
             _write_cache(cache, {**_read_cache(cache), **new})  # another process may have added some meanwhile
-    return found
 
 
 def _state(path: Path) -> str:
@@ -172,8 +171,10 @@ def _write_cache(cache: Path, values: Mapping[str, Any]) -> None:
         write_atomic(cache, lines.encode())
 
 
-def in_threads(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T | RequestError]:
-    """`work` on each item, in order, or the RequestError that it raises."""
+def in_threads(
+    work: Callable[[S], T], items: Sequence[S], on_done: Callable[[int], None] | None = None
+) -> list[T | RequestError]:
+    """`work` on each item, in order, or the RequestError that it raises; `on_done` receives how many are done."""
 
     def safe(item: S) -> T | RequestError:
         try:
@@ -181,11 +182,18 @@ def in_threads(work: Callable[[S], T], items: Sequence[S]) -> Iterator[T | Reque
         except RequestError as error:
             return error
 
+    # A list, not a generator: one that is left half-way would be ended by the garbage collector, in any thread, where
+    # waiting for the pool's threads can block for ever.
+    found = list[T | RequestError]()
     pool = ThreadPoolExecutor(_WORKERS)
     try:
-        yield from pool.map(safe, items)
+        for result in pool.map(safe, items):
+            found.append(result)
+            if on_done is not None:
+                on_done(len(found))
     finally:
         pool.shutdown(cancel_futures=True)
+    return found
 
 
 def _good(value: T | RequestError) -> T:
