@@ -65,6 +65,7 @@ class Everything:
         self.net, self.words = net, words
         self.start = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         self.networks: Mapping[str, nn.Module] = {"unet": net, "text": words}
+        self.evaluated = self.networks
 
     def groups(self) -> list[Group]:
         named = {f"unet.{name}": parameter for name, parameter in self.net.named_parameters()}

@@ -50,6 +50,7 @@ class Frozen:
         self.start = net.weight.detach().clone()
 
     networks = property(lambda self: {"net": self.net})
+    evaluated = networks
     trains_text = False
 
     def groups(self) -> list[Group]:

@@ -199,6 +199,11 @@ class Denoising:
         weights = level_weights(self.weighting, self.gamma, self.prediction, snr)
         return weights * v_like(self.v_like_loss, snr) if self.v_like_loss else weights
 
+    @property
+    def evaluated(self) -> Mapping[str, nn.Module]:
+        """The networks that losses evaluate, whether they are trained or carry an adapter that is."""
+        return self.networks if self.target is None else self.target.evaluated
+
     def describe(self, batch: Batch, number: int) -> str:
         """The pictures of batch `number` and their timesteps, for messages."""
         t = self.draws(batch, number).t.tolist()

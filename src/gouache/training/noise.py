@@ -69,6 +69,6 @@ def _pyramid(noise: Tensor, iterations: int, discount: float, generator: torch.G
         size = max(1, int(height / ratio)), max(1, int(width / ratio))
         coarse = torch.randn(*noise.shape[:2], *size, generator=generator)
         noise = noise + discount**level * F.interpolate(coarse, (height, width), mode="bilinear")
-        if size == (1, 1):
+        if 1 in size:
             break
     return noise / noise.std((1, 2, 3), keepdim=True)

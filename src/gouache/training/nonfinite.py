@@ -91,8 +91,10 @@ def _diagnosis(run: Run, position: Position, batches: Batches, losses: Mapping[s
 def _first_module(run: Run, batch: Any, number: int) -> str:
     """The first module whose output is not finite when the losses of the batch are computed again; "" if none is."""
     found: list[str] = []
-    with _watched(run.objective.networks, found), torch.no_grad():
-        loss = run.objective.losses(batch, number)["loss"]
+    objective = run.objective
+    networks = getattr(objective, "evaluated", objective.networks)  # the trained part may be an adapter of others
+    with _watched(networks, found):  # with gradients, because the same dropouts and kernels act only then
+        loss = objective.losses(batch, number)["loss"].detach()
     if found:
         return found[0]
     return "" if torch.isfinite(loss) else "the loss itself"

@@ -23,6 +23,11 @@ class Target(Protocol):
     def networks(self) -> Mapping[str, nn.Module]: ...
 
     @property
+    def evaluated(self) -> Mapping[str, nn.Module]:
+        """The networks of the model that compute the losses: those that are trained, or carry an adapter that is."""
+        ...
+
+    @property
     def trains_text(self) -> bool: ...
 
     def groups(self) -> list[Group]:

@@ -179,7 +179,7 @@ def test_a_loss_that_is_not_finite_names_pictures_layer_and_timestep(
         said = next(note for note in notes if "not finite" in note)
         assert said.endswith("the step is skipped")
     assert "\n" not in said
-    assert f"{POISONED} at timestep" in said and "first in " in said
+    assert f"{POISONED} at timestep" in said and "first in unet." in said
     assert not any(f"{number}.png" in said for number in (0, 1, 2, 4))
 
 

@@ -64,6 +64,10 @@ class AdapterTarget:
         return tuple(self.adapter.target_modules)
 
     @property
+    def evaluated(self) -> Mapping[str, nn.Module]:
+        return {"unet": self.model.unet, **(self.model.text_encoders if self.trains_text else {})}
+
+    @property
     def trains_text(self) -> bool:
         return any(part != "unet" for part, _ in self.modules)
 

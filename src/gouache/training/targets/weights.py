@@ -87,6 +87,10 @@ class WeightsTarget:
         return self._networks
 
     @property
+    def evaluated(self) -> Mapping[str, nn.Module]:
+        return {"unet": self.model.unet, **self._networks}
+
+    @property
     def trains_text(self) -> bool:
         return any(part != "unet" for part in self._networks)
 
