@@ -159,11 +159,16 @@ FRAGILE = {"optimizer": f"{__name__}.Fragile", "clip_norm": 0, "weight_decay": 0
 def test_an_update_that_breaks_the_weights_is_undone_and_skipped(tmp_path, save_steps):
     chosen = settings(**FRAGILE, steps=8, not_finite="skip", save_steps=save_steps, log_steps=1, keep=1)
     notes: list[str] = []
+    calls: list[int] = []  # previews, and below 0 the steps returned to
 
-    result = train(Steep(linear()), points, chosen, tmp_path, on_note=notes.append)
+    result = train(
+        Steep(linear()), points, chosen, tmp_path, on_note=notes.append, preview_steps=range(9),
+        on_preview=calls.append, on_return=lambda step: calls.append(-step),
+    )  # fmt: skip
 
     (note,) = notes
     returned = 4 - 4 % save_steps
+    assert calls[calls.index(-returned, 1) + 1] == returned + 1  # previews are made again from there
     assert note.startswith("step 5: its update made weights that are not finite")
     assert note.endswith(f"the run returns to step {returned} and skips step 5")
     net = linear()

@@ -62,6 +62,7 @@ def train(
     validate: Validate | None = None,
     on_preview: Callable[[int], None] | None = None,
     on_last_preview: Callable[[int], None] | None = None,
+    on_return: Callable[[int], None] | None = None,
     preview_steps: Container[int] = (),
     should_stop: Callable[[], bool] | None = None,
     seconds: float = math.inf,
@@ -75,6 +76,7 @@ def train(
     averaged weights in the networks: `validate` every `settings.validate_steps`, and once more with the last weights;
     `on_preview` with the number of steps done, for the numbers in `preview_steps` (0 is before the first step; an
     interval is a `range`); `on_last_preview` likewise with the last weights, if there are averages and a step was done.
+    `on_return` is called with the step that the run returned to when a later one broke the weights.
     `should_stop` is polled between steps; it is for callers outside the main thread, where no signal arrives. A
     checkpoint is saved at once when SIGUSR1 or a file `save-now` in `folder` asks for it. `on_note` receives lines such
     as "step-00000003 is damaged ..."; without it they are printed on stderr. `epoch_batches` is the number of batches
@@ -112,6 +114,8 @@ def train(
                 saves.save(position)  # what was trained so far is good
             note(nonfinite.skip(run, position, folder, saves.step, batches, losses))
             record.return_to(position.step)
+            if on_return is not None:
+                on_return(position.step)
 
         def save() -> None:
             if not is_finite(run):

@@ -150,6 +150,7 @@ def run(
             on_last_preview=(lambda step: _paint(ready, samples, step, LAST, on_note))
             if settings.samples.last
             else None,
+            on_return=samples.forget,
             preview_steps=_moments(settings),
             should_stop=should_stop,
             seconds=seconds,
