@@ -8,6 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gouache.training import memory
+
+
+@pytest.fixture(autouse=True)
+def quick_trim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Returning freed memory takes long in a process of many tests."""
+    if not request.module.__name__.endswith("test_memory"):
+        monkeypatch.setattr(memory, "trim", lambda: None)
+
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:

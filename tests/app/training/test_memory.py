@@ -148,7 +148,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("kind", ["CPU", *(pytest.param(e, marks=pytest.mark.full) for e in ERRORS if e != "CPU")])
 def test_a_lack_of_memory_is_one_line_and_the_run_goes_on_later(
     kind: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

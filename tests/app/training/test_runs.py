@@ -32,6 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
     "finetune of text": {"mode": "finetune", "adapter": {"form": "none"}, "parts": {"text_encoder": True}},
     "class by the model": {"mode": "dreambooth", "loss": {"prior": "model"}, "data": {"class_word": "a cat"}},
 }
+LONG = {("sd1", "locon"), ("sd1", "loha"), ("sd1", "dropouts"), ("sd2", "text encoders"), ("sdxl", "text encoders")}
 CASES = [
     *(("sd1", mode) for mode in MODES),
     *((family, mode) for family in ("sd2", "sdxl") for mode in ("lora", "text encoders", "finetune")),
@@ -39,7 +40,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "mode"), CASES)
+@pytest.mark.parametrize(
+    ("family", "mode"), [pytest.param(*each, marks=pytest.mark.full) if each in LONG else each for each in CASES]
+)
 def test_a_run_exports_what_changes_the_picture_and_a_stopped_one_ends_alike(
     family: str, mode: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):

@@ -30,7 +30,14 @@ Narrows = Callable[[str], Narrow]
 WEIGHTS: dict[str, Any] = {"mode": "finetune", "adapter": {"form": "none"}, "validation": {"probe": 0}}
 
 
-@pytest.mark.parametrize(("family", "vae"), [("sd1", None), ("sd2", None), ("sdxl", None), ("sd1", torch.float32)])
+@pytest.mark.parametrize(
+    ("family", "vae"),
+    [
+        ("sd1", torch.float32),
+        ("sd2", None),
+        *(pytest.param(each, None, marks=pytest.mark.full) for each in ("sd1", "sdxl")),
+    ],
+)
 def test_fine_tuning_changes_no_bit_of_vae_and_text_encoders(
     family: str, vae: torch.dtype | None, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
