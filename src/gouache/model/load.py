@@ -84,15 +84,15 @@ def load(
 
 
 def fill(model: Model, stage: str) -> None:
-    """Fill the networks of `stage` ("text encoder" or "VAE"), as `load` does, after `Model.unload`."""
+    """Fill the networks of `stage` ("text encoder", "U-Net" or "VAE"), as `load` does, after `Model.unload`."""
     if stage == "VAE":
         source = (model.file, model.found) if model.vae_file is None else (model.vae_file, identify(model.vae_file))
         loaded = load_vae(*source, model.device, model.dtype)
         model.vae.load_state_dict(loaded.state_dict(), assign=True)
         return
-    for name, encoder in model.text_encoders.items():
-        tensors = _Tensors(model.found.component(name), model.file)
-        assign(encoder, tensors, device=model.device, dtype=model.dtype)
+    networks = {"unet": model.unet} if stage == "U-Net" else model.text_encoders
+    for name, network in networks.items():
+        _assign(network, model.found.component(name), model.file, model.device, model.dtype)
 
 
 def _family(found: Found) -> Family:
@@ -160,11 +160,17 @@ def _network(
 ) -> Network:
     with torch.device("meta"):
         network = build(spec)
+    _assign(network, component, file, device, dtype)
+    return network.eval()
+
+
+def _assign(
+    network: nn.Module, component: Component, file: ModelFile, device: torch.device, dtype: torch.dtype
+) -> None:
     assign(network, _Tensors(component, file), device=device, dtype=dtype)
     if dtype != torch.float32:
         # Convolutions are up to a fifth faster so. In float32 it is a thirtieth, and mapped weights would be copied.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.eval()
 
 
 class _Tensors(Mapping[str, Tensor]):

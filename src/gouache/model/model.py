@@ -231,9 +231,9 @@ class Model:
         self.upcast.remove(stage)
 
     def unload(self, stage: str) -> None:
-        """Free the weights of "text encoder" or "VAE", to which no adapter may be attached, until `reload`.
+        """Free the weights of "text encoder", "U-Net" or "VAE" until `reload`; none may be trained or folded into.
 
-        What computes that stage reloads it first.
+        What encodes with a stage reloads it first; the U-Net has to be reloaded by who unloads it.
         """
         with self.lock:
             for module in self.modules_of(stage):

@@ -40,10 +40,13 @@ def test_weights_that_were_unloaded_are_gone_and_come_back_equal(family: str, dt
     picture = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
     latents, text = model.encode(picture), model.encode_prompts(["a cat"])
 
-    networks = (model.vae, *model.text_encoders.values())
+    unet = {name: each.clone() for name, each in model.unet.state_dict().items()}
+    strides = {name: each.stride() for name, each in model.unet.state_dict().items()}
+    networks = (model.vae, model.unet, *model.text_encoders.values())
     storages = [weakref.ref(each.untyped_storage()) for network in networks for each in network.parameters()]
     model.unload("VAE")
     model.unload("text encoder")
+    model.unload("U-Net")
     gc.collect()
     assert all(each() is None for each in storages)
     assert all(each.is_meta for network in networks for each in network.parameters())
@@ -51,7 +54,10 @@ def test_weights_that_were_unloaded_are_gone_and_come_back_equal(family: str, dt
     again = model.encode_prompts(["a cat"])
     assert torch.equal(model.encode(picture), latents)
     assert torch.equal(again.context, text.context)
-    assert not model.unloaded
+    model.reload("U-Net")
+    assert all(torch.equal(each, unet[name]) for name, each in model.unet.state_dict().items())
+    assert {name: each.stride() for name, each in model.unet.state_dict().items()} == strides
+    assert not model.unloaded and not any(each.requires_grad for each in model.unet.parameters())
 
 
 def test_encoders_are_freed_between_samples_and_the_run_is_the_same_as_with_them(

@@ -126,11 +126,14 @@ def prepared(
             checkpointing.enable(network)
         objective = make_objective(settings, model, target, batches, user, pictures.caption_dropout)
         filled = fill_caches and settings.data.cache
+        if filled and isinstance(target, AdapterTarget):
+            model.unload("U-Net")  # the largest part, which the caches do not need
         if filled:  # first, so that the validation finds the captions that it shares with training
             _fill(settings, batches, on_work)
         validation = make_validation(settings, folder, model, target, pictures, objective)
         if filled:
             free_encoders(settings, model, target)
+        model.reload("U-Net")
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
     finally:
         batches.close()
