@@ -24,6 +24,7 @@ from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.memory_use import MemoryUse, available
 from gouache.app.training.out_of_memory import ways_to_save
+from gouache.app.training.pictures import epoch_batches, paints_class
 from gouache.app.training.prepare import OnNote, Prepared
 from gouache.files.source import size_text
 from gouache.model import residency
@@ -96,7 +97,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
     """Nothing is written but for temporary files. Raises GouacheError for whatever a run would refuse."""
     _, found = prepare.check_model(settings, user)
     device = residency.device(settings.device or user.device)
-    class_pictures = 0 if settings.loss.prior == "none" else settings.data.class_pictures
+    class_pictures = settings.data.class_pictures if paints_class(settings) else 0
     settings = _settled(settings, device, trainable(found).channels, user)
     with tempfile.TemporaryDirectory(prefix="gouache-") as scratch:
         trial = RunFolder(Path(scratch))
@@ -106,6 +107,8 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
         target = prepare.make_target(settings, model, user)
         with prepare.make_batches(settings, trial, model, target, pictures.training) as batches:
             cache, epoch = _cache_bytes(settings, batches, model), max(1, len(batches))
+            if class_pictures:  # with those that are not painted yet
+                epoch = epoch_batches(settings, user, model.size)
             if isinstance(target, AdapterTarget):
                 target.detach()
             used = memory_use.memory_use(settings, model, device, batches, user)
@@ -140,13 +143,11 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
 
 
 def _settled(settings: RunSettings, device: torch.device, channels: int, user: Settings) -> RunSettings:
-    """The settings for a trial: with the dtype that a run would choose, and without class pictures to be painted."""
+    """The settings for a trial, with the dtype that a run would choose."""
     dtype = settings.memory.dtype or ("fp32" if settings.adapter.form == "none" else user.dtype)
     dtype = dtype or residency.dtype_name(machine.best_dtype(device, channels, user))
     memory = settings.memory.model_copy(update={"dtype": dtype})
-    return settings.model_copy(
-        update={"memory": memory, "data": settings.data.model_copy(update={"class_pictures": 0})}
-    )
+    return settings.model_copy(update={"memory": memory})
 
 
 def _cache_bytes(settings: RunSettings, batches: Batches, model: Model) -> int:

@@ -30,6 +30,7 @@ from gouache.app.training.pictures import (
     class_folder,
     latents_of,
     mask_note,
+    paints_class,
     read_pictures,
     sides,
 )  # fmt: skip
@@ -40,6 +41,7 @@ from gouache.errors import RequestError, TrainingError, printable
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
+from gouache.generate.request import Request
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.prompts.encode import Sizes, encode
@@ -115,6 +117,8 @@ def prepared(
     model = load_model(settings, user, on_note)
     if fill_caches and _paint_class(settings, user, model, on_work):
         pictures = read_pictures(settings, folder, lambda line: None, user)
+    if settings.model.zero_terminal_snr:  # only now: the class is painted as the model is
+        model.core.schedule = model.schedule.zero_terminal_snr()
     target = make_target(settings, model, user)
     for note in target.notes:
         on_note(note)
@@ -139,9 +143,9 @@ def prepared(
 
 
 def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:
-    """The model in the dtype for training. Raises GouacheError, also if its file is not that of the settings.
+    """The model in the dtype for training, with its own schedule; on `device`, by default that of the settings.
 
-    `device` is that of the settings, or the meta device.
+    Raises GouacheError, also if its file is not that of the settings.
     """
     chosen = settings.model
     dtype = settings.memory.dtype or None
@@ -164,20 +168,18 @@ def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: t
         )
     for network in (model.unet, model.vae, *model.text_encoders.values()):
         network.requires_grad_(False)
-    if chosen.zero_terminal_snr:
-        model.core.schedule = model.schedule.zero_terminal_snr()
     return model
 
 
 def _paint_class(settings: RunSettings, user: Settings, model: Model, on_work: OnWork) -> int:
     """Paint the missing pictures of the class; returns how many there were."""
     data, where = settings.data, class_folder(settings, user)
-    if where is None or not data.class_pictures or settings.loss.prior == "none":
+    if where is None or not paints_class(settings):
         return 0
-    if not data.class_word:
-        raise RequestError("data.class_word", "is missing: it says what the class pictures show")
+    size, clip_skip = sides(data.resolution, model.size)[-1], settings.model.clip_skip or None
+    request = Request(prompt=data.class_word, size=size, clip_skip=clip_skip)
     return class_pictures.paint_missing(
-        model, data.class_word, data.class_pictures, where, sides(data.resolution, model.size)[-1],
+        model, request, data.class_pictures, where,
         lambda done, total: on_work("painting class pictures", done, total),
     )  # fmt: skip
 
