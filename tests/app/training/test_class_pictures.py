@@ -15,7 +15,7 @@ from gouache.app.settings import Settings
 from gouache.app.training import estimate, prepare
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.memory_use import MemoryUse
-from gouache.app.training.pictures import class_folder, epoch_batches, read_pictures
+from gouache.app.training.pictures import batches_of, class_folder, read_pictures
 from gouache.errors import GouacheError
 from gouache.files.open import open_model
 from gouache.training.run_settings import RunSettings
@@ -127,13 +127,27 @@ def test_what_is_foreseen_is_the_same_before_and_after_painting(
 
     def foreseen() -> tuple[int, float, int]:
         found = estimate.estimate(chosen, RunFolder(tmp_path / "other"), settings, on_note=quiet)
-        return found.class_pictures, found.epochs, epoch_batches(chosen, settings, (64, 64))
+        return found.class_pictures, found.epochs, batches_of(chosen, 1, settings, (64, 64))
 
     before = foreseen()
     with prepare.prepared(chosen, RunFolder(tmp_path / "run"), settings, on_note=quiet, on_work=quiet) as ready:
         batches = len(ready.batches)
     assert before == (2, pytest.approx(4 / batches), batches)
     assert foreseen() == (0, pytest.approx(4 / batches), batches)
+
+
+def test_all_class_pictures_are_cached_before_the_first_step(small: Small, settings: Settings, tmp_path: Path):
+    for name in ("a", *(f"b{number}" for number in range(10))):
+        (tmp_path / name[0]).mkdir(exist_ok=True)
+        noise = np.random.default_rng(len(name) + ord(name[-1])).integers(0, 256, (64, 64, 3), np.uint8)
+        Image.fromarray(noise).save(tmp_path / name[0] / f"{name}.png")
+    chosen = small(
+        data={"folder": str(tmp_path / "a"), "class_folder": str(tmp_path / "b"), "class_pictures": 0},
+        train={"steps": 20, "batch": 1}, validation={"probe": 0},
+    )  # fmt: skip
+    with prepare.prepared(chosen, RunFolder(tmp_path / "run"), settings, on_note=quiet, on_work=quiet) as ready:
+        needs = ready.batches.needs(range(20))
+    assert (needs.latents, needs.missing_latents, needs.missing_texts) == (11, 0, 0)
 
 
 def test_a_share_of_dropped_captions_is_common_if_the_class_has_it_too(

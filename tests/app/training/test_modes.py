@@ -212,9 +212,8 @@ def test_the_text_encoder_stops_after_its_steps(mode: str, small: Small, setting
 def test_which_weights_a_run_starts_from_is_said(weights: str, small: Small, settings: Settings, tmp_path: Path):
     tables = {**WEIGHTS, "train": {"steps": 2, "ema_decay": 0.9}}
     run(small("sd1", **tables), tmp_path / "a", settings)
-    both = export.export(
-        RunFolder(tmp_path / "a"), tmp_path / "both.safetensors", settings, weights="both", form="full"
-    )
+    both = tmp_path / "both.safetensors"
+    export.export(RunFolder(tmp_path / "a"), both, settings, weights="both", form="full")
     notes = list[str]()
     chosen = small(both, **WEIGHTS, model={"weights": weights})
     with ready(chosen, tmp_path / "b", settings, notes) as found:

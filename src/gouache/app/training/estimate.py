@@ -24,7 +24,7 @@ from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.memory_use import MemoryUse, available
 from gouache.app.training.out_of_memory import ways_to_save
-from gouache.app.training.pictures import epoch_batches, paints_class
+from gouache.app.training.pictures import batches_of, paints_class
 from gouache.app.training.prepare import OnNote, Prepared
 from gouache.files.source import size_text
 from gouache.model import residency
@@ -108,7 +108,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
         with prepare.make_batches(settings, trial, model, target, pictures.training) as batches:
             cache, epoch = _cache_bytes(settings, batches, model), max(1, len(batches))
             if class_pictures:  # with those that are not painted yet
-                epoch = epoch_batches(settings, user, model.size)
+                epoch = batches_of(settings, 1, user, model.size)
             if isinstance(target, AdapterTarget):
                 target.detach()
             used = memory_use.memory_use(settings, model, device, batches, user)

@@ -21,7 +21,7 @@ from gouache.app.training.folder import RunFolder
 from gouache.data import contents, folders, pictures, scores, split
 from gouache.data.buckets import Buckets, Size, crops
 from gouache.data.dataset import DataSet
-from gouache.data.epochs import Plan, balance
+from gouache.data.epochs import Plan
 from gouache.data.listing import CAPTIONS
 from gouache.data.record import CaptionOptions, PictureOptions, Record
 from gouache.data.subset import Subset
@@ -217,12 +217,12 @@ def _size(value: int | str) -> Size:
 
 
 def steps_of(settings: RunSettings, epochs: int, user: Settings, usual: Size) -> int:
-    """The steps of so many epochs, see `epoch_batches`."""
-    return -(-epoch_batches(settings, user, usual) * epochs // settings.train.accumulate)
+    """The steps of so many epochs, see `batches_of`."""
+    return -(-batches_of(settings, epochs, user, usual) // settings.train.accumulate)
 
 
-def epoch_batches(settings: RunSettings, user: Settings, usual: Size) -> int:
-    """The batches per epoch. Headers of the pictures are read; class pictures may still be missing.
+def batches_of(settings: RunSettings, epochs: int, user: Settings, usual: Size) -> int:
+    """The batches of so many epochs. Headers of the pictures are read; class pictures may still be missing.
 
     Pictures that will be held out for validation are counted. Raises GouacheError.
     """
@@ -233,8 +233,14 @@ def epoch_batches(settings: RunSettings, user: Settings, usual: Size) -> int:
     rows = [(crop.size, record.repeats, record.regularization) for found, record in seen for crop in found]
     if paints_class(settings) and not any(record.regularization for record in records):
         rows += [(buckets[-1].resolution, 1, True)] * settings.data.class_pictures
-    repeats = balance([count for _, count, _ in rows], [kind for _, _, kind in rows])
-    return len(Plan([size for size, _, _ in rows], repeats, settings.train.batch, torch.Generator().manual_seed))
+    plan = Plan(
+        [size for size, _, _ in rows],
+        [count for _, count, _ in rows],
+        settings.train.batch,
+        torch.Generator().manual_seed,
+        regularization=[kind for _, _, kind in rows],
+    )
+    return plan.total(epochs)
 
 
 def cache_of(settings: RunSettings, folder: RunFolder) -> Path | None:

@@ -374,6 +374,7 @@ def _autocast(settings: RunSettings, model: Model, user: Settings) -> bool:
 
 
 def _fill(settings: RunSettings, batches: Batches, on_work: OnWork) -> None:
-    """Encode what the run will need, one epoch or at most all its steps, so that the encoders are not needed later."""
-    count = min(settings.train.steps * settings.train.accumulate, len(batches) * 8)
+    """Encode what the first epochs need, and all pictures of the class, so that encoders are hardly needed later."""
+    epochs = max(8, batches.plan.cycle)
+    count = min(settings.train.steps * settings.train.accumulate, batches.plan.total(epochs))
     batches.prepare(range(count), lambda done, total: on_work("encoding pictures and captions", done, total))
