@@ -351,6 +351,7 @@ class Batches:
             mask,
             torch.tensor([record.regularization for record in records], device=device),
             tuple(record.name for record in records),
+            tuple(example.row.content.digest for example in examples),
         )
 
 

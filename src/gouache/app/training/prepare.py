@@ -133,6 +133,7 @@ def prepared(
         if filled:  # first, so that the validation finds the captions that it shares with training
             _fill(settings, batches, on_work)
         validation = make_validation(settings, folder, model, target, pictures, objective)
+        objective = replace(objective, validation=validation.identity)
         if filled:
             free_encoders(settings, model, target)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
@@ -203,7 +204,7 @@ def make_batches(
     *,
     validation: bool = False,
 ) -> Batches:
-    """The batches of `records`; those of a validation are not varied."""
+    """The batches of `records`; those of a validation are not varied, and the same with any seed and batch size."""
     data, cache = settings.data, cache_of(settings, folder)
     latents = LatentCache(
         latents_of(cache),
@@ -249,6 +250,7 @@ def make_batches(
         ]
 
     def caption(record: Record, epoch: int, generator: torch.Generator, number: int) -> str:
+        generator = torch.Generator().manual_seed(0) if validation else generator
         return captions.caption(record, epoch, generator, number // settings.train.accumulate, settings.train.steps)
 
     return Batches(records, options, latents, texts, caption, model.text_recipe)
@@ -266,13 +268,15 @@ def make_validation(
     plain = [record for record in pictures.training if not record.regularization]
     probe = plain[:: max(1, len(plain) // max(1, settings.validation.probe))][: settings.validation.probe]
 
-    def all_of(records: Sequence[Record]) -> list[Batch]:
+    def all_of(records: Sequence[Record]) -> tuple[list[Batch], str]:
         if not records:
-            return []
+            return [], ""
         with make_batches(settings, folder, model, target, records, validation=True) as batches:
-            return [batches(number) for number in range(len(batches))]
+            return [batches(number) for number in range(len(batches))], batches.identity
 
-    return Validation(objective, all_of(pictures.held_out), all_of(probe), settings.validation.timesteps)
+    points = settings.validation.timesteps
+    (held_out, name), (training, name_of_training) = all_of(pictures.held_out), all_of(probe)
+    return Validation(objective, held_out, training, points, f"{points} timesteps of {name or name_of_training}")
 
 
 def text_encoder(
