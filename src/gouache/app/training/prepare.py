@@ -38,6 +38,7 @@ from gouache.data import captions
 from gouache.data.record import PictureOptions, Record
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError, TrainingError, printable
+from gouache.families.family import NoiseLevels
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
@@ -91,6 +92,7 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
     options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
     if settings.adapter.start:
         names.resolve(settings.adapter.start, user, "lora", "adapter.start")
+    _timesteps(settings, (found.levels.value if found.levels is not None else NoiseLevels()).steps)
     settings.train.rate(0)
     optimizers.build(settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))})])
     return path, found
@@ -323,7 +325,6 @@ def make_objective(
     loss, encode_text = settings.loss, text_encoder(settings, model)
     with torch.no_grad():
         unconditional = encode_text([""], None)
-    levels = len(model.schedule.sigmas)
     return Denoising(
         model.denoiser,
         target.networks,
@@ -346,12 +347,7 @@ def make_objective(
             perturbation=loss.input_perturbation,
             perturbation_random=loss.input_perturbation_random,
         ),
-        timesteps=Timesteps(
-            loss.timesteps,
-            shift=loss.timestep_shift,
-            first=round(loss.timestep_min * levels),
-            last=round(loss.timestep_max * levels),
-        ),
+        timesteps=_timesteps(settings, len(model.schedule.sigmas)),
         v_like_loss=loss.v_like,
         distance=loss.loss,
         huber_c=loss.huber,
@@ -360,6 +356,19 @@ def make_objective(
         prior_weight=loss.prior_weight,
         prior="frozen" if loss.prior == "model" else "pictures",
     )
+
+
+def _timesteps(settings: RunSettings, levels: int) -> Timesteps:
+    """Raises RequestError if the range has none of the `levels`."""
+    loss = settings.loss
+    first, last = round(loss.timestep_min * levels), round(loss.timestep_max * levels)
+    if first >= last:
+        raise RequestError(
+            "loss.timestep_min",
+            f"is {loss.timestep_min:g} and loss.timestep_max {loss.timestep_max:g}: none of the {levels} timesteps is "
+            "between them; widen the range",
+        )
+    return Timesteps(loss.timesteps, shift=loss.timestep_shift, first=first, last=last)
 
 
 def base_of(model: Model, user: Settings) -> str:
