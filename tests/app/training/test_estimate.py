@@ -31,7 +31,10 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-@pytest.mark.parametrize("tables", [{}, {**WEIGHTS, "train": {"ema_decay": 0.9, "save_steps": 1, "keep": 3}}])
+HELD_OUT: dict[str, Any] = {"validation": {"pictures": 1}, "train": {"ema_decay": 0.9, "save_steps": 1, "keep": 3}}
+
+
+@pytest.mark.parametrize("tables", [{}, {**WEIGHTS, **HELD_OUT}])
 def test_the_disk_is_what_a_run_then_takes(
     tables: dict[str, Any], narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):

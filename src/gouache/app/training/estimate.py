@@ -106,7 +106,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
         model = prepare.load_model(settings, user, on_note, torch.device("meta"))
         target = prepare.make_target(settings, model, user)
         with prepare.make_batches(settings, trial, model, target, pictures.training) as batches:
-            cache, epoch = _cache_bytes(settings, batches, model), max(1, len(batches))
+            cache, epoch = _cache_bytes(settings, batches, model, len(pictures.held_out)), max(1, len(batches))
             if class_pictures:  # with those that are not painted yet
                 epoch = batches_of(settings, 1, user, model.size)
             if isinstance(target, AdapterTarget):
@@ -150,14 +150,15 @@ def _settled(settings: RunSettings, device: torch.device, channels: int, user: S
     return settings.model_copy(update={"memory": memory})
 
 
-def _cache_bytes(settings: RunSettings, batches: Batches, model: Model) -> int:
-    """The latents and captions of all steps, or of as many as are counted in a moment."""
+def _cache_bytes(settings: RunSettings, batches: Batches, model: Model, held_out: int) -> int:
+    """The latents and captions of all steps, or of as many as are counted in a moment, and of the held-out pictures."""
     if not settings.data.cache:
         return 0
     chunk = round((77 * model.unet.spec.context_dim + model.unet.spec.vector_channels) * model.dtype.itemsize)
     count = min(settings.train.steps * settings.train.accumulate, max(1, _MOST_EXAMPLES // settings.train.batch))
-    # The captions of a validation are in a file of their own.
-    return batches.needs(range(count), chunk).bytes + min(settings.validation.probe, len(batches.rows)) * chunk
+    needs = batches.needs(range(count), chunk)
+    texts = chunk if needs.texts else 0
+    return needs.bytes + held_out * (texts + needs.latent_bytes // max(1, needs.latents))
 
 
 def _kept(train: LoopSettings, epoch: int, step_seconds: float) -> int:
