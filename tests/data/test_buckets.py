@@ -71,9 +71,18 @@ def test_without_enlarging_a_picture_keeps_its_pixels(width: int, height: int):
 
     assert crop.size[0] % 64 == crop.size[1] % 64 == 0
     assert max(crop.size) <= 1024
-    if min(width, height) >= 64 and width * height < 512 * 512:
+    assert crop.size[0] * crop.size[1] <= 512 * 512
+    assert buckets.crop((height, width)).size == (crop.size if width == height else crop.size[::-1])
+    if min(width, height) >= 64:
         assert crop.size[0] <= width and crop.size[1] <= height
         assert crop.enlarged <= 1
+
+
+def test_without_enlarging_a_narrow_picture_keeps_what_it_can():
+    crop = Buckets((512, 512), upscale=False).crop((2000, 200))
+
+    assert (crop.size, crop.scaled) == ((1024, 128), (1280, 128))
+    assert Buckets((512, 512), upscale=False).crop((3000, 2000)) == Buckets((512, 512)).crop((3000, 2000))
 
 
 def test_a_square_gets_the_largest_square_and_portraits_mirror_landscapes():

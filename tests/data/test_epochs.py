@@ -112,13 +112,57 @@ def test_batches_of_different_sizes_are_in_random_order():
 def test_class_pictures_are_seen_as_often_as_the_others(rows: list[tuple[int, bool]]):
     repeats, kinds = [count for count, _ in rows], [kind for _, kind in rows]
 
-    balanced = balance(repeats, kinds)
+    seen = Counter[int]()
+    for epoch in range(5):
+        balanced = balance(repeats, kinds, epoch)
 
-    others = [count for count, kind in zip(balanced, kinds) if not kind]
-    classes = [count for count, kind in zip(balanced, kinds) if kind]
-    assert others == [count for count, kind in rows if not kind]
-    if others and classes:
-        assert sum(classes) == sum(others)
-        assert max(classes) - min(classes) <= 1
-    else:
-        assert balanced == repeats
+        others = [count for count, kind in zip(balanced, kinds) if not kind]
+        classes = [count for count, kind in zip(balanced, kinds) if kind]
+        assert others == [count for count, kind in rows if not kind]
+        if others and classes:
+            assert sum(classes) == sum(others)
+            assert max(classes) - min(classes) <= 1
+            seen.update({row: count for row, count in enumerate(balanced) if kinds[row]})
+            # Over all epochs too: none is left out for longer than needed.
+            assert max(seen.values()) - min(seen[row] for row, kind in enumerate(kinds) if kind) <= 1
+        else:
+            assert balanced == repeats
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3), st.booleans()), min_size=2, max_size=25),
+    batch=st.integers(1, 4),
+    change=st.integers(0, 30),
+)
+@settings(max_examples=50)
+def test_all_class_pictures_are_used_in_turn_and_a_batch_depends_on_its_number_alone(
+    rows: list[tuple[int, int, bool]], batch: int, change: int
+):
+    sizes, repeats, kinds = ([row[column] for row in rows] for column in range(3))
+
+    def made(*changes: tuple[int, int]) -> Plan:
+        return Plan(sizes, repeats, batch, seeded(0), changes, kinds)
+
+    order, epochs = made(), made().cycle
+    found = [order.batch(number) for number in range(order.total(epochs))]
+
+    assert [epoch for epoch, _ in found] == sorted(epoch for epoch, _ in found) and found[-1][0] == epochs - 1
+    assert order.batch(len(found))[0] == epochs
+    assert all(len({sizes[row] for row in batch_rows}) == 1 for _, batch_rows in found)
+    assert {row for _, batch_rows in found for row in batch_rows} == set(range(len(rows)))
+    for epoch in range(epochs):
+        counts = Counter(row for number, batch_rows in found if number == epoch for row in batch_rows)
+        assert all(counts[row] == repeats[row] for row in range(len(rows)) if not kinds[row])
+        assert counts.total() == order.examples
+        if any(kinds) and not all(kinds):
+            assert 2 * sum(counts[row] for row in range(len(rows)) if kinds[row]) == counts.total()
+    assert [made().batch(number) for number in reversed(range(len(found)))] == found[::-1]
+
+    # With another batch size from a number on, what is before it is unchanged and each epoch has the same rows.
+    changed = made((change, 5))
+    again = [changed.batch(number) for number in range(changed.total(epochs) + change)]
+    assert again[:change] == [order.batch(number) for number in range(change)]
+    for epoch in range(again[-1][0]):  # the last may be incomplete
+        assert Counter(row for number, batch_rows in again if number == epoch for row in batch_rows) == Counter(
+            row for row, count in enumerate(balance(repeats, kinds, epoch)) for _ in range(count)
+        )

@@ -16,6 +16,7 @@ from gouache.data.duplicates import NEAR, equal_files, groups
 from gouache.data.record import Record
 from gouache.data.split import split
 from gouache.errors import RequestError
+from gouache.training.run_settings import checked
 
 from .pictures import photo
 
@@ -131,6 +132,24 @@ def test_regularization_pictures_and_their_copies_stay():
     for seed in range(50):
         _, held = split(records_of(found, frozenset({0, 2})), found, 3, seed)
         assert not {each.name for each in held} & {"0.png", "1.png", "2.png"}
+
+
+def test_a_share_is_one_of_the_pictures_that_are_not_of_the_class():
+    found = [content(number, random.Random(number).getrandbits(64)) for number in range(55)]
+    for subject, share, count in ((5, 0.1, 1), (5, 0.99, 4), (20, 0.25, 5), (2, 0.5, 1)):
+        records = records_of(found, frozenset(range(subject, 55)))
+        train, held = split(records, found, share, 3)
+        assert len(held) == count and not any(each.regularization for each in held)
+        assert sum(not each.regularization for each in train) == subject - count
+
+
+@pytest.mark.parametrize("share", [1.0, 2.0])
+def test_a_share_of_all_is_refused(share: float):
+    found = [content(number, random.Random(number).getrandbits(64)) for number in range(5)]
+    with pytest.raises(RequestError, match=r"holdout: is [12]\.0; expected a share below 1"):
+        split(records_of(found), found, share, 0)
+    with pytest.raises(RequestError, match=r"validation\.share: .*less than 1"):
+        checked({"train": {"steps": 9, "batch": 1, "learning_rate": 1e-4}, "validation": {"share": share}})
 
 
 def test_a_group_larger_than_wanted_is_held_out_whole():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -42,7 +43,13 @@ def objective(**values) -> Denoising:
 def batch(number: int, count: int = 3) -> Batch:
     generator = step_generator(9, number)
     latents = torch.randn(count, 4, 4, 4, generator=generator)
-    return Batch(latents, Conditioning(torch.randn(count, 2, 2, generator=generator)))
+    contents = tuple(f"{number} {row}" for row in range(count))
+    return Batch(latents, Conditioning(torch.randn(count, 2, 2, generator=generator)), contents=contents)
+
+
+def noise_of(content: str, t: int) -> torch.Tensor:
+    seed = int(hashlib.sha256(f"validation {content}".encode()).hexdigest()[:15], 16)
+    return torch.randn(4, 4, 4, generator=step_generator(seed, t))
 
 
 @pytest.mark.parametrize(("prediction", "name"), [("eps", "epsilon"), ("v", "v_prediction")])
@@ -56,9 +63,9 @@ def test_the_losses_are_the_mean_squared_errors_of_diffusers_scheduler_at_each_t
 
     net = training.networks["net"].eval()
     expected = {t: [] for t in (125, 375, 625, 875)}
-    for index, each in enumerate(batches):
-        for column, t in enumerate(expected):
-            noise = torch.randn(each.latents.shape, generator=step_generator(3, -1 - (index * 4 + column)))
+    for each in batches:
+        for t in expected:
+            noise = torch.stack([noise_of(content, t) for content in each.contents])
             times = torch.full((len(each),), t)
             with torch.no_grad():
                 output = net(scheduler.add_noise(each.latents, noise, times), times, each.conditioning.context)
@@ -78,6 +85,43 @@ def test_two_validations_of_the_same_weights_are_equal_and_settings_of_the_loss_
     losses = Validation(first, [batch(0)])()
 
     assert Validation(first, [batch(0)])() == losses == Validation(second, [batch(0)])()
+
+
+def test_the_losses_do_not_depend_on_the_seed_the_batches_or_their_order():
+    whole = batch(0, 5)
+    context = whole.conditioning.context
+
+    def rows(*rows: int) -> Batch:
+        picked = list(rows)
+        contents = tuple(whole.contents[row] for row in rows)
+        return Batch(whole.latents[picked], Conditioning(context[picked]), contents=contents)
+
+    losses = Validation(objective(), [whole])()
+    for seed, batches in ((4, [whole]), (3, [rows(4, 1), rows(0), rows(3, 2)]), (5, [rows(row) for row in range(5)])):
+        assert Validation(objective(seed=seed), batches)() == pytest.approx(losses, rel=1e-6)
+    assert Validation(objective(), [rows(0)])() != pytest.approx(Validation(objective(), [rows(1)])(), rel=1e-3)
+
+
+@pytest.mark.parametrize("change", [{"validation": "b"}, {"timesteps": Timesteps(last=500)}, {"dropout": 0.5}])
+def test_losses_of_another_validation_are_not_compared_with_the_earlier_ones(change, tmp_path):
+    chosen = {"log_steps": 1, "validate_steps": 1, "learning_rate": 1e-9, "patience": 2, "minimum_change": 100.0}
+    notes = list[str]()
+
+    def go(steps: int, **values) -> int:
+        training = objective(**{"validation": "a", "dropout": 0.0, **values})
+        validation = Validation(training, [batch(100)], points=2)
+        return train(
+            training, batch, settings(**chosen, steps=steps), tmp_path, validate=validation, on_note=notes.append
+        ).step
+
+    assert go(2) == 2
+    notes.clear()
+    # One validation was the first and one without a lower loss: patience ends the run after one more, or anew.
+    is_other = "dropout" not in change
+    assert go(20, **change) == (5 if is_other else 3)
+    assert [note for note in notes if "looked for anew" in note] == notes[: int(is_other)]
+    notes.clear()
+    assert go(20, **change) == (5 if is_other else 3) and not [note for note in notes if "anew" in note]
 
 
 def test_validation_uses_no_dropout_no_gradient_and_no_global_random_numbers_and_restores_the_modes():

@@ -48,8 +48,8 @@ class Buckets:
     """The sizes for pictures of all shapes that have about the area of `resolution`.
 
     Sides are multiples of `step`, from `minimum` to `maximum`; if these are None, from half to twice the side of a
-    square of that area. `upscale` False: a picture that has fewer pixels is not enlarged, but gets a size of its own,
-    whatever the minimum. `fixed`: `resolution` is the only size.
+    square of that area. `upscale` False: a picture for which all sizes are too large is not enlarged, but gets a size
+    of its own, whatever the minimum; only a side below `step` is enlarged. `fixed`: `resolution` is the only size.
 
     Raises RequestError if there is no such size.
     """
@@ -94,13 +94,22 @@ class Buckets:
 
     def crop(self, original: Size) -> Crop:
         """How a picture is scaled and cut, equally on both sides: to the size at which the least is lost."""
-        if self.upscale or self.fixed or original[0] * original[1] >= self.area:
-            # Of equals the largest: (512, 512) instead of (448, 448).
-            size = min(self.sizes, key=lambda size: (cover(original, size).lost, -size[0] * size[1], size))
-        else:
-            width, height = (max(min(side, self._high) // self.step, 1) * self.step for side in original)
-            size = width, height
+        sizes = self.sizes if self.upscale or self.fixed else self._within(original)
+        # Of equals the largest: (512, 512) instead of (448, 448).
+        size = min(sizes, key=lambda size: (cover(original, size).lost, -size[0] * size[1], size))
         return cover(original, size)
+
+    def _within(self, original: Size) -> Sequence[Size]:
+        """The sizes for a picture that are not larger than it."""
+        width, height = (max(min(side, self._high), self.step) for side in original)
+        if original[0] * original[1] < self.area:
+            return [(width // self.step * self.step, height // self.step * self.step)]
+        if fitting := [size for size in self.sizes if size[0] <= width and size[1] <= height]:
+            return fitting
+        short, long = sorted((width, height))
+        sides = range(self.step, short + 1, self.step)
+        found = [(max(min(long, self.area // side) // self.step, 1) * self.step, side) for side in sides]
+        return found if width > height else [(side, other) for other, side in found]
 
     @property
     def _low(self) -> int:

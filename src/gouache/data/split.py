@@ -17,13 +17,15 @@ SETTING = "holdout"
 def split(
     records: Sequence[Record], contents: Sequence[Content], holdout: float | int, seed: int
 ) -> tuple[list[Record], list[Record]]:
-    """(to train on, held out). `holdout`: below 1 a share of the pictures, else their number.
+    """(to train on, held out). `holdout`: a share of the pictures below 1, or as an int from 1 their number.
 
     Copies of a picture are never on both sides. What is held out depends on what is in the pictures and on `seed`, not
-    on names and order, and changes little when pictures are added. Regularization pictures are not held out, nor their
-    copies. `contents` are those of `records`. Raises RequestError if no picture can be held out.
+    on names and order, and changes little when pictures are added. Regularization pictures are not counted, and neither
+    they nor their copies are held out. `contents` are those of `records`. Raises RequestError if no picture can be held
+    out.
     """
-    wanted = _number(holdout, len(records))
+    count = sum(not record.regularization for record in records)
+    wanted = _number(holdout, count)
     if not wanted:
         return list(records), []
     eligible = [group for group in groups(contents) if not any(records[row].regularization for row in group)]
@@ -34,18 +36,19 @@ def split(
             held |= set(group)
     if not held and order:  # every group has more copies than wanted
         held |= set(min(order, key=len))
-    if not 0 < len(held) < len(records):
-        count = plural(len(records), "picture")
-        raise RequestError(SETTING, f"no picture can be held out: {count}, all copies of one or of the class")
+    if not 0 < len(held) < count:
+        shown = plural(count, "picture")
+        raise RequestError(SETTING, f"no picture can be held out: {shown}, all copies of one or of the class")
     return [each for row, each in enumerate(records) if row not in held], [records[row] for row in sorted(held)]
 
 
 def _number(holdout: float | int, count: int) -> int:
     """How many of `count` pictures to hold out: none for 0, else at least one."""
-    if holdout < 0 or holdout != holdout or (holdout >= 1 and holdout != int(holdout)):
-        raise RequestError(SETTING, f"is {holdout}; expected a share below 1 or a number of pictures")
-    if holdout >= count:
-        raise RequestError(SETTING, f"is {int(holdout)}, and there are {plural(count, 'picture')}; some must be left")
+    if not holdout >= 0 or (isinstance(holdout, float) and holdout >= 1):
+        raise RequestError(SETTING, f"is {holdout}; expected a share below 1, or a whole number of pictures")
+    if holdout >= max(1, count):
+        found = f"{plural(count, 'picture')} that are not of the class"
+        raise RequestError(SETTING, f"is {holdout}, and there are {found}; some must be left")
     if holdout == 0:
         return 0
     return int(holdout) if holdout >= 1 else min(max(1, round(holdout * count)), count - 1)

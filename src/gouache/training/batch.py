@@ -18,7 +18,7 @@ class Batch:
     encoded now because a text encoder or an embedding is trained: then `captions` and `sizes` (for families that use
     them) have B entries, and `concat` (B, E, h, w) the further input channels of an inpainting model. `weights` (B,)
     multiply the losses; None means 1. `mask` (B, 1, h, w), 0 to 1, limits the loss to a part of each picture.
-    `regularization` (B,) marks examples of the class. `names` name the pictures in messages.
+    `regularization` (B,) marks examples of the class. `names` name the pictures in messages, `contents` are hashes.
     """
 
     latents: Tensor
@@ -30,6 +30,7 @@ class Batch:
     mask: Tensor | None = None
     regularization: Tensor | None = None
     names: tuple[str, ...] = ()
+    contents: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.latents)

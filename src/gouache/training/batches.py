@@ -24,7 +24,7 @@ from torch import Tensor
 
 from gouache.data import pictures
 from gouache.data.buckets import Buckets, Crop, crops
-from gouache.data.epochs import Plan, balance
+from gouache.data.epochs import Plan
 from gouache.data.pictures import Examined, View
 from gouache.data.record import Record
 from gouache.diffusion.conditioning import Conditioning
@@ -51,9 +51,9 @@ class Options:
     A batch has `batch` examples; `changes` (number, batch) state from which batch on it has another number of them.
     Each picture is seen at a size of each of `buckets`, or at its own resolution. Where options of a record ask for
     random positions or colours, one of `variations` versions is used, the same ones in every run, so that they can be
-    cached; so is one of as many masks per picture with `inpainting`. `balance`: class pictures are repeated until there
-    are as many of them as others. `workers` threads read and decode ahead; with 0 that happens when a batch is asked
-    for. `device` is that of the batches.
+    cached; so is one of as many masks per picture with `inpainting`. `balance`: as many class pictures as others
+    are seen per epoch, in turn, see `data.epochs.balance`. `workers` threads read and decode ahead; with 0 that happens
+    when a batch is requested. `device` is that of the batches.
     """
 
     buckets: tuple[Buckets, ...]
@@ -69,12 +69,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Row:
-    """A record at one size, seen `repeats` times per epoch."""
+    """A record at one size."""
 
     record: Record
     content: Examined
     crop: Crop
-    repeats: int
 
 
 @dataclass(frozen=True)
@@ -151,10 +150,11 @@ class Batches:
         self.rows = self._rows(records)
         self.plan = Plan(
             [row.crop.size for row in self.rows],
-            [row.repeats for row in self.rows],
+            [row.record.repeats for row in self.rows],
             options.batch,
             lambda epoch: step_generator(_stream(options.seed, "epochs"), epoch),
             options.changes,
+            [row.record.regularization for row in self.rows] if options.balance else (),
         )
         if not len(self.plan):
             raise RequestError(pictures.SETTING, "has no pictures")
@@ -183,7 +183,6 @@ class Batches:
                 "scores": None,
                 "content": row.content.digest,
                 "crop": asdict(row.crop),
-                "repeats": row.repeats,
             }
             for row in self.rows
         ]
@@ -245,16 +244,13 @@ class Batches:
         self.close()
 
     def _rows(self, records: Sequence[Record]) -> list[Row]:
-        repeats = [record.repeats for record in records]
-        if self.options.balance:
-            repeats = balance(repeats, [record.regularization for record in records])
         known = self._latents.contents()
         contents = list(_in_order(self._pool, lambda record: pictures.examine(record, known), records))
         self._latents.keep_contents(contents)
         rows = []
-        for record, content, count in zip(records, contents, repeats):
+        for record, content in zip(records, contents):
             seen = crops(content.size, self.options.buckets, record.resolution)
-            rows += [Row(record, content, crop, count) for crop in seen]
+            rows += [Row(record, content, crop) for crop in seen]
         return rows
 
     def _example(self, row: Row, epoch: int, number: int, place: int) -> Example:
@@ -355,6 +351,7 @@ class Batches:
             mask,
             torch.tensor([record.regularization for record in records], device=device),
             tuple(record.name for record in records),
+            tuple(example.row.content.digest for example in examples),
         )
 
 

@@ -70,8 +70,9 @@ class Denoising:
     `unmasked_weight`. Pictures of the class (DreamBooth) count `prior_weight`. With `prior` "frozen" their target is
     not the noise but what the network predicted before training; this needs `target`.
 
-    `autocast` runs the network in bfloat16 where that is faster. `data` identifies the data set and `base` the weights
-    of frozen parameters, for instance by a hash; both are compared when a run is resumed.
+    `autocast` runs the network in bfloat16 where that is faster. `data` identifies the data set, `validation` what the
+    validation measures, and `base` the weights of frozen parameters, for instance by a hash; they are compared when a
+    run is resumed.
     """
 
     denoiser: Callable[[Conditioning], Denoiser]
@@ -85,6 +86,7 @@ class Denoising:
     autocast: bool = False
     groups: tuple[Group, ...] = ()
     data: str | None = None
+    validation: str | None = None
     base: str | None = None
     target: Target | None = None
     encode: Encode | None = None
@@ -100,7 +102,7 @@ class Denoising:
     prior: Literal["pictures", "frozen"] = "pictures"
 
     changeable: ClassVar[frozenset[str]] = frozenset(
-        {"dropout", "seed", "data", "autocast", "noise", "timesteps"}  # what is trained on
+        {"dropout", "seed", "data", "validation", "autocast", "noise", "timesteps"}  # what is trained on
         | {"weighting", "gamma", "v_like_loss", "channel_weights", "unmasked_weight", "prior_weight", "prior"}
         | {"distance", "huber_c", "huber_scale", "huber_schedule"}
     )
@@ -147,6 +149,7 @@ class Denoising:
             "autocast": self.autocast,
             "seed": self.seed,
             "data": self.data,
+            "validation": self.validation,
             "base": self.base,
         }
 

@@ -153,6 +153,10 @@ def train(
         return _result(run, position, requested.signal)
 
 
+# With other values of these, validation losses cannot be compared.
+_MEASURED = ("objective.validation", "objective.timesteps")
+
+
 def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
     """Restore the newest undamaged checkpoint, if there is one."""
     state = checkpoint.newest(folder, fault=fault, on_note=on_note)
@@ -160,6 +164,10 @@ def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
         checkpoint.start_over(folder, on_note)
         return Position()
     position = restore(run, state, folder)
+    if any(change.setting in _MEASURED and change.step == position.step for change in run.changes):
+        if position.best or math.isfinite(position.lowest):
+            on_note("other pictures or timesteps are validated than before: the lowest loss is looked for anew")
+        position.forget_validation()
     checkpoint.set_aside(folder, after=position.step)
     return position
 

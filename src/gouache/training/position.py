@@ -45,6 +45,10 @@ class Position:
         self.best = sorted([*self.best, (loss, self.step)])[: settings.keep_best]
         return any(step == self.step for _, step in self.best)
 
+    def forget_validation(self) -> None:
+        """For losses that cannot be compared with the earlier ones."""
+        self.best, self.lowest, self.waiting = [], math.inf, 0
+
     def without_patience(self, settings: Settings) -> bool:
         """Whether so many validations have not improved that the run ends."""
         return 0 < settings.patience <= self.waiting

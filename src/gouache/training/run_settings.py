@@ -172,7 +172,7 @@ class LossSettings(Table):
 
 
 class ValidationSettings(Table):
-    share: Share = setting(0.0, "Share of the pictures held out; near duplicates stay together.")
+    share: float = setting(0.0, "Share of the pictures held out, below 1; near duplicates stay together.", ge=0, lt=1)
     pictures: int = setting(0, "Or so many; 0 and a share of 0: training pictures with fixed noise.", ge=0)
     seed: int = setting(0, "Of the choice, which does not change with train.seed.", ge=0)
     timesteps: int = setting(8, "Fixed noise levels per picture.", gt=0)

@@ -1,15 +1,34 @@
-"""Runs of a few steps on narrow models."""
+"""Runs of a few steps on narrow models and a few small pictures, for the tests of this folder."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from gouache.app.settings import Settings
 from gouache.app.training import runs
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.runs import Finished
 from gouache.training.run_settings import RunSettings, checked
+from tests.pipelines import Narrow
+
+Narrows = Callable[[str], Narrow]
+THREE = ((64, 64), (96, 64), (64, 64))
+
+
+def make_pictures(folder: Path, sizes: Sequence[tuple[int, int]] = THREE) -> Path:
+    """Pictures of noise with captions."""
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        levels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        Image.fromarray(levels).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"zorb, number {number}, red")
+    return folder
 
 
 def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunSettings:
@@ -23,27 +42,38 @@ def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunS
         "memory": {"dtype": "fp32", "autocast": "no"},
         "validation": {"probe": 1, "timesteps": 2},
     }
-    for name, value in tables.items():
-        usual[name] = {**usual.get(name, {}), **value} if isinstance(value, dict) else value
-    return checked(usual)
+    return checked(_merged(usual, tables))
+
+
+def small_settings(file: Path, pictures: Path, output: Path, **tables: Any) -> RunSettings:
+    """A small adapter without averages, saved at every second step."""
+    usual = {
+        "adapter": {"rank": 2, "alpha": 2},
+        "train": {"validate_steps": 4, "save_steps": 2, "ema_decay": 0.0},
+    }
+    return settings_of(file, pictures, output, **_merged(usual, tables))
 
 
 def run(
-    settings: RunSettings, folder: Path, user: Settings, stop_after: int | None = None, notes: list[str] | None = None
+    settings: RunSettings,
+    folder: Path,
+    user: Settings,
+    stop_after: int | None = None,
+    notes: list[str] | None = None,
+    **options: Any,
 ) -> Finished:
     """Train in `folder`, for at most `stop_after` steps; `notes` receives what the run reports."""
-    done = 0
+    asked = count()
+    usual: dict[str, Any] = {
+        "on_note": [].append if notes is None else notes.append,
+        "should_stop": lambda: stop_after is not None and next(asked) >= stop_after,
+        "overwrite": True,
+    }
+    return runs.run(settings, RunFolder(folder), user, **{**usual, **options})
 
-    def stop() -> bool:
-        nonlocal done
-        done += 1
-        return stop_after is not None and done > stop_after
 
-    return runs.run(
-        settings,
-        RunFolder(folder),
-        user,
-        on_note=[].append if notes is None else notes.append,
-        should_stop=stop,
-        overwrite=True,
-    )
+def _merged(usual: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    found = dict(usual)
+    for name, value in tables.items():
+        found[name] = {**found.get(name, {}), **value} if isinstance(value, dict) else value
+    return found

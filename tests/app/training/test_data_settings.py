@@ -232,7 +232,7 @@ def test_repeats_in_folder_names_unless_they_are_given(tmp_path: Path, choose: C
         }  # fmt: skip
         assert {row.record.captions for row in found.batches.rows} == {("zorb cat",), ("zorb dog",)}
     with ready(choose(tmp_path / "a", "num_repeats=2")) as found:
-        assert {row.repeats for row in found.batches.rows} == {2}
+        assert {row.record.repeats for row in found.batches.rows} == {2}
 
 
 def test_class_pictures_of_kohyas_folders_are_seen_as_often_as_the_others(tmp_path: Path, choose: Choose, ready: Ready):

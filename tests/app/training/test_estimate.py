@@ -17,7 +17,7 @@ from gouache.app.training.folder import RunFolder
 from gouache.cli import main
 from gouache.training.run_settings import template
 
-from .small_runs import Narrows, make_pictures, run, settings_of
+from .short_runs import Narrows, make_pictures, run, small_settings
 
 WEIGHTS: dict[str, Any] = {"mode": "finetune", "adapter": {"form": "none"}}
 
@@ -31,14 +31,14 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-LONG: dict[str, Any] = {**WEIGHTS, "train": {"ema_decay": 0.9, "save_steps": 1, "keep": 3}}
+HELD_OUT: dict[str, Any] = {"validation": {"pictures": 1}, "train": {"ema_decay": 0.9, "save_steps": 1, "keep": 3}}
 
 
-@pytest.mark.parametrize("tables", [{}, pytest.param(LONG, marks=pytest.mark.full)])
+@pytest.mark.parametrize("tables", [{}, pytest.param({**WEIGHTS, **HELD_OUT}, marks=pytest.mark.full)])
 def test_the_disk_is_what_a_run_then_takes(
     tables: dict[str, Any], narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
-    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", **tables)
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors", **tables)
     found = estimate.estimate(chosen, RunFolder(tmp_path / "run"), settings, on_note=lambda line: None)
     assert found.fits and found.step_seconds > 0 and not (tmp_path / "run").exists()
     run(chosen, tmp_path / "run", settings)
@@ -52,7 +52,7 @@ def test_the_disk_is_what_a_run_then_takes(
 def memory(file: Path, pictures: Path, user: Settings, monkeypatch: pytest.MonkeyPatch, **tables: Any) -> Estimate:
     monkeypatch.setattr(estimate, "available", lambda device: 1)  # nothing is run
     monkeypatch.setattr("gouache.app.training.memory_use._own_memory", lambda: 0)
-    chosen = settings_of(file, pictures, Path("out.safetensors"), **tables)
+    chosen = small_settings(file, pictures, Path("out.safetensors"), **tables)
     return estimate.estimate(chosen, RunFolder(Path("none")), user, on_note=lambda line: None)
 
 
@@ -87,7 +87,7 @@ def test_checkpointing_lowers_the_memory(
 def test_what_does_not_fit_is_named_with_what_to_change_and_the_exit_code_is_1(
     narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
-    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", **WEIGHTS)
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors", **WEIGHTS)
     (tmp_path / "run.toml").write_text(template(chosen))
     monkeypatch.setattr(estimate, "available", lambda device: 50_000_000)
     monkeypatch.setattr(estimate.shutil, "disk_usage", lambda path: estimate.shutil._ntuple_diskusage(9, 9, 1_000_000))

@@ -200,6 +200,9 @@ def test_settings_that_cannot_be_are_found_before_anything_is_loaded(
         ({"parts": {"unet": False}}, "parts: names nothing to train"),
         ({"parts": {"unet": False, "text_encoder": True, "text_stop": 2}}, "stops all trained parts"),
         ({"loss": {"timestep_min": 0.5, "timestep_max": 0.2}}, "timestep_min 0.5 must be below timestep_max 0.2"),
+        ({"loss": {"timestep_min": 0.5, "timestep_max": 0.5001}}, r"timestep_max 0\.5001: none of the 1000 timesteps"),
+        ({"loss": {"prior": "pictures"}}, r"loss\.prior: is pictures, and there are no pictures of the class"),
+        ({"data": {"class_folder": "no/such/place"}}, "no/such/place: does not exist"),
     ):
         with pytest.raises(GouacheError, match=said):
             run(settings_of(model, pictures, tmp_path / "out.safetensors", **tables), tmp_path / "run", settings)

@@ -16,7 +16,7 @@ from gouache.errors import TrainingError
 from gouache.files.write import AtomicOutput
 from gouache.training import state
 
-from .small_runs import Narrows, make_pictures, run, settings_of
+from .short_runs import Narrows, make_pictures, run, small_settings
 
 
 def fill_before_save(patch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_run_on_a_full_disk_stops_in_one_line_with_its_newest_checkpoint_whole
     fill: Any, narrow: Narrows, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pictures, folder = make_pictures(tmp_path / "pictures"), tmp_path / "run"
-    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors")
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors")
     with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"full|are free") as caught:
         fill(patch, folder)
         run(chosen, folder, settings)
@@ -72,7 +72,7 @@ def test_a_disk_without_space_for_one_checkpoint_is_refused_before_the_first_ste
     narrow: Narrows, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     pictures, steps = make_pictures(tmp_path / "pictures"), list[int]()
-    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", samples={"every": 0})
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors", samples={"every": 0})
     usage = shutil.disk_usage(tmp_path)._replace(free=15_000_000)
     monkeypatch.setattr(state.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(TrainingError, match="a checkpoint needs"):

@@ -21,7 +21,7 @@ from gouache.training import state
 from gouache.training.denoising import Denoising
 from gouache.training.memory import Simulation
 
-from .small_runs import Narrows, make_pictures, run, settings_of
+from .short_runs import Narrows, make_pictures, run, small_settings
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_encoders_are_freed_between_samples_and_the_run_is_the_same_as_with_them
 
     def chosen(name: str, **data: Any) -> Any:
         samples = {"every": 2, "steps": 2}
-        return settings_of(file, pictures, tmp_path / f"{name}.safetensors", data=data, samples=samples)
+        return small_settings(file, pictures, tmp_path / f"{name}.safetensors", data=data, samples=samples)
 
     run(chosen("freed"), tmp_path / "freed", settings, on_progress=lambda _: unloaded.append({*loaded[-1].unloaded}))
     assert unloaded == [{"VAE", "text encoder"}] * 4
@@ -91,18 +91,22 @@ def test_a_caption_that_is_not_cached_brings_the_text_encoder_back(
     fill = prepare._fill
     monkeypatch.setattr(prepare, "_fill", lambda settings, batches, on_work: None)
     run(
-        settings_of(narrow("sd1").file, pictures, tmp_path / "late.safetensors", data=data), tmp_path / "late", settings
+        small_settings(narrow("sd1").file, pictures, tmp_path / "late.safetensors", data=data),
+        tmp_path / "late",
+        settings,
     )
     monkeypatch.setattr(prepare, "_fill", fill)
     run(
-        settings_of(narrow("sd1").file, pictures, tmp_path / "full.safetensors", data=data), tmp_path / "full", settings
+        small_settings(narrow("sd1").file, pictures, tmp_path / "full.safetensors", data=data),
+        tmp_path / "full",
+        settings,
     )
 
     assert equal(tmp_path / "late.safetensors", tmp_path / "full.safetensors")
 
 
 def test_trained_text_encoders_are_not_freed(narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path):
-    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", parts={"text_encoder": True})
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors", parts={"text_encoder": True})
     with prepare.prepared(
         chosen, runs.RunFolder(tmp_path / "run"), settings, on_note=lambda line: None, on_work=lambda *done: None
     ) as ready:
@@ -113,7 +117,7 @@ def test_trained_text_encoders_are_not_freed(narrow: Narrows, pictures: Path, se
 def test_weights_in_bf16_train_resume_and_change(
     rounding: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
-    chosen = settings_of(
+    chosen = small_settings(
         narrow("sd1").file, pictures, tmp_path / "out.safetensors", mode="finetune", adapter={"form": "none"},
         memory={"dtype": "bf16", "checkpointing": True},
         train={"rounding": rounding, "accumulate": 2, "ema_decay": 0.9, "ema_on_cpu": True, "batch": 1, "steps": 3},
@@ -168,7 +172,7 @@ def test_a_lack_of_memory_is_one_line_and_the_run_goes_on_later(
             raise error or AssertionError
         return losses(self, batch, number)
 
-    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors")
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors")
     with monkeypatch.context() as patch, pytest.raises(TrainingError, match="memory is not enough") as caught:
         patch.setattr(Denoising, "losses", fail)
         run(chosen, tmp_path / "run", settings)
@@ -192,7 +196,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 
     monkeypatch.setattr(Denoising, "losses", fail)
     with pytest.raises(RuntimeError, match="scalar type"):
-        run(settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors"), tmp_path / "run", settings)
+        run(small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors"), tmp_path / "run", settings)
 
 
 def test_samples_without_memory_do_not_end_the_run(
@@ -203,6 +207,6 @@ def test_samples_without_memory_do_not_end_the_run(
 
     monkeypatch.setattr(generate, "paint", fail)
     notes: list[str] = []
-    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", train={"steps": 1})
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors", train={"steps": 1})
     assert run(chosen, tmp_path / "run", settings, on_note=notes.append).path is not None
     assert "no samples at step 0: the memory is not enough" in notes

@@ -24,6 +24,7 @@ from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.memory_use import MemoryUse, available
 from gouache.app.training.out_of_memory import ways_to_save
+from gouache.app.training.pictures import batches_of, paints_class
 from gouache.app.training.prepare import OnNote, Prepared
 from gouache.files.source import size_text
 from gouache.model import residency
@@ -96,7 +97,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
     """Nothing is written but for temporary files. Raises GouacheError for whatever a run would refuse."""
     _, found = prepare.check_model(settings, user)
     device = residency.device(settings.device or user.device)
-    class_pictures = 0 if settings.loss.prior == "none" else settings.data.class_pictures
+    class_pictures = settings.data.class_pictures if paints_class(settings) else 0
     settings = _settled(settings, device, trainable(found).channels, user)
     with tempfile.TemporaryDirectory(prefix="gouache-") as scratch:
         trial = RunFolder(Path(scratch))
@@ -105,7 +106,9 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
         model = prepare.load_model(settings, user, on_note, torch.device("meta"))
         target = prepare.make_target(settings, model, user)
         with prepare.make_batches(settings, trial, model, target, pictures.training) as batches:
-            cache, epoch = _cache_bytes(settings, batches, model), max(1, len(batches))
+            cache, epoch = _cache_bytes(settings, batches, model, len(pictures.held_out)), max(1, len(batches))
+            if class_pictures:  # with those that are not painted yet
+                epoch = batches_of(settings, 1, user, model.size)
             if isinstance(target, AdapterTarget):
                 target.detach()
             used = memory_use.memory_use(settings, model, device, batches, user)
@@ -140,23 +143,22 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
 
 
 def _settled(settings: RunSettings, device: torch.device, channels: int, user: Settings) -> RunSettings:
-    """The settings for a trial: with the dtype that a run would choose, and without class pictures to be painted."""
+    """The settings for a trial, with the dtype that a run would choose."""
     dtype = settings.memory.dtype or ("fp32" if settings.adapter.form == "none" else user.dtype)
     dtype = dtype or residency.dtype_name(machine.best_dtype(device, channels, user))
     memory = settings.memory.model_copy(update={"dtype": dtype})
-    return settings.model_copy(
-        update={"memory": memory, "data": settings.data.model_copy(update={"class_pictures": 0})}
-    )
+    return settings.model_copy(update={"memory": memory})
 
 
-def _cache_bytes(settings: RunSettings, batches: Batches, model: Model) -> int:
-    """The latents and captions of all steps, or of as many as are counted in a moment."""
+def _cache_bytes(settings: RunSettings, batches: Batches, model: Model, held_out: int) -> int:
+    """The latents and captions of all steps, or of as many as are counted in a moment, and of the held-out pictures."""
     if not settings.data.cache:
         return 0
     chunk = round((77 * model.unet.spec.context_dim + model.unet.spec.vector_channels) * model.dtype.itemsize)
     count = min(settings.train.steps * settings.train.accumulate, max(1, _MOST_EXAMPLES // settings.train.batch))
-    # The captions of a validation are in a file of their own.
-    return batches.needs(range(count), chunk).bytes + min(settings.validation.probe, len(batches.rows)) * chunk
+    needs = batches.needs(range(count), chunk)
+    texts = chunk if needs.texts else 0
+    return needs.bytes + held_out * (texts + needs.latent_bytes // max(1, needs.latents))
 
 
 def _kept(train: LoopSettings, epoch: int, step_seconds: float) -> int:

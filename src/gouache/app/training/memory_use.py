@@ -157,7 +157,7 @@ def _largest(batches: Batches, batch: int) -> tuple[Size, int]:
     """The size and the number of pictures of the batch with most pixels; a small bucket does not fill one."""
     counts = Counter[Size]()
     for row in batches.rows:
-        counts[row.crop.size] += row.repeats
+        counts[row.crop.size] += row.record.repeats
     return max(
         ((size, min(batch, count)) for size, count in counts.items()), key=lambda each: math.prod(each[0]) * each[1]
     )

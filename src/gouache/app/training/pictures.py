@@ -1,4 +1,4 @@
-"""The pictures of a run: read from its data set, filtered, weighed, examined, divided. No weight is read for that.
+"""The pictures of a run: read from its data set, filtered, weighed, examined, divided. No model is loaded for that.
 
 Settings given with `--set` come first, then those that a data set has itself (kohya's TOML, OneTrainer's concepts),
 then those chosen for the run.
@@ -15,16 +15,18 @@ from typing import Any
 
 import torch
 
+from gouache.app import hashes, names
 from gouache.app.settings import Settings
 from gouache.app.training.folder import RunFolder
 from gouache.data import contents, folders, pictures, scores, split
 from gouache.data.buckets import Buckets, Size, crops
 from gouache.data.dataset import DataSet
-from gouache.data.epochs import Plan, balance
+from gouache.data.epochs import Plan
 from gouache.data.listing import CAPTIONS
 from gouache.data.record import CaptionOptions, PictureOptions, Record
 from gouache.data.subset import Subset
-from gouache.errors import RequestError, printable
+from gouache.errors import FileError, RequestError, printable
+from gouache.files.open import open_model
 from gouache.training.latent_cache import LatentCache
 from gouache.training.run_settings import DataSettings, RunSettings
 from gouache.wording import plural
@@ -74,6 +76,7 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, use
     if not data.folder:
         raise RequestError("data.folder", "is missing; name a folder of pictures")
     found = _read(settings, user)
+    _check_class(settings, found)
     for note in found.notes:
         on_note(note)
     records, dropout = _common_dropout(found.records)
@@ -98,9 +101,30 @@ def _read(settings: RunSettings, user: Settings | None) -> DataSet:
     found = scores.select(found, data.filter) if data.filter else found
     found = scores.weigh(found, data.weigh) if data.weigh else found
     if of_class is None or not _has_files(of_class):
+        if data.class_folder and not paints_class(settings):
+            problem = "has no pictures" if Path(data.class_folder).exists() else "does not exist"
+            raise FileError(
+                Path(data.class_folder),
+                f"{problem}; data.class_folder names a folder of pictures of the class, or set data.class_pictures and "
+                "loss.prior = pictures to have them painted there",
+            )
         return found
     more = folders.read(of_class, replace(subset, regularization=True, fixed=subset.fixed - {"repeats"}))
     return replace(found, records=[*found.records, *more.records], notes=[*found.notes, *more.notes])
+
+
+def _check_class(settings: RunSettings, found: DataSet) -> None:
+    """Raises RequestError if pictures of the class are missing and cannot be painted."""
+    data = settings.data
+    if paints_class(settings) and not data.class_word:
+        raise RequestError("data.class_word", "is missing: it says what the class pictures show")
+    there = any(record.regularization for record in found.records)
+    if settings.loss.prior == "pictures" and not there and not data.class_pictures:
+        raise RequestError(
+            "loss.prior",
+            "is pictures, and there are no pictures of the class; set data.class_word and data.class_pictures (100 are "
+            "usual) to have them painted, or data.class_folder, or loss.prior = model",
+        )
 
 
 def subset_of(data: DataSettings) -> Subset:
@@ -147,16 +171,26 @@ def settings_of(dataset: DataSet) -> dict[str, dict[str, Any]]:
     return found
 
 
+def paints_class(settings: RunSettings) -> bool:
+    """Whether pictures of the class are painted when there are fewer than are set."""
+    return settings.data.class_pictures > 0 and settings.loss.prior != "none"
+
+
 def class_folder(settings: RunSettings, user: Settings | None) -> Path | None:
-    """The folder of the class pictures: that of the settings, or one of the user's data for this class and model."""
-    data = settings.data
+    """The folder of the class pictures: that of the settings, or one of the user's data for what decides their look.
+
+    Raises GouacheError if the model is not found.
+    """
+    data, model = settings.data, settings.model
     if data.class_folder:
         return Path(data.class_folder)
-    if user is None or not data.class_pictures or settings.loss.prior == "none":
+    if user is None or not paints_class(settings):
         return None
-    model = settings.model.sha256[:8] or hashlib.sha256(settings.model.name.encode()).hexdigest()[:8]
-    word = re.sub(r"[^a-z0-9]+", "-", data.class_word.lower()).strip("-")[:40]
-    return user.data / "class pictures" / f"{word or 'class'}-{model}"
+    digest = model.sha256 or hashes.sha256(open_model(names.resolve(model.name, user)), user)
+    size = _size(data.resolution[-1]) if data.resolution else None
+    parts = (data.class_word, digest, model.family, model.prediction, model.vae, model.clip_skip, size)
+    word = re.sub(r"\W+", "-", data.class_word.lower()).strip("-")[:40]
+    return user.data / "class pictures" / f"{word or 'class'}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}"
 
 
 def buckets_of(settings: RunSettings, usual: Size) -> tuple[Buckets, ...]:
@@ -183,7 +217,12 @@ def _size(value: int | str) -> Size:
 
 
 def steps_of(settings: RunSettings, epochs: int, user: Settings, usual: Size) -> int:
-    """The steps of so many epochs. Headers of the pictures are read; class pictures may still be missing.
+    """The steps of so many epochs, see `batches_of`."""
+    return -(-batches_of(settings, epochs, user, usual) // settings.train.accumulate)
+
+
+def batches_of(settings: RunSettings, epochs: int, user: Settings, usual: Size) -> int:
+    """The batches of so many epochs. Headers of the pictures are read; class pictures may still be missing.
 
     Pictures that will be held out for validation are counted. Raises GouacheError.
     """
@@ -192,11 +231,16 @@ def steps_of(settings: RunSettings, epochs: int, user: Settings, usual: Size) ->
     buckets = buckets_of(settings, usual)
     seen = [(crops(size, buckets, record.resolution), record) for record, size in zip(records, sizes)]
     rows = [(crop.size, record.repeats, record.regularization) for found, record in seen for crop in found]
-    if class_folder(settings, user) is not None and not any(record.regularization for record in records):
+    if paints_class(settings) and not any(record.regularization for record in records):
         rows += [(buckets[-1].resolution, 1, True)] * settings.data.class_pictures
-    repeats = balance([count for _, count, _ in rows], [kind for _, _, kind in rows])
-    plan = Plan([size for size, _, _ in rows], repeats, settings.train.batch, torch.Generator().manual_seed)
-    return -(-len(plan) * epochs // settings.train.accumulate)
+    plan = Plan(
+        [size for size, _, _ in rows],
+        [count for _, count, _ in rows],
+        settings.train.batch,
+        torch.Generator().manual_seed,
+        regularization=[kind for _, _, kind in rows],
+    )
+    return plan.total(epochs)
 
 
 def cache_of(settings: RunSettings, folder: RunFolder) -> Path | None:
@@ -232,7 +276,7 @@ def mask_note(shares: Sequence[float], count: int) -> str:
 
 def _common_dropout(records: Sequence[Record]) -> tuple[list[Record], float]:
     """The records without a share of dropped captions that all have, and that share."""
-    shares = {record.caption_options.dropout for record in records if not record.regularization}
+    shares = {record.caption_options.dropout for record in records}
     if len(shares) != 1:
         return list(records), 0.0
     (share,) = shares
@@ -254,8 +298,8 @@ def _readable(content: Any) -> Any:
 
 
 def _has_files(path: Path) -> bool:
-    """Whether the folder is there with something in it; one that cannot be read is: reading it says why."""
+    """Whether the folder has files that are not hidden; True for one that cannot be read: reading it says why."""
     try:
-        return path.is_dir() and any(path.iterdir())
+        return path.is_dir() and not all(each.name.startswith(".") for each in path.iterdir())
     except OSError:
         return True

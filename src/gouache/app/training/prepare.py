@@ -30,6 +30,7 @@ from gouache.app.training.pictures import (
     class_folder,
     latents_of,
     mask_note,
+    paints_class,
     read_pictures,
     sides,
 )  # fmt: skip
@@ -37,9 +38,11 @@ from gouache.data import captions
 from gouache.data.record import PictureOptions, Record
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError, TrainingError, printable
+from gouache.families.family import NoiseLevels
 from gouache.families.found import Found
 from gouache.families.identify import identify
 from gouache.files.open import open_model
+from gouache.generate.request import Request
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.prompts.encode import Sizes, encode
@@ -89,6 +92,7 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
     options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
     if settings.adapter.start:
         names.resolve(settings.adapter.start, user, "lora", "adapter.start")
+    _timesteps(settings, (found.levels.value if found.levels is not None else NoiseLevels()).steps)
     settings.train.rate(0)
     optimizers.build(settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))})])
     return path, found
@@ -115,6 +119,8 @@ def prepared(
     model = load_model(settings, user, on_note)
     if fill_caches and _paint_class(settings, user, model, on_work):
         pictures = read_pictures(settings, folder, lambda line: None, user)
+    if settings.model.zero_terminal_snr:  # only now: the class is painted as the model is
+        model.core.schedule = model.schedule.zero_terminal_snr()
     target = make_target(settings, model, user)
     for note in target.notes:
         on_note(note)
@@ -131,6 +137,7 @@ def prepared(
         if filled:  # first, so that the validation finds the captions that it shares with training
             _fill(settings, batches, on_work)
         validation = make_validation(settings, folder, model, target, pictures, objective)
+        objective = replace(objective, validation=validation.identity)
         if filled:
             free_encoders(settings, model, target)
         model.reload("U-Net")
@@ -142,9 +149,9 @@ def prepared(
 
 
 def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:
-    """The model in the dtype for training. Raises GouacheError, also if its file is not that of the settings.
+    """The model in the dtype for training, with its own schedule; on `device`, by default that of the settings.
 
-    `device` is that of the settings, or the meta device.
+    Raises GouacheError, also if its file is not that of the settings.
     """
     chosen = settings.model
     dtype = settings.memory.dtype or None
@@ -167,20 +174,18 @@ def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: t
         )
     for network in (model.unet, model.vae, *model.text_encoders.values()):
         network.requires_grad_(False)
-    if chosen.zero_terminal_snr:
-        model.core.schedule = model.schedule.zero_terminal_snr()
     return model
 
 
 def _paint_class(settings: RunSettings, user: Settings, model: Model, on_work: OnWork) -> int:
     """Paint the missing pictures of the class; returns how many there were."""
     data, where = settings.data, class_folder(settings, user)
-    if where is None or not data.class_pictures or settings.loss.prior == "none":
+    if where is None or not paints_class(settings):
         return 0
-    if not data.class_word:
-        raise RequestError("data.class_word", "is missing: it says what the class pictures show")
+    size, clip_skip = sides(data.resolution, model.size)[-1], settings.model.clip_skip or None
+    request = Request(prompt=data.class_word, size=size, clip_skip=clip_skip)
     return class_pictures.paint_missing(
-        model, data.class_word, data.class_pictures, where, sides(data.resolution, model.size)[-1],
+        model, request, data.class_pictures, where,
         lambda done, total: on_work("painting class pictures", done, total),
     )  # fmt: skip
 
@@ -204,7 +209,7 @@ def make_batches(
     *,
     validation: bool = False,
 ) -> Batches:
-    """The batches of `records`; those of a validation are not varied."""
+    """The batches of `records`; those of a validation are not varied, and the same with any seed and batch size."""
     data, cache = settings.data, cache_of(settings, folder)
     latents = LatentCache(
         latents_of(cache),
@@ -250,6 +255,7 @@ def make_batches(
         ]
 
     def caption(record: Record, epoch: int, generator: torch.Generator, number: int) -> str:
+        generator = torch.Generator().manual_seed(0) if validation else generator
         return captions.caption(record, epoch, generator, number // settings.train.accumulate, settings.train.steps)
 
     return Batches(records, options, latents, texts, caption, model.text_recipe)
@@ -267,13 +273,15 @@ def make_validation(
     plain = [record for record in pictures.training if not record.regularization]
     probe = plain[:: max(1, len(plain) // max(1, settings.validation.probe))][: settings.validation.probe]
 
-    def all_of(records: Sequence[Record]) -> list[Batch]:
+    def all_of(records: Sequence[Record]) -> tuple[list[Batch], str]:
         if not records:
-            return []
+            return [], ""
         with make_batches(settings, folder, model, target, records, validation=True) as batches:
-            return [batches(number) for number in range(len(batches))]
+            return [batches(number) for number in range(len(batches))], batches.identity
 
-    return Validation(objective, all_of(pictures.held_out), all_of(probe), settings.validation.timesteps)
+    points = settings.validation.timesteps
+    (held_out, name), (training, name_of_training) = all_of(pictures.held_out), all_of(probe)
+    return Validation(objective, held_out, training, points, f"{points} timesteps of {name or name_of_training}")
 
 
 def text_encoder(
@@ -320,7 +328,6 @@ def make_objective(
     loss, encode_text = settings.loss, text_encoder(settings, model)
     with torch.no_grad():
         unconditional = encode_text([""], None)
-    levels = len(model.schedule.sigmas)
     return Denoising(
         model.denoiser,
         target.networks,
@@ -343,12 +350,7 @@ def make_objective(
             perturbation=loss.input_perturbation,
             perturbation_random=loss.input_perturbation_random,
         ),
-        timesteps=Timesteps(
-            loss.timesteps,
-            shift=loss.timestep_shift,
-            first=round(loss.timestep_min * levels),
-            last=round(loss.timestep_max * levels),
-        ),
+        timesteps=_timesteps(settings, len(model.schedule.sigmas)),
         v_like_loss=loss.v_like,
         distance=loss.loss,
         huber_c=loss.huber,
@@ -357,6 +359,19 @@ def make_objective(
         prior_weight=loss.prior_weight,
         prior="frozen" if loss.prior == "model" else "pictures",
     )
+
+
+def _timesteps(settings: RunSettings, levels: int) -> Timesteps:
+    """Raises RequestError if the range has none of the `levels`."""
+    loss = settings.loss
+    first, last = round(loss.timestep_min * levels), round(loss.timestep_max * levels)
+    if first >= last:
+        raise RequestError(
+            "loss.timestep_min",
+            f"is {loss.timestep_min:g} and loss.timestep_max {loss.timestep_max:g}: none of the {levels} timesteps is "
+            "between them; widen the range",
+        )
+    return Timesteps(loss.timesteps, shift=loss.timestep_shift, first=first, last=last)
 
 
 def base_of(model: Model, user: Settings) -> str:
@@ -375,6 +390,7 @@ def _autocast(settings: RunSettings, model: Model, user: Settings) -> bool:
 
 
 def _fill(settings: RunSettings, batches: Batches, on_work: OnWork) -> None:
-    """Encode what the run will need, one epoch or at most all its steps, so that the encoders are not needed later."""
-    count = min(settings.train.steps * settings.train.accumulate, len(batches) * 8)
+    """Encode what the first epochs need, and all pictures of the class, so that encoders are hardly needed later."""
+    epochs = max(8, batches.plan.cycle)
+    count = min(settings.train.steps * settings.train.accumulate, batches.plan.total(epochs))
     batches.prepare(range(count), lambda done, total: on_work("encoding pictures and captions", done, total))
