@@ -86,11 +86,13 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             f"{printable(settings.model.name)} has {spec.in_channels} input channels; train its weights "
             "(adapter.form = none), or a LoRA of an inpainting model",
         )
-    options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
+    options = options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
     if settings.adapter.start:
         names.resolve(settings.adapter.start, user, "lora", "adapter.start")
     settings.train.rate(0)
-    optimizers.build(settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))})])
+    optimizers.build(
+        settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))}, factor) for factor in options.rate_factors]
+    )
     return path, found
 
 
@@ -372,6 +374,6 @@ def _autocast(settings: RunSettings, model: Model, user: Settings) -> bool:
 
 
 def _fill(settings: RunSettings, batches: Batches, on_work: OnWork) -> None:
-    """Encode what the run will need, one epoch or at most all its steps, so that the encoders are not needed later."""
+    """Encode what the first eight epochs need, or all steps if these are fewer; what varies later is encoded then."""
     count = min(settings.train.steps * settings.train.accumulate, len(batches) * 8)
     batches.prepare(range(count), lambda done, total: on_work("encoding pictures and captions", done, total))

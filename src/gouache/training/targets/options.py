@@ -115,6 +115,12 @@ class AdapterOptions:
         check_stops(self.stop_after, self.parts)
 
     @property
+    def rate_factors(self) -> set[float]:
+        """The factors of the learning rate of all parameters that may be trained."""
+        factors = {*self.rates.values(), *(self.rates.get(part, 1.0) for part in self.parts)}
+        return factors | {factor * self.loraplus for factor in factors}
+
+    @property
     def base_form(self) -> str:
         """lora, loha, lokr, ia3, oft or full."""
         return FORMS[self.form].parts
@@ -183,11 +189,15 @@ def choose(options: AdapterOptions, networks: Mapping[str, nn.Module], recipe: T
 
 def rates_of(
     options: AdapterOptions, modules: Iterable[Module], networks: Mapping[str, nn.Module]
-) -> dict[Module, float]:
-    """The factor of each module's learning rate. Raises RequestError for a key of `rates` that means none of them."""
+) -> dict[Module, tuple[str, float]]:
+    """(key of `rates`, factor of the learning rate) of each module; the key is "" where none applies.
+
+    Raises RequestError for a key of `rates` that means none of the modules.
+    """
     modules, table = dict.fromkeys(modules), _table(networks)
     _check_keys("rates", options.rates, modules, table)
-    return {module: _most_specific(options.rates, module, table, 1.0) for module in modules}
+    keyed = {key: (key, rate) for key, rate in options.rates.items()}
+    return {module: _most_specific(keyed, module, table, ("", 1.0)) for module in modules}
 
 
 def _table(networks: Mapping[str, nn.Module]) -> tuple[Block, ...]:
