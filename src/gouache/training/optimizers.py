@@ -69,7 +69,7 @@ TABLE: Mapping[str, tuple[type[torch.optim.Optimizer], Callable[[Settings], dict
     "adamw": (torch.optim.AdamW, lambda settings: {"betas": settings.betas, "fused": True}),
     "adam": (torch.optim.Adam, lambda settings: {"betas": settings.betas, "fused": True}),
     "sgd": (torch.optim.SGD, lambda settings: {"fused": True}),
-    # torch multiplies the rate by max(eps[1], size of the weights): with 0.001 a LoRA, which begins at 0, is not learnt.
+    # torch multiplies the rate by max(eps[1], size of the weights): with 0.001 a LoRA, starting at 0, learns nothing.
     "adafactor": (torch.optim.Adafactor, lambda settings: {"eps": (None, 1.0)}),
     "muon": (MuonWithAdamW, lambda settings: {"betas": settings.betas}),
 }

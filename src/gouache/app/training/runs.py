@@ -26,6 +26,7 @@ from gouache.files.open import open_model
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import loop, memory, run_settings, state
+from gouache.training.aliases import EPOCHS
 from gouache.training.loop import Progress, Result
 from gouache.training.run_settings import RunSettings, template
 
@@ -75,7 +76,10 @@ def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
         values = parse_toml(read_text(file))
     except MalformedText as error:
         raise FileError(file, str(error)) from None
-    settings = run_settings.checked(run_settings.with_overrides(values, overrides), printable(file.name))
+    values = run_settings.with_overrides(values, overrides)
+    if isinstance(train := values.get("train"), dict) and EPOCHS.partition(".")[2] in train:
+        raise RequestError("epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
+    settings = run_settings.checked(values, printable(file.name))
     if folder is None:
         is_of_run = file.name == "settings.toml" and (file.parent / "lock").exists()
         folder = RunFolder(file.parent if is_of_run else RUNS / file.stem)
