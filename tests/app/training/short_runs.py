@@ -25,7 +25,14 @@ def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunS
     }
     for name, value in tables.items():
         usual[name] = {**usual.get(name, {}), **value} if isinstance(value, dict) else value
+    usual["adapter"] = without_effect_removed(usual.get("adapter", {}))
     return checked(usual)
+
+
+def without_effect_removed(adapter: dict[str, Any]) -> dict[str, Any]:
+    """`adapter` without the usual rank and alpha where its form has none."""
+    absent = {"none": ("rank", "alpha"), "ia3": ("rank", "alpha"), "full": ("rank", "alpha"), "oft": ("alpha",)}
+    return {name: value for name, value in adapter.items() if name not in absent.get(adapter.get("form", ""), ())}
 
 
 def run(

@@ -14,6 +14,7 @@ from gouache.app.training import runs
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.runs import Finished
 from gouache.training.run_settings import RunSettings, checked
+from tests.app.training.short_runs import without_effect_removed
 from tests.pipelines import Narrow
 
 Narrows = Callable[[str], Narrow]
@@ -44,6 +45,7 @@ def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunS
     }  # fmt: skip
     for name, value in tables.items():
         usual[name] = {**usual.get(name, {}), **value} if isinstance(value, dict) else value
+    usual["adapter"] = without_effect_removed(usual.get("adapter", {}))
     return checked(usual)
 
 

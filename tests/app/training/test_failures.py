@@ -18,10 +18,12 @@ from gouache.app.settings import Settings
 from gouache.app.training import runs
 from gouache.app.training.defaults import TRAINABLE, trainable
 from gouache.app.training.folder import RunFolder
-from gouache.errors import GouacheError
+from gouache.app.training.parts import options_of
+from gouache.errors import GouacheError, RequestError
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family
 from gouache.families.found import Fact, Found
+from gouache.training.run_settings import checked
 from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
 
@@ -203,3 +205,53 @@ def test_settings_that_cannot_be_are_found_before_anything_is_loaded(
     ):
         with pytest.raises(GouacheError, match=said):
             run(settings_of(model, pictures, tmp_path / "out.safetensors", **tables), tmp_path / "run", settings)
+
+
+WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({"adapter": {"form": "none", name: value}}, rf"adapter\.{name}: has no effect on trained weights")
+        for name, value in {
+            "start": "a.safetensors", "rates": {"M00": 2.0}, "ranks": {"M00": 2}, "alphas": {"M00": 2.0}, "rank": 4,
+            "dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1, "plus_ratio": 16.0, "modules": "conv",
+            "conv_rank": 4, "factor": 2, "constraint": 0.1, "alpha": 1.0,
+        }.items()
+    ),
+    *(
+        ({"adapter": {"form": form, name: value}}, rf"adapter\.{name}: has no effect on {form}")
+        for form, names in {
+            "ia3": ("rank", "alpha", "conv_rank", "conv_alpha", "alphas"),
+            "full": ("rank", "alpha", "conv_rank", "conv_alpha", "alphas"),
+            "oft": ("alpha", "conv_alpha", "alphas"),
+        }.items()
+        for name in names
+        for value in ({"M00": 2.0} if name == "alphas" else 4,)
+    ),
+    ({"model": {"weights": "ema"}}, "model.weights: ema is for trained weights"),
+    ({"memory": {"dtype": "fp16"}}, "memory.dtype: fp16 needs scaled losses"),
+    ({"adapter": {"form": "none"}, "memory": {"dtype": "fp16"}}, "memory.dtype: fp16 needs scaled losses"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tables", "words"), WITHOUT_EFFECT, ids=[words for _, words in WITHOUT_EFFECT])
+def test_a_setting_without_effect_is_one_line(tables: dict[str, Any], words: str):
+    chosen = checked({"train": {"steps": 1, "batch": 1, "learning_rate": 1e-4}, **tables})
+    with pytest.raises(RequestError, match=words) as caught:
+        options_of(chosen, ["text_encoder"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["lora", "locon", "loha", "lokr", "dora", "ia3", "oft", "full", "none"])
+def test_every_form_is_accepted_with_its_own_settings(form: str):
+    own = {} if form in ("none", "ia3", "full") else {"rank": 4} if form == "oft" else {"rank": 4, "alpha": 2.0}
+    train = {"steps": 1, "batch": 1, "learning_rate": 1e-4}
+    options = options_of(checked({"train": train, "adapter": {"form": form, **own}}), ["text_encoder"])
+    assert options.parts == ("unet",)
+
+
+def test_zero_terminal_snr_of_a_model_that_predicts_noise_is_refused(
+    unloaded: None, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+):
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", model={"zero_terminal_snr": True})
+    with pytest.raises(GouacheError, match=r"model\.zero_terminal_snr: needs a model that predicts v"):
+        run(chosen, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()

@@ -87,6 +87,12 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             "(adapter.form = none), or a LoRA of an inpainting model",
         )
     options = options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
+    if settings.model.zero_terminal_snr and found.prediction is not None and found.prediction.value == "eps":
+        raise RequestError(
+            "model.zero_terminal_snr",
+            f"needs a model that predicts v: {printable(settings.model.name)} predicts the noise, which says "
+            "nothing of the picture at a level without signal; leave it out, or train towards model.prediction = v",
+        )
     if settings.adapter.start:
         names.resolve(settings.adapter.start, user, "lora", "adapter.start")
     settings.train.rate(0)

@@ -40,8 +40,8 @@ FORMS: Mapping[str, Form] = {
     "full": Form("full"),
 }
 MODULES = ("attention", "linear", "conv", "all")
-_RANKED = ("lora", "loha", "lokr", "oft")
-_LOW_RANK = ("lora", "loha", "lokr")
+RANKED = ("lora", "loha", "lokr", "oft")  # forms with a rank
+SCALED = ("lora", "loha", "lokr")  # forms whose change is multiplied by alpha / rank
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class AdapterOptions:
             raise RequestError("parts", "names no component; use unet, text_encoder or text_encoder_2")
         base = FORMS[self.form].parts
         for name, given, forms in (
-            ("dora", self.dora, _LOW_RANK),
+            ("dora", self.dora, SCALED),
             ("loraplus", self.loraplus != 1, ("lora",)),
-            ("rank_dropout", self.dropouts.rank > 0, _RANKED),
+            ("rank_dropout", self.dropouts.rank > 0, RANKED),
             ("factor", self.factor != -1, ("lokr",)),
             ("constraint", self.constraint != 0, ("oft",)),
         ):
