@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from gouache.app import loading
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import runs
+from gouache.app.training import prepare, runs
 from gouache.app.training.defaults import TRAINABLE, trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.parts import options_of
-from gouache.errors import GouacheError, RequestError
+from gouache.app.training.status import status
+from gouache.errors import GouacheError, RequestError, TrainingError
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family
 from gouache.families.found import Fact, Found
@@ -255,3 +256,22 @@ def test_zero_terminal_snr_of_a_model_that_predicts_noise_is_refused(
     with pytest.raises(GouacheError, match=r"model\.zero_terminal_snr: needs a model that predicts v"):
         run(chosen, tmp_path / "run", settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif("sys.platform == 'win32'", reason="no flock")
+def test_a_run_is_locked_while_it_is_prepared(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", adapter={"rank": 2})
+    folder = RunFolder(tmp_path / "run")
+
+    def load(*_: Any) -> Model:
+        assert status(folder).state == "running"
+        with pytest.raises(TrainingError, match="another run is training here"):
+            run(chosen, folder.path, settings)
+        raise TrainingError("prepared no further")
+
+    monkeypatch.setattr(prepare, "load_model", load)
+    with pytest.raises(TrainingError, match="prepared no further"):
+        run(chosen, folder.path, settings)
+    assert status(folder).state == "not started"

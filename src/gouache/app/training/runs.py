@@ -101,7 +101,7 @@ def run(
     """Train until the last step, or until Ctrl-C, `should_stop` or `seconds`; then the result is exported.
 
     A new run replaces a file at its output only with `overwrite`. Raises GouacheError, before any weight is read for
-    whatever can be known then.
+    whatever can be known then. The folder is locked from the preparation to the export.
     """
     if state.is_locked(folder.path):
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
@@ -116,54 +116,56 @@ def run(
         on_note(note)
     pictures = prepare.read_pictures(settings, folder, on_note, user)
     changed = is_run(folder.path) and _absolute(settings, user) != folder.settings()
-    if not folder.is_started:
-        _write_settings(settings, folder, user)
     work = on_work or (lambda what, done, total: None)
-    with (
-        out_of_memory.explained(settings, folder),
-        prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready,
-        Board(folder, on_note) if wants_board else nullcontext() as board,
-    ):
-        if settings.model.resume:
-            foreign.begin(ready, folder, on_note)
-        samples = _samples(ready, folder)
+    # Locked before anything long: a second run here is refused at once.
+    with state.locked(folder.path), out_of_memory.explained(settings, folder):
+        if not folder.is_started:
+            _write_settings(settings, folder, user)
+        with (
+            prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready,
+            Board(folder, on_note) if wants_board else nullcontext() as board,
+        ):
+            if settings.model.resume:
+                foreign.begin(ready, folder, on_note)
+            samples = _samples(ready, folder)
 
-        def begin(step: int) -> None:
-            _write_settings(settings, folder, user)  # only now: a change may have been refused
-            export.write_metadata(ready, folder)
-            if changed:
-                samples.forget(step)
-            if step:
-                on_note(_resumed(settings, folder, step))
+            def begin(step: int) -> None:
+                _write_settings(settings, folder, user)  # only now: a change may have been refused
+                export.write_metadata(ready, folder)
+                if changed:
+                    samples.forget(step)
+                if step:
+                    on_note(_resumed(settings, folder, step))
 
-        def progress(measured: Progress) -> None:
-            if board is not None:
-                board.update()
-            if on_progress is not None:
-                on_progress(measured)
+            def progress(measured: Progress) -> None:
+                if board is not None:
+                    board.update()
+                if on_progress is not None:
+                    on_progress(measured)
 
-        result = loop.train(
-            ready.objective,
-            ready.batches,
-            settings.train,
-            folder.path,
-            on_begin=begin,
-            on_log=progress,
-            validate=ready.validation,
-            on_preview=lambda step: _paint(ready, samples, step, "", on_note),
-            on_last_preview=(lambda step: _paint(ready, samples, step, LAST, on_note))
-            if settings.samples.last
-            else None,
-            preview_steps=_moments(settings),
-            should_stop=should_stop,
-            seconds=seconds,
-            epoch_batches=len(ready.batches),
-            on_note=on_note,
-        )
-        output, exported = None, 0
-        if result.finished:
-            output = _near(Path(settings.output))
-            exported = _export(ready, folder, result, on_note)
+            result = loop.train(
+                ready.objective,
+                ready.batches,
+                settings.train,
+                folder.path,
+                on_begin=begin,
+                on_log=progress,
+                validate=ready.validation,
+                on_preview=lambda step: _paint(ready, samples, step, "", on_note),
+                on_last_preview=(lambda step: _paint(ready, samples, step, LAST, on_note))
+                if settings.samples.last
+                else None,
+                preview_steps=_moments(settings),
+                should_stop=should_stop,
+                seconds=seconds,
+                epoch_batches=len(ready.batches),
+                on_note=on_note,
+                lock=False,
+            )
+            output, exported = None, 0
+            if result.finished:
+                output = _near(Path(settings.output))
+                exported = _export(ready, folder, result, on_note)
     command = _command(settings, ready, output)
     return Finished(folder.path, result.step, output, command, settings.train.steps, exported, result.signal)
 
