@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,24 @@ def test_a_run_is_locked_while_it_is_prepared(
     with pytest.raises(TrainingError, match="prepared no further"):
         run(chosen, folder.path, settings)
     assert status(folder).state == "not started"
+
+
+def test_all_paths_of_a_run_are_absolute_in_its_settings(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So that it goes on from any folder."""
+    for name in ("model", "vae", "start"):
+        shutil.copy(narrow("sd1").file, tmp_path / f"{name}.safetensors")
+    (tmp_path / "class").mkdir()
+    chosen = settings_of(
+        Path("model.safetensors"), Path(pictures.name), Path("out.safetensors"), adapter={"start": "start.safetensors"},
+        model={"vae": "vae.safetensors"}, data={"class_folder": "class", "cache_folder": "cache"},
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (_ for _ in ()).throw(TrainingError("far enough")))
+    with pytest.raises(TrainingError, match="far enough"):
+        run(chosen, Path("run"), settings)
+    found = RunFolder(tmp_path / "run").settings()
+    data = found.data
+    paths = [found.output, found.model.name, found.model.vae, found.adapter.start, data.folder, data.class_folder]
+    assert [str(Path(each).parent) for each in (*paths, data.cache_folder)] == [str(tmp_path)] * 7

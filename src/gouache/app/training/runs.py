@@ -201,15 +201,20 @@ def _absolute(settings: RunSettings, user: Settings) -> RunSettings:
     def path(text: str) -> str:
         return str(Path(text).expanduser().absolute()) if text else ""
 
-    def model(text: str) -> str:
-        return path(text) if text and Path(text).exists() and names.resolve(text, user) == Path(text) else text
+    def model(text: str, kind: str = "") -> str:
+        found = Path(text).expanduser()
+        is_path = text != "" and found.exists() and (is_run(found) or names.resolve(text, user, kind) == found)
+        return path(text) if is_path else text
+
+    def vae(text: str) -> str:
+        return text if text.lower() in ("automatic", "none") else model(text, "vae")
 
     data, chosen, adapter = settings.data, settings.model, settings.adapter
     return settings.model_copy(
         update={
             "output": path(settings.output),
-            "model": chosen.model_copy(update={"name": model(chosen.name)}),
-            "adapter": adapter.model_copy(update={"start": model(adapter.start)}),
+            "model": chosen.model_copy(update={"name": model(chosen.name), "vae": vae(chosen.vae)}),
+            "adapter": adapter.model_copy(update={"start": model(adapter.start, "lora")}),
             "data": data.model_copy(
                 update={name: path(getattr(data, name)) for name in ("folder", "class_folder", "cache_folder")}
             ),
