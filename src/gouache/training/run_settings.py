@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -384,4 +384,6 @@ def toml(value: object) -> str | None:
         return "{" + ", ".join(inner) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml(each) or '""' for each in value) + "]"
+    if isinstance(value, PurePath):
+        value = str(value)
     return json.dumps(value, ensure_ascii=False)
