@@ -18,6 +18,7 @@ from PIL import Image
 
 import gouache as package
 from gouache.app.settings import Settings
+from gouache.app.training.folder import RunFolder
 from gouache.cli.training_progress import TrainingProgress
 from gouache.errors import RequestError
 from gouache.training import run_settings, state
@@ -234,5 +235,12 @@ def test_python_does_the_same_and_reports_through_callbacks(
     assert (finished.path, finished.step) == (Path("out.safetensors"), 3)
     assert steps == [1, 2, 3] and any("encoding" in what for what, *_ in work)
     assert "goes on after step 2 of 3" in notes
+    again = package.train("lora", str(data), **{**options, "reg_data_dir": data / "none"}, train={"patience": 0})
+    assert again.step == 3 and RunFolder(tmp_path / "run").settings().data.class_folder == str(data / "none")
+    with pytest.raises(RequestError, match=r"^data: is other, but the run in run has begun with"):
+        package.train("lora", "other", **options)
+    (tmp_path / "other.safetensors").write_bytes(model.read_bytes())
+    with pytest.raises(RequestError, match=r"^model: is other\.safetensors, but the run in run has begun with"):
+        package.train("lora", data, **{**options, "model": Path("other.safetensors")})
     with pytest.raises(RequestError, match="out"):
         package.train("lora", data, **{**options, "folder": "other"})

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 
 from gouache.errors import GouacheError, TrainingError
+from gouache.files import write
 from gouache.training import state
 from gouache.training.state import State
 
@@ -330,3 +333,28 @@ def test_a_second_run_in_a_locked_folder_is_refused(tmp_path):
         pass
     with state.locked(tmp_path):
         pass
+
+
+def test_a_folder_that_is_only_looked_at_can_be_locked(tmp_path):
+    """`is_locked` takes the lock for an instant; a run that starts then is not refused."""
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        release = threading.Timer(0.06, lambda: fcntl.flock(file, fcntl.LOCK_UN))
+        release.start()
+        with state.locked(tmp_path):
+            assert state.is_locked(tmp_path)
+        release.join()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="processes cannot be examined elsewhere")
+def test_a_lock_removes_the_temporary_files_of_killed_processes_alone(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        pass
+    own = write.temporary_name(tmp_path, ".tmp")
+    stale = own.with_name(own.name.replace(f"-{os.getpid()}.", f"-{ended.pid}."))
+    for path in (own, stale):
+        path.touch()
+    with state.locked(tmp_path):
+        assert own.exists() and not stale.exists()

@@ -13,7 +13,7 @@ import torch
 from gouache.errors import RequestError, TrainingError
 from gouache.training import optimizers, state
 from gouache.training.loop import train
-from gouache.training.objective import by_decay
+from gouache.training.objective import Group, by_decay
 from gouache.training.optimizers import EXTRAS, TABLE, build
 
 from .toys import linear, points, regression, settings
@@ -94,6 +94,50 @@ def test_a_name_path_or_argument_that_is_not_known_is_refused(values, words):
         build(settings(**values), by_decay({"net": linear()}))
 
     assert "\n" not in str(caught.value)
+
+
+def test_an_optimizer_that_estimates_one_rate_is_refused_unequal_factors():
+    pytest.importorskip("prodigyopt")
+    a, b, frozen = (torch.nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+
+    for name in ("prodigy", "prodigyopt.Prodigy"):
+        with pytest.raises(RequestError, match=r"one rate for all parts.* 0\.5, 1;.*text_rate"):
+            build(settings(optimizer=name), [Group({"a": a}), Group({"b": b}, 0.5)])
+    build(settings(optimizer="prodigy"), [Group({"a": a}, 0.5), Group({"b": b}, 0.5), Group({"c": frozen}, 0.0)])
+
+
+class Failing(torch.optim.SGD):
+    """One whose step is replaced."""
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
+def test_an_optimizer_that_fails_is_one_line_that_names_it(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(Failing, "step", lambda self: (_ for _ in ()).throw(kind("two\nlines")))
+
+    with pytest.raises(TrainingError, match=r"Failing failed at step 1: two lines$"):
+        train(regression(), points, settings(optimizer=f"{__name__}.Failing"), tmp_path)
+
+
+def test_running_out_of_memory_in_the_optimizer_is_not_called_its_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(Failing, "step", lambda self: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
+
+    with pytest.raises(RuntimeError, match=r"^CUDA out of memory$"):
+        train(regression(), points, settings(optimizer=f"{__name__}.Failing"), tmp_path)
+
+
+@pytest.mark.parametrize("start", [0.0, 0.02])
+def test_adafactor_moves_weights_like_adamw_also_from_zero(start):
+    """With equal gradients at the same rate: the factors of a LoRA begin at 0 and at small values."""
+    moved = {}
+    for name in ("adamw", "adafactor"):
+        weight = torch.nn.Parameter(torch.full((6, 4), start))
+        optimizer = build(settings(optimizer=name, learning_rate=1e-4, weight_decay=0.0), [Group({"a": weight})])
+        for number in range(20):
+            weight.grad = 1 + torch.rand(6, 4, generator=torch.Generator().manual_seed(number))
+            optimizer.step()
+        moved[name] = float((weight.detach() - start).abs().mean())
+
+    assert 0.3 < moved["adafactor"] / moved["adamw"] < 3
 
 
 OPTIMIZERS = [

@@ -99,6 +99,7 @@ def _schedule(name: str, value: JsonValue) -> Meaning:
 
 
 def _cycles(name: str, value: JsonValue) -> Meaning:
+    """Of `cosine_with_restarts`; other schedules have none, see `aliases.together`."""
     return Meaning({"train.restarts": max(0, int(_number(name, value)) - 1)})
 
 
@@ -141,7 +142,7 @@ def _text_rate(name: str, value: JsonValue) -> Meaning:
 
 def _stop_text(name: str, value: JsonValue) -> Meaning:
     steps = int(_number(name, value))
-    if steps < 0:
+    if steps <= 0:  # 0 stops them before the first step, -1 is kohya's "not trained"
         return Meaning({"parts.text_encoder": False})
     return Meaning({"parts.text_stop": steps}, {"parts.text_encoder": True})
 

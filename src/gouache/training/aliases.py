@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pydantic import JsonValue
 
 from gouache.errors import RequestError
-from gouache.training.alias_values import CHANGED, Meaning, switch
+from gouache.training.alias_values import CHANGED, TEXT_RATES, Meaning, switch
 
 EPOCHS = "train.epochs"
 """A number of epochs, which becomes steps where the pictures are known."""
@@ -31,6 +31,39 @@ def meaning(name: str, value: JsonValue) -> Meaning | None:
     return CHANGED[name](name, value) if name in CHANGED else None
 
 
+def together(given: Mapping[str, JsonValue], settings: Mapping[str, JsonValue]) -> Meaning:
+    """What all names of other trainers in `given` mean together, beyond each alone. Applied after those.
+
+    `settings` are the values that the names have set, as `table.key`, and the form, rank and alpha of the file. Raises
+    RequestError for names that exclude one another here.
+    """
+    values, implied = dict[str, JsonValue](), dict[str, JsonValue]()
+    weights = [name for name in _WEIGHTS if given.get(name)]
+    if len(weights) > 1:
+        raise RequestError(weights[0], f"cannot be combined with {weights[1]}: losses have one weighting; omit one")
+    if "unet_lr" in given:  # learning_rate is that of the text encoders then
+        values["train.learning_rate"] = given["unet_lr"]
+        others = next((given[name] for name in ("learning_rate", "lr", "train.learning_rate") if name in given), None)
+        if others is not None and not any(key.startswith("parts.text_") and "rate" in key for key in settings):
+            values[TEXT_RATES[0]] = others
+    if "network_alpha" in given and given.get("network_module") == "networks.oft":  # there it is the constraint
+        values |= {"adapter.alpha": 0, "adapter.constraint": given["network_alpha"]}
+    elif "network_dim" in given and not settings.get("adapter.alpha") and settings.get("adapter.form") not in _NO_ALPHA:
+        implied["adapter.alpha"] = 1.0  # the scripts' default of network_alpha
+    if given.get("lr_scheduler", "cosine_with_restarts") != "cosine_with_restarts" and _CYCLES & given.keys():
+        values["train.restarts"] = 0
+    caches = [given[name] for name in _CACHES if name in given]
+    if len(caches) > 1:  # there is one cache here
+        values["data.cache"] = True in caches
+    return Meaning(values, implied)
+
+
+_WEIGHTS = ("min_snr_gamma", "snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred")
+_CACHES = ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs")
+_NO_ALPHA = ("ia3", "oft", "full", "none")  # forms
+_CYCLES = {"lr_scheduler_num_cycles", "lr_num_cycles"}
+
+
 def names() -> list[str]:
     return [*SAME, *SWITCHES, *CHANGED, *INSTEAD]
 
@@ -38,11 +71,11 @@ def names() -> list[str]:
 # Another name for a setting with the same values.
 SAME: Mapping[str, str] = {
     "network_dim": "adapter.rank",
-    "network_alpha": "adapter.alpha",
+    "network_alpha": "adapter.alpha",  # of networks.oft: see `together`
     "lora_alpha": "adapter.alpha",
     "conv_dim": "adapter.conv_rank",
     "network_dropout": "adapter.dropout",
-    "lora_dropout": "adapter.dropout",
+    "lora_dropout": "adapter.dropout",  # between the factors here, of their input in PEFT
     "network_weights": "adapter.start",
     "loraplus_lr_ratio": "adapter.plus_ratio",
     "pretrained_model_name_or_path": "model.name",
@@ -53,7 +86,7 @@ SAME: Mapping[str, str] = {
     "in_json": "data.folder",
     "reg_data_dir": "data.class_folder",
     "class_data_dir": "data.class_folder",
-    "class_tokens": "data.class_word",
+    "class_tokens": "data.trigger",  # the caption of pictures without one, with the rare word; not what a class shows
     "class_prompt": "data.class_word",
     "instance_prompt": "data.trigger",
     "caption_column": "data.caption_column",
@@ -92,7 +125,7 @@ SAME: Mapping[str, str] = {
     "gradient_accumulation_steps": "train.accumulate",
     "max_grad_norm": "train.clip_norm",
     "lr": "train.learning_rate",
-    "unet_lr": "train.learning_rate",
+    "unet_lr": "train.learning_rate",  # also where learning_rate is given: see `together`
     "lr_warmup_steps": "train.warmup",
     "lr_decay_steps": "train.decay",
     "lr_scheduler_power": "train.power",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Container, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -68,6 +69,7 @@ def train(
     seconds: float = math.inf,
     on_note: checkpoint.OnNote | None = None,
     epoch_batches: int = 0,
+    lock: bool = True,
 ) -> Result:
     """Train until `settings.steps`, for `seconds`, or until Ctrl-C or `should_stop()`; then save. A later call resumes.
 
@@ -80,14 +82,14 @@ def train(
     `should_stop` is polled between steps; it is for callers outside the main thread, where no signal arrives. A
     checkpoint is saved at once when SIGUSR1 or a file `save-now` in `folder` asks for it. `on_note` receives lines such
     as "step-00000003 is damaged ..."; without it they are printed on stderr. `epoch_batches` is the number of batches
-    per epoch, for `settings.save_epochs`.
+    per epoch, for `settings.save_epochs`. `lock` False: the caller has locked the folder (`state.locked`).
 
     Raises TrainingError when a loss or gradient is not finite and `settings.not_finite` is "stop", when another run
     trains in the folder, when the folder belongs to a different run, or when its disk is full; RequestError when the
     optimizer or the schedule is not known.
     """
     note = on_note or _print_note
-    with checkpoint.locked(folder), requests(folder) as requested:
+    with checkpoint.locked(folder) if lock else nullcontext(), requests(folder) as requested:
         run = begin(objective, settings)
         position = _resume(run, folder, note)
         saves = Saves(run, folder, position.step, epoch_batches)

@@ -69,7 +69,8 @@ TABLE: Mapping[str, tuple[type[torch.optim.Optimizer], Callable[[Settings], dict
     "adamw": (torch.optim.AdamW, lambda settings: {"betas": settings.betas, "fused": True}),
     "adam": (torch.optim.Adam, lambda settings: {"betas": settings.betas, "fused": True}),
     "sgd": (torch.optim.SGD, lambda settings: {"fused": True}),
-    "adafactor": (torch.optim.Adafactor, lambda settings: {}),
+    # torch multiplies the rate by max(eps[1], size of the weights): with 0.001 a LoRA, starting at 0, learns nothing.
+    "adafactor": (torch.optim.Adafactor, lambda settings: {"eps": (None, 1.0)}),
     "muon": (MuonWithAdamW, lambda settings: {"betas": settings.betas}),
 }
 
@@ -83,14 +84,25 @@ EXTRAS: Mapping[str, tuple[str, str, Callable[[Settings], dict[str, Any]]]] = {
     ),
 }  # fmt: skip
 
+_ONE_RATE = ("prodigyopt", "dadaptation")  # packages whose optimizers refuse groups with different rates
+
 
 def build(settings: Settings, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The optimizer `settings.optimizer` for `groups`, in their order; each has its factor under "rate".
 
-    Raises RequestError if the name, the path, the package or an argument is not known.
+    Raises RequestError if the name, the path, the package or an argument is not known, or the optimizer needs equal
+    factors and they are not.
     """
     name = settings.optimizer
     make, arguments = _known(name, settings)
+    rates = sorted({group.rate for group in groups if group.rate})
+    if len(rates) > 1 and make.__module__.partition(".")[0] in _ONE_RATE:
+        factors = ", ".join(f"{rate:g}" for rate in rates)
+        raise RequestError(
+            "optimizer",
+            f"{name} estimates one rate for all parts, but their factors are {factors}; "
+            "make them equal (parts.text_rate = 1, adapter.plus_ratio = 1, no adapter.rates) or use adamw",
+        )
     options = [
         {
             "params": list(group.parameters.values()),

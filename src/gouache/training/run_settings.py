@@ -10,7 +10,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
@@ -109,7 +109,7 @@ class AdapterSettings(Table):
     form: Literal["lora", "locon", "loha", "lokr", "dora", "ia3", "oft", "full", "none"] = setting(
         "lora", "lora, locon, loha, lokr, dora, ia3, oft; full: differences; none: the weights themselves."
     )
-    rank: int = setting(16, "Rank of the factors (kohya: network_dim).", gt=0)
+    rank: int = setting(16, "Rank of the factors (kohya: network_dim, with which alpha is 1 unless given).", gt=0)
     alpha: float = setting(0, "Scale of the change is alpha / rank; 0: as the rank.", ge=0)
     conv_rank: int = setting(0, "Rank for 3x3 convolutions, which are trained then; 0: as `rank`, if at all.", ge=0)
     conv_alpha: float = setting(0, "Alpha for 3x3 convolutions; 0: as `alpha`.", ge=0)
@@ -123,7 +123,7 @@ class AdapterSettings(Table):
     constraint: float = setting(0.0, "OFT: limit of the rotation; 0: none.", ge=0)
     rank_dropout: Share = setting(0.0, "Share of ranks left out per batch.")
     module_dropout: Share = setting(0.0, "Share of modules left out per batch.")
-    dropout: Share = setting(0.0, "Share of the inner activations left out (kohya: network_dropout).")
+    dropout: Share = setting(0.0, "Share of what is between the two factors left out (kohya: network_dropout).")
     plus_ratio: float = setting(1.0, "LoRA+: rate of the up factors relative to the others; 16 is usual.", gt=0)
     start: str = setting("", "An adapter file to start from; only its weights are taken.")
 
@@ -271,7 +271,13 @@ def with_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str,
     set. Keys of [data] are also added to `data.fixed`. Raises RequestError.
     """
     result = {name: dict(value) if isinstance(value, Mapping) else value for name, value in values.items()}
-    found = [_meaning(text) for text in overrides]
+    named = [_named(text) for text in overrides]
+    found = [_meaning(*each, text) for each, text in zip(named, overrides)]
+    adapter = result.get("adapter")
+    known = {f"adapter.{key}": value for key, value in adapter.items()} if isinstance(adapter, dict) else {}
+    for each in (*(each.implied for each in found), *(each.values for each in found)):
+        known |= each
+    found.append(aliases.together({name: value for name, value, _ in named}, known))
     for each in found:
         _apply(result, each.implied)
     for each in found:
@@ -286,16 +292,18 @@ def with_overrides(values: Mapping[str, Any], overrides: list[str]) -> dict[str,
     return result
 
 
-def _meaning(text: str) -> Meaning:
-    """What `key=value` sets."""
+def _named(text: str) -> tuple[str, JsonValue, bool]:
+    """(name, value, whether a value is given) of `key=value`; that of a key alone is true."""
     key, sign, value = text.partition("=")
-    key = key.strip()
-    plain = key.lstrip("-").replace("-", "_")
-    parsed = _value(value.strip()) if sign else True
+    return key.strip().lstrip("-").replace("-", "_"), _value(value.strip()) if sign else True, bool(sign)
+
+
+def _meaning(plain: str, parsed: JsonValue, given: bool, text: str) -> Meaning:
+    """What `text`, which is `plain` = `parsed`, sets."""
     if (found := aliases.meaning(plain, parsed)) is not None:
         return found
-    table, name = _key(key)
-    if not sign:
+    table, name = _key(text.partition("=")[0].strip())
+    if not given:
         raise RequestError("set", f"{printable(text, 80)!r} is not key=value")
     return Meaning({f"{table}.{name}" if table else name: parsed})
 
@@ -376,4 +384,6 @@ def toml(value: object) -> str | None:
         return "{" + ", ".join(inner) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(toml(each) or '""' for each in value) + "]"
+    if isinstance(value, PurePath):
+        value = str(value)
     return json.dumps(value, ensure_ascii=False)

@@ -226,7 +226,10 @@ def _refuse(changes: Sequence[Change], folder: Path) -> None:
         shown = printable(str(folder))
         # The hash of the layout differs with everything that changes it, which says more.
         telling = [each for each in changes if not each.name.endswith(".layout")] or changes
-        raise TrainingError(f"{shown}: was trained with {', '.join(each.text for each in telling)}; {_ADVICE}")
+        texts = [each.text for each in telling if each.setting != "objective.groups"]
+        if len(texts) < len(telling):
+            texts.append("other groups of parameters (adapter.rates names other parts or blocks now)")
+        raise TrainingError(f"{shown}: was trained with {', '.join(texts)}; {_ADVICE}")
 
 
 def _check_tensors(

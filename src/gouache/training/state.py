@@ -13,11 +13,12 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from gouache.errors import FileError, TrainingError, printable
 from gouache.files.source import size_text
-from gouache.files.write import sync_folder, write_atomic, write_safetensors
+from gouache.files.write import remove_stale_temporaries, sync_folder, write_atomic, write_safetensors
 from gouache.outside import MalformedText, open_outside, parse_json, read_outside, reason
 
 # 1 numbered the optimizer's tensors instead of naming them; 1 and 2 contain all weights, trained or not, and no
 # configuration of the objective. Both are still read.
 FORMAT = 3
 
+_ATTEMPTS = 10  # at a lock
 _SPARE = 16_000_000  # bytes that must stay free on the disk
 _FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # a file of a checkpoint; no path can be in a manifest
 
@@ -190,20 +192,28 @@ def locked(folder: Path) -> Iterator[None]:
         shown = printable(str(folder))
         raise TrainingError(f"{shown}: cannot be written to ({error.strerror}); use another folder") from None
     with file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except ImportError:  # Windows has no flock; checkpoints are still complete there, because they are renamed
-            pass
-        except OSError:
+        if not _lock(file):
             shown = printable(str(folder))
-            raise TrainingError(f"{shown}: another run is training here; wait for it, or use another folder") from None
+            raise TrainingError(f"{shown}: another run is training here; wait for it, or use another folder")
         for leftover in folder.glob("step-*.part"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for leftover in folder.glob(".gouache-*.tmp"):  # of files.write, when a run was killed
-            leftover.unlink(missing_ok=True)
+        remove_stale_temporaries(folder, ".tmp")
         yield
+
+
+def _lock(file: TextIO) -> bool:
+    """Lock an open file; False if it stays locked. `is_locked` locks it too, for an instant: that is waited for."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock; checkpoints are still complete there, because they are renamed
+        return True
+    for attempt in range(_ATTEMPTS):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(0.02 if attempt + 1 < _ATTEMPTS else 0)
+    return False
 
 
 def number(path: Path) -> int:

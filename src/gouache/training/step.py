@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gouache.errors import TrainingError, is_out_of_memory, printable
 from gouache.training.snapshot import Run
 
 Batches = Callable[[int], Any]
@@ -43,10 +44,19 @@ def clip_gradients(run: Run) -> Tensor:
 
 
 def update(run: Run, step: int) -> None:
-    """The optimizer's step number `step` (counted from 0) at the rate of that step, and the averages of the result."""
+    """The optimizer's step number `step` (counted from 0) at the rate of that step, and the averages of the result.
+
+    Raises TrainingError if the optimizer fails.
+    """
     for group in run.optimizer.param_groups:
         group["lr"] = run.settings.rate(step) * group["rate"]
-    run.optimizer.step()
+    try:
+        run.optimizer.step()
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        problem = printable(" ".join(str(error).split()), 300)
+        raise TrainingError(f"the optimizer {run.settings.optimizer} failed at step {step + 1}: {problem}") from None
     clear_gradients(run)
     run.masters.store(run.settings.seed, step)
     if run.ema is not None:

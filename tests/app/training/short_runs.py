@@ -42,7 +42,8 @@ def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunS
         "memory": {"dtype": "fp32", "autocast": "no"},
         "validation": {"probe": 1, "timesteps": 2},
     }
-    return checked(_merged(usual, tables))
+    merged = _merged(usual, tables)
+    return checked({**merged, "adapter": without_effect_removed(merged.get("adapter", {}))})
 
 
 def small_settings(file: Path, pictures: Path, output: Path, **tables: Any) -> RunSettings:
@@ -52,6 +53,12 @@ def small_settings(file: Path, pictures: Path, output: Path, **tables: Any) -> R
         "train": {"validate_steps": 4, "save_steps": 2, "ema_decay": 0.0},
     }
     return settings_of(file, pictures, output, **_merged(usual, tables))
+
+
+def without_effect_removed(adapter: dict[str, Any]) -> dict[str, Any]:
+    """`adapter` without the usual rank and alpha where its form has none."""
+    absent = {"none": ("rank", "alpha"), "ia3": ("rank", "alpha"), "full": ("rank", "alpha"), "oft": ("alpha",)}
+    return {name: value for name, value in adapter.items() if name not in absent.get(adapter.get("form", ""), ())}
 
 
 def run(

@@ -70,7 +70,8 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("mixed_precision=bf16", {"memory.autocast": "yes"}),
     ("full_bf16=true", {"memory.dtype": "bf16"}),
     ("gradient_checkpointing=true", {"memory.checkpointing": True}),
-    ("network_dim=8", {"adapter.rank": 8}),
+    ("network_dim=8", {"adapter.rank": 8, "adapter.alpha": 1}),
+    ("class_tokens=sks dog", {"data.trigger": "sks dog", "data.class_word": ""}),
     ("network_alpha=4", {"adapter.alpha": 4}),
     ("network_dropout=0.1", {"adapter.dropout": 0.1}),
     ("network_module=networks.lora", {"adapter.form": "lora"}),
@@ -96,6 +97,7 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("learning_rate_te1=5e-5", {"parts.text_encoder": True, "parts.text_rate": 0.5, "parts.text_rate_2": 1}),
     ("learning_rate_te2=5e-5", {"parts.text_encoder": True, "parts.text_rate": 1, "parts.text_rate_2": 0.5}),
     ("stop_text_encoder_training=50", {"parts.text_encoder": True, "parts.text_stop": 50}),
+    ("stop_text_encoder_training=0", {"parts.text_encoder": False}),
     ("stop_text_encoder_training=-1", {"parts.text_encoder": False}),
     ("optimizer_type=AdamW", {"train.optimizer": "adamw"}),
     ("optimizer_type=AdamW8bit", {"train.optimizer": "adamw8bit"}),
@@ -167,6 +169,43 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
 def test_a_name_of_another_trainer_sets_what_it_means(override: str, expected: dict[str, Any]):
     settings = chosen(override)
     assert {key: value(settings, key) for key in expected} == expected
+
+
+TOGETHER: list[tuple[set[str], dict[str, Any]]] = [
+    ({"unet_lr=2e-4", "learning_rate=1e-4"}, {"train.learning_rate": 2e-4, "parts.text_rate": 0.5}),
+    ({"unet_lr=2e-4", "learning_rate=5e-5"}, {"train.learning_rate": 2e-4, "parts.text_rate": 0.25}),
+    ({"unet_lr=2e-4", "learning_rate=1e-4", "text_encoder_lr=2e-5"},
+     {"train.learning_rate": 2e-4, "parts.text_rate": 0.1}),
+    ({"unet_lr=2e-4", "learning_rate=1e-4", "text_rate=0.3"}, {"parts.text_rate": 0.3}),
+    ({"network_dim=8", "network_alpha=4"}, {"adapter.rank": 8, "adapter.alpha": 4}),
+    ({"network_dim=8", "alpha=8"}, {"adapter.alpha": 8}),
+    ({"network_dim=8", "network_module=lycoris.kohya"}, {"adapter.form": "locon", "adapter.alpha": 1}),
+    ({"network_dim=8", "algo=loha"}, {"adapter.form": "loha", "adapter.alpha": 1}),
+    ({"network_dim=8", "network_args=algo=lokr preset=full"}, {"adapter.form": "lokr", "adapter.alpha": 1}),
+    ({"network_dim=8", "network_module=networks.oft"}, {"adapter.form": "oft", "adapter.alpha": 0}),
+    ({"network_dim=8", "network_module=networks.oft", "network_alpha=0.001"},
+     {"adapter.form": "oft", "adapter.rank": 8, "adapter.alpha": 0, "adapter.constraint": 0.001}),
+    ({"lr_scheduler=cosine", "lr_scheduler_num_cycles=3"}, {"train.schedule": "cosine", "train.restarts": 0}),
+    ({"lr_scheduler=cosine_with_restarts", "lr_scheduler_num_cycles=3"}, {"train.restarts": 2}),
+    ({"cache_latents=true", "cache_text_encoder_outputs=false"}, {"data.cache": True}),
+    ({"cache_latents=false", "cache_text_encoder_outputs=false"}, {"data.cache": False}),
+    ({"min_snr_gamma=5", "debiased_estimation_loss=false"}, {"loss.weighting": "min-snr"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "expected"), TOGETHER, ids=["+".join(sorted(each)) for each, _ in TOGETHER])
+def test_names_that_are_given_together_mean_what_they_mean_there_in_any_order(
+    overrides: set[str], expected: dict[str, Any]
+):
+    for order in (sorted(overrides), sorted(overrides, reverse=True)):
+        settings = chosen(*order)
+        assert {key: value(settings, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize("other", ["debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred"])
+def test_two_weightings_of_the_loss_are_one_line(other: str):
+    with pytest.raises(RequestError, match=f"min_snr_gamma: cannot be combined with {other}"):
+        chosen("min_snr_gamma=5", f"{other}=true")
 
 
 ONE_LINE = {

@@ -16,9 +16,10 @@ from gouache.app.settings import Settings
 from gouache.app.training import defaults, prepare
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.prepare import Prepared
+from gouache.app.training.runs import opened
 from gouache.data.record import CaptionOptions, PictureOptions
 from gouache.errors import GouacheError, RequestError
-from gouache.training.run_settings import RunSettings
+from gouache.training.run_settings import RunSettings, template
 from tests.pipelines import Narrow
 
 Choose = Callable[..., RunSettings]
@@ -39,8 +40,8 @@ def choose(narrow: Callable[[str], Narrow], settings: Settings, tmp_path: Path) 
     def make(data: Path, *overrides: str, mode: str = "lora", **options: Any) -> RunSettings:
         usual = ["rank=2", "workers=0", "validation.probe=1", "validation.timesteps=1", "bucket_step=8"]
         return defaults.choose(
-            mode, str(data), str(narrow("sd1").file), output=tmp_path / "out.safetensors", steps=2, settings=settings,
-            overrides=[*usual, *overrides], **{"trigger": "", "class_word": "", **options},
+            mode, str(data), str(narrow("sd1").file), output=tmp_path / "out.safetensors", settings=settings,
+            overrides=[*usual, *overrides], **{"steps": 2, "trigger": "", "class_word": "", **options},
         )  # fmt: skip
 
     return make
@@ -214,6 +215,33 @@ def test_epochs_become_steps_of_whole_epochs(tmp_path: Path, choose: Choose, rea
     chosen = choose(tmp_path / "a", "max_train_epochs=3", "train.batch=2", "resolution=64", "num_repeats=2")
     with ready(chosen) as found:
         assert chosen.train.steps == 3 * len(found.batches)
+
+
+def test_everything_that_depends_on_the_steps_depends_on_those_of_the_epochs(tmp_path: Path, choose: Choose):
+    picture(tmp_path / "a/0.png")
+    by_epochs = choose(tmp_path / "a", "max_train_epochs=900")
+    assert by_epochs.train.steps == 900
+    assert by_epochs == choose(tmp_path / "a", steps=900)
+
+
+def test_epochs_of_a_run_that_exists_are_one_line(tmp_path: Path, choose: Choose):
+    picture(tmp_path / "a/0.png")
+    (tmp_path / "a.toml").write_text(template(choose(tmp_path / "a")))
+    with pytest.raises(RequestError, match=r"epochs: is for new runs.* train\.steps"):
+        opened(tmp_path / "a.toml", ["max_train_epochs=3"])
+
+
+def test_the_rate_is_chosen_by_what_is_trained(tmp_path: Path, choose: Choose):
+    picture(tmp_path / "a/0.png")
+
+    def rate(mode: str, *overrides: str) -> float:
+        return choose(tmp_path / "a", *overrides, mode=mode, trigger="zorb").train.learning_rate
+
+    low_rank = rate("lora")
+    assert rate("dreambooth") == rate("finetune", "form=lora") == low_rank == rate("lora", "form=loha")
+    for mode in ("lora", "dreambooth", "finetune"):
+        assert 2e-6 / 1e-4 <= rate(mode, "form=none", "rank=16") / low_rank <= 0.1 + 1e-9
+    assert rate("finetune", "rank=16") == rate("finetune", "form=none", "rank=16")
 
 
 @pytest.mark.parametrize("value", ["0", "1.5", "many"])

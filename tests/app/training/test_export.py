@@ -108,6 +108,24 @@ def test_an_export_has_the_weights_of_its_step(adapter_run: RunFolder, settings:
         assert metadata["modelspec.trigger_phrase"] == "zorb"
 
 
+@pytest.mark.parametrize("lineage", ["none", "hashed"])
+def test_a_file_without_lineage_states_nothing_of_its_data(
+    lineage: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+):
+    output = tmp_path / f"{pictures.name}.safetensors"
+    chosen = settings_of(
+        narrow("sd1").file, pictures, output, adapter={"rank": 2}, lineage=lineage, train={"steps": 1},
+        data={"trigger": "zorb", "buckets": False}, validation={"pictures": 1},
+    )  # fmt: skip
+    run(chosen, tmp_path / "run", settings)
+    with safe_open(output, "pt") as file:
+        metadata = file.metadata()
+    text = " ".join(metadata.values())
+    counts = {name for name in metadata if name.endswith("_images") or "epoch" in name}
+    assert metadata["ss_enable_bucket"] == "False"
+    assert (bool(counts), "zorb" in text, pictures.name in text) == ((lineage == "hashed"),) * 3
+
+
 def test_a_baked_model_paints_as_the_model_with_the_adapter(
     adapter_run: RunFolder, narrow: Narrows, settings: Settings, tmp_path: Path
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from safetensors.torch import load_file, save_file
 from gouache.app import loading
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import runs
+from gouache.app.training import prepare, runs
 from gouache.app.training.defaults import TRAINABLE, trainable
 from gouache.app.training.folder import RunFolder
-from gouache.errors import GouacheError
+from gouache.app.training.parts import options_of
+from gouache.app.training.status import status
+from gouache.errors import GouacheError, RequestError, TrainingError
 from gouache.families.catalog import FAMILIES
 from gouache.families.family import Family
 from gouache.families.found import Fact, Found
+from gouache.training.run_settings import checked
 from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
 
@@ -206,3 +210,93 @@ def test_settings_that_cannot_be_are_found_before_anything_is_loaded(
     ):
         with pytest.raises(GouacheError, match=said):
             run(settings_of(model, pictures, tmp_path / "out.safetensors", **tables), tmp_path / "run", settings)
+
+
+WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({"adapter": {"form": "none", name: value}}, rf"adapter\.{name}: has no effect on trained weights")
+        for name, value in {
+            "start": "a.safetensors", "rates": {"M00": 2.0}, "ranks": {"M00": 2}, "alphas": {"M00": 2.0}, "rank": 4,
+            "dropout": 0.1, "rank_dropout": 0.1, "module_dropout": 0.1, "plus_ratio": 16.0, "modules": "conv",
+            "conv_rank": 4, "factor": 2, "constraint": 0.1, "alpha": 1.0,
+        }.items()
+    ),
+    *(
+        ({"adapter": {"form": form, name: value}}, rf"adapter\.{name}: has no effect on {form}")
+        for form, names in {
+            "ia3": ("rank", "alpha", "conv_rank", "conv_alpha", "alphas"),
+            "full": ("rank", "alpha", "conv_rank", "conv_alpha", "alphas"),
+            "oft": ("alpha", "conv_alpha", "alphas"),
+        }.items()
+        for name in names
+        for value in ({"M00": 2.0} if name == "alphas" else 4,)
+    ),
+    ({"model": {"weights": "ema"}}, "model.weights: ema is for trained weights"),
+    ({"memory": {"dtype": "fp16"}}, "memory.dtype: fp16 needs scaled losses"),
+    ({"adapter": {"form": "none"}, "memory": {"dtype": "fp16"}}, "memory.dtype: fp16 needs scaled losses"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tables", "words"), WITHOUT_EFFECT, ids=[words for _, words in WITHOUT_EFFECT])
+def test_a_setting_without_effect_is_one_line(tables: dict[str, Any], words: str):
+    chosen = checked({"train": {"steps": 1, "batch": 1, "learning_rate": 1e-4}, **tables})
+    with pytest.raises(RequestError, match=words) as caught:
+        options_of(chosen, ["text_encoder"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["lora", "locon", "loha", "lokr", "dora", "ia3", "oft", "full", "none"])
+def test_every_form_is_accepted_with_its_own_settings(form: str):
+    own = {} if form in ("none", "ia3", "full") else {"rank": 4} if form == "oft" else {"rank": 4, "alpha": 2.0}
+    train = {"steps": 1, "batch": 1, "learning_rate": 1e-4}
+    options = options_of(checked({"train": train, "adapter": {"form": form, **own}}), ["text_encoder"])
+    assert options.parts == ("unet",)
+
+
+def test_zero_terminal_snr_of_a_model_that_predicts_noise_is_refused(
+    unloaded: None, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+):
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", model={"zero_terminal_snr": True})
+    with pytest.raises(GouacheError, match=r"model\.zero_terminal_snr: needs a model that predicts v"):
+        run(chosen, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif("sys.platform == 'win32'", reason="no flock")
+def test_a_run_is_locked_while_it_is_prepared(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", adapter={"rank": 2})
+    folder = RunFolder(tmp_path / "run")
+
+    def load(*_: Any) -> Model:
+        assert status(folder).state == "running"
+        with pytest.raises(TrainingError, match="another run is training here"):
+            run(chosen, folder.path, settings)
+        raise TrainingError("prepared no further")
+
+    monkeypatch.setattr(prepare, "load_model", load)
+    with pytest.raises(TrainingError, match="prepared no further"):
+        run(chosen, folder.path, settings)
+    assert status(folder).state == "not started"
+
+
+def test_all_paths_of_a_run_are_absolute_in_its_settings(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """So that it goes on from any folder."""
+    for name in ("model", "vae", "start"):
+        shutil.copy(narrow("sd1").file, tmp_path / f"{name}.safetensors")
+    (tmp_path / "class").mkdir()
+    chosen = settings_of(
+        Path("model.safetensors"), Path(pictures.name), Path("out.safetensors"), adapter={"start": "start.safetensors"},
+        model={"vae": "vae.safetensors"}, data={"class_folder": "class", "cache_folder": "cache"},
+    )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "load_model", lambda *_: (_ for _ in ()).throw(TrainingError("far enough")))
+    with pytest.raises(TrainingError, match="far enough"):
+        run(chosen, Path("run"), settings)
+    found = RunFolder(tmp_path / "run").settings()
+    data = found.data
+    paths = [found.output, found.model.name, found.model.vae, found.adapter.start, data.folder, data.class_folder]
+    assert [str(Path(each).parent) for each in (*paths, data.cache_folder)] == [str(tmp_path)] * 7

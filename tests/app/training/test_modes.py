@@ -111,6 +111,34 @@ def test_ranks_alphas_and_rates_by_block_and_part(small: Small, settings: Settin
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("form", ["lora", "none"])
+def test_the_rates_of_parts_may_change_when_a_run_is_resumed(
+    form: str, small: Small, settings: Settings, tmp_path: Path
+):
+    plain = {"form": form} if form == "none" else {"form": form, "rank": 2}
+    first = small("sd1", adapter=plain, parts={"text_encoder": True, "text_rate": 1.0}, train={"steps": 2})
+    run(first, tmp_path / "run", settings, stop_after=1)
+    ratio = {"plus_ratio": 16.0} if form == "lora" else {}
+    second = small(
+        "sd1", adapter={**plain, **ratio}, parts={"text_encoder": True, "text_rate": 0.1}, train={"steps": 2}
+    )
+    assert run(second, tmp_path / "run", settings).path is not None
+
+
+def test_unequal_rates_with_prodigy_are_refused_before_the_model_is_loaded(
+    small: Small, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("prodigyopt")
+    monkeypatch.setattr(prepare, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    for tables in (
+        {"parts": {"text_encoder": True}},
+        {"adapter": {"plus_ratio": 16.0}},
+        {"adapter": {"rates": {"M00": 0.5}}},
+    ):
+        with pytest.raises(GouacheError, match="one rate for all parts"):
+            run(small("sd1", train={"optimizer": "prodigy"}, **tables), tmp_path / "run", settings)
+
+
 @pytest.mark.parametrize(
     ("adapter", "convolutions"),
     [({}, False), ({"conv_rank": 1}, True), ({"form": "locon"}, True), ({"form": "loha", "modules": "conv"}, True)],

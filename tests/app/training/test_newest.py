@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ import torch
 import gouache
 from gouache.app import names
 from gouache.app.settings import Settings
+from gouache.app.training import export
 from gouache.app.training.newest import newest_file
-from gouache.errors import GouacheError
+from gouache.errors import FileError, GouacheError
 from gouache.training import state
 from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
@@ -77,3 +80,28 @@ def test_a_run_without_checkpoint_is_one_line(tmp_path: Path, settings: Settings
     (tmp_path / "lock").touch()
     with pytest.raises(GouacheError, match="has no checkpoint yet"):
         names.resolve(str(tmp_path), settings)
+
+
+def test_two_that_ask_at_once_get_the_same_file_and_a_folder_that_cannot_be_written_is_one_line(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "out.safetensors", adapter={"rank": 2})
+    run(chosen, tmp_path / "run", settings, stop_after=1)
+    alone, meanwhile, export_one = newest_file(tmp_path / "run", settings).read_bytes(), [], export.export
+
+    def slow(*values: Any, **options: Any) -> int:
+        if not meanwhile:  # another asks after this one has begun
+            meanwhile.append(Path())
+            meanwhile.append(newest_file(tmp_path / "run", settings))
+        return export_one(*values, **options)
+
+    newest_file(tmp_path / "run", settings).unlink()
+    monkeypatch.setattr(export, "export", slow)
+    file = newest_file(tmp_path / "run", settings)
+    assert file == meanwhile[1] and file.read_bytes() == alone
+    assert list(file.parent.iterdir()) == [file]
+
+    shutil.rmtree(file.parent)
+    file.parent.touch()  # no folder can be made, whoever runs the tests
+    with pytest.raises(FileError, match="cannot be written to"):
+        newest_file(tmp_path / "run", settings)

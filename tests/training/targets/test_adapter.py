@@ -168,6 +168,19 @@ def test_ranks_alphas_and_rates_by_part_block_and_prefix(models: Callable[[str],
     assert rates["adapter.unet/input_blocks/4/1/proj_in/lora_down/weight"] == 1.0
 
 
+def test_the_groups_do_not_depend_on_the_values_of_rates(models: Callable[[str], Model]):
+    """So that all rates may change when a run is resumed, also from and to equal ones."""
+    model, groups = models("sd1"), []
+    for text, block, ratio in ((0.5, 0.5, 1.0), (1.0, 1.0, 1.0), (0.1, 2.0, 16.0), (0.5, 8.0, 2.0)):
+        rates = {"text_encoder": text, "M00": block}
+        with attached(model, parts=texts(model), rates=rates, loraplus=ratio) as target:
+            groups.append([(list(group.parameters), group.decay) for group in target.groups()])
+            factors = {group.rate for group in target.groups()}
+            assert factors == target.options.rate_factors
+
+    assert all(each == groups[0] for each in groups)
+
+
 def test_the_modules_of_each_choice(models: Callable[[str], Model]):
     model = models("sd1")
     linear = {(p, n) for p in texts(model) for n, m in _networks(model)[p].named_modules() if isinstance(m, nn.Linear)}

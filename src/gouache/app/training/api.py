@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gouache.app import names
 from gouache.app.settings import Settings, read
 from gouache.app.training import defaults, runs
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.prepare import OnWork
 from gouache.app.training.runs import Finished
+from gouache.errors import RequestError, printable
 from gouache.training.loop import Progress
-from gouache.training.run_settings import TABLES, toml
+from gouache.training.run_settings import TABLES, RunSettings, toml
 
 
 def train(
@@ -36,7 +38,8 @@ def train(
     """Train a "lora", "dreambooth" or "finetune" on a folder of pictures; returns where the file is.
 
     `output` is the file to write, replaced only with `overwrite`; `folder` that of the run (default: `runs/` and the
-    name of the output). The same call with the same `folder` goes on with a run that was stopped. `trigger` is put in
+    name of the output). The same call with the same `folder` goes on with a run that was stopped; other `data`
+    or another `model` are refused then. `trigger` is put in
     front of captions without it; `class_word` says what the subject is. `changes` are settings by name, as in the
     settings file: `rank=8`, `learning_rate=1e-4`, `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and
     time left, `on_work` (what, done, total) of the preparation, `on_note` one line each. `should_stop` is polled
@@ -51,6 +54,7 @@ def train(
                  "output": None if output is None else str(output)}  # fmt: skip
         texts = [f"{name}={toml(value)}" for name, value in given.items() if value not in (None, "")]
         chosen, run = runs.opened(run.path, [*texts, *overrides])
+        _check_same(run, chosen, str(data), str(model), user)
     else:
         chosen = defaults.choose(
             mode, str(data), str(model), output=None if output is None else Path(output), trigger=trigger,
@@ -61,6 +65,20 @@ def train(
         chosen, run, user, on_note=on_note or (lambda line: None), on_progress=on_progress, on_work=on_work,
         should_stop=should_stop, overwrite=overwrite,
     )  # fmt: skip
+
+
+def _check_same(run: RunFolder, chosen: RunSettings, data: str, model: str, user: Settings) -> None:
+    """Raises RequestError if a run that has begun has other data or another model than those of the call."""
+    pairs = [("data", data, Path(data).expanduser().absolute(), Path(chosen.data.folder).expanduser().absolute())]
+    if model != names.DEFAULT:  # which is also what a call has that names none
+        pairs.append(("model", model, names.resolve(model, user), names.resolve(chosen.model.name, user)))
+    for name, given, path, present in pairs:
+        if path.resolve() != present.resolve():
+            raise RequestError(
+                name,
+                f"is {printable(given)}, but the run in {printable(str(run.path))} has begun with "
+                f"{printable(str(present))}; use that, or another folder for a new run",
+            )
 
 
 def _overrides(name: str, value: Any) -> list[str]:

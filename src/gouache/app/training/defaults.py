@@ -26,6 +26,7 @@ from gouache.training.run_settings import Mode, RunSettings
 
 TRAINABLE = ("sd1", "sd2", "sdxl")
 _FULL_WIDTH = 320  # channels of the first level of a released U-Net; narrower ones learn at higher rates
+_EPOCHS = EPOCHS.partition(".")[2]
 _RATES = {"lion": 0.2, "schedule-free": 5.0}  # relative to AdamW's
 
 
@@ -61,6 +62,7 @@ def choose(
     own = pictures.settings_of(dataset)
     count = len(dataset.records)
     device = residency.device(given.get("device") or settings.device)
+    form = str(given.get("adapter", {}).get("form") or ("none" if mode == "finetune" else "lora"))
     small = spec.channels < _FULL_WIDTH
     side = found.size.value[0] if found.size is not None else 512
     optimizer = str(given["train"].get("optimizer", ""))
@@ -76,7 +78,6 @@ def choose(
             "bucket_step": 64 if side >= 512 else 8,
             "repeats": 1,
         },
-        "train": _training(mode, count, steps, small, spec.channels, device.type, optimizer),
         "memory": {"checkpointing": device.type == "cuda" and found.family.value is not None
                    and found.family.value.name == "sdxl"},
     }  # fmt: skip
@@ -85,17 +86,23 @@ def choose(
     if mode == "finetune":
         chosen["adapter"] = {"form": "none"}
         chosen["data"]["caption_dropout"] = 0.1
-    if given.get("model", {}).get("resume") is True:
-        _resume(chosen, file)
-    values = run_settings.with_overrides(_merged(chosen, own), overrides)
-    epochs = values["train"].pop(EPOCHS.partition(".")[2], None)
-    checked = run_settings.checked(values)
+    resume = given.get("model", {}).get("resume") is True
+
+    def checked(steps: int | None, fixed: Mapping[str, Any]) -> RunSettings:
+        """The settings with the values that depend on `steps`; `fixed` come before everything else."""
+        train = _training(mode, form, count, steps, small, spec.channels, device.type, optimizer)
+        complete = {**chosen, "train": train | (_resume(train["steps"], file) if resume else {})}
+        values = run_settings.with_overrides(_merged(complete, own), overrides)
+        values["train"].pop(_EPOCHS, None)
+        return run_settings.checked(_merged(values, {"train": fixed}))
+
+    epochs = given["train"].get(_EPOCHS)
     if epochs is None:
-        return checked
+        return checked(steps, {})
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise RequestError("epochs", f"is {printable(str(epochs), 40)}; expected a whole number from 1")
-    found_steps = pictures.steps_of(checked, epochs, settings, (side, side))
-    return run_settings.checked(_merged(values, {"train": {"steps": found_steps}}))
+    found_steps = pictures.steps_of(checked(steps, {}), epochs, settings, (side, side))
+    return checked(found_steps, {"steps": found_steps})
 
 
 def trainable(found: Found) -> UNetSpec:
@@ -117,14 +124,15 @@ def trainable(found: Found) -> UNetSpec:
 
 
 def _training(
-    mode: str, pictures: int, steps: int | None, small: bool, channels: int, device: str, optimizer: str
+    mode: str, form: str, pictures: int, steps: int | None, small: bool, channels: int, device: str, optimizer: str
 ) -> dict[str, Any]:
     batch = 1 if device == "cpu" and not small else 4 if pictures >= 16 else 2 if pictures >= 4 else 1
     # Adapters train some 100 passes over a small set and ever fewer over larger ones.
     passes = {"lora": 100, "dreambooth": 200, "finetune": 20}[mode]
     usual = pictures * passes / batch / max(1.0, math.log2(max(2, pictures) / 8))
     chosen = steps if steps is not None else int(min(4000, max(300, round(usual, -2))))
-    rate = {"lora": 1e-4, "dreambooth": 1e-4, "finetune": 1e-5}[mode]
+    # All weights at once need a smaller rate than low-rank factors, those of a few pictures the smallest.
+    rate = 1e-4 if form not in ("none", "full") else 5e-6 if mode == "dreambooth" else 1e-5
     rate *= min(8.0, _FULL_WIDTH / channels) * _RATES.get(optimizer, 1.0)
     if optimizer == "prodigy":
         rate = 1.0  # a factor of the rate that it estimates
@@ -154,11 +162,10 @@ def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int)
         data["class_pictures"] = max(50, 10 * pictures)
 
 
-def _resume(chosen: dict[str, Any], file: ModelFile) -> None:
+def _resume(steps: int, file: ModelFile) -> dict[str, Any]:
     """Steps are counted on from those in a training checkpoint, whose schedule is not known: the rate is constant."""
     done = file.extra.get("global_step")
-    if isinstance(done, int):
-        chosen["train"] |= {"steps": done + chosen["train"]["steps"], "schedule": "constant", "warmup": 0}
+    return {"steps": done + steps, "schedule": "constant", "warmup": 0} if isinstance(done, int) else {}
 
 
 def _given_steps(given: Mapping[str, Any]) -> int | None:

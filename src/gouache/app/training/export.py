@@ -255,16 +255,10 @@ def metadata(ready: Prepared) -> dict[str, str]:
     train, loss, epoch = settings.train, settings.loss, max(1, len(ready.batches))
     described = {
         "ss_training_comment": "",
-        "ss_output_name": Path(settings.output).stem,
         "ss_learning_rate": repr(train.learning_rate),
         "ss_unet_lr": repr(train.learning_rate if settings.parts.unet else 0.0),
         "ss_text_encoder_lr": repr(train.learning_rate * settings.parts.text_rate * settings.parts.text_encoder),
         "ss_max_train_steps": str(train.steps),
-        "ss_num_epochs": str(-(-train.steps * train.accumulate // epoch)),
-        "ss_num_batches_per_epoch": str(epoch),
-        "ss_num_train_images": str(sum(record.repeats for record in records if not record.regularization)),
-        "ss_num_reg_images": str(sum(record.repeats for record in records if record.regularization)),
-        "ss_num_validation_images": str(len(ready.pictures.held_out)),
         "ss_batch_size_per_device": str(train.batch),
         "ss_total_batch_size": str(train.batch * train.accumulate),
         "ss_gradient_accumulation_steps": str(train.accumulate),
@@ -274,7 +268,7 @@ def metadata(ready: Prepared) -> dict[str, str]:
         "ss_optimizer": train.optimizer,
         "ss_seed": str(train.seed),
         "ss_resolution": str(ready.batches.options.buckets[-1].resolution),
-        "ss_enable_bucket": "True",
+        "ss_enable_bucket": str(settings.data.buckets),
         "ss_shuffle_caption": str(settings.data.shuffle),
         "ss_keep_tokens": str(settings.data.keep_tokens),
         "ss_caption_dropout_rate": repr(settings.data.caption_dropout),
@@ -286,10 +280,18 @@ def metadata(ready: Prepared) -> dict[str, str]:
         "modelspec.implementation": f"gouache {__version__}",
         "modelspec.resolution": "x".join(map(str, ready.batches.options.buckets[-1].resolution)),
     }  # fmt: skip
+    if settings.lineage == "none":
+        return described | {"modelspec.title": settings.mode}  # not the name of the file, which may be that of the data
+    described |= {
+        "ss_output_name": Path(settings.output).stem,  # usually that of the folder of pictures
+        "ss_num_epochs": str(-(-train.steps * train.accumulate // epoch)),
+        "ss_num_batches_per_epoch": str(epoch),
+        "ss_num_train_images": str(sum(record.repeats for record in records if not record.regularization)),
+        "ss_num_reg_images": str(sum(record.repeats for record in records if record.regularization)),
+        "ss_num_validation_images": str(len(ready.pictures.held_out)),
+    }
     if settings.data.trigger:
         described["modelspec.trigger_phrase"] = settings.data.trigger
-    if settings.lineage == "none":
-        return described
     described["ss_new_sd_model_hash"] = settings.model.sha256
     described["gouache.data"] = ready.pictures.dataset.identity()
     if settings.lineage == "plain":

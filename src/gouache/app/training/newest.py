@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from gouache.app.settings import Settings
 from gouache.app.training import export
 from gouache.app.training.folder import RunFolder
-from gouache.errors import TrainingError, printable
+from gouache.errors import FileError, TrainingError, printable
+from gouache.files.write import remove_stale_temporaries, temporary_name
 
 
 def newest_file(path: Path, settings: Settings) -> Path:
@@ -23,12 +25,27 @@ def newest_file(path: Path, settings: Settings) -> Path:
     present = _file(run, steps[-1])
     if _is_of(present, run.checkpoint(steps[-1])):
         return present
-    run.newest.mkdir(exist_ok=True)
-    draft = run.newest / f"{path.resolve().name}.safetensors"
-    step = export.export(run, draft, settings, overwrite=True)
-    for old in run.newest.glob("*-step-*.safetensors"):
-        old.unlink(missing_ok=True)
-    return draft.replace(_file(run, step))
+    try:
+        run.newest.mkdir(exist_ok=True)
+        # A folder of its own: others may write the same file at the same time, and it states its name.
+        remove_stale_temporaries(run.newest, ".draft")
+        folder = temporary_name(run.newest, ".draft")
+        folder.mkdir()
+        try:
+            draft = folder / f"{path.resolve().name}.safetensors"
+            step = export.export(run, draft, settings)
+            file = draft.replace(_file(run, step))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        for old in run.newest.glob("*-step-*.safetensors"):
+            if old != file:
+                old.unlink(missing_ok=True)
+    except OSError as error:
+        raise FileError(
+            run.newest,
+            f"cannot be written to: {error.strerror}; write the file elsewhere: gouache train export RUN OUT",
+        ) from None
+    return file
 
 
 def _file(run: RunFolder, step: int) -> Path:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from gouache.errors import RequestError
 from gouache.model.inpainting import CHANNELS
-from gouache.training.run_settings import RunSettings
+from gouache.training.run_settings import AdapterSettings, RunSettings
 from gouache.training.targets.dropout import Rates
-from gouache.training.targets.options import AdapterOptions
+from gouache.training.targets.options import FORMS, RANKED, SCALED, AdapterOptions
 from gouache.training.targets.weights import WeightsOptions
 
 
@@ -18,6 +18,7 @@ def options_of(settings: RunSettings, encoders: Sequence[str]) -> AdapterOptions
     Raises RequestError for settings that do not go together.
     """
     chosen, parts = settings.adapter, settings.parts
+    _check_effects(settings)
     rates = dict.fromkeys(encoders, parts.text_rate)
     if parts.text_rate_2 is not None:
         rates |= dict.fromkeys(encoders[1:], parts.text_rate_2)
@@ -47,3 +48,31 @@ def options_of(settings: RunSettings, encoders: Sequence[str]) -> AdapterOptions
         dropouts=Rates(chosen.module_dropout, chosen.rank_dropout, chosen.dropout),
         stop_after=stops,
     )
+
+
+_FORMS_OF = {"alpha": SCALED, "conv_alpha": SCALED, "alphas": SCALED, "rank": RANKED, "conv_rank": RANKED}
+"""Settings of [adapter] and the forms that have them; those that `AdapterOptions` itself checks are not listed."""
+
+
+def _check_effects(settings: RunSettings) -> None:
+    """Raises RequestError for a setting that would have no effect, or a wrong one, on what is trained."""
+    adapter, usual = settings.adapter, AdapterSettings()
+    changed = [name for name in AdapterSettings.model_fields if getattr(adapter, name) != getattr(usual, name)]
+    for name in changed:
+        if adapter.form == "none" and name != "form":
+            raise RequestError(
+                f"adapter.{name}", "has no effect on trained weights (adapter.form = none); leave it out, or set a form"
+            )
+        forms = _FORMS_OF.get(name)
+        if forms is not None and FORMS[adapter.form].parts not in forms:
+            raise RequestError(
+                f"adapter.{name}", f"has no effect on {adapter.form}; it applies to {', '.join(forms)}; leave it out"
+            )
+    if adapter.form != "none" and settings.model.weights != "last":
+        raise RequestError(
+            "model.weights",
+            f"{settings.model.weights} is for trained weights (adapter.form = none); of a model with averages (EMA) "
+            "write a file of them alone with `gouache prune`, and train the adapter on that",
+        )
+    if settings.memory.dtype == "fp16":
+        raise RequestError("memory.dtype", "fp16 needs scaled losses, which are not available; use bf16 or fp32")

@@ -89,12 +89,20 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             f"{printable(settings.model.name)} has {spec.in_channels} input channels; train its weights "
             "(adapter.form = none), or a LoRA of an inpainting model",
         )
-    options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
+    options = options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
+    if settings.model.zero_terminal_snr and found.prediction is not None and found.prediction.value == "eps":
+        raise RequestError(
+            "model.zero_terminal_snr",
+            f"needs a model that predicts v: {printable(settings.model.name)} predicts the noise, which says "
+            "nothing of the picture at a level without signal; leave it out, or train towards model.prediction = v",
+        )
     if settings.adapter.start:
         names.resolve(settings.adapter.start, user, "lora", "adapter.start")
     _timesteps(settings, (found.levels.value if found.levels is not None else NoiseLevels()).steps)
     settings.train.rate(0)
-    optimizers.build(settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))})])
+    optimizers.build(
+        settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))}, factor) for factor in options.rate_factors]
+    )
     return path, found
 
 

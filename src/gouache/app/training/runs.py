@@ -26,6 +26,7 @@ from gouache.files.open import open_model
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import loop, memory, run_settings, state
+from gouache.training.aliases import EPOCHS
 from gouache.training.loop import Progress, Result
 from gouache.training.run_settings import RunSettings, template
 
@@ -75,7 +76,10 @@ def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
         values = parse_toml(read_text(file))
     except MalformedText as error:
         raise FileError(file, str(error)) from None
-    settings = run_settings.checked(run_settings.with_overrides(values, overrides), printable(file.name))
+    values = run_settings.with_overrides(values, overrides)
+    if isinstance(train := values.get("train"), dict) and EPOCHS.partition(".")[2] in train:
+        raise RequestError("epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
+    settings = run_settings.checked(values, printable(file.name))
     if folder is None:
         is_of_run = file.name == "settings.toml" and (file.parent / "lock").exists()
         folder = RunFolder(file.parent if is_of_run else RUNS / file.stem)
@@ -97,7 +101,7 @@ def run(
     """Train until the last step, or until Ctrl-C, `should_stop` or `seconds`; then the result is exported.
 
     A new run replaces a file at its output only with `overwrite`. Raises GouacheError, before any weight is read for
-    whatever can be known then.
+    whatever can be known then. The folder is locked from the preparation to the export.
     """
     if state.is_locked(folder.path):
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
@@ -112,55 +116,57 @@ def run(
         on_note(note)
     pictures = prepare.read_pictures(settings, folder, on_note, user)
     changed = is_run(folder.path) and _absolute(settings, user) != folder.settings()
-    if not folder.is_started:
-        _write_settings(settings, folder, user)
     work = on_work or (lambda what, done, total: None)
-    with (
-        out_of_memory.explained(settings, folder),
-        prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready,
-        Board(folder, on_note) if wants_board else nullcontext() as board,
-    ):
-        if settings.model.resume:
-            foreign.begin(ready, folder, on_note)
-        samples = _samples(ready, folder)
+    # Locked before anything long: a second run here is refused at once.
+    with state.locked(folder.path), out_of_memory.explained(settings, folder):
+        if not folder.is_started:
+            _write_settings(settings, folder, user)
+        with (
+            prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready,
+            Board(folder, on_note) if wants_board else nullcontext() as board,
+        ):
+            if settings.model.resume:
+                foreign.begin(ready, folder, on_note)
+            samples = _samples(ready, folder)
 
-        def begin(step: int) -> None:
-            _write_settings(settings, folder, user)  # only now: a change may have been refused
-            export.write_metadata(ready, folder)
-            if changed:
-                samples.forget(step)
-            if step:
-                on_note(_resumed(settings, folder, step))
+            def begin(step: int) -> None:
+                _write_settings(settings, folder, user)  # only now: a change may have been refused
+                export.write_metadata(ready, folder)
+                if changed:
+                    samples.forget(step)
+                if step:
+                    on_note(_resumed(settings, folder, step))
 
-        def progress(measured: Progress) -> None:
-            if board is not None:
-                board.update()
-            if on_progress is not None:
-                on_progress(measured)
+            def progress(measured: Progress) -> None:
+                if board is not None:
+                    board.update()
+                if on_progress is not None:
+                    on_progress(measured)
 
-        result = loop.train(
-            ready.objective,
-            ready.batches,
-            settings.train,
-            folder.path,
-            on_begin=begin,
-            on_log=progress,
-            validate=ready.validation,
-            on_preview=lambda step: _paint(ready, samples, step, "", on_note),
-            on_last_preview=(lambda step: _paint(ready, samples, step, LAST, on_note))
-            if settings.samples.last
-            else None,
-            on_return=samples.forget,
-            preview_steps=_moments(settings),
-            should_stop=should_stop,
-            seconds=seconds,
-            epoch_batches=len(ready.batches),
-            on_note=on_note,
-        )
-        output, exported = None, 0
-        if result.finished:
-            output = _near(Path(settings.output))
-            exported = _export(ready, folder, result, on_note)
+            result = loop.train(
+                ready.objective,
+                ready.batches,
+                settings.train,
+                folder.path,
+                on_begin=begin,
+                on_log=progress,
+                validate=ready.validation,
+                on_preview=lambda step: _paint(ready, samples, step, "", on_note),
+                on_last_preview=(lambda step: _paint(ready, samples, step, LAST, on_note))
+                if settings.samples.last
+                else None,
+                on_return=samples.forget,
+                preview_steps=_moments(settings),
+                should_stop=should_stop,
+                seconds=seconds,
+                epoch_batches=len(ready.batches),
+                on_note=on_note,
+                lock=False,
+            )
+            output, exported = None, 0
+            if result.finished:
+                output = _near(Path(settings.output))
+                exported = _export(ready, folder, result, on_note)
     command = _command(settings, ready, output)
     return Finished(folder.path, result.step, output, command, settings.train.steps, exported, result.signal)
 
@@ -196,15 +202,20 @@ def _absolute(settings: RunSettings, user: Settings) -> RunSettings:
     def path(text: str) -> str:
         return str(Path(text).expanduser().absolute()) if text else ""
 
-    def model(text: str) -> str:
-        return path(text) if text and Path(text).exists() and names.resolve(text, user) == Path(text) else text
+    def model(text: str, kind: str = "") -> str:
+        found = Path(text).expanduser()
+        is_path = text != "" and found.exists() and (is_run(found) or names.resolve(text, user, kind) == found)
+        return path(text) if is_path else text
+
+    def vae(text: str) -> str:
+        return text if text.lower() in ("automatic", "none") else model(text, "vae")
 
     data, chosen, adapter = settings.data, settings.model, settings.adapter
     return settings.model_copy(
         update={
             "output": path(settings.output),
-            "model": chosen.model_copy(update={"name": model(chosen.name)}),
-            "adapter": adapter.model_copy(update={"start": model(adapter.start)}),
+            "model": chosen.model_copy(update={"name": model(chosen.name), "vae": vae(chosen.vae)}),
+            "adapter": adapter.model_copy(update={"start": model(adapter.start, "lora")}),
             "data": data.model_copy(
                 update={name: path(getattr(data, name)) for name in ("folder", "class_folder", "cache_folder")}
             ),

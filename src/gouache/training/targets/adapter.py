@@ -72,16 +72,20 @@ class AdapterTarget:
         return any(part != "unet" for part, _ in self.modules)
 
     def groups(self) -> list[Group]:
-        by_kind: dict[tuple[float, bool], dict[str, nn.Parameter]] = {}
+        """By part, key of `rates`, side of LoRA+ and decay, even with equal rates: so rates may change on resume."""
+        by_kind: dict[tuple[str, str, bool, bool], tuple[dict[str, nn.Parameter], float]] = {}
         for module in self.modules:
             for part, key in self.adapter.keys_of(module).items():
                 parameter = getattr(self.adapter, key)
                 if isinstance(parameter, nn.Parameter):
-                    second = self.options.loraplus if part == "lora_up.weight" else 1.0
+                    rates_key, rate = self._rates[module]
+                    second = part == "lora_up.weight"
                     # Every part is zero without a change, except magnitudes: decay would shrink the weights themselves.
                     decay = part not in ("dora_scale", "dora_rows")
-                    by_kind.setdefault((self._rates[module] * second, decay), {})[f"{NETWORK}.{key}"] = parameter
-        return [Group(parameters, rate, decay) for (rate, decay), parameters in by_kind.items()]
+                    kind = (module[0], rates_key, second, decay)
+                    rate *= self.options.loraplus if second else 1.0
+                    by_kind.setdefault(kind, ({}, rate))[0][f"{NETWORK}.{key}"] = parameter
+        return [Group(parameters, rate, kind[-1]) for kind, (parameters, rate) in by_kind.items()]
 
     def config(self) -> Mapping[str, Json]:
         options = self.options
@@ -110,6 +114,7 @@ class AdapterTarget:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
+        """The model as it is without the adapter, also where training began from the adapter of a file (`start`)."""
         hooks = self._attached.hooks.values()
         before = [hook.on for hook in hooks]
         for hook in hooks:

@@ -40,8 +40,8 @@ FORMS: Mapping[str, Form] = {
     "full": Form("full"),
 }
 MODULES = ("attention", "linear", "conv", "all")
-_RANKED = ("lora", "loha", "lokr", "oft")
-_LOW_RANK = ("lora", "loha", "lokr")
+RANKED = ("lora", "loha", "lokr", "oft")  # forms with a rank
+SCALED = ("lora", "loha", "lokr")  # forms whose change is multiplied by alpha / rank
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,9 @@ class AdapterOptions:
             raise RequestError("parts", "names no component; use unet, text_encoder or text_encoder_2")
         base = FORMS[self.form].parts
         for name, given, forms in (
-            ("dora", self.dora, _LOW_RANK),
+            ("dora", self.dora, SCALED),
             ("loraplus", self.loraplus != 1, ("lora",)),
-            ("rank_dropout", self.dropouts.rank > 0, _RANKED),
+            ("rank_dropout", self.dropouts.rank > 0, RANKED),
             ("factor", self.factor != -1, ("lokr",)),
             ("constraint", self.constraint != 0, ("oft",)),
         ):
@@ -113,6 +113,12 @@ class AdapterOptions:
             if number is not None and not (math.isfinite(number) and number >= 0):
                 raise RequestError(name, f"is {number:g}; expected a number of 0 or more")
         check_stops(self.stop_after, self.parts)
+
+    @property
+    def rate_factors(self) -> set[float]:
+        """The factors of the learning rate of all parameters that may be trained."""
+        factors = {*self.rates.values(), *(self.rates.get(part, 1.0) for part in self.parts)}
+        return factors | {factor * self.loraplus for factor in factors}
 
     @property
     def base_form(self) -> str:
@@ -183,11 +189,15 @@ def choose(options: AdapterOptions, networks: Mapping[str, nn.Module], recipe: T
 
 def rates_of(
     options: AdapterOptions, modules: Iterable[Module], networks: Mapping[str, nn.Module]
-) -> dict[Module, float]:
-    """The factor of each module's learning rate. Raises RequestError for a key of `rates` that means none of them."""
+) -> dict[Module, tuple[str, float]]:
+    """(key of `rates`, factor of the learning rate) of each module; the key is "" where none applies.
+
+    Raises RequestError for a key of `rates` that means none of the modules.
+    """
     modules, table = dict.fromkeys(modules), _table(networks)
     _check_keys("rates", options.rates, modules, table)
-    return {module: _most_specific(options.rates, module, table, 1.0) for module in modules}
+    keyed = {key: (key, rate) for key, rate in options.rates.items()}
+    return {module: _most_specific(keyed, module, table, ("", 1.0)) for module in modules}
 
 
 def _table(networks: Mapping[str, nn.Module]) -> tuple[Block, ...]:

@@ -53,6 +53,11 @@ class WeightsOptions:
             raise RequestError("in_channels", "needs the U-Net to be trained; add unet to parts")
         check_stops(self.stop_after, self.parts)
 
+    @property
+    def rate_factors(self) -> set[float]:
+        """The factors of the learning rate of all parts."""
+        return {self.rates.get(part, 1.0) for part in self.parts}
+
 
 class WeightsTarget:
     """All weights of the trained parts of `model`, which are changed in place; the other networks are frozen.
