@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from .short_runs import make_pictures
-
 from gouache.training import memory
+
+from .short_runs import make_pictures
 
 
 @pytest.fixture(autouse=True)
