@@ -299,7 +299,7 @@ def test_all_paths_of_a_run_are_absolute_in_its_settings(
     """So that it goes on from any folder."""
     for name in ("model", "vae", "start"):
         shutil.copy(narrow("sd1").file, tmp_path / f"{name}.safetensors")
-    (tmp_path / "class").mkdir()
+    shutil.copytree(pictures, tmp_path / "class")
     chosen = settings_of(
         Path("model.safetensors"), Path(pictures.name), Path("out.safetensors"), adapter={"start": "start.safetensors"},
         model={"vae": "vae.safetensors"}, data={"class_folder": "class", "cache_folder": "cache"},
