@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from gouache.app import loading
+from gouache.app import loading, machine
 from gouache.app.model import Model
 from gouache.app.settings import Settings
 from gouache.app.training import prepare, runs
@@ -232,8 +233,6 @@ WITHOUT_EFFECT: list[tuple[dict[str, Any], str]] = [
         for value in ({"M00": 2.0} if name == "alphas" else 4,)
     ),
     ({"model": {"weights": "ema"}}, "model.weights: ema is for trained weights"),
-    ({"memory": {"dtype": "fp16"}}, "memory.dtype: fp16 needs scaled losses"),
-    ({"adapter": {"form": "none"}, "memory": {"dtype": "fp16"}}, "memory.dtype: fp16 needs scaled losses"),
 ]  # fmt: skip
 
 
@@ -251,6 +250,22 @@ def test_every_form_is_accepted_with_its_own_settings(form: str):
     train = {"steps": 1, "batch": 1, "learning_rate": 1e-4}
     options = options_of(checked({"train": train, "adapter": {"form": form, **own}}), ["text_encoder"])
     assert options.parts == ("unet",)
+
+
+@pytest.mark.parametrize("form", ["lora", "none"])
+def test_half_precision_without_scaled_losses_is_refused_and_never_chosen(
+    form: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    chosen = settings_of(
+        narrow("sd1").file, pictures, tmp_path / "out.safetensors", adapter={"form": form}, memory={"dtype": "fp16"}
+    )
+    with pytest.raises(GouacheError, match=r"memory\.dtype: fp16 needs scaled losses"):
+        run(chosen, tmp_path / "run", settings)
+    monkeypatch.setattr(machine, "best_dtype", lambda *_: torch.float16)
+    automatic = chosen.model_copy(update={"memory": chosen.memory.model_copy(update={"dtype": ""})})
+    for user in (replace(settings, dtype=given) for given in (None, "fp16")):
+        found = prepare.load_model(automatic, user, lambda line: None, torch.device("cpu"))
+        assert found.dtype in (torch.float32, torch.bfloat16)
 
 
 def test_zero_terminal_snr_of_a_model_that_predicts_noise_is_refused(
@@ -287,7 +302,7 @@ def test_all_paths_of_a_run_are_absolute_in_its_settings(
     """So that it goes on from any folder."""
     for name in ("model", "vae", "start"):
         shutil.copy(narrow("sd1").file, tmp_path / f"{name}.safetensors")
-    (tmp_path / "class").mkdir()
+    shutil.copytree(pictures, tmp_path / "class")
     chosen = settings_of(
         Path("model.safetensors"), Path(pictures.name), Path("out.safetensors"), adapter={"start": "start.safetensors"},
         model={"vae": "vae.safetensors"}, data={"class_folder": "class", "cache_folder": "cache"},

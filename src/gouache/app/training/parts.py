@@ -74,5 +74,3 @@ def _check_effects(settings: RunSettings) -> None:
             f"{settings.model.weights} is for trained weights (adapter.form = none); of a model with averages (EMA) "
             "write a file of them alone with `gouache prune`, and train the adapter on that",
         )
-    if settings.memory.dtype == "fp16":
-        raise RequestError("memory.dtype", "fp16 needs scaled losses, which are not available; use bf16 or fp32")

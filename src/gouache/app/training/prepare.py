@@ -90,6 +90,8 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             "(adapter.form = none), or a LoRA of an inpainting model",
         )
     options = options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
+    if settings.memory.dtype == "fp16":
+        raise RequestError("memory.dtype", "fp16 needs scaled losses, which are not available; use bf16 or fp32")
     if settings.model.zero_terminal_snr and found.prediction is not None and found.prediction.value == "eps":
         raise RequestError(
             "model.zero_terminal_snr",
@@ -165,10 +167,11 @@ def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: t
     dtype = settings.memory.dtype or None
     if dtype is None and settings.adapter.form == "none":
         dtype = "fp32"
+    device = device or residency.device(settings.device or user.device)
     model = loading.load(
         chosen.name,
-        device=device or settings.device or user.device,
-        dtype=dtype,
+        device=device,
+        dtype=dtype or _automatic_dtype(settings, device, user),
         prediction=chosen.prediction or None,
         family=chosen.family or None,
         vae=None if chosen.vae == "automatic" else chosen.vae,
@@ -183,6 +186,17 @@ def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: t
     for network in (model.unet, model.vae, *model.text_encoders.values()):
         network.requires_grad_(False)
     return model
+
+
+def _automatic_dtype(settings: RunSettings, device: torch.device, user: Settings) -> str:
+    """The user's dtype, or the fastest; not fp16, in which gradients overflow and vanish without scaled losses."""
+    dtype = residency.dtype(user.dtype) if user.dtype else None
+    if dtype is None:
+        found = identify(open_model(names.resolve(settings.model.name, user)), family=settings.model.family or None)
+        dtype = machine.best_dtype(device, trainable(found).channels, user)
+    if dtype != torch.float16:
+        return residency.dtype_name(dtype)
+    return "bf16" if "bf16" in residency.native_dtypes(device) else "fp32"
 
 
 def _paint_class(settings: RunSettings, user: Settings, model: Model, on_work: OnWork) -> int:
