@@ -218,6 +218,23 @@ def test_layers_that_no_output_depends_on_are_not_trained(family: str, models: C
     assert trained == expected
 
 
+@pytest.mark.parametrize(("family", "clip_skip"), [("sd1", 2), ("sd1", 1), ("sd2", 1), ("sdxl", 1), ("sdxl", 2)])
+def test_with_a_clip_skip_the_layers_are_trained_that_prompts_depend_on(
+    family: str, clip_skip: int, models: Callable[[str], Model]
+):
+    model = models(family)
+    with attached(model, parts=tuple(model.text_encoders), clip_skip=clip_skip) as target:
+        found = model.encode_prompts(["a cat"], clip_skip=clip_skip)
+        sums = [each.sum() for each in (found.context, found.vector) if each is not None]
+        reached = torch.autograd.grad(sum(sums), [*target.adapter.parameters()], allow_unused=True)
+        trained = len({(part, path.split(".")[3]) for part, path in target.modules})
+
+    assert all(each is not None for each in reached)
+    layers = {name: len(each.text_model.encoder.layers) for name, each in model.text_encoders.items()}
+    pooled = layers.pop("text_encoder_2", 0)  # its last layer gives SDXL's vector
+    assert trained == pooled + sum(layers.values()) - (clip_skip - 1) * len(layers)
+
+
 @pytest.mark.parametrize("form", ["lora", "loha", "lokr", "oft", "dora", "ia3", "full"])
 def test_training_goes_on_from_the_weights_of_a_file(form: str, models: Callable[[str], Model], tmp_path: Path):
     model = models("sd1")

@@ -47,6 +47,7 @@ def options_of(settings: RunSettings, encoders: Sequence[str]) -> AdapterOptions
         loraplus=chosen.plus_ratio,
         dropouts=Rates(chosen.module_dropout, chosen.rank_dropout, chosen.dropout),
         stop_after=stops,
+        clip_skip=settings.model.clip_skip,
     )
 
 

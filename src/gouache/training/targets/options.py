@@ -62,7 +62,8 @@ class AdapterOptions:
     `ranks`, `alphas` and `rates` hold other values by part (unet), block (IN04, M00, OUT11) or prefix of a module's
     path (input_blocks.4.1, unet.middle_block); the most specific one applies. A rank of 0 leaves modules out. `rates`
     multiply the learning rate, `loraplus` that of LoRA's second factor (LoRA+). `stop_after`, by part: it is trained
-    for that number of batches only.
+    for that number of batches only. `clip_skip` is the hidden state of the text encoders that is used, counted from the
+    end, 0 for the family's: layers after it are left out.
     """
 
     form: str = "lora"
@@ -82,6 +83,7 @@ class AdapterOptions:
     loraplus: float = 1.0
     dropouts: Rates = Rates()  # noqa: RUF009  # frozen
     stop_after: Mapping[str, int] = field(default_factory=dict)
+    clip_skip: int = 0
 
     def __post_init__(self) -> None:
         if self.form not in FORMS:
@@ -157,7 +159,7 @@ def choose(options: AdapterOptions, networks: Mapping[str, nn.Module], recipe: T
     """
     if unknown := [part for part in options.parts if part not in networks]:
         raise RequestError("parts", f"{printable(unknown[0], 40)!r} is not a part; the model has {', '.join(networks)}")
-    unused = {part: _unused(part, networks[part], recipe) for part in options.parts}
+    unused = {part: _unused(part, networks[part], recipe, options.clip_skip) for part in options.parts}
     candidates = {
         (part, path): layer
         for part in options.parts
@@ -234,13 +236,13 @@ def _is_inside(options: AdapterOptions, path: str) -> bool:
             return True
 
 
-def _unused(part: str, network: nn.Module, recipe: TextRecipe) -> tuple[str, ...]:
+def _unused(part: str, network: nn.Module, recipe: TextRecipe, clip_skip: int) -> tuple[str, ...]:
     """The prefixes of layers whose output the model does not use: a text encoder's last, with a clip skip of 2."""
     encoder = next((each for each in recipe.encoders if each.name == part), None)
     if encoder is None or recipe.pooled == part:
         return ()
     layers = len(network.get_submodule("text_model.encoder.layers"))  # type: ignore[arg-type]
-    unused = tuple(f"{_TEXT}{layers - 1 - index}." for index in range(encoder.layer - 1))
+    unused = tuple(f"{_TEXT}{layers - 1 - index}." for index in range((clip_skip or encoder.layer) - 1))
     return unused if encoder.final_norm else (*unused, "text_model.final_layer_norm")
 
 
