@@ -68,6 +68,9 @@ def test_a_short_run_writes_the_file_the_sheet_and_two_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ):
     torch.set_num_threads(1)
+    train = recipe.gouache.train
+    quick = {"steps": 1}
+    monkeypatch.setattr(recipe.gouache, "train", lambda *a, samples, **b: train(*a, samples={**samples, **quick}, **b))
     monkeypatch.setattr(recipe, "painted", lambda model, prompt, seed: BEFORE[seed % 2])  # faster than the model
 
     assert recipe.main([str(tmp_path), *arguments]) == 0

@@ -109,7 +109,7 @@ def test_zero_terminal_snr_changes_no_class_picture(small: Small, settings: Sett
         folder = tmp_path / str(zero)
         chosen = small(
             data={"class_pictures": 1, "class_folder": str(folder), "cache": False},
-            model={"zero_terminal_snr": zero}, validation={"probe": 0},
+            model={"zero_terminal_snr": zero, "prediction": "v"}, validation={"probe": 0},
         )  # fmt: skip
         with prepare.prepared(chosen, RunFolder(tmp_path / "run"), settings, on_note=quiet, on_work=quiet) as ready:
             assert (ready.objective.schedule.sigma_max > 1000) == zero

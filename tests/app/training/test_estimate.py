@@ -56,7 +56,7 @@ def memory(file: Path, pictures: Path, user: Settings, monkeypatch: pytest.Monke
     return estimate.estimate(chosen, RunFolder(Path("none")), user, on_note=lambda line: None)
 
 
-@pytest.mark.full  # six simulations; checkpointing alone is in the short test
+@pytest.mark.full  # six simulations
 def test_memory_depends_on_the_settings(
     narrow: Narrows, pictures: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
@@ -73,6 +73,7 @@ def test_memory_depends_on_the_settings(
     assert of(train={"batch": 2, "optimizer": "adafactor"}, **WEIGHTS) < trained
 
 
+@pytest.mark.full
 def test_checkpointing_lowers_the_memory(
     narrow: Narrows, pictures: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):

@@ -113,7 +113,7 @@ def test_trained_text_encoders_are_not_freed(narrow: Narrows, pictures: Path, se
         assert ready.model.unloaded == {"VAE"}
 
 
-@pytest.mark.parametrize("rounding", ["master", "stochastic"])
+@pytest.mark.parametrize("rounding", ["master", pytest.param("stochastic", marks=pytest.mark.full)])
 def test_weights_in_bf16_train_resume_and_change(
     rounding: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):

@@ -32,7 +32,10 @@ MODES: dict[str, dict[str, Any]] = {
     "finetune of text": {"mode": "finetune", "adapter": {"form": "none"}, "parts": {"text_encoder": True}},
     "class by the model": {"mode": "dreambooth", "loss": {"prior": "model"}, "data": {"class_word": "a cat"}},
 }
-LONG = {("sd1", "locon"), ("sd1", "loha"), ("sd1", "dropouts"), ("sd2", "text encoders"), ("sdxl", "text encoders")}
+LONG = {
+    ("sd1", "locon"), ("sd1", "loha"), ("sd1", "lokr"), ("sd1", "ia3"), ("sd1", "dropouts"),
+    ("sd1", "finetune of text"), ("sd2", "text encoders"), ("sdxl", "text encoders"),
+}  # fmt: skip
 CASES = [
     *(("sd1", mode) for mode in MODES),
     *((family, mode) for family in ("sd2", "sdxl") for mode in ("lora", "text encoders", "finetune")),

@@ -111,8 +111,13 @@ def through_lycoris(file: Path, model: Model, narrow: Callable[[str], Narrow], f
     return of_ours(model, unet) if family == "sdxl" else of_diffusers(model, unet)
 
 
-CASES = [("sd1", case) for case in FORMS]
-CASES += [(family, case) for family in FAMILIES[1:] for case in ("locon", "dora", "lokr", "oft", "ia3")]
+CASES: list[Any] = [("sd1", case) for case in FORMS]
+CASES += [(family, "locon") for family in FAMILIES[1:]]
+CASES += [
+    pytest.param(family, case, marks=pytest.mark.full)
+    for family in FAMILIES[1:]
+    for case in ("dora", "lokr", "oft", "ia3")
+]
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)
