@@ -41,7 +41,7 @@ def texts(folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["pixel", "caption", "vae", "nothing"])
+@pytest.mark.parametrize("kind", ["pixel", "caption", "vae", pytest.param("nothing", marks=pytest.mark.full)])
 def test_what_is_edited_is_made_anew_and_nothing_else(
     kind: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
@@ -76,7 +76,10 @@ def test_what_is_edited_is_made_anew_and_nothing_else(
 VARIED = {"shuffle": True, "flip": True, "random_crop": True, "color": True, "tag_dropout": 0.3, "caption_dropout": 0.3}
 
 
-@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.full), "sdxl", "sd1-inpainting"])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param("sd1", marks=pytest.mark.full), "sdxl", pytest.param("sd1-inpainting", marks=pytest.mark.full)],
+)
 def test_the_loss_with_caches_is_that_without(
     family: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):

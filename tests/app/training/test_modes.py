@@ -236,7 +236,7 @@ def test_the_text_encoder_stops_after_its_steps(mode: str, small: Small, setting
     assert all(torch.equal(first[name], last[name]) for name in text)
 
 
-@pytest.mark.parametrize("weights", ["last", "ema"])
+@pytest.mark.parametrize("weights", [pytest.param("last", marks=pytest.mark.full), "ema"])
 def test_which_weights_a_run_starts_from_is_said(weights: str, small: Small, settings: Settings, tmp_path: Path):
     tables = {**WEIGHTS, "train": {"steps": 2, "ema_decay": 0.9}}
     run(small("sd1", **tables), tmp_path / "a", settings)
@@ -255,7 +255,7 @@ def test_which_weights_a_run_starts_from_is_said(weights: str, small: Small, set
     assert any(said in note for note in notes), notes
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("family", [pytest.param("sd1", marks=pytest.mark.full), "sdxl"])
 def test_a_lora_paints_the_same_picture_in_diffusers(
     family: str, small: Small, narrow: Narrows, settings: Settings, tmp_path: Path
 ):

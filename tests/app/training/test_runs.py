@@ -33,7 +33,7 @@ MODES: dict[str, dict[str, Any]] = {
     "class by the model": {"mode": "dreambooth", "loss": {"prior": "model"}, "data": {"class_word": "a cat"}},
 }
 LONG = {
-    ("sd1", "locon"), ("sd1", "loha"), ("sd1", "lokr"), ("sd1", "ia3"), ("sd1", "dropouts"),
+    ("sd1", "locon"), ("sd1", "loha"), ("sd1", "lokr"), ("sd1", "ia3"), ("sd1", "oft"), ("sd1", "dropouts"),
     ("sd1", "finetune of text"), ("sd2", "text encoders"), ("sdxl", "text encoders"),
 }  # fmt: skip
 CASES = [

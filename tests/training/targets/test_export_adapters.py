@@ -168,7 +168,17 @@ def test_diffusers_names_are_read_by_us_and_by_diffusers(
         close(found, context)
 
 
-@pytest.mark.parametrize("case", ["lora", "locon", "dora", "loha", "lokr", "lokr, full", "ia3"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "locon",
+        "dora",
+        "loha",
+        "lokr",
+        "ia3",
+        *(pytest.param(each, marks=pytest.mark.full) for each in ("lora", "lokr, full")),
+    ],
+)
 def test_pefts_folders_are_read_by_us_and_by_peft(
     case: str, models: Callable[[str], Model], narrow: Callable[[str], Narrow], tmp_path: Path
 ):
