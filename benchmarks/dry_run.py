@@ -131,7 +131,7 @@ def _settings(name: str, folder: Path, model: str) -> Any:
         "samples": {"every": steps, "steps": 2},
         "validation": {"timesteps": 2, "probe": 1},
     }  # fmt: skip
-    return checked({"output": str(folder / "run" / "out.safetensors"), "device": "cpu", **_merged(usual, tables)})
+    return checked({"output": str(folder / "out.safetensors"), "device": "cpu", **_merged(usual, tables)})
 
 
 def _predict(name: str, folder: str, model: str) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _measure(name: str, folder: str, model: str) -> dict[str, Any]:
         def step(progress: object) -> None:
             peaks.phase = "after step 1"
 
-        runs.run(settings, RunFolder(run), read(), on_note=log, on_work=work, on_progress=step)
+        runs.run(settings, RunFolder(run), read(), on_note=log, on_work=work, on_progress=step, overwrite=True)
     lines = [json.loads(line) for line in (run / "times.jsonl").read_text().splitlines()]
     others = ("validation", "previews", "saving")
     seconds = [line["seconds"] - sum(line.get(each, 0) for each in others) for line in lines]
