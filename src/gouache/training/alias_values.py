@@ -14,7 +14,7 @@ from gouache.outside import MalformedText, parse_toml, read_text
 
 LEVELS = 1000  # timesteps of all models that are trained
 TEXT_RATES = ("parts.text_learning_rate", "parts.text_learning_rate_2")
-"""Absolute learning rates of the text encoders, which become relative ones; see `run_settings.with_overrides`."""
+"""Absolute learning rates of the text encoders, which become relative ones; see `overrides.with_overrides`."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Settings under the names of kohya's scripts, LyCORIS and diffusers' examples, with the effect that they have there.
 
-What they mean is applied by `run_settings.with_overrides`. A name without a counterpart is in `INSTEAD`, with what to
+What they mean is applied by `overrides.with_overrides`. A name without a counterpart is in `INSTEAD`, with what to
 use.
 """
 

@@ -58,7 +58,7 @@ def train(
     settings: Settings,
     folder: Path,
     *,
-    on_begin: Callable[[int], None] | None = None,
+    on_begin: Callable[[Position], None] | None = None,
     on_log: Callable[[Progress], None] | None = None,
     validate: Validate | None = None,
     on_preview: Callable[[int], None] | None = None,
@@ -73,8 +73,8 @@ def train(
 ) -> Result:
     """Train until `settings.steps`, for `seconds`, or until Ctrl-C or `should_stop()`; then save. A later call resumes.
 
-    `folder` contains the checkpoints and the logs. `on_begin` is called with the number of steps that are done, once
-    the folder is locked and a checkpoint, if there is one, is restored. `validate` and `on_preview` are called with the
+    `folder` contains the checkpoints and the logs. `on_begin` is called with the position of the run, once the
+    folder is locked and a checkpoint, if there is one, is restored. `validate` and `on_preview` are called with the
     averaged weights in the networks: `validate` every `settings.validate_steps`, and once more with the last weights;
     `on_preview` with the number of steps done, for the numbers in `preview_steps` (0 is before the first step; an
     interval is a `range`); `on_last_preview` likewise with the last weights, if there are averages and a step was done.
@@ -96,7 +96,7 @@ def train(
         record = Recorder(run, folder, position.step, on_log, note)
         batches = record.clock.measured("data", batches)
         if on_begin is not None:
-            on_begin(position.step)
+            on_begin(position)
 
         def running() -> bool:
             stopped = requested.stop or record.seconds >= seconds or (should_stop is not None and should_stop())

@@ -14,12 +14,14 @@ import torch
 from gouache.app.settings import Settings
 from gouache.app.training import prepare
 from gouache.app.training.folder import RunFolder
+from gouache.app.training.objective import text_encoder
 from gouache.errors import RequestError
 from gouache.model.model import Model
 from gouache.training import optimizers
 from gouache.training.objective import Group
+from gouache.training.overrides import with_overrides
 from gouache.training.rates import rate
-from gouache.training.run_settings import RunSettings, checked, with_overrides
+from gouache.training.run_settings import RunSettings, checked
 from tests.app.training.short_runs import settings_of
 from tests.pipelines import Narrow
 
@@ -373,7 +375,7 @@ def test_clip_skip_counts_layers_as_kohyas_scripts_do(
 ):
     pipeline = narrow("sd1").pipeline
     with ready("sd1", f"clip_skip={skip}") as found:
-        conditioning = prepare.text_encoder(found.settings, found.model)(["zorb, red"], None)
+        conditioning = text_encoder(found.settings, found.model)(["zorb, red"], None)
     tokens = pipeline.tokenizer(["zorb, red"], padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.no_grad():
         hidden = pipeline.text_encoder(tokens, output_hidden_states=True).hidden_states[-skip]

@@ -15,6 +15,7 @@ from PIL import Image
 from gouache.app.settings import Settings
 from gouache.app.training import defaults, prepare
 from gouache.app.training.folder import RunFolder
+from gouache.app.training.objective import text_encoder
 from gouache.app.training.prepare import Prepared
 from gouache.app.training.runs import opened
 from gouache.data.record import CaptionOptions, PictureOptions
@@ -309,7 +310,7 @@ def test_fences_are_not_in_captions_of_validation(tmp_path: Path, choose: Choose
     overrides = ["keep_tokens_separator=|||", "shuffle=true", "caption_dropout=1", "resolution=64"]
     with ready(choose(tmp_path / "a", *overrides)) as found:
         context = found.validation.probe[0].conditioning.context
-        wanted = prepare.text_encoder(found.settings, found.model)(["zorb, red, green"], None).context
+        wanted = text_encoder(found.settings, found.model)(["zorb, red, green"], None).context
     assert bool((context == wanted).all())
 
 

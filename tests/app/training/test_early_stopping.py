@@ -53,6 +53,14 @@ def test_patience_exports_the_best_checkpoint_and_says_so(
     assert (again.step, again.exported) == (3, best)
     assert any("--set train.patience=0" in note for note in notes)
 
+    notes.clear()
+    other = settings_of(
+        narrow("sd1").file, pictures, output, mode="finetune", adapter={"form": "none"}, train={**train, "steps": 4},
+        validation={"pictures": 1, "timesteps": 3},
+    )  # fmt: skip
+    assert run(other, folder.path, settings, notes=notes).step == 4  # other losses, which patience counts anew
+    assert "goes on after step 3 of 4" in notes
+
 
 def test_averages_and_last_weights_are_validated_at_each_timestep(
     narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path

@@ -22,6 +22,7 @@ from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.nn.spec import UNetSpec
 from gouache.training import run_settings
 from gouache.training.aliases import EPOCHS
+from gouache.training.overrides import with_overrides
 from gouache.training.run_settings import Mode, RunSettings
 
 TRAINABLE = ("sd1", "sd2", "sdxl")
@@ -49,7 +50,7 @@ def choose(
     if mode not in get_args(Mode):
         raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(get_args(Mode))}")
     # Those of other settings on which chosen ones depend; the rate of 1 only until the real one is known.
-    given = run_settings.with_overrides({"train": {"learning_rate": 1.0}}, overrides)
+    given = with_overrides({"train": {"learning_rate": 1.0}}, overrides)
     steps = steps if steps is not None else _given_steps(given)
     given_data = given.get("data", {})
     folder = str(given_data.get("folder") or Path(data))
@@ -92,7 +93,7 @@ def choose(
         """The settings with the values that depend on `steps`; `fixed` come before everything else."""
         train = _training(mode, form, count, steps, small, spec.channels, device.type, optimizer)
         complete = {**chosen, "train": train | (_resume(train["steps"], file) if resume else {})}
-        values = run_settings.with_overrides(_merged(complete, own), overrides)
+        values = with_overrides(_merged(complete, own), overrides)
         values["train"].pop(_EPOCHS, None)
         return run_settings.checked(_merged(values, {"train": fixed}))
 

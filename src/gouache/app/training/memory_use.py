@@ -12,6 +12,7 @@ from torch import Tensor
 from gouache.app.model import Model
 from gouache.app.settings import Settings
 from gouache.app.training import prepare
+from gouache.app.training.objective import make_objective
 from gouache.data.buckets import Size
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import FileError
@@ -78,7 +79,7 @@ def memory_use(
     for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
         checkpointing.enable(network)
     size, count = _largest(batches, settings.train.batch)
-    objective = prepare.make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
+    objective = make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
     train = settings.train.model_copy(update={"accumulate": min(2, settings.train.accumulate)})
     batch = _batch(simulated, model, target, size, count)
     run: snapshot.Run | None = None

@@ -5,7 +5,6 @@ settings -> header of the model -> pictures and captions -> model -> target -> c
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from gouache.app.training import class_pictures
 from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
+from gouache.app.training.objective import make_objective, text_encoder, timesteps_of
 from gouache.app.training.parts import options_of
 from gouache.app.training.pictures import (
     OnNote,
@@ -36,7 +36,6 @@ from gouache.app.training.pictures import (
 )  # fmt: skip
 from gouache.data import captions
 from gouache.data.record import PictureOptions, Record
-from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError, TrainingError, printable
 from gouache.families.family import NoiseLevels
 from gouache.families.found import Found
@@ -45,19 +44,16 @@ from gouache.files.open import open_model
 from gouache.generate.request import Request
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
-from gouache.prompts.encode import Sizes, encode
 from gouache.training import checkpointing, memory, optimizers
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.denoising import Denoising
 from gouache.training.latent_cache import LatentCache, identity_of
-from gouache.training.noise import NoiseOptions
 from gouache.training.objective import Group
 from gouache.training.run_settings import RunSettings
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.weights import WeightsOptions, WeightsTarget
 from gouache.training.text_cache import TextCache
-from gouache.training.timesteps import Timesteps
 from gouache.training.validation import Validation
 
 OnWork = Callable[[str, int, int], None]
@@ -100,7 +96,7 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
         )
     if settings.adapter.start:
         names.resolve(settings.adapter.start, user, "lora", "adapter.start")
-    _timesteps(settings, (found.levels.value if found.levels is not None else NoiseLevels()).steps)
+    timesteps_of(settings, (found.levels.value if found.levels is not None else NoiseLevels()).steps)
     settings.train.rate(0)
     optimizers.build(
         settings.train, [Group({"a": nn.Parameter(torch.zeros(2, 2))}, factor) for factor in options.rate_factors]
@@ -306,29 +302,6 @@ def make_validation(
     return Validation(objective, held_out, training, points, f"{points} timesteps of {name or name_of_training}")
 
 
-def text_encoder(
-    settings: RunSettings, model: Model
-) -> Callable[[Sequence[str], Sequence[Sizes] | None], Conditioning]:
-    """Encodes captions as plain text, without weights and brackets; the vector without sizes if none are given."""
-
-    def run(texts: Sequence[str], sizes: Sequence[Sizes] | None) -> Conditioning:
-        model.reload("text encoder")
-        return encode(
-            texts,
-            model.tokenizer,
-            model.text_encoders,
-            model.text_recipe,
-            clip_skip=settings.model.clip_skip or None,
-            sizes=sizes,
-            pooled_only=True,
-            emphasis="none",
-            embeddings=model.embeddings,
-            device=model.device,
-        )
-
-    return run
-
-
 def free_encoders(settings: RunSettings, model: Model, target: AdapterTarget | WeightsTarget) -> None:
     """Free the weights of what only fills the caches; it is read again when something is painted or not cached yet."""
     if not settings.data.cache:
@@ -337,78 +310,6 @@ def free_encoders(settings: RunSettings, model: Model, target: AdapterTarget | W
     if not target.trains_text:
         model.unload("text encoder")
     memory.trim()
-
-
-def make_objective(
-    settings: RunSettings,
-    model: Model,
-    target: AdapterTarget | WeightsTarget,
-    batches: Batches,
-    user: Settings,
-    caption_dropout: float,
-) -> Denoising:
-    loss, encode_text = settings.loss, text_encoder(settings, model)
-    with torch.no_grad():
-        unconditional = encode_text([""], None)
-    return Denoising(
-        model.denoiser,
-        target.networks,
-        unconditional,
-        settings.train.seed,
-        dropout=caption_dropout,
-        gamma=loss.gamma,
-        weighting=loss.weighting,
-        autocast=_autocast(settings, model, user),
-        data=batches.identity,
-        base=base_of(model, user),
-        target=target,
-        encode=lambda texts, sizes: encode_text(texts, sizes),
-        noise=NoiseOptions(
-            offset=loss.noise_offset,
-            offset_random=loss.noise_offset_random,
-            offset_adaptive=loss.adaptive_noise_scale,
-            pyramid_iterations=loss.pyramid_iterations,
-            pyramid_discount=loss.pyramid_discount,
-            perturbation=loss.input_perturbation,
-            perturbation_random=loss.input_perturbation_random,
-        ),
-        timesteps=_timesteps(settings, len(model.schedule.sigmas)),
-        v_like_loss=loss.v_like,
-        distance=loss.loss,
-        huber_c=loss.huber,
-        huber_scale=loss.huber_scale,
-        huber_schedule=loss.huber_schedule,
-        prior_weight=loss.prior_weight,
-        prior="frozen" if loss.prior == "model" else "pictures",
-    )
-
-
-def _timesteps(settings: RunSettings, levels: int) -> Timesteps:
-    """Raises RequestError if the range has none of the `levels`."""
-    loss = settings.loss
-    first, last = round(loss.timestep_min * levels), round(loss.timestep_max * levels)
-    if first >= last:
-        raise RequestError(
-            "loss.timestep_min",
-            f"is {loss.timestep_min:g} and loss.timestep_max {loss.timestep_max:g}: none of the {levels} timesteps is "
-            "between them; widen the range",
-        )
-    return Timesteps(loss.timesteps, shift=loss.timestep_shift, first=first, last=last)
-
-
-def base_of(model: Model, user: Settings) -> str:
-    """What frozen weights are: the hashes of the model file and of a VAE from another file."""
-    parts = [hashes.sha256(model.file, user)]
-    parts += [hashes.sha256(model.vae_file, user)] if model.vae_file is not None else []
-    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def _autocast(settings: RunSettings, model: Model, user: Settings) -> bool:
-    if settings.memory.autocast != "auto":
-        return settings.memory.autocast == "yes"
-    if model.dtype != torch.float32:
-        return False
-    return machine.best_dtype(model.device, model.unet.spec.channels, user) == residency.dtype("bf16")
 
 
 def _fill(settings: RunSettings, batches: Batches, on_work: OnWork) -> None:

@@ -28,6 +28,8 @@ from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import loop, memory, run_settings, state
 from gouache.training.aliases import EPOCHS
 from gouache.training.loop import Progress, Result
+from gouache.training.overrides import with_overrides
+from gouache.training.position import Position
 from gouache.training.run_settings import RunSettings, template
 
 RUNS = Path("runs")
@@ -76,7 +78,7 @@ def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
         values = parse_toml(read_text(file))
     except MalformedText as error:
         raise FileError(file, str(error)) from None
-    values = run_settings.with_overrides(values, overrides)
+    values = with_overrides(values, overrides)
     if isinstance(train := values.get("train"), dict) and EPOCHS.partition(".")[2] in train:
         raise RequestError("epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
     settings = run_settings.checked(values, printable(file.name))
@@ -107,9 +109,9 @@ def run(
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
     if not folder.is_started:
         _check_output(settings, overwrite)
-    settings = _with_hash(settings, user)
     wants_board = tensorboard.is_wanted(settings.tensorboard)
     path, _ = prepare.check_model(settings, user)
+    settings = _with_hash(settings, path, user)
     if settings.model.resume:
         foreign.check(settings, open_model(path))
     if not folder.is_started and (note := foreign.hint(settings, open_model(path))):
@@ -129,13 +131,13 @@ def run(
                 foreign.begin(ready, folder, on_note)
             samples = _samples(ready, folder)
 
-            def begin(step: int) -> None:
+            def begin(position: Position) -> None:
                 _write_settings(settings, folder, user)  # only now: a change may have been refused
                 export.write_metadata(ready, folder)
                 if changed:
-                    samples.forget(step)
-                if step:
-                    on_note(_resumed(settings, folder, step))
+                    samples.forget(position.step)
+                if position.step:
+                    on_note(_resumed(settings, folder, position))
 
             def progress(measured: Progress) -> None:
                 if board is not None:
@@ -179,11 +181,10 @@ def _check_output(settings: RunSettings, overwrite: bool) -> None:
     export.check_output(export.choose(settings, False, output), output, overwrite)
 
 
-def _with_hash(settings: RunSettings, user: Settings) -> RunSettings:
-    """The settings with the hash of the model, which a resumed run compares."""
+def _with_hash(settings: RunSettings, path: Path, user: Settings) -> RunSettings:
+    """The settings with the hash of the model in `path`, which a resumed run compares."""
     if settings.model.sha256:
         return settings
-    path, _ = prepare.check_model(settings, user)
     digest = hashes.sha256(open_model(path), user)
     return settings.model_copy(update={"model": settings.model.model_copy(update={"sha256": digest})})
 
@@ -229,13 +230,13 @@ def _near(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _resumed(settings: RunSettings, folder: RunFolder, step: int) -> str:
+def _resumed(settings: RunSettings, folder: RunFolder, position: Position) -> str:
     """One line on what a run that was called again does."""
-    shown, train, values = printable(str(folder.path)), settings.train, folder.state()
+    shown, train, step = printable(str(folder.path)), settings.train, position.step
     again = f"gouache train run {shlex.quote(shown)}"
     if step >= train.steps:
         return f"all {train.steps} steps are done; to train more: {again} --set train.steps={step + train.steps}"
-    if 0 < train.patience <= int(values.get("waiting", 0)):
+    if position.without_patience(train):
         return f"patience ended this run at step {step}; to train more: {again} --set train.patience=0"
     return f"goes on after step {step} of {train.steps}"
 

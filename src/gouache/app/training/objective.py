@@ -1,0 +1,118 @@
+"""The objective of a run from its settings, and the encoding of its captions."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from gouache.app import hashes, machine
+from gouache.app.model import Model
+from gouache.app.settings import Settings
+from gouache.diffusion.conditioning import Conditioning
+from gouache.errors import RequestError
+from gouache.model import residency
+from gouache.prompts.encode import Sizes, encode
+from gouache.training.batches import Batches
+from gouache.training.denoising import Denoising
+from gouache.training.noise import NoiseOptions
+from gouache.training.run_settings import RunSettings
+from gouache.training.targets.adapter import AdapterTarget
+from gouache.training.targets.weights import WeightsTarget
+from gouache.training.timesteps import Timesteps
+
+
+def make_objective(
+    settings: RunSettings,
+    model: Model,
+    target: AdapterTarget | WeightsTarget,
+    batches: Batches,
+    user: Settings,
+    caption_dropout: float,
+) -> Denoising:
+    loss, encode_text = settings.loss, text_encoder(settings, model)
+    with torch.no_grad():
+        unconditional = encode_text([""], None)
+    return Denoising(
+        model.denoiser,
+        target.networks,
+        unconditional,
+        settings.train.seed,
+        dropout=caption_dropout,
+        gamma=loss.gamma,
+        weighting=loss.weighting,
+        autocast=_autocast(settings, model, user),
+        data=batches.identity,
+        base=_base_of(model, user),
+        target=target,
+        encode=lambda texts, sizes: encode_text(texts, sizes),
+        noise=NoiseOptions(
+            offset=loss.noise_offset,
+            offset_random=loss.noise_offset_random,
+            offset_adaptive=loss.adaptive_noise_scale,
+            pyramid_iterations=loss.pyramid_iterations,
+            pyramid_discount=loss.pyramid_discount,
+            perturbation=loss.input_perturbation,
+            perturbation_random=loss.input_perturbation_random,
+        ),
+        timesteps=timesteps_of(settings, len(model.schedule.sigmas)),
+        v_like_loss=loss.v_like,
+        distance=loss.loss,
+        huber_c=loss.huber,
+        huber_scale=loss.huber_scale,
+        huber_schedule=loss.huber_schedule,
+        prior_weight=loss.prior_weight,
+        prior="frozen" if loss.prior == "model" else "pictures",
+    )
+
+
+def timesteps_of(settings: RunSettings, levels: int) -> Timesteps:
+    """Raises RequestError if the range has none of the `levels`."""
+    loss = settings.loss
+    first, last = round(loss.timestep_min * levels), round(loss.timestep_max * levels)
+    if first >= last:
+        raise RequestError(
+            "loss.timestep_min",
+            f"is {loss.timestep_min:g} and loss.timestep_max {loss.timestep_max:g}: none of the {levels} timesteps is "
+            "between them; widen the range",
+        )
+    return Timesteps(loss.timesteps, shift=loss.timestep_shift, first=first, last=last)
+
+
+def _base_of(model: Model, user: Settings) -> str:
+    """What frozen weights are: the hashes of the model file and of a VAE from another file."""
+    parts = [hashes.sha256(model.file, user)]
+    parts += [hashes.sha256(model.vae_file, user)] if model.vae_file is not None else []
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _autocast(settings: RunSettings, model: Model, user: Settings) -> bool:
+    if settings.memory.autocast != "auto":
+        return settings.memory.autocast == "yes"
+    if model.dtype != torch.float32:
+        return False
+    return machine.best_dtype(model.device, model.unet.spec.channels, user) == residency.dtype("bf16")
+
+
+def text_encoder(
+    settings: RunSettings, model: Model
+) -> Callable[[Sequence[str], Sequence[Sizes] | None], Conditioning]:
+    """Encodes captions as plain text, without weights and brackets; the vector without sizes if none are given."""
+
+    def run(texts: Sequence[str], sizes: Sequence[Sizes] | None) -> Conditioning:
+        model.reload("text encoder")
+        return encode(
+            texts,
+            model.tokenizer,
+            model.text_encoders,
+            model.text_recipe,
+            clip_skip=settings.model.clip_skip or None,
+            sizes=sizes,
+            pooled_only=True,
+            emphasis="none",
+            embeddings=model.embeddings,
+            device=model.device,
+        )
+
+    return run
