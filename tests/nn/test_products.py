@@ -68,6 +68,14 @@ def test_output_and_gradient_are_those_of_float64_rounded_to_bfloat16(name: str)
 
 
 @pytest.mark.parametrize("name", LAYERS)
+def test_memory_layout_of_the_input_does_not_matter(name: str) -> None:
+    layer, x = layer_of(name)
+    products.enable(layer)
+    for found, before in zip(results(layer, x.mT.contiguous().mT), results(layer, x), strict=True):
+        assert error(found, before.double()) < 3.5e-3
+
+
+@pytest.mark.parametrize("name", LAYERS)
 def test_without_gradients_nothing_changes(name: str) -> None:
     layer, x = layer_of(name)
     plain, before = layer(x), results(layer, x)
@@ -95,11 +103,14 @@ def test_float32_inputs_are_left_to_torch() -> None:
     assert torch.equal(layer(x.float()), F.linear(x.float(), layer.weight, layer.bias))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("columns_first", [False, True])
 @pytest.mark.parametrize(("queries", "keys"), [(70, 70), (64, 77)])
-def test_attention_and_its_gradients_are_those_of_float64(queries: int, keys: int) -> None:
+def test_attention_and_its_gradients_are_those_of_float64(queries: int, keys: int, columns_first: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(2, 3, count, 20, generator=generator).bfloat16() for count in (queries, keys, keys)]
     gradient = torch.randn(2, 3, queries, 20, generator=generator).bfloat16()
+    if columns_first:  # as a product the other way round returns them
+        *inputs, gradient = (each.mT.contiguous().mT for each in (*inputs, gradient))
 
     def computed(function: object, dtype: torch.dtype) -> list[Tensor]:
         tensors = [each.to(dtype).requires_grad_() for each in inputs]

@@ -130,7 +130,11 @@ class Patch:
         if down.ndim == 4 and down.shape[1] == LATENT_CHANNELS:
             return None  # of a first convolution, which may have more channels (`_widened`)
         index, count = self.share
-        return up.flatten(1).chunk(count)[index] * forms.scale(self.parts, down.shape[0]), down
+        up, factor = (
+            up.flatten(1) if count == 1 else up.flatten(1).chunk(count)[index],
+            forms.scale(self.parts, len(down)),
+        )
+        return up if factor == 1 else up * factor, down
 
     @property
     def rank(self) -> int | None:

@@ -11,6 +11,8 @@ by timing, so that a resumed run computes the same.
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable
 from functools import cache
 from itertools import product
@@ -22,9 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-BLOCK = 2**19  # numbers of a weight converted at once: 2 MiB in float32, which stays in the cache
+BLOCK = 2**21  # numbers of a weight converted at once: 8 MiB in float32
+
 FEW_ROWS = 32  # with fewer rows, reading the weights takes most of the time, and bfloat16 is faster
-SMALL_MAP = 256  # up to so many positions, 3x3 convolutions are faster as products of matrices
+SMALL_MAP = 64  # up to so many positions, 3x3 convolutions are faster as products of matrices
 
 
 @cache
@@ -93,7 +96,7 @@ def _convolution(layer: nn.Conv2d, x: Tensor) -> Tensor:
         return _Linear.apply(rows, layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
     positions = len(x) * x.shape[2] * x.shape[3]
     if simple and layer.stride == (1, 1) and three and layer.padding == (1, 1) and positions <= SMALL_MAP:
-        return (_Tiny if positions < FEW_ROWS else _Small).apply(x, layer.weight, layer.bias)
+        return _Small.apply(x, layer.weight, layer.bias)
     options = [list(each) for each in (layer.stride, layer.padding, layer.dilation)]
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         return nn.Conv2d.forward(layer, x)
@@ -106,13 +109,15 @@ _FORWARD: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {nn.Linear: _
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x (rows, in) times weight (out, in) transposed, plus bias (out,): bfloat16 (rows, out)."""
     if len(x) < FEW_ROWS:
-        return F.linear(x.bfloat16(), weight, bias)
-    x, out = x.float(), torch.empty(len(x), len(weight), dtype=weight.dtype)
-    offset = None if bias is None else bias.float()
-    for block in _blocks(*weight.shape):
-        part = weight[block].float().T
-        out[:, block] = x @ part if offset is None else torch.addmm(offset[block], x, part)
-    return out
+        out = (weight @ x.to(weight.dtype).T).T.contiguous()  # this way round, the weight need not be rearranged
+        return out if bias is None else out.add_(bias)
+    x, offset = x.float(), None if bias is None else bias.float()
+
+    def product(block: slice) -> Tensor:
+        part = _exact(weight[block]).T
+        return (x @ part if offset is None else torch.addmm(offset[block], x, part)).to(weight.dtype)
+
+    return _joined([product(block) for block in _blocks(*weight.shape)])
 
 
 def _back_product(gradient: Tensor, weight: Tensor) -> Tensor:
@@ -121,20 +126,45 @@ def _back_product(gradient: Tensor, weight: Tensor) -> Tensor:
         return gradient @ weight
     rows, (outputs, inputs) = gradient.float(), weight.shape
     if inputs > outputs:  # blocks of columns: the larger result is written once
-        out = torch.empty(len(rows), inputs, dtype=weight.dtype)
-        for block in _blocks(inputs, outputs):
-            out[:, block] = rows @ weight[:, block].float()
-        return out
-    total = torch.zeros(len(rows), inputs)
-    for block in _blocks(outputs, inputs):
-        total.addmm_(rows[:, block], weight[block].float())
+        blocks = _blocks(inputs, outputs)
+        return _joined([(rows @ _exact(weight[:, block])).to(weight.dtype) for block in blocks])
+    first, *others = _blocks(outputs, inputs)
+    total = rows[:, first] @ _exact(weight[first])
+    for block in others:
+        total.addmm_(rows[:, block], _exact(weight[block]))
     return total.to(weight.dtype)
 
 
+_kept = threading.local()
+
+
+def _exact(part: Tensor) -> Tensor:
+    """`part` of a weight in float32, valid until the next call in this thread.
+
+    New memory is mapped page by page when it is written first, which takes longer than to convert the numbers.
+    """
+    buffer: Tensor | None = getattr(_kept, "buffer", None)
+    if buffer is None or buffer.numel() < part.numel():
+        buffer = _kept.buffer = torch.empty(part.numel())
+    memory = buffer[: part.numel()]
+    if part.ndim == 4:  # in channels-last, as the weights of convolutions are
+        count, channels, height, width = part.shape
+        return memory.view(count, height, width, channels).permute(0, 3, 1, 2).copy_(part)
+    return memory.view(part.shape).copy_(part)
+
+
+def _joined(columns: list[Tensor]) -> Tensor:
+    return columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
+
+
 def _blocks(count: int, width: int) -> list[slice]:
-    """Consecutive slices of `count` rows of so many numbers, about BLOCK numbers each."""
-    step = max(16, BLOCK // width)
-    return [slice(first, first + step) for first in range(0, count, step)]
+    """Consecutive slices of `count` rows of `width` numbers, at most about BLOCK numbers each, alike in size.
+
+    Their bounds are multiples of 16, the channels that a processor computes at once.
+    """
+    parts = math.ceil(count * width / BLOCK)
+    step = 16 * math.ceil(count / parts / 16)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 class _Linear(torch.autograd.Function):
@@ -143,57 +173,25 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(weight)
-        return _product(x.reshape(-1, x.shape[-1]), weight, bias).unflatten(0, x.shape[:-1])
+        return _product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         rows = _back_product(gradient.reshape(-1, gradient.shape[-1]), weight)
-        return rows.unflatten(0, gradient.shape[:-1]), None, None
+        return rows.view(*gradient.shape[:-1], weight.shape[1]), None, None
 
 
 class _Small(torch.autograd.Function):
-    """A 3x3 convolution of stride 1 and padding 1 on a small map: the sum of nine products, one per neighbour."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(weight)
-        count, channels, height, width = x.shape
-        total = torch.zeros(count * height * width, len(weight))
-        if bias is not None:
-            total += bias
-        padded = F.pad(x.permute(0, 2, 3, 1).float(), (0, 0, 1, 1, 1, 1))  # B H+2 W+2 C
-        for row, column in product(range(3), range(3)):
-            rows = padded[:, row : row + height, column : column + width].reshape(-1, channels)
-            part = weight[:, :, row, column]
-            for block in _blocks(*part.shape):
-                total[:, block].addmm_(rows, part[block].float().T)
-        return total.to(x.dtype).reshape(count, height, width, -1).permute(0, 3, 1, 2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        count, outputs, height, width = gradient.shape
-        rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs).float()
-        padded = torch.zeros(count, height + 2, width + 2, weight.shape[1])
-        for row, column in product(range(3), range(3)):
-            part, place = weight[:, :, row, column], padded[:, row : row + height, column : column + width]
-            for block in _blocks(weight.shape[1], outputs):
-                place[..., block] += (rows @ part[:, block].float()).reshape(count, height, width, -1)
-        return padded[:, 1:-1, 1:-1].to(weight.dtype).permute(0, 3, 1, 2), None, None
-
-
-class _Tiny(torch.autograd.Function):
-    """The same for fewer than FEW_ROWS positions, in bfloat16: a product with the 3x3 neighbourhoods."""
+    """A 3x3 convolution of stride 1 and padding 1 on a small map: a product with the 3x3 neighbourhoods."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(weight)
         padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # B H+2 W+2 C
         places = padded.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3)  # B H W 3 3 C
-        rows = F.linear(places.reshape(-1, 9 * x.shape[1]), _as_rows(weight), bias)
+        rows = _product(places.reshape(-1, 9 * x.shape[1]), _as_rows(weight), bias)
         return rows.reshape(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
     @staticmethod
@@ -202,7 +200,7 @@ class _Tiny(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         count, outputs, height, width = gradient.shape
         rows = gradient.permute(0, 2, 3, 1).reshape(-1, outputs)
-        places = (rows @ _as_rows(weight)).reshape(count, height, width, 3, 3, -1)
+        places = _back_product(rows, _as_rows(weight)).reshape(count, height, width, 3, 3, -1)
         padded = torch.zeros(count, height + 2, width + 2, weight.shape[1])
         for row, column in product(range(3), range(3)):
             padded[:, row : row + height, column : column + width] += places[:, :, :, row, column]
@@ -223,19 +221,46 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(weight)
         ctx.shape, ctx.options, ctx.groups = x.shape, options, groups
-        offset = None if bias is None else bias.float()
-        return F.conv2d(x.float(), weight.float(), offset, *options, groups).to(x.dtype)  # type: ignore[arg-type]
+        return _convolved(x, weight, bias, options, groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        (weight,) = ctx.saved_tensors
-        # The input's values do not matter for its own gradient.
-        x = gradient.new_empty(1, dtype=torch.float32).expand(ctx.shape)
-        result, *_ = torch.ops.aten.convolution_backward(
-            gradient.float(), x, weight.float(), None, *ctx.options, False, [0, 0], ctx.groups, [True, False, False]
+        (weight,), gradient = ctx.saved_tensors, gradient.float()
+
+        def product(block: slice) -> Tensor:
+            part = _exact(weight[:, block])
+            # The input's values do not matter for its own gradient.
+            x = gradient.new_empty(1).expand(ctx.shape[0], part.shape[1] * ctx.groups, *ctx.shape[2:])
+            result, *_ = torch.ops.aten.convolution_backward(
+                gradient, x, part, None, *ctx.options, False, [0, 0], ctx.groups, [True, False, False]
+            )
+            return result.to(weight.dtype)
+
+        return (
+            _joined([product(block) for block in _channels(weight.transpose(0, 1), ctx.groups)]),
+            None,
+            None,
+            None,
+            None,
         )
-        return result.to(weight.dtype), None, None, None, None
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, options: list[list[int]], groups: int) -> Tensor:
+    """The convolution in bfloat16, computed in float32."""
+    x, offset = x.float(), None if bias is None else bias.float()
+
+    def product(block: slice) -> Tensor:
+        part = None if offset is None else offset[block]
+        return F.conv2d(x, _exact(weight[block]), part, *options, groups).to(weight.dtype)  # type: ignore[arg-type]
+
+    return _joined([product(block) for block in _channels(weight, groups)])
+
+
+def _channels(weight: Tensor, groups: int) -> list[slice]:
+    """Blocks of the channels that are the first dimension of `weight`; all of them if there are groups."""
+    count = len(weight)
+    return [slice(0, count)] if groups > 1 else _blocks(count, weight[0].numel())
 
 
 class _Attention(torch.autograd.Function):
@@ -243,7 +268,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        exact, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.float(), k.float(), v.float())
+        exact, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(_rows(q), _rows(k), _rows(v))
         out = exact.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, sums)
         return out
@@ -253,6 +278,11 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         q, k, v, out, sums = ctx.saved_tensors
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient.float(), q.float(), k.float(), v.float(), out.float(), sums, 0.0, False
+            _rows(gradient), _rows(q), _rows(k), _rows(v), _rows(out), sums, 0.0, False
         )
         return tuple(each.to(q.dtype) for each in results)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """In float32, the numbers of each row side by side: the fused kernel reads wrong memory otherwise."""
+    return x.float() if x.stride(-1) == 1 else x.float().contiguous()

@@ -27,6 +27,7 @@ from gouache.data.buckets import Buckets, Crop, crops
 from gouache.data.epochs import Plan
 from gouache.data.pictures import Examined, View
 from gouache.data.record import Record
+from gouache.data.workers import reading_threads
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
 from gouache.prompts.encode import Sizes, add_sizes
@@ -145,7 +146,7 @@ class Batches:
         self.options, self._latents, self._texts = options, latents, texts
         self._caption, self._recipe = caption, recipe
         self.waited = 0.0
-        self._pool = ThreadPoolExecutor(options.workers or 1, "gouache-data")
+        self._pool = reading_threads(options.workers or 1)
         self._ahead: dict[int, Future[list[tuple[Example, _Loaded]]]] = {}
         self.rows = self._rows(records)
         self.plan = Plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -98,6 +99,21 @@ class _LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+
+
+def limit_heap(megabytes: int) -> None:
+    """Let the C library of GNU take larger tensors from the system, and return each when it is freed.
+
+    By itself it soon keeps anything up to 32 MiB in its heap, where small tensors between them hinder their return: a
+    LoRA run kept 0.5 GB more. 1 is for weights, which are there for long. For the tensors of steps it would be slow,
+    since memory is mapped anew for each; they need 12. Nothing is done where the user has set the limit.
+    """
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with suppress(OSError, AttributeError, TypeError):  # only the C library of GNU has it
+            ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, megabytes * 2**20)
 
 
 def trim() -> None:

@@ -121,6 +121,7 @@ def prepared(
     are those that were read before. Raises GouacheError.
     """
     check_model(settings, user)
+    memory.limit_heap(1)
     pictures = read_pictures(settings, folder, on_note, user) if pictures is None else pictures
     model = load_model(settings, user, on_note)
     if fill_caches and _paint_class(settings, user, model, on_work):
@@ -147,6 +148,7 @@ def prepared(
         if filled:
             free_encoders(settings, model, target)
         model.reload("U-Net")
+        memory.limit_heap(12)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
     finally:
         batches.close()
