@@ -2,7 +2,7 @@
 
 For each case, a new process predicts, and another trains for a few steps with samples, validation and checkpoints.
 Compared are the peak of private memory (RssAnon, sampled 100 times per second: what the process has allocated, without
-mapped files), the median time of a step, and the bytes of caches and checkpoints on disk. Ratios are predicted /
+mapped files), the mean time of a step, and the bytes of caches and checkpoints on disk. Ratios are predicted /
 measured; between 0.85 and 1.15 is the aim. Full-size cases need 6 GB of disk, 5 GB of memory and a quiet
 machine; `--quick` runs those of `mini` alone.
 """
@@ -173,7 +173,7 @@ def _measure(name: str, folder: str, model: str) -> dict[str, Any]:
     return {
         "memory": round(max(peaks.megabytes.values()) * 2**20),
         "memory by phase": peaks.megabytes,
-        "step": statistics.median(seconds[1:]),
+        "step": statistics.mean(seconds[1:]),
         "cache": _bytes(run / "cache"),
         "checkpoints": sum(map(_bytes, steps)),
     }

@@ -11,6 +11,7 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,9 @@ from gouache.training.step import accumulate_gradients, clip_gradients, update
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.wording import plural
 
-_TIMED = 3  # steps that are timed, after one that is not
+_KINDS = 3  # of steps that are timed: the most frequent ones, by the sizes of their batches
+_TIMED = 2  # steps of each kind, after one that is not timed
+_MOST_STEPS = 1000  # whose kinds are counted
 _MOST_EXAMPLES = 20_000  # whose entries in the caches are counted
 
 
@@ -174,17 +177,34 @@ def _kept(train: LoopSettings, epoch: int, step_seconds: float) -> int:
 
 
 def _step_seconds(ready: Prepared) -> float:
-    """The time of a step: some are run as the loop does it, and nothing is kept of them."""
-    train = ready.settings.train
-    run = snapshot.begin(ready.objective, train)
-    seconds = []
-    for step in range(_TIMED + 1):
-        began = time.perf_counter()
-        accumulate_gradients(run, ready.batches, 0)
-        clip_gradients(run)
-        update(run, step)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    """The mean time of a step: some of each kind are run as the loop does it, and nothing is kept of them."""
+    run = snapshot.begin(ready.objective, ready.settings.train)
+    done, seconds = 0, 0.0
+    kinds = _kinds(ready)
+    for batch, count in kinds:
+        times = []
+        for _ in range(_TIMED + 1):
+            began = time.perf_counter()
+            accumulate_gradients(run, ready.batches, batch)
+            clip_gradients(run)
+            update(run, done)
+            times.append(time.perf_counter() - began)
+            done += 1
+        seconds += count * statistics.mean(times[1:])
+    return seconds / sum(count for _, count in kinds)
+
+
+def _kinds(ready: Prepared) -> list[tuple[int, int]]:
+    """(the first batch of such a step, how many there are in an epoch), the most frequent kinds first."""
+    batches, train = ready.batches, ready.settings.train
+    first, counts = dict[object, int](), Counter[object]()
+    for step in range(min(train.steps, math.ceil(len(batches) / train.accumulate), _MOST_STEPS)):
+        numbers = range(step * train.accumulate, (step + 1) * train.accumulate)
+        members = [batches.plan.batch(number)[1] for number in numbers]
+        kind = tuple(sorted((batches.rows[rows[0]].crop.size, len(rows)) for rows in members))
+        first.setdefault(kind, numbers[0])
+        counts[kind] += 1
+    return [(first[kind], count) for kind, count in counts.most_common(_KINDS)]
 
 
 def _duration(seconds: float) -> str:
