@@ -6,15 +6,18 @@ Memory and time are compared with measurements by `benchmarks.dry_run`.
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from gouache.app.settings import Settings
 from gouache.app.training import estimate
 from gouache.app.training.estimate import Estimate
 from gouache.app.training.folder import RunFolder
 from gouache.cli import main
+from gouache.data.epochs import Plan
 from gouache.training.run_settings import template
 
 from .short_runs import Narrows, make_pictures, run, small_settings
@@ -102,3 +105,30 @@ def test_what_does_not_fit_is_named_with_what_to_change_and_the_exit_code_is_1(
     assert len(advice) == 2
     assert "disk" in advice[0] and "train.keep" in advice[0]
     assert "memory" in advice[1] and "adapter.form = lora" in advice[1] and "train.batch below 2" in advice[1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_timed_steps_are_those_that_are_frequent_in_an_epoch(accumulate: int) -> None:
+    sizes = [*[(64, 64)] * 9, *[(64, 32)] * 5, (32, 64)]
+    plan = Plan(sizes, [1] * len(sizes), 4, lambda epoch: torch.Generator().manual_seed(epoch))
+    rows = [SimpleNamespace(crop=SimpleNamespace(size=size)) for size in sizes]
+    train = SimpleNamespace(steps=100, accumulate=accumulate)
+
+    class FakeBatches:
+        def __len__(self) -> int:
+            return len(plan)
+
+    batches = FakeBatches()
+    batches.plan, batches.rows = plan, rows  # type: ignore[attr-defined]
+    found = estimate._kinds(SimpleNamespace(batches=batches, settings=SimpleNamespace(train=train)))  # type: ignore[arg-type]
+
+    def shapes(batch: int) -> list[tuple[tuple[int, int], int]]:
+        members = [plan.batch(number)[1] for number in range(batch, batch + accumulate)]
+        return sorted((sizes[each[0]], len(each)) for each in members)
+
+    steps = [shapes(step * accumulate) for step in range(len(plan) // accumulate)]
+    for batch, count in found:
+        assert steps.count(shapes(batch)) == count
+    timed = [shapes(batch) for batch, _ in found]
+    assert len(timed) == 3 and all(timed.count(each) == 1 for each in timed)
+    assert max(steps.count(each) for each in steps) == found[0][1]

@@ -47,7 +47,8 @@ class MemoryUse:
 
 # The GNU C library keeps freed blocks of less than 32 MB, and what it cannot fill again is lost. Of a U-Net's step at
 # 256 px, tensors take 387 MB in float32 and 285 MB in bf16. Measured were 389 and 281 MB where every block was returned
-# at once (MALLOC_MMAP_THRESHOLD_=65536), 590 and 430 MB as usual; of samples after some steps 1.6 to 2.3 times.
+# at once (MALLOC_MMAP_THRESHOLD_=65536), 590 and 430 MB as usual; of samples after some steps 1.6 to 2.3 times. With
+# autocast the copies of weights, which are made once per step and are large, lose nothing.
 _HEAP, _HEAP_OF_SAMPLES = 1.5, 1.8
 # Encoding a picture in bf16 on a processor without units for it: 368 MB where tensors take 81; in float32 239 of 161.
 _HEAP_OF_HALF_VAE = 4.5
@@ -122,9 +123,11 @@ def memory_use(
     elif target.trains_text:
         networks_always, encoders = networks_always + encoders - private["vae"], private["vae"]
     lasting = kept + grads
+    cast = sum(each.nbytes // 2 for each in model.unet.parameters()) if objective.autocast else 0
+    cast = min(cast, step - lasting)
     averaged = trained if settings.train.ema_decay else 0  # the last weights, while the averages are painted with
     peak = max(
-        lasting + heap * (step - lasting) + scratch,
+        lasting + cast + heap * (step - lasting - cast) + scratch,
         encoders + heap_of_encoder * encode,
         encoders + kept + averaged + heap_of_samples * sample + scratch,
     )
