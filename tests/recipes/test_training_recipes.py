@@ -56,7 +56,9 @@ def test_violet_is_the_share_of_the_character():
     ("recipe", "arguments", "file"),
     [
         (lora, ["--steps", "2", "--pictures", "2"], "print.safetensors"),
-        (dreambooth, ["--steps", "2", "--class-pictures", "2"], "zorblax.safetensors"),
+        pytest.param(
+            dreambooth, ["--steps", "2", "--class-pictures", "2"], "zorblax.safetensors", marks=pytest.mark.full
+        ),
     ],
 )
 def test_a_short_run_writes_the_file_the_sheet_and_two_numbers(

@@ -52,7 +52,11 @@ def texts(model: Model) -> tuple[str, ...]:
     return ("unet", *model.text_encoders)
 
 
-CASES: list[Any] = [("sd1", case) for case in FORMS] + [(family, "locon") for family in FAMILIES[1:]]
+LONG = ("lokr, full", "dora of loha", "dora of lokr", "oft, constrained", "attention")  # like others
+CASES: list[Any] = [
+    pytest.param("sd1", case, marks=pytest.mark.full) if case in LONG else ("sd1", case) for case in FORMS
+]
+CASES += [(family, "locon") for family in FAMILIES[1:]]
 CASES += [
     pytest.param(family, case, marks=pytest.mark.full)
     for family in FAMILIES[1:]

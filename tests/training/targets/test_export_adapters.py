@@ -111,7 +111,10 @@ def through_lycoris(file: Path, model: Model, narrow: Callable[[str], Narrow], f
     return of_ours(model, unet) if family == "sdxl" else of_diffusers(model, unet)
 
 
-CASES: list[Any] = [("sd1", case) for case in FORMS]
+LONG = ("lokr, full", "dora of loha", "oft, constrained")  # like others that are tested always
+CASES: list[Any] = [
+    pytest.param("sd1", case, marks=pytest.mark.full) if case in LONG else ("sd1", case) for case in FORMS
+]
 CASES += [(family, "locon") for family in FAMILIES[1:]]
 CASES += [
     pytest.param(family, case, marks=pytest.mark.full)
