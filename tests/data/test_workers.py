@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+
+from gouache.data.workers import reading_threads
 
 THREADS = """
 import os, torch
@@ -25,3 +30,19 @@ print(len(os.listdir("/proc/self/task")) - before, set(counts), set(sums), torch
 def test_they_start_no_threads_of_their_own() -> None:
     found = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120, check=True)
     assert found.stdout.split("\n")[0] == "2 {1} {2000000.0} 3"
+
+
+def test_a_thread_that_cannot_start_leaves_no_others_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, submit, calls = threading.active_count(), ThreadPoolExecutor.submit, []
+
+    def limited(pool: ThreadPoolExecutor, *work: object) -> object:
+        calls.append(work)
+        if len(calls) == 3:
+            raise RuntimeError("can't start new thread")
+        return submit(pool, *work)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", limited)
+    threads = torch.get_num_threads()
+    with pytest.raises(RuntimeError, match="new thread"):
+        reading_threads(4)
+    assert len(calls) == 3 and threading.active_count() == before and torch.get_num_threads() == threads

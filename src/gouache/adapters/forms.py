@@ -31,6 +31,11 @@ def scale(parts: Parts, rank: int) -> float:
     return factor * alpha / rank if alpha and rank else factor
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    """x * factor; x itself for a factor of 1, which is usual and of which a training step has hundreds."""
+    return x if factor == 1 else x * factor
+
+
 def lora(parts: Parts) -> Tensor:
     """up @ down; with a core (LoCon's Tucker form), the core contracted with up on the left and down on the right."""
     up, down = parts["lora_up.weight"], parts["lora_down.weight"]

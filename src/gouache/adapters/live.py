@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gouache.adapters import forms
 from gouache.adapters.parameters import Dropout, TrainedPatch
 from gouache.adapters.patch import Patch
 from gouache.adapters.read import SHAPE_ERRORS
@@ -89,17 +90,13 @@ class LivePatch:
         if self._by_factors:
             factors = patch.factors
             assert factors is not None
-            self._factors = _scaled(factors[0], self._strength), factors[1]
+            self._factors = forms.scaled(factors[0], self._strength), factors[1]
         else:
             change = patch.change(self._beneath(), self._strength)
             self._weight = change if change is None else change.to(_compute_dtype(weight))
         delta = patch.bias_delta(bias) if isinstance(bias, Tensor) else None
         self._bias = None if delta is None else delta * self._strength
         self._valid = True
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else x * factor
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

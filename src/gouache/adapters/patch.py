@@ -130,11 +130,8 @@ class Patch:
         if down.ndim == 4 and down.shape[1] == LATENT_CHANNELS:
             return None  # of a first convolution, which may have more channels (`_widened`)
         index, count = self.share
-        up, factor = (
-            up.flatten(1) if count == 1 else up.flatten(1).chunk(count)[index],
-            forms.scale(self.parts, len(down)),
-        )
-        return up if factor == 1 else up * factor, down
+        up = up.flatten(1) if count == 1 else up.flatten(1).chunk(count)[index]
+        return forms.scaled(up, forms.scale(self.parts, len(down))), down
 
     @property
     def rank(self) -> int | None:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from typing import TypeVar
 
 import torch
+
+R = TypeVar("R")
+T = TypeVar("T")
 
 
 def reading_threads(count: int) -> ThreadPoolExecutor:
@@ -23,8 +30,23 @@ def reading_threads(count: int) -> ThreadPoolExecutor:
         all_started.wait()
 
     pool = ThreadPoolExecutor(count, "gouache-data")
-    for _ in range(count):
-        pool.submit(start)
-    all_started.wait()
-    torch.set_num_threads(threads)
+    try:
+        for _ in range(count):
+            pool.submit(start)
+        all_started.wait()
+    except BaseException:  # Ctrl-C, or no more threads can be started: those that wait would do so for ever
+        all_started.abort()
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        torch.set_num_threads(threads)
     return pool
+
+
+def in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`pool.map`, but only a few results ahead: pictures of a whole data set do not fit into memory."""
+    remaining = iter(items)
+    futures = [pool.submit(function, item) for item in islice(remaining, 2 * (os.cpu_count() or 1))]
+    while futures:
+        yield futures.pop(0).result()
+        futures += [pool.submit(function, item) for item in islice(remaining, 1)]

@@ -1,9 +1,9 @@
 """Products of bfloat16 weights and activations computed in float32, for training on CPUs where that is faster.
 
 Most x86 processors have no bfloat16 units, or slow ones: on an Intel Xeon (Sapphire Rapids) whose AMX a virtual machine
-does not offer, matrix products reach 82 GFLOP/s per thread in bfloat16 and 146 in float32. Converting a block of a
-weight in the cache costs little beside that, so frozen layers convert their weight block by block, in both directions
-of a training step, and nothing of it is kept. Sums are more exact than in bfloat16, which rounds every result too.
+does not offer, matrix products reach 82 GFLOP/s per thread in bfloat16 and 146 in float32. Converting a weight
+costs little beside that, so frozen layers convert theirs block by block, in both directions of a training step, and
+nothing of it is kept. Sums are more exact than in bfloat16, which rounds every result too.
 
 Only where gradients are enabled: the pixels of pictures do not depend on it. Decided by the processor's flags and not
 by timing, so that a resumed run computes the same.

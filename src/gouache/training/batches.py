@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from types import TracebackType
 from typing import TypeVar
 
@@ -27,7 +25,7 @@ from gouache.data.buckets import Buckets, Crop, crops
 from gouache.data.epochs import Plan
 from gouache.data.pictures import Examined, View
 from gouache.data.record import Record
-from gouache.data.workers import reading_threads
+from gouache.data.workers import in_order, reading_threads
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
 from gouache.prompts.encode import Sizes, add_sizes
@@ -221,7 +219,7 @@ class Batches:
         """
         examples, texts = self._distinct(numbers)
         total = len(examples) + len(texts)
-        for done, (example, loaded) in enumerate(_in_order(self._pool, self._load, examples), 1):
+        for done, (example, loaded) in enumerate(in_order(self._pool, self._load, examples), 1):
             self._complete(example, loaded)
             if on_progress is not None:
                 on_progress(done, total)
@@ -246,7 +244,7 @@ class Batches:
 
     def _rows(self, records: Sequence[Record]) -> list[Row]:
         known = self._latents.contents()
-        contents = list(_in_order(self._pool, lambda record: pictures.examine(record, known), records))
+        contents = list(in_order(self._pool, lambda record: pictures.examine(record, known), records))
         self._latents.keep_contents(contents)
         rows = []
         for record, content in zip(records, contents):
@@ -354,15 +352,6 @@ class Batches:
             tuple(record.name for record in records),
             tuple(example.row.content.digest for example in examples),
         )
-
-
-def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`pool.map`, but only a few results ahead: pictures of a whole data set do not fit into memory."""
-    remaining = iter(items)
-    futures = [pool.submit(function, item) for item in islice(remaining, 2 * (os.cpu_count() or 1))]
-    while futures:
-        yield futures.pop(0).result()
-        futures += [pool.submit(function, item) for item in islice(remaining, 1)]
 
 
 def _number(digest: str) -> int:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import gouache
 from gouache.app.settings import Settings
 from gouache.app.training import prepare, runs
+from gouache.app.training.folder import RunFolder
 from gouache.errors import TrainingError
 from gouache.generate import run as generate
 from gouache.training import state
@@ -210,3 +211,20 @@ def test_samples_without_memory_do_not_end_the_run(
     chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors", train={"steps": 1})
     assert run(chosen, tmp_path / "run", settings, on_note=notes.append).path is not None
     assert "no samples at step 0: the memory is not enough" in notes
+
+
+def test_the_heap_has_the_limit_of_steps_also_after_a_run_that_could_not_begin(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    limits: list[int] = []
+    monkeypatch.setattr("gouache.training.memory.limit_heap", limits.append)
+    monkeypatch.setattr(prepare, "make_objective", lambda *a: (_ for _ in ()).throw(TrainingError("no objective")))
+    chosen = small_settings(narrow("sd1").file, pictures, tmp_path / "out.safetensors")
+
+    with (
+        pytest.raises(TrainingError, match="no objective"),
+        prepare.prepared(chosen, RunFolder(tmp_path), settings, on_note=print, on_work=lambda *a: None),
+    ):
+        pass
+
+    assert limits == [1, 12]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +19,14 @@ from tests.pipelines import Narrow
 FAMILIES = ("sd1", "sd2", "sdxl", "sd1-inpainting")
 PROMPTS = ["a red cat", "a blue dog"]
 SIZE = (8, 16)  # of latents: with 8 by 8, the middle block's self-attention has one token and depends on no query
+
+
+def cases(forms: Iterable[str], *, alike: Collection[str], of_others: Iterable[str]) -> list[Any]:
+    """(family, form): every form on SD1, locon on the others too; `full` are those that are `alike` to tested ones, and
+    `of_others`."""
+    full = [("sd1", form) for form in alike] + [(family, form) for family in FAMILIES[1:] for form in of_others]
+    usual = [("sd1", form) for form in forms if form not in alike] + [(family, "locon") for family in FAMILIES[1:]]
+    return [*usual, *(pytest.param(*each, marks=pytest.mark.full) for each in full)]
 
 
 def generator(seed: int) -> torch.Generator:

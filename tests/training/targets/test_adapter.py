@@ -17,7 +17,7 @@ from gouache.files.open import open_model
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.initial import factor_pair
 from gouache.training.targets.options import AdapterOptions
-from tests.training.targets.steps import FAMILIES, output, train, weights
+from tests.training.targets.steps import cases, output, train, weights
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -52,16 +52,11 @@ def texts(model: Model) -> tuple[str, ...]:
     return ("unet", *model.text_encoders)
 
 
-LONG = ("lokr, full", "dora of loha", "dora of lokr", "oft, constrained", "attention")  # like others
-CASES: list[Any] = [
-    pytest.param("sd1", case, marks=pytest.mark.full) if case in LONG else ("sd1", case) for case in FORMS
-]
-CASES += [(family, "locon") for family in FAMILIES[1:]]
-CASES += [
-    pytest.param(family, case, marks=pytest.mark.full)
-    for family in FAMILIES[1:]
-    for case in ("dora of loha", "ia3", "oft")
-]
+CASES = cases(
+    FORMS,
+    alike=("lokr, full", "dora of loha", "dora of lokr", "oft, constrained", "attention"),
+    of_others=("dora of loha", "ia3", "oft"),
+)
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)

@@ -23,7 +23,7 @@ from gouache.nn.blocks import timestep_embedding
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.options import AdapterOptions
 from tests.pipelines import Narrow
-from tests.training.targets.steps import FAMILIES, generator, output, train
+from tests.training.targets.steps import FAMILIES, cases, generator, output, train
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {"alpha": 2.0},
@@ -111,16 +111,7 @@ def through_lycoris(file: Path, model: Model, narrow: Callable[[str], Narrow], f
     return of_ours(model, unet) if family == "sdxl" else of_diffusers(model, unet)
 
 
-LONG = ("lokr, full", "dora of loha", "oft, constrained")  # like others that are tested always
-CASES: list[Any] = [
-    pytest.param("sd1", case, marks=pytest.mark.full) if case in LONG else ("sd1", case) for case in FORMS
-]
-CASES += [(family, "locon") for family in FAMILIES[1:]]
-CASES += [
-    pytest.param(family, case, marks=pytest.mark.full)
-    for family in FAMILIES[1:]
-    for case in ("dora", "lokr", "oft", "ia3")
-]
+CASES = cases(FORMS, alike=("lokr, full", "dora of loha", "oft, constrained"), of_others=("dora", "lokr", "oft", "ia3"))
 
 
 @pytest.mark.parametrize(("family", "case"), CASES)

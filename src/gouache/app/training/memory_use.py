@@ -48,7 +48,8 @@ class MemoryUse:
 # The GNU C library keeps freed blocks of less than 32 MB, and what it cannot fill again is lost. Of a U-Net's step at
 # 256 px, tensors take 387 MB in float32 and 285 MB in bf16. Measured were 389 and 281 MB where every block was returned
 # at once (MALLOC_MMAP_THRESHOLD_=65536), 590 and 430 MB as usual; of samples after some steps 1.6 to 2.3 times. With
-# autocast the copies of weights, which are made once per step and are large, lose nothing.
+# autocast the copies of weights, which are made once per step and are large, lose nothing. With the limits that a run
+# sets (`memory.limit_heap`) the factors still hold within some 10 %, see `benchmarks.dry_run`.
 _HEAP, _HEAP_OF_SAMPLES = 1.5, 1.8
 # Encoding a picture in bf16 on a processor without units for it: 368 MB where tensors take 81; in float32 239 of 161.
 _HEAP_OF_HALF_VAE = 4.5

@@ -46,7 +46,7 @@ def make_objective(
         data=batches.identity,
         base=_base_of(model, user),
         target=target,
-        encode=lambda texts, sizes: encode_text(texts, sizes),
+        encode=encode_text,
         noise=NoiseOptions(
             offset=loss.noise_offset,
             offset_random=loss.noise_offset_random,

@@ -6,7 +6,7 @@ settings -> header of the model -> pictures and captions -> model -> target -> c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -121,20 +121,24 @@ def prepared(
     are those that were read before. Raises GouacheError.
     """
     check_model(settings, user)
-    memory.limit_heap(1)
-    pictures = read_pictures(settings, folder, on_note, user) if pictures is None else pictures
-    model = load_model(settings, user, on_note)
-    if fill_caches and _paint_class(settings, user, model, on_work):
-        pictures = read_pictures(settings, folder, lambda line: None, user)
-    if settings.model.zero_terminal_snr:  # only now: the class is painted as the model is
-        model.core.schedule = model.schedule.zero_terminal_snr()
-    target = make_target(settings, model, user)
-    for note in target.notes:
-        on_note(note)
-    batches = make_batches(settings, folder, model, target, pictures.training)
-    if masked := {row.record.path: row.content.counted for row in batches.rows if row.content.counted is not None}:
-        on_note(mask_note(list(masked.values()), len({row.record.path for row in batches.rows})))
-    try:
+    with ExitStack() as leaving:
+        leaving.callback(memory.limit_heap, 12)
+        memory.limit_heap(1)
+        pictures = read_pictures(settings, folder, on_note, user) if pictures is None else pictures
+        model = load_model(settings, user, on_note)
+        if fill_caches and _paint_class(settings, user, model, on_work):
+            pictures = read_pictures(settings, folder, lambda line: None, user)
+        if settings.model.zero_terminal_snr:  # only now: the class is painted as the model is
+            model.core.schedule = model.schedule.zero_terminal_snr()
+        target = make_target(settings, model, user)
+        if isinstance(target, AdapterTarget):
+            leaving.callback(target.detach)
+        for note in target.notes:
+            on_note(note)
+        batches = leaving.enter_context(make_batches(settings, folder, model, target, pictures.training))
+        masked = {row.record.path: row.content.counted for row in batches.rows if row.content.counted is not None}
+        if masked:
+            on_note(mask_note(list(masked.values()), len({row.record.path for row in batches.rows})))
         for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
             checkpointing.enable(network)
         objective = make_objective(settings, model, target, batches, user, pictures.caption_dropout)
@@ -150,10 +154,6 @@ def prepared(
         model.reload("U-Net")
         memory.limit_heap(12)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
-    finally:
-        batches.close()
-        if isinstance(target, AdapterTarget):
-            target.detach()
 
 
 def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:
