@@ -90,7 +90,8 @@ def _key(text: str) -> tuple[str, str]:
     if text in every:
         found = [text]
     if len(found) != 1:
-        near = difflib.get_close_matches(text, [*every, *aliases.names()], n=3)
+        known = [*every, *(each.rpartition(".")[2] for each in every), *aliases.names()]
+        near = difflib.get_close_matches(text, dict.fromkeys(known), n=3)
         problem = f"is in several tables: {', '.join(found)}" if found else "is not a setting"
         hint = "" if found else f"; did you mean {' or '.join(near)}?" if near else "; see `gouache train new`"
         raise RequestError("set", f"{printable(text, 80)} {problem}{hint}")

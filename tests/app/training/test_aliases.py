@@ -238,6 +238,8 @@ ONE_LINE = {
     "adam_beta1=0.9": "train.betas",
     "conditioning_data_dir=masks": r"NAME\.mask\.png",
     "netwrok_dim=8": "did you mean network_dim",
+    "rnak=8": "did you mean rank or ranks?",
+    "stesp=8": "did you mean steps or rates?",
     "resolution=wide": "resolution",
 }
 
