@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from gouache.training.run_settings import RunSettings
 
 app = typer.Typer(
-    help="Train a LoRA, a DreamBooth model or a fine-tuned checkpoint on a folder of pictures.",
+    help="Train a LoRA, an embedding, a hypernetwork or a checkpoint on a folder of pictures.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -72,8 +73,40 @@ def finetune(
 
 
 @app.command()
+def embedding(
+    data: Data, model: Model = "mini", output: Annotated[
+        Path | None, Option("--output", "-o", help="The file to write, .safetensors or .pt.",
+                            show_default="named like the word")
+    ] = None,
+    trigger: Annotated[str, Option(help="The word that prompts will say for the pictures.", show_default=False)] = "",
+    init_word: Annotated[
+        str, Option(help="Words whose vectors it starts as, such as what the subject is.", show_default="*")
+    ] = "",
+    vectors: Annotated[int | None, Option(help="How many vectors are trained, each as long as a token.",
+                                          show_default="1")] = None,
+    steps: Steps = None, settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train an embedding (textual inversion): a new word for what the pictures show."""
+    given = ["embedding.init_word=" + json.dumps(init_word, ensure_ascii=False)] if init_word else []
+    given += [f"embedding.vectors={vectors}"] if vectors is not None else []
+    _start("embedding", data, model, output, trigger, "", steps, [*given, *(settings or [])], dry_run, overwrite)
+
+
+@app.command()
+def hypernetwork(
+    data: Data, model: Model = "mini", output: Annotated[
+        Path | None, Option("--output", "-o", help="The .pt file to write.", show_default="named like DATA")
+    ] = None,
+    trigger: Trigger = "", steps: Steps = None, settings: Set = None, dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train a hypernetwork, as AUTOMATIC1111's web UI reads it: small networks in front of the keys and values."""
+    _start("hypernetwork", data, model, output, trigger, "", steps, settings, dry_run, overwrite)
+
+
+@app.command()
 def new(
-    mode: Annotated[str, Argument(help="lora, dreambooth or finetune.", show_default=False)],
+    mode: Annotated[str, Argument(help="What to train, such as lora or embedding.", show_default=False)],
     data: Data,
     output: Annotated[Path, Option("--output", "-o", help="The settings file to write.", show_default=False)],
     model: Model = "mini", trigger: Trigger = "", class_word: ClassWord = "", steps: Steps = None,

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from gouache.data.record import CaptionOptions, Record
+from gouache.data.templates import fill
 
 _ALTERNATIVES = re.compile(r"\{([^}]+)\}")
 _OPEN, _CLOSE = "\0", "\1"  # for {{ and }}, which are braces, until the alternatives are chosen
@@ -29,7 +30,10 @@ def caption(
     if _dropped(options, epoch, generator):
         return ""
     lines = record.captions or ("",)
-    text = _in_frame(_choose(lines, generator) if options.wildcard else lines[0], options)
+    text = _choose(lines, generator) if options.wildcard else lines[0]
+    if options.templates:
+        text = fill(_choose(options.templates, generator), text)
+    text = _in_frame(text, options)
     if options.wildcard:
         text = _with_alternatives(text, lambda values: _choose(values, generator))
     text = _with_tags_changed(text, options, generator, step, steps)
@@ -39,17 +43,22 @@ def caption(
 
 
 def longest(record: Record) -> tuple[str, ...]:
-    """The captions with all their tags, in order, and with the longest of all alternatives; several for a wildcard."""
+    """The captions with all their tags, in order, and the longest of all alternatives; several for wildcards and
+    templates."""
     options = record.caption_options
     lines = record.captions or ("",)
+    lines = lines if options.wildcard else lines[:1]
+    if options.templates:
+        lines = tuple(fill(template, line) for template in options.templates for line in lines)
     if not options.wildcard:
-        return (_in_frame(lines[0], options),)
+        return tuple(_in_frame(line, options) for line in lines)
     return tuple(_with_alternatives(_in_frame(line, options), lambda values: max(values, key=len)) for line in lines)
 
 
 def is_constant(options: CaptionOptions) -> bool:
     """Whether a caption with these options is the same each time, apart from dropout: it has one variant to encode."""
-    return not (options.shuffle or options.tag_dropout or options.wildcard or options.warmup_steps)
+    varies = options.shuffle or options.tag_dropout or options.wildcard or options.warmup_steps
+    return not varies and len(options.templates) < 2
 
 
 def _dropped(options: CaptionOptions, epoch: int, generator: torch.Generator) -> bool:

@@ -18,6 +18,7 @@ class CaptionOptions:
     before it is split. `wildcard`: one of the lines of a caption is chosen at random instead of the first, and one of
     the alternatives in each `{a|b}`. `secondary_separator` joins tags that stay together; it becomes `separator` at the
     end. During the first `warmup_steps` steps (below 1: a share of the run) the number of tags grows from `warmup_min`.
+    One of `templates` is the caption, with that of the picture in place of `[filewords]`, see `data.templates`.
     """
 
     shuffle: bool = False
@@ -33,6 +34,7 @@ class CaptionOptions:
     wildcard: bool = False
     warmup_min: int = 1
     warmup_steps: float = 0.0
+    templates: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

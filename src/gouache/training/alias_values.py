@@ -301,6 +301,7 @@ CHANGED: Mapping[str, Callable[[str, JsonValue], Meaning]] = {
     "validation_prompt": _prompts,
     "sample_sampler": lambda name, value: Meaning({"samples.sampler": value}),
     "output_name": lambda name, value: Meaning({"output": f"{_text(name, value)}.safetensors"}),
+    "learnable_property": lambda name, value: Meaning({"data.template": "style" if value == "style" else "subject"}),
     "network_module": _module,
     "network_args": _network_args,
     "algo": _algo,

@@ -86,6 +86,11 @@ SAME: Mapping[str, str] = {
     "in_json": "data.folder",
     "reg_data_dir": "data.class_folder",
     "class_data_dir": "data.class_folder",
+    "placeholder_token": "data.trigger",
+    "token_string": "data.trigger",
+    "initializer_token": "embedding.init_word",
+    "num_vectors": "embedding.vectors",
+    "num_vectors_per_token": "embedding.vectors",
     "class_tokens": "data.trigger",  # the caption of pictures without one, with the rare word; not what a class shows
     "class_prompt": "data.class_word",
     "instance_prompt": "data.trigger",
@@ -157,6 +162,8 @@ SAME: Mapping[str, str] = {
 SWITCHES: Mapping[str, Meaning] = {
     "debiased_estimation_loss": Meaning({"loss.weighting": "debiased"}),
     "scale_v_pred_loss_like_noise_pred": Meaning({"loss.weighting": "noise"}),
+    "use_object_template": Meaning({"data.template": "subject"}),
+    "use_style_template": Meaning({"data.template": "style"}),
     "alpha_mask": Meaning({"data.masks": "alpha"}),
     "masked_loss": Meaning(implied={"data.masks": "file"}),
     "network_train_unet_only": Meaning({"parts.unet": True, "parts.text_encoder": False}),
@@ -176,7 +183,6 @@ _ATTENTION = _NOT_NEEDED.format("attention never takes the memory of its whole m
 _RESUME = "is not a setting: `gouache train run RUN` goes on with a run exactly where it stopped"
 _LOGS = _NOT_NEEDED.format("every run writes log.jsonl; `gouache train report RUN` draws it")
 _BY_BLOCK = "is not available; use adapter.{}, by part or block, such as adapter.{}={{IN04 = {}, text_encoder = {}}}"
-_LATER = "is not available: only lora, dreambooth and finetune are trained"
 
 INSTEAD: Mapping[str, str] = {
     "face_crop_aug_range": "is not available; use data.random_crop, or crop the pictures yourself",
@@ -216,6 +222,4 @@ INSTEAD: Mapping[str, str] = {
     "scale_lr": "is not available; set train.learning_rate itself",
     "dream_training": "is not available; use loss.weighting",
     "train_inpainting": "is not available; use model.inpainting",
-    "placeholder_token": _LATER,
-    "token_string": _LATER,
 }

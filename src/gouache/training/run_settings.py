@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -19,7 +19,10 @@ from gouache.errors import FileError, RequestError, printable
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training.settings import Settings, setting
 
-Mode = Literal["lora", "dreambooth", "finetune"]
+Mode = Literal["lora", "dreambooth", "finetune", "embedding", "hypernetwork"]
+MODES = get_args(Mode)
+Result = Literal["model", "adapter", "embedding", "hypernetwork"]
+"""What kind of file a run writes."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Resolution = Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=r"^\d{1,5}x\d{1,5}$")]
 
@@ -80,6 +83,9 @@ class DataSettings(Table):
     tag_dropout: Share = setting(0.0, "Share of the parts of each caption left out.")
     warmup_steps: float = setting(0.0, "The number of parts grows for so many steps, or a share of them.", ge=0)
     warmup_tags: int = setting(1, "From so many.", ge=0)
+    template: str = setting(
+        "", "subject, style, or a text file: a line of it, with [name] and [filewords], is each time the caption."
+    )
     prefix: str = setting("", "Put before every caption.")
     suffix: str = setting("", "Put after every caption.")
     wildcard: bool = setting(False, "Draw one line of a caption file, and one of {a|b}, each time.")
@@ -124,6 +130,14 @@ class AdapterSettings(Table):
     dropout: Share = setting(0.0, "Share of what is between the two factors left out (kohya: network_dropout).")
     plus_ratio: float = setting(1.0, "LoRA+: rate of the up factors relative to the others; 16 is usual.", gt=0)
     start: str = setting("", "An adapter file to start from; only its weights are taken.")
+
+
+class EmbeddingSettings(Table):
+    vectors: int = setting(
+        0, "Vectors trained for data.trigger, each as long as a token in prompts; 0: none (mode embedding: 1).", ge=0
+    )
+    init_word: str = setting("", "Words whose vectors they start as; empty: data.class_word, or *.")
+    rate: float = setting(1.0, "Their rate, relative to the learning rate, beside a LoRA.", gt=0)
 
 
 class PartsSettings(Table):
@@ -196,7 +210,7 @@ class MemorySettings(Table):
 class RunSettings(Table):
     """Everything that a run depends on, apart from the content of its files."""
 
-    mode: Mode = setting("lora", "lora, dreambooth or finetune.")
+    mode: Mode = setting("lora", f"{', '.join(MODES[:-1])} or {MODES[-1]}.")
     output: str = setting("", "The file to write at the end, or when `gouache train export` asks.")
     device: str = setting("", "cpu, cuda, mps; empty: the best there is.")
     lineage: Literal["none", "hashed", "plain"] = setting(
@@ -208,12 +222,20 @@ class RunSettings(Table):
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     adapter: AdapterSettings = AdapterSettings()
+    embedding: EmbeddingSettings = EmbeddingSettings()
     parts: PartsSettings = PartsSettings()
     train: Settings
     loss: LossSettings = LossSettings()
     validation: ValidationSettings = ValidationSettings()
     samples: SampleSettings = SampleSettings()
     memory: MemorySettings = MemorySettings()
+
+    @property
+    def result(self) -> Result:
+        """What kind of file the run writes; the weights of the model are trained for a "model" alone."""
+        if self.mode in ("embedding", "hypernetwork"):
+            return self.mode
+        return "model" if self.adapter.form == "none" else "adapter"
 
 
 TABLES = {name: field.annotation for name, field in RunSettings.model_fields.items() if name not in (

@@ -9,15 +9,28 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from gouache.model.model import Model
 from gouache.training.objective import Group, Json
+from gouache.training.targets.export import Averages
 
 
 class Target(Protocol):
     """What is trained, and how it becomes a file.
 
     `networks` have the trained weights; their names precede the names of weights in checkpoints. `trains_text` is
-    whether a text encoder is trained, so that captions must be encoded at every step.
+    whether a text encoder or the vectors of a word are trained, so that captions must be encoded at every step.
+    `keeps_weights`: the model's networks keep the weights of their file, which can be freed and read again. `notes`
+    are lines for the user.
     """
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    @property
+    def keeps_weights(self) -> bool: ...
 
     @property
     def networks(self) -> Mapping[str, nn.Module]: ...
@@ -47,11 +60,27 @@ class Target(Protocol):
         ...
 
     def export(
-        self, weights: Mapping[str, Tensor], path: Path, *, form: str, names: str, metadata: Mapping[str, str]
+        self,
+        weights: Mapping[str, Tensor],
+        path: Path,
+        *,
+        form: str,
+        names: str,
+        metadata: Mapping[str, str],
+        averages: Averages | None = None,
+        dtype: str | None = None,
+        overwrite: bool = False,
     ) -> None:
-        """Write `weights` (named as in checkpoints) as a file that other tools read.
+        """Write `weights` (named as in checkpoints; those that are missing are the present ones) as a file that other
+        tools read.
 
-        `form`: adapter, full, pruned or pruned-emaonly; `names`: kohya, peft or diffusers, for adapters. Raises
-        RequestError for a form that this target does not have.
+        `form`: adapter (for embeddings and hypernetworks too), full, pruned or pruned-emaonly; `names`: kohya, peft or
+        diffusers, for adapters; `averages` are those that a model's file holds beside the weights; `dtype` is that of
+        weights in the file, where its format leaves a choice. With a form of models the model may have the trained
+        weights afterwards. Raises RequestError for a form that this target does not have.
         """
+        ...
+
+    def detach(self) -> None:
+        """Leave the model as it was before, if it `keeps_weights`."""
         ...

@@ -30,15 +30,19 @@ MODES: dict[str, dict[str, Any]] = {
     "dropouts": {"adapter": {"rank": 4, "rank_dropout": 0.3, "module_dropout": 0.3, "dropout": 0.3}},
     "finetune": {"mode": "finetune", "adapter": {"form": "none"}, "train": {"ema_decay": 0.9}},
     "finetune of text": {"mode": "finetune", "adapter": {"form": "none"}, "parts": {"text_encoder": True}},
+    "embedding": {"mode": "embedding", "embedding": {"vectors": 2}, "data": {"trigger": "zorb"}},
+    "pivotal": {"embedding": {"vectors": 2, "rate": 10.0}, "data": {"trigger": "zorb"}, "adapter": {"rank": 2}},
     "class by the model": {"mode": "dreambooth", "loss": {"prior": "model"}, "data": {"class_word": "a cat"}},
 }
 LONG = {
     ("sd1", "locon"), ("sd1", "loha"), ("sd1", "lokr"), ("sd1", "ia3"), ("sd1", "oft"), ("sd1", "dropouts"),
-    ("sd1", "finetune of text"), ("sd2", "text encoders"), ("sdxl", "text encoders"),
+    ("sd1", "finetune of text"), ("sd2", "text encoders"), ("sdxl", "text encoders"), ("sd2", "pivotal"),
+    ("sd2", "embedding"), ("sd1", "pivotal"),
 }  # fmt: skip
 CASES = [
     *(("sd1", mode) for mode in MODES),
     *((family, mode) for family in ("sd2", "sdxl") for mode in ("lora", "text encoders", "finetune")),
+    *((family, mode) for family in ("sd2", "sdxl") for mode in ("embedding", "pivotal")),
     ("sd1-inpainting", "lora"), ("sd1-inpainting", "finetune"),
 ]  # fmt: skip
 
@@ -49,7 +53,7 @@ CASES = [
 def test_a_run_exports_what_changes_the_picture_and_a_stopped_one_ends_alike(
     family: str, mode: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
-    model, output = narrow(family).file, tmp_path / "style.safetensors"
+    model, output = narrow(family).file, tmp_path / "zorb.safetensors"
     chosen = settings_of(model, pictures, output, **MODES[mode])
 
     whole = run(chosen, tmp_path / "whole", settings)
@@ -73,9 +77,10 @@ def painted(model: Path, user: Settings, **options: Any) -> torch.Tensor:
 
 
 def trained_picture(chosen: RunSettings, model: Path, output: Path, user: Settings) -> torch.Tensor:
-    if chosen.adapter.form == "none":
+    if chosen.result == "model":
         return painted(output, user)
-    return painted(model, user, lora=[str(output)])
+    option = {"adapter": "lora", "embedding": "embedding", "hypernetwork": "hypernet"}[chosen.result]
+    return painted(model, user, **{option: [str(output)]})
 
 
 def test_fine_tuning_leaves_vae_and_text_encoder_as_they_were(

@@ -35,16 +35,16 @@ def train(
     overwrite: bool = False,
     **changes: Any,
 ) -> Finished:
-    """Train a "lora", "dreambooth" or "finetune" on a folder of pictures; returns where the file is.
+    """Train a "lora", "dreambooth", "finetune", "embedding" or "hypernetwork" on a folder of pictures.
 
     `output` is the file to write, replaced only with `overwrite`; `folder` that of the run (default: `runs/` and the
-    name of the output). The same call with the same `folder` goes on with a run that was stopped; other `data`
-    or another `model` are refused then. `trigger` is put in
-    front of captions without it; `class_word` says what the subject is. `changes` are settings by name, as in the
-    settings file: `rank=8`, `learning_rate=1e-4`, `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and
-    time left, `on_work` (what, done, total) of the preparation, `on_note` one line each. `should_stop` is polled
-    between steps; if it returns True, or on Ctrl-C, the run is saved and the result has no path. Raises GouacheError,
-    before any weight is read for what can be known then.
+    name of the output). The same call with the same `folder` goes on with a run that was stopped; other `data` or
+    another `model` are refused then. `trigger` is put in front of captions without it, and is the word of an embedding;
+    `class_word` says what the subject is. `changes` are settings by name, as in the settings file: `rank=8`,
+    `learning_rate=1e-4`, `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and time left, `on_work`
+    (what, done, total) of the preparation, `on_note` one line each. `should_stop` is polled between steps; if it
+    returns True, or on Ctrl-C, the run is saved and the result has no path. Raises GouacheError, before any weight is
+    read for what can be known then.
     """
     user = settings or read()
     overrides = [text for name, value in changes.items() for text in _overrides(name, value)]

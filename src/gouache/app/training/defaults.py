@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from gouache.app import names
 from gouache.app.settings import Settings
 from gouache.app.training import pictures
 from gouache.data import folders
+from gouache.data.dataset import DataSet
 from gouache.data.subset import Subset
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
@@ -23,11 +25,12 @@ from gouache.nn.spec import UNetSpec
 from gouache.training import run_settings
 from gouache.training.aliases import EPOCHS
 from gouache.training.overrides import with_overrides
-from gouache.training.run_settings import Mode, RunSettings
+from gouache.training.run_settings import MODES, RunSettings
 
 TRAINABLE = ("sd1", "sd2", "sdxl")
 _FULL_WIDTH = 320  # channels of the first level of a released U-Net; narrower ones learn at higher rates
 _EPOCHS = EPOCHS.partition(".")[2]
+_RATES_OF_MODES = {"embedding": 5e-3, "hypernetwork": 5e-5}  # as A1111's users choose them; independent of the width
 _RATES = {"lion": 0.2, "schedule-free": 5.0}  # relative to AdamW's
 
 
@@ -47,8 +50,8 @@ def choose(
 
     The pictures are listed and the model's header is read, no weight. Raises GouacheError.
     """
-    if mode not in get_args(Mode):
-        raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(get_args(Mode))}")
+    if mode not in MODES:
+        raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(MODES)}")
     # Those of other settings on which chosen ones depend; the rate of 1 only until the real one is known.
     given = with_overrides({"train": {"learning_rate": 1.0}}, overrides)
     steps = steps if steps is not None else _given_steps(given)
@@ -69,7 +72,7 @@ def choose(
     optimizer = str(given["train"].get("optimizer", ""))
     chosen: dict[str, Any] = {
         "mode": mode,
-        "output": str(output or Path(f"{Path(folder).stem or 'run'}.safetensors")),
+        "output": str(output or _output(mode, trigger, Path(folder))),
         "model": {"name": model},
         "data": {
             "folder": folder,
@@ -84,6 +87,10 @@ def choose(
     }  # fmt: skip
     if mode == "dreambooth":
         _dreambooth(chosen, given, count)
+    if mode == "embedding":
+        _embedding(chosen, dataset)
+    elif given.get("embedding", {}).get("vectors"):
+        chosen["embedding"] = {"rate": 10.0}  # vectors learn at higher rates than the factors of a LoRA
     if mode == "finetune":
         chosen["adapter"] = {"form": "none"}
         chosen["data"]["caption_dropout"] = 0.1
@@ -129,12 +136,12 @@ def _training(
 ) -> dict[str, Any]:
     batch = 1 if device == "cpu" and not small else 4 if pictures >= 16 else 2 if pictures >= 4 else 1
     # Adapters train some 100 passes over a small set and ever fewer over larger ones.
-    passes = {"lora": 100, "dreambooth": 200, "finetune": 20}[mode]
+    passes = {"lora": 100, "dreambooth": 200, "finetune": 20, "embedding": 200, "hypernetwork": 200}[mode]
     usual = pictures * passes / batch / max(1.0, math.log2(max(2, pictures) / 8))
     chosen = steps if steps is not None else int(min(4000, max(300, round(usual, -2))))
     # All weights at once need a smaller rate than low-rank factors, those of a few pictures the smallest.
     rate = 1e-4 if form not in ("none", "full") else 5e-6 if mode == "dreambooth" else 1e-5
-    rate *= min(8.0, _FULL_WIDTH / channels) * _RATES.get(optimizer, 1.0)
+    rate = _RATES_OF_MODES.get(mode, rate * min(8.0, _FULL_WIDTH / channels)) * _RATES.get(optimizer, 1.0)
     if optimizer == "prodigy":
         rate = 1.0  # a factor of the rate that it estimates
     return {
@@ -144,7 +151,7 @@ def _training(
         **({"schedule": "constant"} if optimizer == "schedule-free" else {}),
         "warmup": min(100, chosen // 10),
         "weight_decay": 0.01,
-        "ema_decay": 0.0 if mode == "lora" or optimizer == "schedule-free" else 0.999,
+        "ema_decay": 0.0 if mode not in ("dreambooth", "finetune") or optimizer == "schedule-free" else 0.999,
         "log_steps": max(1, min(50, chosen // 100)),
         # Some ten validations, so that over-fitting can be seen; in short runs each costs as much as some steps.
         "validate_steps": min(1000, max(10, chosen // 10)),
@@ -161,6 +168,25 @@ def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int)
     chosen["loss"] = {"prior": prior}
     if prior == "pictures" and not given.get("data", {}).get("class_folder"):
         data["class_pictures"] = max(50, 10 * pictures)
+
+
+def _output(mode: str, trigger: str, folder: Path) -> Path:
+    """The result's file: an embedding is named like its word, by which programs know it; others like the data."""
+    stem = re.sub(r'[/\\:*?"<>|]', "-", trigger) if mode == "embedding" else folder.stem
+    return Path(f"{stem or 'run'}{'.pt' if mode == 'hypernetwork' else '.safetensors'}")
+
+
+def _embedding(chosen: dict[str, Any], dataset: DataSet) -> None:
+    """Sentences with the word are captions where the pictures have none."""
+    data = chosen["data"]
+    if not data["trigger"]:
+        raise RequestError(
+            "trigger", "is missing: it is the word that prompts will say for the pictures, such as --trigger zorb"
+        )
+    plain = " ".join(filter(None, (data["trigger"], data["class_word"])))
+    if all(record.captions == (plain,) for record in dataset.records):
+        data["template"] = "subject"
+    chosen["embedding"] = {"vectors": 1}
 
 
 def _resume(steps: int, file: ModelFile) -> dict[str, Any]:

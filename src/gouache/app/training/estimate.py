@@ -36,7 +36,6 @@ from gouache.training.retention import is_multiple
 from gouache.training.run_settings import RunSettings
 from gouache.training.settings import Settings as LoopSettings
 from gouache.training.step import accumulate_gradients, clip_gradients, update
-from gouache.training.targets.adapter import AdapterTarget
 from gouache.wording import plural
 
 _KINDS = 3  # of steps that are timed: the most frequent ones, by the sizes of their batches
@@ -112,10 +111,9 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
             cache, epoch = _cache_bytes(settings, batches, model, len(pictures.held_out)), max(1, len(batches))
             if class_pictures:  # with those that are not painted yet
                 epoch = batches_of(settings, 1, user, model.size)
-            if isinstance(target, AdapterTarget):
-                target.detach()
+            target.detach()
             used = memory_use.memory_use(settings, model, device, batches, user)
-        output = used.trained if settings.adapter.form != "none" else model.file.nbytes
+        output = used.trained if target.keeps_weights else model.file.nbytes
         free, seconds = available(device), math.nan
         if used.peak + used.mapped < free:
             quiet = {"on_note": lambda line: None, "on_work": lambda what, done, total: None}
@@ -147,7 +145,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
 
 def _settled(settings: RunSettings, device: torch.device, channels: int, user: Settings) -> RunSettings:
     """The settings for a trial, with the dtype that a run would choose."""
-    dtype = settings.memory.dtype or ("fp32" if settings.adapter.form == "none" else user.dtype)
+    dtype = settings.memory.dtype or ("fp32" if settings.result == "model" else user.dtype)
     dtype = dtype or residency.dtype_name(machine.best_dtype(device, channels, user))
     memory = settings.memory.model_copy(update={"dtype": dtype})
     return settings.model_copy(update={"memory": memory})

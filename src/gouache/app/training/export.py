@@ -8,13 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from gouache.adapters.strength import Strength
 from gouache.app.settings import Settings
 from gouache.app.training import prepare
 from gouache.app.training.folder import RunFolder
+from gouache.app.training.parts import make_target
 from gouache.app.training.prepare import Prepared
 from gouache.errors import FileError, RequestError, TrainingError, printable
 from gouache.families.found import Found
@@ -23,15 +20,19 @@ from gouache.outside import MalformedText, parse_json, read_text
 from gouache.training import state
 from gouache.training.run_settings import RunSettings
 from gouache.training.state import State
-from gouache.training.targets.adapter import NETWORK, AdapterTarget
-from gouache.training.targets.export import FORMS_OF_MODELS, NAMES, Averages, export_model
-from gouache.training.targets.weights import WeightsTarget
+from gouache.training.target import Target
+from gouache.training.targets.export import FORMS_OF_MODELS, NAMES, Averages
 from gouache.version import __version__
 from gouache.workshop import save
 from gouache.workshop.derive import DTYPES
 
 WEIGHTS = ("ema", "last", "both")
 FORMS = ("adapter", *FORMS_OF_MODELS)
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "adapter": (".safetensors",),
+    "embedding": (".safetensors", ".pt"),
+    "hypernetwork": (".pt",),
+}
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,18 @@ def export(
     checkpoint = read_checkpoint(run, number, newest=step == "last", on_note=note)
     loaded = _on_cpu(settings, user, bakes=choice.form != "adapter")
     model = prepare.load_model(loaded, user, note)
-    target = prepare.make_target(loaded, model, user)
+    target = make_target(loaded, model, user)
     try:
         write(target, settings, checkpoint, choice, output, metadata=read_metadata(run), overwrite=overwrite)
     finally:
-        if isinstance(target, AdapterTarget):
-            target.detach()
+        target.detach()
     return checkpoint.step
 
 
 def _on_cpu(settings: RunSettings, user: Settings, bakes: bool) -> RunSettings:
     """The settings of a model that is loaded to be exported; if an adapter is baked into it, in the file's dtype."""
     memory = settings.memory
-    if bakes and settings.adapter.form != "none":
+    if bakes and settings.result == "adapter":
         memory = memory.model_copy(update={"dtype": _stored(prepare.check_model(settings, user)[1]) or "fp32"})
     return settings.model_copy(update={"device": "cpu", "memory": memory})
 
@@ -122,18 +122,20 @@ def choose(
         raise RequestError(setting, f"{value} needs averages, and this checkpoint has none; use last weights")
     if form == "pruned-emaonly" and weights in ("last", "both"):
         raise RequestError("form", f"pruned-emaonly has the averages alone, not {weights} weights; use pruned")
-    is_adapter = settings.adapter.form != "none"
-    if is_adapter:
+    result = settings.result
+    if result != "model":
         if weights == "both":
-            raise RequestError("weights", "both is for trained weights; an adapter holds one kind: use ema or last")
+            raise RequestError("weights", f"both is for trained weights; an {result} holds one kind: use ema or last")
+        if form not in ("", "adapter") and (result != "adapter" or settings.embedding.vectors):
+            raise RequestError("form", f"{form} is a file of a model, which cannot hold an embedding; use adapter")
         form, weights = form or "adapter", "ema" if averages and weights != "last" else "last"
     elif form == "adapter":
         raise RequestError(
             "form", "adapter: this run trained the weights themselves; `gouache lora extract` makes a LoRA of its file"
         )
-    if form != "adapter" and names != "kohya":
-        raise RequestError("names", f"{names} is for adapters; models have the names of their original files")
-    if not is_adapter:
+    if names != "kohya" and (form != "adapter" or result != "adapter" or settings.embedding.vectors):
+        raise RequestError("names", f"{names} is for LoRAs and other adapters alone; leave it out")
+    if result == "model":
         usual = {"full": "both", "pruned": "both" if form else "ema"}
         weights = (weights or usual.get(form or "pruned", "ema")) if averages else "last"
         form = form or ("pruned-emaonly" if weights == "ema" else "pruned")
@@ -141,8 +143,8 @@ def choose(
         save.single_form_of(output)
     elif names == "peft" and output.suffix:
         raise RequestError("out", f"{save.shown(output)} has a suffix; PEFT's adapters are folders, name one")
-    elif names != "peft" and output.suffix.lower() != ".safetensors":
-        raise RequestError("out", f"{save.shown(output)} does not end in .safetensors, the format of adapters")
+    elif names != "peft" and output.suffix.lower() not in SUFFIXES[result]:
+        raise RequestError("out", f"{save.shown(output)} does not end in {' or '.join(SUFFIXES[result])}")
     return Choice(weights, form, names)
 
 
@@ -179,7 +181,7 @@ def read_checkpoint(run: RunFolder, number: int, *, newest: bool, on_note: Calla
 
 
 def write(
-    target: AdapterTarget | WeightsTarget,
+    target: Target,
     settings: RunSettings,
     checkpoint: State,
     choice: Choice,
@@ -196,19 +198,18 @@ def write(
     about = {**metadata, "ss_steps": str(checkpoint.step), **_epoch(metadata, checkpoint)}
     if choice.weights == "ema" and averages is not None and choice.form != "pruned-emaonly":
         last, averages = {**last, **averages.weights}, None
-    dtype = _stored(target.model.found)  # of the file that training started from
-    if isinstance(target, WeightsTarget):
-        target.export(
-            last, output, form=choice.form, metadata=about, averages=averages, dtype=dtype, overwrite=overwrite
-        )
-        return
-    if averages is not None:
-        last = {**last, **averages.weights}
-    if choice.form == "adapter":
-        target.export(last, output, names=choice.names, metadata=about, dtype="fp16", overwrite=overwrite)
-        return
-    form = "pruned" if choice.form == "pruned-emaonly" else choice.form
-    export_model(_baked(target, last), target.model, output, form, about, None, dtype, overwrite=overwrite)
+    # A model has the dtype of the file that training started from.
+    dtype = "fp16" if choice.form == "adapter" else _stored(target.model.found)
+    target.export(
+        last,
+        output,
+        form=choice.form,
+        names=choice.names,
+        metadata=about,
+        averages=averages,
+        dtype=dtype,
+        overwrite=overwrite,
+    )
 
 
 def _epoch(metadata: Mapping[str, str], checkpoint: State) -> dict[str, str]:
@@ -216,23 +217,6 @@ def _epoch(metadata: Mapping[str, str], checkpoint: State) -> dict[str, str]:
     batches, number = metadata.get("ss_num_batches_per_epoch", ""), checkpoint.values.get("number")
     known = batches.isdecimal() and len(batches) < 10 and int(batches) > 0
     return {"ss_epoch": str(number // int(batches))} if known and isinstance(number, int) else {}
-
-
-@torch.no_grad()
-def _baked(target: AdapterTarget, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """The weights of the changed networks with the adapter's changes in them; the adapter has `weights` afterwards."""
-    model = target.model
-    for name, tensor in target.adapter.state_dict().items():
-        tensor.copy_(weights.get(f"{NETWORK}.{name}", tensor))
-    folded = model.adapters.attach(target.adapter, Strength(), how="folded")
-    networks = {"unet": model.unet, **model.text_encoders}
-    try:
-        return {
-            part: {name: tensor.detach().cpu().clone() for name, tensor in networks[part].state_dict().items()}
-            for part in dict.fromkeys(part for part, _ in target.modules)
-        }
-    finally:
-        model.adapters.detach(folded)
 
 
 def write_metadata(ready: Prepared, run: RunFolder) -> None:

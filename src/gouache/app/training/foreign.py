@@ -19,7 +19,7 @@ from gouache.wording import plural
 def check(settings: RunSettings, file: ModelFile) -> None:
     """Raises RequestError or ModelError, before any weight is read, if the run cannot go on with `file`."""
     train = settings.train
-    if settings.adapter.form != "none":
+    if settings.result != "model":
         raise RequestError("model.resume", "goes on with the weights of a model; set adapter.form to none")
     if train.optimizer not in ("adam", "adamw"):
         raise RequestError("model.resume", f"takes over moments of Adam, not for {printable(train.optimizer)}")
@@ -31,7 +31,7 @@ def check(settings: RunSettings, file: ModelFile) -> None:
 
 def hint(settings: RunSettings, file: ModelFile) -> str:
     """One line for a file that could be gone on with, and is only started from; else ""."""
-    if settings.model.resume or settings.adapter.form != "none" or "optimizer_states" not in file.extra:
+    if settings.model.resume or settings.result != "model" or "optimizer_states" not in file.extra:
         return ""
     step = file.extra.get("global_step")
     return (

@@ -28,8 +28,7 @@ from gouache.training.batches import Batches
 from gouache.training.memory import Simulation
 from gouache.training.run_settings import RunSettings
 from gouache.training.step import accumulate_gradients, clip_gradients, update
-from gouache.training.targets.adapter import AdapterTarget
-from gouache.training.targets.weights import WeightsTarget
+from gouache.training.target import Target
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,6 @@ _HEAP_OF_HALF_VAE = 4.5
 _BYTES_OF_NAME = 146
 # What oneDNN's kernels and their caches keep, measured as the growth of a process over its first steps.
 _KERNELS = 30_000_000
-
-Target = AdapterTarget | WeightsTarget
 
 
 def memory_use(
@@ -153,7 +150,7 @@ def _private_bytes(model: Model, target: Target, device: torch.device) -> dict[s
             # some convolutions are copied to another memory format
             if not mapped or trained or (each.ndim == 4 and not each.is_contiguous())
         )
-    if isinstance(target, AdapterTarget):
+    if target.keeps_weights:
         result["adapter"] = sum(each.nbytes for network in target.networks.values() for each in network.parameters())
     return result
 

@@ -18,15 +18,14 @@ from gouache.training.batches import Batches
 from gouache.training.denoising import Denoising
 from gouache.training.noise import NoiseOptions
 from gouache.training.run_settings import RunSettings
-from gouache.training.targets.adapter import AdapterTarget
-from gouache.training.targets.weights import WeightsTarget
+from gouache.training.target import Target
 from gouache.training.timesteps import Timesteps
 
 
 def make_objective(
     settings: RunSettings,
     model: Model,
-    target: AdapterTarget | WeightsTarget,
+    target: Target,
     batches: Batches,
     user: Settings,
     caption_dropout: float,

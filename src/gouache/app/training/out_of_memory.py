@@ -45,11 +45,11 @@ def ways_to_save(settings: RunSettings) -> str:
         ways.append(f"train.batch below {train.batch}, with train.accumulate to make up for it")
     if memory.dtype not in ("bf16", "fp16"):
         ways.append("memory.dtype = bf16")
-    elif memory.dtype == "bf16" and train.rounding == "master" and settings.adapter.form == "none":
+    elif memory.dtype == "bf16" and train.rounding == "master" and settings.result == "model":
         ways.append("train.rounding = stochastic")
     if train.ema_decay and not train.ema_on_cpu and settings.device != "cpu":
         ways.append("train.ema_on_cpu = true")
-    if settings.adapter.form == "none":
+    if settings.result == "model":
         ways.append("adapter.form = lora")
     return f"set {'; or '.join([*ways, 'a smaller data.resolution'])}"
 

@@ -1,24 +1,63 @@
-"""Which parts of a model a run trains, in which form and at which rates, from its settings."""
+"""What a run trains of a model, in which form and at which rates, from its settings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from gouache.app import names
+from gouache.app.settings import Settings
 from gouache.errors import RequestError
+from gouache.files.open import open_model
 from gouache.model.inpainting import CHANNELS
-from gouache.training.run_settings import AdapterSettings, RunSettings
+from gouache.model.model import Model
+from gouache.training.run_settings import AdapterSettings, EmbeddingSettings, PartsSettings, RunSettings, Table
+from gouache.training.target import Target
+from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.dropout import Rates
+from gouache.training.targets.embedding import EmbeddingOptions, EmbeddingTarget
 from gouache.training.targets.options import FORMS, RANKED, SCALED, AdapterOptions
-from gouache.training.targets.weights import WeightsOptions
+from gouache.training.targets.pivotal import PivotalOptions, PivotalTarget
+from gouache.training.targets.weights import WeightsOptions, WeightsTarget
+
+Options = AdapterOptions | WeightsOptions | EmbeddingOptions | PivotalOptions
 
 
-def options_of(settings: RunSettings, encoders: Sequence[str]) -> AdapterOptions | WeightsOptions:
+def make_target(settings: RunSettings, model: Model, user: Settings) -> Target:
+    """What is trained, on `model`. Raises RequestError or ModelError if the model has no such parts."""
+    options, seed = options_of(settings, list(model.text_encoders)), settings.train.seed
+    if isinstance(options, WeightsOptions):
+        return WeightsTarget(model, options)
+    if isinstance(options, EmbeddingOptions):
+        return EmbeddingTarget(model, options)
+    start = settings.adapter.start
+    file = open_model(names.resolve(start, user, "lora", "adapter.start")) if start else None
+    if isinstance(options, PivotalOptions):
+        adapter = AdapterTarget(model, options.adapter, seed=seed, start=file)
+        return PivotalTarget(adapter, EmbeddingTarget(model, options.embedding))
+    return AdapterTarget(model, options, seed=seed, start=file)
+
+
+def options_of(settings: RunSettings, encoders: Sequence[str]) -> Options:
     """The options of the target; `encoders` are the names of the model's text encoders.
 
     Raises RequestError for settings that do not go together.
     """
-    chosen, parts = settings.adapter, settings.parts
     _check_effects(settings)
+    if settings.result == "embedding":
+        return _embedding(settings, max(1, settings.embedding.vectors))
+    trained = _networks(settings, encoders)
+    if isinstance(trained, AdapterOptions) and settings.embedding.vectors:
+        return PivotalOptions(trained, _embedding(settings, settings.embedding.vectors))
+    return trained
+
+
+def _embedding(settings: RunSettings, vectors: int) -> EmbeddingOptions:
+    start = settings.embedding.init_word or settings.data.class_word or "*"
+    return EmbeddingOptions(settings.data.trigger, vectors, start, settings.embedding.rate)
+
+
+def _networks(settings: RunSettings, encoders: Sequence[str]) -> AdapterOptions | WeightsOptions:
+    chosen, parts = settings.adapter, settings.parts
     rates = dict.fromkeys(encoders, parts.text_rate)
     if parts.text_rate_2 is not None:
         rates |= dict.fromkeys(encoders[1:], parts.text_rate_2)
@@ -57,9 +96,21 @@ _FORMS_OF = {"alpha": SCALED, "conv_alpha": SCALED, "alphas": SCALED, "rank": RA
 
 def _check_effects(settings: RunSettings) -> None:
     """Raises RequestError for a setting that would have no effect, or a wrong one, on what is trained."""
-    adapter, usual = settings.adapter, AdapterSettings()
-    changed = [name for name in AdapterSettings.model_fields if getattr(adapter, name) != getattr(usual, name)]
-    for name in changed:
+    adapter, result = settings.adapter, settings.result
+    if result not in ("adapter", "model"):
+        table, changed = next(
+            ((key, names) for key, usual in (("adapter", AdapterSettings()), ("parts", PartsSettings()))
+             if (names := _changed(getattr(settings, key), usual))),
+            ("", []),
+        )  # fmt: skip
+        if changed:
+            raise RequestError(f"{table}.{changed[0]}", f"has no effect on an {result}; leave it out, or train a lora")
+    elif result == "model" and (changed := _changed(settings.embedding, EmbeddingSettings())):
+        raise RequestError(
+            f"embedding.{changed[0]}",
+            "has no effect on trained weights, whose file has no embeddings; train a lora, or an embedding alone",
+        )
+    for name in _changed(adapter, AdapterSettings()):
         if adapter.form == "none" and name != "form":
             raise RequestError(
                 f"adapter.{name}", "has no effect on trained weights (adapter.form = none); leave it out, or set a form"
@@ -69,9 +120,14 @@ def _check_effects(settings: RunSettings) -> None:
             raise RequestError(
                 f"adapter.{name}", f"has no effect on {adapter.form}; it applies to {', '.join(forms)}; leave it out"
             )
-    if adapter.form != "none" and settings.model.weights != "last":
+    if result != "model" and settings.model.weights != "last":
         raise RequestError(
             "model.weights",
             f"{settings.model.weights} is for trained weights (adapter.form = none); of a model with averages (EMA) "
             "write a file of them alone with `gouache prune`, and train the adapter on that",
         )
+
+
+def _changed(table: Table, usual: Table) -> list[str]:
+    """The keys of a table that differ from the usual values."""
+    return [name for name in type(table).model_fields if getattr(table, name) != getattr(usual, name)]

@@ -18,7 +18,7 @@ import torch
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
 from gouache.app.training.folder import RunFolder
-from gouache.data import contents, folders, pictures, scores, split
+from gouache.data import contents, folders, pictures, scores, split, templates
 from gouache.data.buckets import Buckets, Size, crops
 from gouache.data.dataset import DataSet
 from gouache.data.epochs import Plan
@@ -50,7 +50,11 @@ _CAPTIONS: Mapping[str, str] = {
     "warmup_steps": "warmup_steps",
 }
 # Settings of [data] -> fields of Subset that they fix, besides those of the same name.
-_FIXES: Mapping[str, tuple[str, ...]] = {"caption_extension": ("suffixes",), "masks": ("masks", "alpha_mask")}
+_FIXES: Mapping[str, tuple[str, ...]] = {
+    "caption_extension": ("suffixes",),
+    "masks": ("masks", "alpha_mask"),
+    "template": ("templates",),
+}
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,9 @@ def _read(settings: RunSettings, user: Settings | None) -> DataSet:
                 "loss.prior = pictures to have them painted there",
             )
         return found
-    more = folders.read(of_class, replace(subset, regularization=True, fixed=subset.fixed - {"repeats"}))
+    plain = replace(subset.caption_options, templates=())
+    subset = replace(subset, regularization=True, fixed=subset.fixed - {"repeats"}, caption_options=plain)
+    more = folders.read(of_class, subset)
     return replace(found, records=[*found.records, *more.records], notes=[*found.notes, *more.notes])
 
 
@@ -130,12 +136,18 @@ def _check_class(settings: RunSettings, found: DataSet) -> None:
 def subset_of(data: DataSettings) -> Subset:
     """What the settings say of all pictures."""
     fixed = {name for key in data.fixed for name in (key, _CAPTIONS.get(key, key), *_FIXES.get(key, ()))}
+    lines = templates.read(data.template)
+    named = any(templates.NAME in line for line in lines)
+    if named and not data.trigger:
+        raise RequestError("data.trigger", f"is missing: the captions of data.template say it for {templates.NAME}")
+    options = {name: getattr(data, key) for key, name in _CAPTIONS.items()}
+    options["templates"] = tuple(line.replace(templates.NAME, data.trigger) for line in lines)
     return Subset(
-        trigger=data.trigger,
+        trigger="" if named else data.trigger,
         class_word=data.class_word,
         repeats=data.repeats,
         suffixes=(data.caption_extension,) if data.caption_extension else CAPTIONS,
-        caption_options=CaptionOptions(**{name: getattr(data, key) for key, name in _CAPTIONS.items()}),
+        caption_options=CaptionOptions(**options),
         picture_options=PictureOptions(
             flip=data.flip, random_crop=data.random_crop, color=data.color, alpha_mask=data.masks == "alpha"
         ),

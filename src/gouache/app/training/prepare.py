@@ -21,7 +21,7 @@ from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.objective import make_objective, text_encoder, timesteps_of
-from gouache.app.training.parts import options_of
+from gouache.app.training.parts import make_target, options_of
 from gouache.app.training.pictures import (
     OnNote,
     Pictures,
@@ -51,8 +51,7 @@ from gouache.training.denoising import Denoising
 from gouache.training.latent_cache import LatentCache, identity_of
 from gouache.training.objective import Group
 from gouache.training.run_settings import RunSettings
-from gouache.training.targets.adapter import AdapterTarget
-from gouache.training.targets.weights import WeightsOptions, WeightsTarget
+from gouache.training.target import Target
 from gouache.training.text_cache import TextCache
 from gouache.training.validation import Validation
 
@@ -65,7 +64,7 @@ class Prepared:
 
     settings: RunSettings
     model: Model
-    target: AdapterTarget | WeightsTarget
+    target: Target
     objective: Denoising
     pictures: Pictures
     batches: Batches
@@ -79,7 +78,7 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
         open_model(path), prediction=settings.model.prediction or None, family=settings.model.family or None
     )
     spec = trainable(found)
-    if settings.model.inpainting and settings.adapter.form != "none" and spec.in_channels != INPAINTING_CHANNELS:
+    if settings.model.inpainting and settings.result != "model" and spec.in_channels != INPAINTING_CHANNELS:
         raise RequestError(
             "model.inpainting",
             f"{printable(settings.model.name)} has {spec.in_channels} input channels; train its weights "
@@ -131,8 +130,7 @@ def prepared(
         if settings.model.zero_terminal_snr:  # only now: the class is painted as the model is
             model.core.schedule = model.schedule.zero_terminal_snr()
         target = make_target(settings, model, user)
-        if isinstance(target, AdapterTarget):
-            leaving.callback(target.detach)
+        leaving.callback(target.detach)
         for note in target.notes:
             on_note(note)
         batches = leaving.enter_context(make_batches(settings, folder, model, target, pictures.training))
@@ -143,7 +141,7 @@ def prepared(
             checkpointing.enable(network)
         objective = make_objective(settings, model, target, batches, user, pictures.caption_dropout)
         filled = fill_caches and settings.data.cache
-        if filled and isinstance(target, AdapterTarget):
+        if filled and target.keeps_weights:
             model.unload("U-Net")  # the largest part, which the caches do not need
         if filled:  # first, so that the validation finds the captions that it shares with training
             _fill(settings, batches, on_work)
@@ -163,7 +161,7 @@ def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: t
     """
     chosen = settings.model
     dtype = settings.memory.dtype or None
-    if dtype is None and settings.adapter.form == "none":
+    if dtype is None and settings.result == "model":
         dtype = "fp32"
     device = device or residency.device(settings.device or user.device)
     model = loading.load(
@@ -210,21 +208,11 @@ def _paint_class(settings: RunSettings, user: Settings, model: Model, on_work: O
     )  # fmt: skip
 
 
-def make_target(settings: RunSettings, model: Model, user: Settings) -> AdapterTarget | WeightsTarget:
-    """What is trained. Raises RequestError or ModelError if the model has no such parts."""
-    options = options_of(settings, list(model.text_encoders))
-    if isinstance(options, WeightsOptions):
-        return WeightsTarget(model, options)
-    start = settings.adapter.start
-    file = open_model(names.resolve(start, user, "lora", "adapter.start")) if start else None
-    return AdapterTarget(model, options, seed=settings.train.seed, start=file)
-
-
 def make_batches(
     settings: RunSettings,
     folder: RunFolder,
     model: Model,
-    target: AdapterTarget | WeightsTarget,
+    target: Target,
     records: Sequence[Record],
     *,
     validation: bool = False,
@@ -268,6 +256,7 @@ def make_batches(
                     dropout=0,
                     dropout_every_epochs=0,
                     warmup_steps=0,
+                    templates=each.caption_options.templates[:1],
                 ),
                 picture_options=PictureOptions(alpha_mask=each.picture_options.alpha_mask),
             )
@@ -285,7 +274,7 @@ def make_validation(
     settings: RunSettings,
     folder: RunFolder,
     model: Model,
-    target: AdapterTarget | WeightsTarget,
+    target: Target,
     pictures: Pictures,
     objective: Denoising,
 ) -> Validation:
@@ -304,7 +293,7 @@ def make_validation(
     return Validation(objective, held_out, training, points, f"{points} timesteps of {name or name_of_training}")
 
 
-def free_encoders(settings: RunSettings, model: Model, target: AdapterTarget | WeightsTarget) -> None:
+def free_encoders(settings: RunSettings, model: Model, target: Target) -> None:
     """Free the weights of what only fills the caches; it is read again when something is painted or not cached yet."""
     if not settings.data.cache:
         return

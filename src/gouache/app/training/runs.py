@@ -8,6 +8,7 @@ A run can be stopped at any moment; the same call goes on with it.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -258,6 +259,8 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
             f"{shlex.quote(printable(str(folder.path)))} OUT --step best"
         )
     output = Path(settings.output)
+    if settings.result == "embedding" and output.stem.casefold() != settings.data.trigger.casefold():
+        on_note(f"programs know an embedding by the name of its file: prompts say {printable(output.stem)}")
     checkpoint = export.read_checkpoint(folder, number, newest=number == result.step, on_note=on_note)
     choice = export.choose(settings, "ema" in checkpoint.tensors, output)
     try:
@@ -303,7 +306,15 @@ def _command(settings: RunSettings, ready: Prepared, path: Path | None) -> str:
     if path is None:
         return ""
     prompts = settings.samples.prompts or [default_prompt(settings, ready.pictures.training)]
-    command = ["gouache", "paint", prompts[0]]
-    if settings.adapter.form == "none":
-        return shlex.join([*command, "-m", str(path)])
-    return shlex.join([*command, "-m", settings.model.name, "--lora", str(path)])
+    command = ["gouache", "paint", prompts[0], "-m", settings.model.name]
+    match settings.result:
+        case "model":
+            command[-1] = str(path)
+        case "adapter":
+            command += ["--lora", str(path)]
+        case "embedding":  # prompts know it by the file's name
+            command[2] = re.sub(re.escape(settings.data.trigger), lambda _: path.stem, command[2], flags=re.IGNORECASE)
+            command += ["--embedding", str(path)]
+        case "hypernetwork":
+            command += ["--hypernet", str(path)]
+    return shlex.join(command)

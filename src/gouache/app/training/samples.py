@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from gouache.data.record import Record
+from gouache.data.templates import fill
 from gouache.errors import FileError, RequestError
 from gouache.files.write import write_atomic
 from gouache.generate import run
@@ -90,10 +91,12 @@ def requests_of(settings: RunSettings, training: Sequence[Record], size: tuple[i
 
 
 def default_prompt(settings: RunSettings, training: Sequence[Record]) -> str:
-    """The first caption, which has the trigger word: what the run learns to paint."""
-    captions = (line for record in training if not record.regularization for line in record.captions if line.strip())
+    """The first caption, or template of one, which has the trigger word: what the run learns to paint."""
+    subject = [record for record in training if not record.regularization]
+    captions = (line for record in subject for line in record.captions if line.strip())
     words = " ".join(filter(None, (settings.data.trigger, settings.data.class_word)))
-    caption = next(captions, "") or words or "a picture"
+    templates = next((record.caption_options.templates for record in subject), ())
+    caption = fill(templates[0], next(captions, "")) if templates else next(captions, "") or words or "a picture"
     return " ".join(filter(None, (settings.data.prefix, caption, settings.data.suffix)))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from gouache.adapters.parameters import ParameterAdapter
@@ -19,7 +20,14 @@ from gouache.model.model import Model
 from gouache.nn import products
 from gouache.training.objective import Group, Json
 from gouache.training.targets.dropout import ModuleDropout, module_generator
-from gouache.training.targets.export import AdapterParts, adapter_metadata, export_adapter
+from gouache.training.targets.export import (
+    FORMS_OF_MODELS,
+    AdapterParts,
+    Averages,
+    adapter_metadata,
+    export_adapter,
+    export_model,
+)  # fmt: skip
 from gouache.training.targets.initial import NUMBERS, initial_parts
 from gouache.training.targets.options import AdapterOptions, choose, rates_of
 from gouache.wording import plural
@@ -31,9 +39,11 @@ class AdapterTarget:
     """The parts of an adapter on `model`, which keeps its own weights; it is attached until `detach`.
 
     With `start`, an adapter file, its modules and parts are trained, from its values; of `options` then only those
-    apply that are not about forms, modules and ranks. `notes` are lines for the user. Raises RequestError for options
-    that do not fit the model, ModelError for a file that does not.
+    apply that are not about forms, modules and ranks. Raises RequestError for options that do not fit the model,
+    ModelError for a file that does not.
     """
+
+    keeps_weights = True
 
     def __init__(self, model: Model, options: AdapterOptions, *, seed: int, start: ModelFile | None = None) -> None:
         self.model, self.options = model, options
@@ -133,16 +143,25 @@ class AdapterTarget:
         form: str = "adapter",
         names: str = "kohya",
         metadata: Mapping[str, str],
-        dtype: str = "fp32",
+        averages: Averages | None = None,
+        dtype: str | None = None,
         overwrite: bool = False,
+        more: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Write the adapter with `weights` (those that are missing are the present ones).
+        """Write the adapter with `weights`, or with a form of models the model with the adapter's changes in it.
 
         `names`: "kohya", for most programs; "diffusers", one file for its pipelines; "peft", a folder with a subfolder
-        per part, each of which PEFT opens. Raises RequestError for a form or naming that the adapter does not have.
+        per part, each of which PEFT opens. `more` are further tensors of a file with kohya's names. Raises
+        RequestError for a form or naming that the adapter does not have.
         """
+        if form in FORMS_OF_MODELS:
+            baked = self._baked(weights if averages is None else {**weights, **averages.weights})
+            form = "pruned" if form == "pruned-emaonly" else form
+            export_model(baked, self.model, path, form, metadata, None, dtype, overwrite=overwrite)
+            return
         if form != "adapter":
-            raise RequestError("form", f"{printable(form, 40)!r} is for trained weights; this run trained an adapter")
+            known = ", ".join(("adapter", *FORMS_OF_MODELS))
+            raise RequestError("form", f"{printable(form, 40)!r} is not known; use {known}")
         parts: AdapterParts = {
             module: {
                 part: weights.get(f"{NETWORK}.{key}", getattr(self.adapter, key)).detach().cpu()
@@ -151,13 +170,30 @@ class AdapterTarget:
             for module in self.modules
         }
         described = adapter_metadata(self.model, self.options, parts, path.stem)
-        export_adapter(parts, self.model, path, names, {**described, **metadata}, dtype, overwrite=overwrite)
+        export_adapter(
+            parts, self.model, path, names, {**described, **metadata}, dtype or "fp32", more, overwrite=overwrite
+        )
 
     def detach(self) -> None:
         """Leave the model as it was before; painting with the adapter needs the exported file then."""
         for disable in self._disable:
             disable()
         self.model.adapters.detach(self._attached)
+
+    @torch.no_grad()
+    def _baked(self, weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """The weights of the changed networks with the adapter's changes in them; the adapter has `weights` then."""
+        for name, tensor in self.adapter.state_dict().items():
+            tensor.copy_(weights.get(f"{NETWORK}.{name}", tensor))
+        folded = self.model.adapters.attach(self.adapter, Strength(), how="folded")
+        networks = {"unet": self.model.unet, **self.model.text_encoders}
+        try:
+            return {
+                part: {name: tensor.detach().cpu().clone() for name, tensor in networks[part].state_dict().items()}
+                for part in dict.fromkeys(part for part, _ in self.modules)
+            }
+        finally:
+            self.model.adapters.detach(folded)
 
     def _new(self, seed: int, networks: Mapping[str, nn.Module]) -> dict[Module, dict[str, Tensor]]:
         return {

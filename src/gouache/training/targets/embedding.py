@@ -17,6 +17,7 @@ from gouache.nn import products
 from gouache.nn.clip_text import ClipText
 from gouache.prompts.chunks import chunk
 from gouache.training.objective import Group, Json
+from gouache.training.targets.export import Averages
 from gouache.training.targets.export_embedding import export_embedding
 
 NETWORK = "embedding"  # precedes the names of vectors in checkpoints
@@ -25,12 +26,19 @@ NETWORK = "embedding"  # precedes the names of vectors in checkpoints
 @dataclass(frozen=True)
 class EmbeddingOptions:
     """`word` is what prompts say, `vectors` how many tokens it takes there, `start` the words whose vectors it begins
-    with. Raises RequestError for an empty word or an impossible number of vectors.
+    with, `rate` the factor of its learning rate. Raises RequestError for an empty word or an impossible number of
+    vectors.
     """
 
     word: str
     vectors: int = 1
     start: str = "*"
+    rate: float = 1.0
+
+    @property
+    def rate_factors(self) -> set[float]:
+        """The factors of the learning rate of all parameters."""
+        return {self.rate}
 
     def __post_init__(self) -> None:
         if not self.word.strip():
@@ -42,7 +50,7 @@ class EmbeddingOptions:
 class EmbeddingVectors(nn.Module):
     """(vectors, width) parameters in float32 by text encoder, with the norms that they may have."""
 
-    def __init__(self, vectors: Mapping[str, Tensor], norms: Mapping[str, tuple[float, float]]) -> None:
+    def __init__(self, vectors: Mapping[str, Tensor], norms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.norms = dict(norms)
         for encoder, each in vectors.items():
@@ -59,16 +67,15 @@ class EmbeddingVectors(nn.Module):
         return {encoder: _within(weights[encoder], *norms) for encoder, norms in self.norms.items()}
 
 
-def _within(x: Tensor, least: float, most: float) -> Tensor:
+def _within(x: Tensor, least: Tensor, most: Tensor) -> Tensor:
     norms = x.norm(dim=1, keepdim=True)
     return x * (norms.clamp(least, most) / norms.clamp(min=1e-12))
 
 
 class EmbeddingTarget:
-    """The vectors of a new word of `model`, which keeps its weights; prompts know the word until `detach`.
+    """The vectors of a new word of `model`, which keeps its weights; prompts know the word until `detach`."""
 
-    `notes` are lines for the user. Raises RequestError if the word is one that cannot be replaced.
-    """
+    keeps_weights = True
 
     def __init__(self, model: Model, options: EmbeddingOptions) -> None:
         self.model, self.options = model, options
@@ -96,7 +103,7 @@ class EmbeddingTarget:
     def groups(self) -> list[Group]:
         """A group per encoder. Decay would pull the vectors to zero, where no word is."""
         return [
-            Group({f"{NETWORK}.{name}": parameter}, decay=False)
+            Group({f"{NETWORK}.{name}": parameter}, self.options.rate, decay=False)
             for name, parameter in self.embedding.named_parameters()
         ]
 
@@ -123,6 +130,8 @@ class EmbeddingTarget:
         form: str = "adapter",
         names: str = "kohya",
         metadata: Mapping[str, str],
+        averages: Averages | None = None,
+        dtype: str | None = None,
         overwrite: bool = False,
     ) -> None:
         """Write the vectors as a .safetensors file, or as A1111's .pt; other programs know the word by the file's name.
@@ -133,10 +142,13 @@ class EmbeddingTarget:
             raise RequestError("form", f"{printable(form, 40)!r} is for trained weights; this run trained an embedding")
         if names != "kohya":
             raise RequestError("names", f"{printable(names, 40)!r} is for LoRAs; all programs read the same embeddings")
+        export_embedding(self.vectors(weights), path, self.options.word, metadata, overwrite=overwrite)
+
+    @torch.no_grad()
+    def vectors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """{encoder: (vectors, width)} in float32 on the CPU, as they are exported of `weights`."""
         own = {name: weights.get(f"{NETWORK}.{name}", each) for name, each in self.embedding.named_parameters()}
-        with torch.no_grad():
-            vectors = {name: each.detach().float().cpu() for name, each in self.embedding.vectors(own).items()}
-        export_embedding(vectors, path, self.options.word, metadata, overwrite=overwrite)
+        return {name: each.detach().float().cpu() for name, each in self.embedding.vectors(own).items()}
 
     def detach(self) -> None:
         """Prompts do not know the word any more."""
@@ -174,11 +186,10 @@ def start_vectors(model: Model, encoder: ClipText, options: EmbeddingOptions) ->
 
 
 @torch.no_grad()
-def norms_of(encoder: ClipText) -> tuple[float, float]:
-    """The least and the largest norm of the vectors of a vocabulary."""
+def norms_of(encoder: ClipText) -> tuple[Tensor, Tensor]:
+    """The least and the largest norm of the vectors of a vocabulary; those of 0 are not counted."""
     norms = encoder.text_model.embeddings.token_embedding.weight.float().norm(dim=1)
-    norms = norms[norms > 0]
-    return float(norms.min()), float(norms.max())
+    return torch.where(norms > 0, norms, torch.inf).min(), norms.max()
 
 
 def _note(model: Model, options: EmbeddingOptions) -> str:

@@ -47,12 +47,14 @@ def export_adapter(
     names: str,
     metadata: Mapping[str, str],
     dtype: str = "fp32",
+    more: Mapping[str, Tensor] | None = None,
     *,
     overwrite: bool = False,
 ) -> None:
     """Write an adapter under `names`, one of NAMES. `path` is a .safetensors file, for "peft" a folder.
 
-    Raises RequestError for a naming that this form does not have.
+    `more` are further tensors, which keep their dtype, of a file with kohya's names. Raises RequestError for a naming
+    that this form does not have.
     """
     if names not in NAMES:
         raise RequestError("names", f"{printable(names, 40)!r} is not known; use {', '.join(NAMES)}")
@@ -64,8 +66,9 @@ def export_adapter(
     tensors = _kohya(parts, model) if names == "kohya" else _diffusers(parts, model)
     if names == "diffusers":  # its loader takes network settings in kohya's metadata for kohya's names
         metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_network_")}
-    file = in_memory(path, tensors, {**metadata, "sshs_model_hash": ""})
-    save.write_file(derive.cast(file, dtype), path, "safetensors", what="exporting", overwrite=overwrite)
+    file = in_memory(path, {**tensors, **(more or {})}, {**metadata, "sshs_model_hash": ""})
+    file = derive.cast(file, dtype, set(more or {}))
+    save.write_file(file, path, "safetensors", what="exporting", overwrite=overwrite)
 
 
 def in_memory(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> ModelFile:

@@ -62,9 +62,11 @@ class WeightsOptions:
 class WeightsTarget:
     """All weights of the trained parts of `model`, which are changed in place; the other networks are frozen.
 
-    `notes` are lines for the user. Raises RequestError for parts that the model does not have, ModelError if averages
-    are requested that its file does not have.
+    Raises RequestError for parts that the model does not have, ModelError if averages are requested that its file does
+    not have.
     """
+
+    keeps_weights = False
 
     def __init__(self, model: Model, options: WeightsOptions) -> None:
         self.model, self.options = model, options
@@ -161,6 +163,9 @@ class WeightsTarget:
             for part, network in self._networks.items()
         }
         export_model(trained, self.model, path, form, metadata, averages, dtype, overwrite=overwrite)
+
+    def detach(self) -> None:
+        """The model keeps the trained weights."""
 
     def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         for part, network in self._networks.items():
