@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -24,6 +25,16 @@ def rosy(scene: Scene) -> Scene:
     """The same things on a pink background."""
     pink = next(colour for colour in COLOURS if colour.name == "pink")
     return replace(scene, background=Background(pink, pink))
+
+
+def write_character(folder: Path, count: int = 5) -> list[Image.Image]:
+    """Write `count` drawings of a zorblax with their captions; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawings = [character(Random(seed)) for seed in range(count)]
+    for number, (picture, caption) in enumerate(drawings):
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return [picture for picture, _ in drawings]
 
 
 def character(rng: Random, size: int = 128) -> tuple[Image.Image, str]:

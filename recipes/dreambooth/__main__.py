@@ -14,14 +14,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from random import Random
 
 import numpy as np
 from PIL import Image
 
 import gouache
 from gouache.images.sheet import sheet
-from recipes.adapters.pictures import CHARACTER, character
+from recipes.adapters.pictures import CHARACTER, write_character
 from recipes.lora.__main__ import kept, painted
 from recipes.mini.command import print_progress, run_command
 
@@ -42,15 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def teach(folder: Path, name: str, class_pictures: int, steps: int) -> None:
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    drawings = [character(Random(seed)) for seed in range(5)]
-    for number, (picture, caption) in enumerate(drawings):
-        picture.save(pictures / f"{number}.png")
-        (pictures / f"{number}.txt").write_text(caption)
+    drawings = write_character(folder / "pictures")
     finished = gouache.train(
-        "dreambooth", pictures, model=name, output=folder / "zorblax.safetensors", folder=folder / "run", steps=steps,
-        trigger=CHARACTER, class_word=CLASS, class_pictures=class_pictures, form="none", text_encoder=True,
+        "dreambooth", folder / "pictures", model=name, output=folder / "zorblax.safetensors", folder=folder / "run",
+        steps=steps, trigger=CHARACTER, class_word=CLASS, class_pictures=class_pictures, form="none", text_encoder=True,
         learning_rate=1e-4, batch=2, samples={"prompts": [SUBJECT[0], OTHERS[0]]},
         on_progress=print_progress,
     )  # fmt: skip
@@ -61,14 +55,19 @@ def teach(folder: Path, name: str, class_pictures: int, steps: int) -> None:
     )
     sheet(prompts, ["before", "after"], [before, after]).save(folder / "before-after.png")
     count = len(SUBJECT)
-    share = violet(after[:count]) / violet([picture for picture, _ in drawings])
+    share = violet(after[:count]) / violet(drawings)
     print(f"learnt {share:.2f}  kept {kept(before[count:], after[count:]):.2f}")
 
 
 def violet(pictures: Sequence[Image.Image]) -> float:
-    """The mean share of pixels whose colour is near the character's."""
-    levels = (np.asarray(picture.convert("RGB"), np.int16) for picture in pictures)
-    return float(np.mean([(np.abs(each - VIOLET).max(2) < 40).mean() for each in levels]))
+    """The mean share of pixels of about the character's hue, whatever their brightness."""
+    levels = (np.asarray(picture.convert("RGB").convert("HSV"), np.int16) for picture in pictures)
+    hue = np.asarray(Image.new("RGB", (1, 1), VIOLET).convert("HSV"))[0, 0, 0]
+    return float(np.mean([((abs(h - hue) < 18) & (s > 80) & (v > 60)).mean() for h, s, v in map(_channels, levels)]))
+
+
+def _channels(levels: np.ndarray) -> np.ndarray:
+    return levels.transpose(2, 0, 1)
 
 
 if __name__ == "__main__":

@@ -47,25 +47,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train_style(folder: Path, name: str, count: int, steps: int) -> None:
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    model = gouache.load(name, device="cpu", dtype="fp32")
-    for number in with_progress(range(count), "painting"):
-        colour = COLOURS[(number + number // len(THINGS)) % len(COLOURS)]  # another one each time
-        caption = f"{THINGS[number % len(THINGS)]} on {colour} background"
-        if not (pictures / f"{number:02d}.png").exists():
-            screen_print(painted(model, caption, seed=100 + number)).save(pictures / f"{number:02d}.png")
-            (pictures / f"{number:02d}.txt").write_text(caption)
+    pictures, model = folder / "pictures", gouache.load(name, device="cpu", dtype="fp32")
+    write_prints(pictures, model, count)
     finished = gouache.train(
         "lora", pictures, model=name, output=folder / "print.safetensors", folder=folder / "run", steps=steps,
         rank=8, alpha=16, form="locon", learning_rate=6e-4, batch=8, caption_dropout=0.1,
         samples={"prompts": list(UNSEEN[:2])}, on_progress=print_progress,
     )  # fmt: skip
+    compare(model, finished.path or folder, "with the LoRA", folder / "before-after.png")
+
+
+def write_prints(folder: Path, model: gouache.Model, count: int) -> None:
+    """Paint `count` pictures and redraw them in the style, with captions that do not name it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in with_progress(range(count), "painting"):
+        colour = COLOURS[(number + number // len(THINGS)) % len(COLOURS)]  # another one each time
+        caption = f"{THINGS[number % len(THINGS)]} on {colour} background"
+        if not (folder / f"{number:02d}.png").exists():
+            screen_print(painted(model, caption, seed=100 + number)).save(folder / f"{number:02d}.png")
+            (folder / f"{number:02d}.txt").write_text(caption)
+
+
+def compare(model: gouache.Model, trained: Path, title: str, out: Path) -> None:
+    """Paint `UNSEEN` without and with the file `trained`, save both as `out` and print the two numbers."""
     before = [painted(model, prompt, seed=7) for prompt in UNSEEN]
-    style = model.attach(finished.path or folder / "print.safetensors")
+    style = model.attach(trained)
     after = [painted(model, prompt, seed=7) for prompt in UNSEEN]
     style.detach()
-    sheet(UNSEEN, ["without", "with the LoRA"], [before, after]).save(folder / "before-after.png")
+    sheet(UNSEEN, ["without", title], [before, after]).save(out)
     print(f"learnt {learnt(before, after):.2f}  kept {kept(before, after):.2f}")
 
 

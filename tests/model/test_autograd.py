@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gouache
 from gouache import Model
-from gouache.adapters.hypernetwork import Hypernetwork, HypernetworkHooks, Mlp
+from gouache.adapters.hypernetwork import HypernetworkHooks, Mlp
 from gouache.adapters.parameters import ParameterAdapter
 from gouache.adapters.strength import Strength
 from gouache.diffusion.conditioning import Conditioning
@@ -155,7 +155,7 @@ def test_gradients_reach_the_layers_of_a_hypernetwork(family: str, models: Calla
         return Mlp((first, "relu", second))
 
     pair = mlp(1), mlp(2)
-    hooks = HypernetworkHooks(model.unet, Hypernetwork(model.file, {width: pair}), 0.7)
+    hooks = HypernetworkHooks(model.unet, {width: pair}, 0.7)
     hooks.attach()
 
     try:

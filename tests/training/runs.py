@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import gouache
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.schedule import Schedule
 from gouache.prompts.encode import Sizes
@@ -21,6 +22,14 @@ from gouache.training.denoising import Denoising
 from gouache.training.loop import Batches, train
 from gouache.training.noise import NoiseOptions
 from gouache.training.objective import Group, Objective, step_generator
+from gouache.training.target import Target
+from gouache.training.targets.adapter import AdapterTarget
+from gouache.training.targets.dropout import Rates
+from gouache.training.targets.embedding import EmbeddingOptions, EmbeddingTarget
+from gouache.training.targets.hypernetwork import HypernetworkTarget
+from gouache.training.targets.hypernetwork_layers import HypernetworkOptions
+from gouache.training.targets.options import AdapterOptions
+from gouache.training.targets.pivotal import PivotalTarget
 from gouache.training.timesteps import Timesteps
 from gouache.training.validation import Validation
 
@@ -181,12 +190,42 @@ def regression_validation(objective: Regression, dtype: torch.dtype = torch.floa
     return validate
 
 
+def on_a_model(kind: str, file: str) -> tuple[Denoising, Batches]:
+    """An embedding, a hypernetwork with dropouts, or a LoRA with an embedding, of the model in `file`."""
+    model = gouache.load(file, device="cpu", dtype="fp32")
+    word = EmbeddingOptions("zorb", 2)
+    if kind == "hypernetwork":
+        layers = HypernetworkOptions((1, 2, 1, 1), "swish", layer_norm=True, dropout=(0, 0.3, 0.3, 0))
+        target: Target = HypernetworkTarget(model, layers, seed=3)
+    elif kind == "embedding":
+        target = EmbeddingTarget(model, word)
+    else:
+        adapter = AdapterTarget(model, AdapterOptions(rank=2, dropouts=Rates(rank=0.3)), seed=3)
+        target = PivotalTarget(adapter, EmbeddingTarget(model, word))
+
+    def encode(captions, sizes) -> Conditioning:
+        return model.encode_prompts(list(captions), size=(32, 32))
+
+    def batch(number: int) -> Batch:
+        latents = torch.randn(2, 4, 4, 4, generator=step_generator(6, number))
+        return Batch(latents, captions=("a zorb", "red zorb"), sizes=(Sizes((32, 32)),) * 2)
+
+    with torch.no_grad():
+        unconditional = encode([""], None)
+    return Denoising(
+        model.denoiser, target.networks, unconditional, seed=4, target=target, encode=encode, base=file
+    ), batch  # fmt: skip
+
+
 def start(name: str) -> tuple[Objective, Batches, Any, dict[str, Any]]:
     """(objective, batches, validate, settings) of the run `name` at the start of a process."""
     if name == "denoising":
         objective, batches = denoising()
         held_out = [replace(captioned(number), regularization=None) for number in (1001, 1002)]
         return objective, batches, Validation(objective, held_out, points=2), {"accumulate": 2, "ema_decay": 0.9}
+    if ":" in name:
+        objective, batches = on_a_model(*name.split(":", 1))
+        return objective, batches, None, {"ema_decay": 0.9}
     if name == "autoencoder":
         return small_autoencoder(), small_pictures, None, {"batch": 2, "accumulate": 2, "ema_decay": 0.9}
     if name == "skipping":

@@ -151,6 +151,13 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_uninterrupted_one(f
     assert killed >= KILLS // 2
 
 
+@pytest.mark.parametrize("kind", ["embedding", "hypernetwork", pytest.param("pivotal", marks=pytest.mark.full)])
+def test_what_is_trained_on_a_model_ends_bit_equal_after_kills(forked, tmp_path, narrow, kind):
+    killed = check_kills(forked, tmp_path, f"{kind}:{narrow('sd1').file}", steps=10, kills=3, seed=5)
+
+    assert killed >= 2
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", runs.NAMES)

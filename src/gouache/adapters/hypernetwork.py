@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +54,21 @@ ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 _NAME = re.compile(r"(\d{1,6})\.([01])\.(?:linear\.(\d{1,3})|linear(\d))\.(weight|bias)")
 
 
+class Layers(Protocol):
+    """One of the two networks for a width: (..., width) -> the same shape."""
+
+    def __call__(self, x: Tensor, name: str, /) -> Tensor:
+        """`name` is that of the module whose input changes: dropouts of networks in training differ by it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Mlp:
     """Layers in order: ("linear" or "norm", weight, bias), ("prelu", slope, None), or the name of an activation."""
 
     steps: tuple[tuple[str, Tensor, Tensor | None] | str, ...]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, name: str = "") -> Tensor:
         for step in self.steps:
             if isinstance(step, str):
                 x = ACTIVATIONS[step](x)
@@ -148,16 +157,16 @@ def _mlp(file: ModelFile, width: int, layers: Mapping[int, Mapping[str, Tensor]]
 class HypernetworkHooks:
     """A hypernetwork on the inputs of `to_k` and `to_v` of a network's attention, from `attach` until `remove`."""
 
-    def __init__(self, network: nn.Module, hypernetwork: Hypernetwork, strength: float) -> None:
+    def __init__(self, network: nn.Module, pairs: Mapping[int, tuple[Layers, Layers]], strength: float) -> None:
         self.strength = strength
         self._layers = [
-            (name, module, hypernetwork.pairs[module.in_features][side])
-            for name, module, side in _keys_and_values(network)
-            if module.in_features in hypernetwork.pairs
+            (name, module, pairs[module.in_features][side])
+            for name, module, side in keys_and_values(network)
+            if module.in_features in pairs
         ]
         self._handles: list[RemovableHandle] = []
         self.modules = [name for name, _, _ in self._layers]
-        self.unused = sorted(set(hypernetwork.pairs) - {module.in_features for _, module, _ in self._layers})
+        self.unused = sorted(set(pairs) - {module.in_features for _, module, _ in self._layers})
 
     @property
     def attached(self) -> bool:
@@ -166,8 +175,8 @@ class HypernetworkHooks:
     def attach(self) -> None:
         """Does nothing if it is attached."""
         if not self._handles:
-            for _, module, mlp in self._layers:
-                self._handles.append(module.register_forward_pre_hook(partial(self._change, mlp)))
+            for name, module, layers in self._layers:
+                self._handles.append(module.register_forward_pre_hook(partial(self._change, name, layers)))
 
     def remove(self) -> None:
         """Can be called again after an interrupt, and then goes on."""
@@ -175,12 +184,16 @@ class HypernetworkHooks:
             self._handles[-1].remove()
             self._handles.pop()
 
-    def _change(self, mlp: Mlp, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def _change(
+        self, name: str, layers: Layers, module: nn.Module, inputs: tuple[Tensor, ...]
+    ) -> tuple[Tensor, ...] | None:
+        if self.strength == 0:
+            return None
         x = inputs[0]
-        return (x + self.strength * mlp(x), *inputs[1:])
+        return (x + self.strength * layers(x, name), *inputs[1:])
 
 
-def _keys_and_values(network: nn.Module) -> Iterator[tuple[str, nn.Linear, int]]:
+def keys_and_values(network: nn.Module) -> Iterator[tuple[str, nn.Linear, int]]:
     """(name, module, 0 for keys and 1 for values)"""
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear) and name.endswith((".to_k", ".to_v")):

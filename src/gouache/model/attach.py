@@ -227,7 +227,7 @@ def _embedding(model: Model, file: ModelFile, name: str) -> Attached:
 
 def _hypernetwork(model: Model, file: ModelFile, strength: Strength) -> Attached:
     hypernetwork = read_hypernetwork(file)
-    hooks = HypernetworkHooks(model.unet, hypernetwork, strength.unet)
+    hooks = HypernetworkHooks(model.unet, hypernetwork.pairs, strength.unet)
     context = model.unet.spec.context_dim
     widths = ", ".join(map(str, hypernetwork.pairs))
     if context not in hypernetwork.pairs and (not hooks.modules or {768, 1024, 2048} & set(hypernetwork.pairs)):

@@ -129,7 +129,7 @@ class AdapterSettings(Table):
     module_dropout: Share = setting(0.0, "Share of modules left out per batch.")
     dropout: Share = setting(0.0, "Share of what is between the two factors left out (kohya: network_dropout).")
     plus_ratio: float = setting(1.0, "LoRA+: rate of the up factors relative to the others; 16 is usual.", gt=0)
-    start: str = setting("", "An adapter file to start from; only its weights are taken.")
+    start: str = setting("", "A LoRA, embedding or hypernetwork to start from; only its weights are taken.")
 
 
 class EmbeddingSettings(Table):
@@ -138,6 +138,20 @@ class EmbeddingSettings(Table):
     )
     init_word: str = setting("", "Words whose vectors they start as; empty: data.class_word, or *.")
     rate: float = setting(1.0, "Their rate, relative to the learning rate, beside a LoRA.", gt=0)
+
+
+class HypernetworkSettings(Table):
+    structure: list[float] = setting([1.0, 2.0, 1.0], "Widths of its layers, relative to that of their input.")
+    activation: str = setting("linear", "Between layers, by A1111's names: relu, swish, ...; linear: none.")
+    activate_output: bool = setting(False, "Also after the last layer.")
+    layer_norm: bool = setting(False, "A layer norm after each layer.")
+    use_dropout: bool = setting(False, "Drop 0.3 after all layers but the last two.")
+    last_layer_dropout: bool = setting(False, "And after the last but one.")
+    dropouts: list[Share] = setting([], "Or a share for each number of `structure`; the first is 0.")
+    initialisation: Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"] = setting(
+        "Normal", "How weights begin: Normal, XavierUniform, XavierNormal, KaimingUniform, KaimingNormal."
+    )
+    widths: list[int] = setting([], "Widths of the inputs that are changed, such as 320; empty: all of the model.")
 
 
 class PartsSettings(Table):
@@ -223,6 +237,7 @@ class RunSettings(Table):
     data: DataSettings = DataSettings()
     adapter: AdapterSettings = AdapterSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
+    hypernetwork: HypernetworkSettings = HypernetworkSettings()
     parts: PartsSettings = PartsSettings()
     train: Settings
     loss: LossSettings = LossSettings()

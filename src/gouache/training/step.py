@@ -24,7 +24,8 @@ def accumulate_gradients(run: Run, batches: Batches, first: int) -> dict[str, Te
     count = run.settings.accumulate
     for number in range(first, first + count):
         losses = run.objective.losses(batches(number), number)
-        (losses["loss"] / count).backward()
+        if losses["loss"].requires_grad:  # not with an embedding whose word is in no caption of the batch
+            (losses["loss"] / count).backward()
         run.masters.collect()
         for name, value in losses.items():
             parts.setdefault(name, []).append(value.detach())

@@ -47,9 +47,9 @@ def settings_of(file: Path, pictures: Path, output: Path, **tables: Any) -> RunS
 
 
 def small_settings(file: Path, pictures: Path, output: Path, **tables: Any) -> RunSettings:
-    """A small adapter without averages, saved at every second step."""
+    """A small adapter, embedding or hypernetwork without averages, saved at every second step."""
     usual = {
-        "adapter": {"rank": 2, "alpha": 2},
+        "adapter": {} if tables.get("mode") in ("embedding", "hypernetwork") else {"rank": 2, "alpha": 2},
         "train": {"validate_steps": 4, "save_steps": 2, "ema_decay": 0.0},
     }
     return settings_of(file, pictures, output, **_merged(usual, tables))

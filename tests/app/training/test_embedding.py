@@ -97,6 +97,25 @@ def test_a_lora_and_its_word_are_one_file(narrow: Narrows, pictures: Path, setti
         export.export(RunFolder(tmp_path / "run"), tmp_path / "m", settings, names="peft")
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_run_goes_on_from_the_vectors_of_a_file(
+    both: bool, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+):
+    """Those of an embedding, or of the word in a LoRA's file."""
+    usual = merged(WORD, {"embedding": {"vectors": 2}, "train": {"steps": 1}})
+    usual |= {"mode": "lora", "adapter": {"rank": 2}} if both else {}
+    first = tmp_path / "first.safetensors"
+    run(settings_of(narrow("sd1").file, pictures, first, **usual), tmp_path / "a", settings)
+    again = merged(usual, {"adapter": {"start": str(first)}, "embedding": {"vectors": 1}})
+    chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "b.safetensors", **again)
+    with prepare.prepared(
+        chosen, RunFolder(tmp_path / "b"), settings, on_note=[].append, on_work=lambda *_: None
+    ) as ready:
+        trained = {name: each for group in ready.target.groups() for name, each in group.parameters.items()}
+        stored = load_file(first)["bundle_emb.zorb.emb_params" if both else "emb_params"]
+        assert torch.equal(trained["embedding.text_encoder"], stored)
+
+
 def test_templates_are_the_captions(narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path):
     lines = tmp_path / "lines.txt"
     lines.write_text("a drawing of [name], [filewords]\n\n[name]\n")
@@ -114,6 +133,18 @@ def test_templates_are_the_captions(narrow: Narrows, pictures: Path, settings: S
     assert fixed <= {f"a drawing of glim, {text}" for text in texts}  # the validation's do not vary
 
 
+def test_batches_without_the_word_change_nothing(narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path):
+    """As those of which all captions are dropped."""
+    output = tmp_path / "zorb.safetensors"
+    chosen = settings_of(
+        narrow("sd1").file, pictures, output, **merged(WORD, {"data": {"caption_dropout": 1.0}}), train={"steps": 2}
+    )
+    run(chosen, tmp_path / "run", settings)
+    start = gouache.load(narrow("sd1").file, device="cpu", dtype="fp32", settings=settings)
+    star = start.text_encoders["text_encoder"].embed(torch.tensor([start.tokenizer.encode("*")]))[0]
+    assert torch.equal(load_file(output)["emb_params"], star)
+
+
 def choose(pictures: Path, *overrides: str, mode: str = "embedding", settings: Settings, **given: Any) -> RunSettings:
     usual: dict[str, Any] = {"output": None, "trigger": "zorb", "class_word": "", "steps": None}
     return defaults.choose(mode, str(pictures), "mini", overrides=list(overrides), settings=settings,
@@ -123,7 +154,7 @@ def choose(pictures: Path, *overrides: str, mode: str = "embedding", settings: S
 def test_chosen_settings(pictures: Path, settings: Settings):
     chosen = choose(pictures, settings=settings)
     assert (chosen.output, chosen.embedding.vectors, chosen.data.template) == ("zorb.safetensors", 1, "")
-    assert chosen.train.learning_rate == 5e-3 and chosen.train.ema_decay == 0
+    assert chosen.train.learning_rate == 2.5e-2 and chosen.train.ema_decay == 0
     assert choose(pictures, settings=settings, trigger="a/b").output == "a-b.safetensors"
     assert choose(pictures, "vectors=4", mode="lora", settings=settings).embedding.rate == 10
     kohya = choose(pictures, "token_string=glim", "num_vectors_per_token=3", "use_style_template", settings=settings)
@@ -138,8 +169,8 @@ def test_chosen_settings(pictures: Path, settings: Settings):
     [
         ({"data": {"trigger": ""}}, "trigger: is missing"),
         ({"embedding": {"vectors": 76}}, "vectors: is 76; expected 1 to 75"),
-        ({"adapter": {"rank": 8}}, "adapter.rank: has no effect on an embedding"),
-        ({"parts": {"text_encoder": True}}, "parts.text_encoder: has no effect on an embedding"),
+        ({"adapter": {"rank": 8}}, "adapter.rank: has no effect on the mode embedding"),
+        ({"parts": {"text_encoder": True}}, "parts.text_encoder: has no effect on the mode embedding"),
         ({"data": {"template": "object"}}, "data.template: 'object' is not known; use subject, style"),
         ({"output": "zorb.bin"}, "does not end in .safetensors or .pt"),
         ({"mode": "finetune", "adapter": {"form": "none"}, "embedding": {"vectors": 1}}, "embedding.vectors: has no"),

@@ -32,17 +32,18 @@ MODES: dict[str, dict[str, Any]] = {
     "finetune of text": {"mode": "finetune", "adapter": {"form": "none"}, "parts": {"text_encoder": True}},
     "embedding": {"mode": "embedding", "embedding": {"vectors": 2}, "data": {"trigger": "zorb"}},
     "pivotal": {"embedding": {"vectors": 2, "rate": 10.0}, "data": {"trigger": "zorb"}, "adapter": {"rank": 2}},
+    "hypernetwork": {"mode": "hypernetwork", "hypernetwork": {"activation": "swish", "dropouts": [0, 0.3, 0]}},
     "class by the model": {"mode": "dreambooth", "loss": {"prior": "model"}, "data": {"class_word": "a cat"}},
 }
 LONG = {
     ("sd1", "locon"), ("sd1", "loha"), ("sd1", "lokr"), ("sd1", "ia3"), ("sd1", "oft"), ("sd1", "dropouts"),
     ("sd1", "finetune of text"), ("sd2", "text encoders"), ("sdxl", "text encoders"), ("sd2", "pivotal"),
-    ("sd2", "embedding"), ("sd1", "pivotal"),
+    ("sd2", "embedding"), ("sd1", "pivotal"), ("sd2", "hypernetwork"),
 }  # fmt: skip
 CASES = [
     *(("sd1", mode) for mode in MODES),
     *((family, mode) for family in ("sd2", "sdxl") for mode in ("lora", "text encoders", "finetune")),
-    *((family, mode) for family in ("sd2", "sdxl") for mode in ("embedding", "pivotal")),
+    *((family, mode) for family in ("sd2", "sdxl") for mode in ("embedding", "pivotal", "hypernetwork")),
     ("sd1-inpainting", "lora"), ("sd1-inpainting", "finetune"),
 ]  # fmt: skip
 
@@ -53,7 +54,7 @@ CASES = [
 def test_a_run_exports_what_changes_the_picture_and_a_stopped_one_ends_alike(
     family: str, mode: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):
-    model, output = narrow(family).file, tmp_path / "zorb.safetensors"
+    model, output = narrow(family).file, tmp_path / ("zorb.pt" if mode == "hypernetwork" else "zorb.safetensors")
     chosen = settings_of(model, pictures, output, **MODES[mode])
 
     whole = run(chosen, tmp_path / "whole", settings)

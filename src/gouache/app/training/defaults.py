@@ -30,7 +30,7 @@ from gouache.training.run_settings import MODES, RunSettings
 TRAINABLE = ("sd1", "sd2", "sdxl")
 _FULL_WIDTH = 320  # channels of the first level of a released U-Net; narrower ones learn at higher rates
 _EPOCHS = EPOCHS.partition(".")[2]
-_RATES_OF_MODES = {"embedding": 5e-3, "hypernetwork": 5e-5}  # as A1111's users choose them; independent of the width
+_RATES_OF_MODES = {"embedding": 5e-3, "hypernetwork": 5e-5}  # as A1111's users choose them
 _RATES = {"lion": 0.2, "schedule-free": 5.0}  # relative to AdamW's
 
 
@@ -141,7 +141,7 @@ def _training(
     chosen = steps if steps is not None else int(min(4000, max(300, round(usual, -2))))
     # All weights at once need a smaller rate than low-rank factors, those of a few pictures the smallest.
     rate = 1e-4 if form not in ("none", "full") else 5e-6 if mode == "dreambooth" else 1e-5
-    rate = _RATES_OF_MODES.get(mode, rate * min(8.0, _FULL_WIDTH / channels)) * _RATES.get(optimizer, 1.0)
+    rate = _RATES_OF_MODES.get(mode, rate) * min(8.0, _FULL_WIDTH / channels) * _RATES.get(optimizer, 1.0)
     if optimizer == "prodigy":
         rate = 1.0  # a factor of the rate that it estimates
     return {

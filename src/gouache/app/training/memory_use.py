@@ -80,7 +80,7 @@ def memory_use(
     size, count = _largest(batches, settings.train.batch)
     objective = make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
     train = settings.train.model_copy(update={"accumulate": min(2, settings.train.accumulate)})
-    batch = _batch(simulated, model, target, size, count)
+    batch = _batch(simulated, model, target, size, count, settings.data.trigger or "a")
     run: snapshot.Run | None = None
 
     def begin() -> object:
@@ -165,14 +165,14 @@ def _largest(batches: Batches, batch: int) -> tuple[Size, int]:
     )
 
 
-def _batch(simulated: Simulation, model: Model, target: Target, size: Size, count: int) -> Batch:
+def _batch(simulated: Simulation, model: Model, target: Target, size: Size, count: int, caption: str) -> Batch:
     spec, factor = model.unet.spec, model.vae.spec.factor
     latents = simulated.empty(count, spec.out_channels, size[1] // factor, size[0] // factor)
     concat = None
     if spec.in_channels > spec.out_channels:
         concat = simulated.empty(count, spec.in_channels - spec.out_channels, *latents.shape[2:])
     if target.trains_text:
-        return Batch(latents, captions=("a",) * count, sizes=(Sizes(size),) * count, concat=concat)
+        return Batch(latents, captions=(caption,) * count, sizes=(Sizes(size),) * count, concat=concat)
     return Batch(latents, Conditioning(*_conditioning(simulated, model, count), concat=concat))
 
 

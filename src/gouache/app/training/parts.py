@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from gouache.adapters.embedding import Vectors, bundled_vectors, check_widths, vectors_of
 from gouache.app import names
 from gouache.app.settings import Settings
 from gouache.errors import RequestError
 from gouache.files.open import open_model
+from gouache.files.record import ModelFile
+from gouache.layouts.adapters import bundled
 from gouache.model.inpainting import CHANNELS
 from gouache.model.model import Model
-from gouache.training.run_settings import AdapterSettings, EmbeddingSettings, PartsSettings, RunSettings, Table
+from gouache.training.run_settings import AdapterSettings, HypernetworkSettings, RunSettings, Table
 from gouache.training.target import Target
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.dropout import Rates
 from gouache.training.targets.embedding import EmbeddingOptions, EmbeddingTarget
+from gouache.training.targets.hypernetwork import HypernetworkTarget
+from gouache.training.targets.hypernetwork_layers import HypernetworkOptions
 from gouache.training.targets.options import FORMS, RANKED, SCALED, AdapterOptions
 from gouache.training.targets.pivotal import PivotalOptions, PivotalTarget
 from gouache.training.targets.weights import WeightsOptions, WeightsTarget
 
-Options = AdapterOptions | WeightsOptions | EmbeddingOptions | PivotalOptions
+Options = AdapterOptions | WeightsOptions | EmbeddingOptions | HypernetworkOptions | PivotalOptions
 
 
 def make_target(settings: RunSettings, model: Model, user: Settings) -> Target:
@@ -27,14 +33,34 @@ def make_target(settings: RunSettings, model: Model, user: Settings) -> Target:
     options, seed = options_of(settings, list(model.text_encoders)), settings.train.seed
     if isinstance(options, WeightsOptions):
         return WeightsTarget(model, options)
+    start = start_file(settings, user)
+    file = None if start is None else open_model(start)
     if isinstance(options, EmbeddingOptions):
-        return EmbeddingTarget(model, options)
-    start = settings.adapter.start
-    file = open_model(names.resolve(start, user, "lora", "adapter.start")) if start else None
+        return EmbeddingTarget(model, options, start=None if file is None else _vectors(file, model))
+    if isinstance(options, HypernetworkOptions):
+        return HypernetworkTarget(model, options, seed=seed, start=file)
     if isinstance(options, PivotalOptions):
         adapter = AdapterTarget(model, options.adapter, seed=seed, start=file)
-        return PivotalTarget(adapter, EmbeddingTarget(model, options.embedding))
+        word = options.embedding.word
+        bundle = {} if file is None else bundled(file)
+        vectors = _vectors(file, model, bundle[word]) if file is not None and word in bundle else None
+        return PivotalTarget(adapter, EmbeddingTarget(model, options.embedding, start=vectors))
     return AdapterTarget(model, options, seed=seed, start=file)
+
+
+def _vectors(file: ModelFile, model: Model, names: list[str] | None = None) -> Vectors:
+    """The vectors in an embedding file, or of the bundled embedding with these `names` in a LoRA."""
+    vectors = vectors_of(file) if names is None else bundled_vectors(file, names)
+    check_widths(file, vectors, model.text_widths)
+    return vectors
+
+
+def start_file(settings: RunSettings, user: Settings) -> Path | None:
+    """The file that training starts from, None without one. Raises RequestError if it is not found."""
+    if not settings.adapter.start:
+        return None
+    kind = {"adapter": "lora"}.get(settings.result, settings.result)
+    return names.resolve(settings.adapter.start, user, kind, "adapter.start")
 
 
 def options_of(settings: RunSettings, encoders: Sequence[str]) -> Options:
@@ -45,6 +71,8 @@ def options_of(settings: RunSettings, encoders: Sequence[str]) -> Options:
     _check_effects(settings)
     if settings.result == "embedding":
         return _embedding(settings, max(1, settings.embedding.vectors))
+    if settings.result == "hypernetwork":
+        return _hypernetwork(settings.hypernetwork)
     trained = _networks(settings, encoders)
     if isinstance(trained, AdapterOptions) and settings.embedding.vectors:
         return PivotalOptions(trained, _embedding(settings, settings.embedding.vectors))
@@ -54,6 +82,20 @@ def options_of(settings: RunSettings, encoders: Sequence[str]) -> Options:
 def _embedding(settings: RunSettings, vectors: int) -> EmbeddingOptions:
     start = settings.embedding.init_word or settings.data.class_word or "*"
     return EmbeddingOptions(settings.data.trigger, vectors, start, settings.embedding.rate)
+
+
+def _hypernetwork(chosen: HypernetworkSettings) -> HypernetworkOptions:
+    return HypernetworkOptions(
+        structure=tuple(chosen.structure),
+        activation=chosen.activation,
+        activate_output=chosen.activate_output,
+        layer_norm=chosen.layer_norm,
+        dropout=tuple(chosen.dropouts),
+        use_dropout=chosen.use_dropout,
+        last_layer_dropout=chosen.last_layer_dropout,
+        initialisation=chosen.initialisation,
+        widths=tuple(chosen.widths),
+    )
 
 
 def _networks(settings: RunSettings, encoders: Sequence[str]) -> AdapterOptions | WeightsOptions:
@@ -94,22 +136,25 @@ _FORMS_OF = {"alpha": SCALED, "conv_alpha": SCALED, "alphas": SCALED, "rank": RA
 """Settings of [adapter] and the forms that have them; those that `AdapterOptions` itself checks are not listed."""
 
 
+_WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
+    "model": ("embedding", "hypernetwork"),
+    "adapter": ("hypernetwork",),
+    "embedding": ("adapter", "parts", "hypernetwork"),
+    "hypernetwork": ("adapter", "parts", "embedding"),
+}
+"""Tables of settings that do not concern a kind of result."""
+
+
 def _check_effects(settings: RunSettings) -> None:
     """Raises RequestError for a setting that would have no effect, or a wrong one, on what is trained."""
     adapter, result = settings.adapter, settings.result
-    if result not in ("adapter", "model"):
-        table, changed = next(
-            ((key, names) for key, usual in (("adapter", AdapterSettings()), ("parts", PartsSettings()))
-             if (names := _changed(getattr(settings, key), usual))),
-            ("", []),
-        )  # fmt: skip
-        if changed:
-            raise RequestError(f"{table}.{changed[0]}", f"has no effect on an {result}; leave it out, or train a lora")
-    elif result == "model" and (changed := _changed(settings.embedding, EmbeddingSettings())):
-        raise RequestError(
-            f"embedding.{changed[0]}",
-            "has no effect on trained weights, whose file has no embeddings; train a lora, or an embedding alone",
-        )
+    for table in _WITHOUT_EFFECT[result]:
+        usual = RunSettings.model_fields[table].default
+        if changed := [name for name in _changed(getattr(settings, table), usual) if name != "start"]:
+            what = "trained weights" if result == "model" else f"the mode {settings.mode}"
+            raise RequestError(f"{table}.{changed[0]}", f"has no effect on {what}; leave it out")
+    if result in ("embedding", "hypernetwork"):
+        return
     for name in _changed(adapter, AdapterSettings()):
         if adapter.form == "none" and name != "form":
             raise RequestError(

@@ -21,7 +21,7 @@ from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.objective import make_objective, text_encoder, timesteps_of
-from gouache.app.training.parts import make_target, options_of
+from gouache.app.training.parts import make_target, options_of, start_file
 from gouache.app.training.pictures import (
     OnNote,
     Pictures,
@@ -93,8 +93,7 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             f"needs a model that predicts v: {printable(settings.model.name)} predicts the noise, which says "
             "nothing of the picture at a level without signal; leave it out, or train towards model.prediction = v",
         )
-    if settings.adapter.start:
-        names.resolve(settings.adapter.start, user, "lora", "adapter.start")
+    start_file(settings, user)
     timesteps_of(settings, (found.levels.value if found.levels is not None else NoiseLevels()).steps)
     settings.train.rate(0)
     optimizers.build(

@@ -66,7 +66,7 @@ class ModuleDropout:
         self._number = number
         self._skips = bool(torch.rand((), generator=generator) < self._rates.module)
         if self._rank_part is not None:
-            self._mask = _mask((self._ranks,), self._rates.rank, generator)
+            self._mask = dropout_mask((self._ranks,), self._rates.rank, generator)
 
     @property
     def skips(self) -> bool:
@@ -82,10 +82,10 @@ class ModuleDropout:
         if not self._rates.value or self._number is None:
             return x
         generator = module_generator(self._seed + 1, self._module, self._number, x.device)
-        return x * _mask(x.shape, self._rates.value, generator).to(x.dtype)
+        return x * dropout_mask(x.shape, self._rates.value, generator).to(x.dtype)
 
 
-def _mask(shape: tuple[int, ...], rate: float, generator: torch.Generator) -> Tensor:
+def dropout_mask(shape: tuple[int, ...], rate: float, generator: torch.Generator) -> Tensor:
     """0 with probability `rate`, otherwise 1 / (1 - rate)."""
     kept = torch.rand(shape, generator=generator, device=generator.device) >= rate
     return kept / (1 - rate)

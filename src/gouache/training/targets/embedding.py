@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from gouache.adapters.embedding import MOST
+from gouache.adapters.embedding import MOST, Vectors
 from gouache.errors import RequestError, printable
 from gouache.model.model import Model
 from gouache.nn import products
@@ -73,14 +73,19 @@ def _within(x: Tensor, least: Tensor, most: Tensor) -> Tensor:
 
 
 class EmbeddingTarget:
-    """The vectors of a new word of `model`, which keeps its weights; prompts know the word until `detach`."""
+    """The vectors of a new word of `model`, which keeps its weights; prompts know the word until `detach`.
+
+    With `start`, the vectors of a file, these are trained further; of `options` then only the word and the rate apply.
+    """
 
     keeps_weights = True
 
-    def __init__(self, model: Model, options: EmbeddingOptions) -> None:
+    def __init__(self, model: Model, options: EmbeddingOptions, *, start: Vectors | None = None) -> None:
         self.model, self.options = model, options
         encoders = model.text_encoders
-        start = {name: start_vectors(model, encoder, options) for name, encoder in encoders.items()}
+        if start is None:
+            start = {name: start_vectors(model, encoder, options) for name, encoder in encoders.items()}
+        start = {name: each.to(model.device, torch.float32, copy=True) for name, each in start.items()}
         self.embedding = EmbeddingVectors(start, {name: norms_of(encoder) for name, encoder in encoders.items()})
         self.notes = [note] if (note := _note(model, options)) else []
         self._before = {name: each.clone() for name, each in start.items()}
@@ -108,7 +113,8 @@ class EmbeddingTarget:
         ]
 
     def config(self) -> Mapping[str, Json]:
-        return {"target": "embedding", "word": self.options.word, "vectors": self.options.vectors}
+        count = next(len(each) for each in self.embedding.parameters())
+        return {"target": "embedding", "word": self.options.word, "vectors": count}
 
     def begin_batch(self, number: int) -> None:
         """Nothing of an embedding is dropped."""

@@ -1,0 +1,1 @@
+"""An embedding of one invented character, see `__main__`."""

@@ -1,0 +1,1 @@
+"""A hypernetwork of a drawing style, see `__main__`."""

@@ -1,0 +1,1 @@
+"""The same five drawings learnt in four ways, see `__main__`."""
