@@ -17,6 +17,7 @@ from gouache import Model
 from gouache.errors import ModelError, RequestError
 from gouache.files.open import open_model
 from gouache.training import checkpointing
+from gouache.training.memory import Simulation
 from gouache.training.targets.hypernetwork import HypernetworkOptions, HypernetworkTarget
 from gouache.training.targets.hypernetwork_layers import Draws, HypernetworkLayers
 from tests.pipelines import Narrow
@@ -321,6 +322,23 @@ def test_a_bfloat16_model_trains_float32_parameters(narrow: Callable[[str], Narr
         assert {*matrices.parameters, *others.parameters} == set(weights(target))
 
 
+@pytest.mark.parametrize("from_file", [False, True])
+def test_it_is_made_without_data_for_estimates_of_memory(
+    from_file: bool, narrow: Callable[[str], Narrow], models: Callable[[str], Model], tmp_path: Path
+) -> None:
+    with trained(models("sd1"), activation="prelu", layer_norm=True) as target:
+        target.export({}, tmp_path / "style.pt", metadata={})
+        expected = {name: each.shape for name, each in weights(target).items()}
+    model = gouache.load(narrow("sd1").file, device=torch.device("meta"), dtype="fp32")
+    simulated = Simulation(torch.device("cpu"))
+    simulated.convert(model.unet)
+    model.core.device = simulated.device
+    start = tmp_path / "style.pt" if from_file else None
+    with simulated.only(), trained(model, start, activation="prelu", layer_norm=True) as target:
+        assert {name: each.shape for name, each in weights(target).items()} == expected
+        assert all(type(each.data) is not Tensor for each in target.hypernetwork.parameters())
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -331,10 +349,10 @@ def test_a_bfloat16_model_trains_float32_parameters(narrow: Callable[[str], Narr
         ({"structure": (1, 1e9, 1)}, "expected 1 to 65536"),
         ({"activation": "Rellu"}, "activation: 'Rellu' is not known; the nearest is r?relu"),
         ({"initialisation": "Xavier"}, "initialisation: 'Xavier' is not known; use Normal"),
-        ({"dropout": (0, 0.1)}, "dropout: has 2 numbers; expected 3"),
-        ({"dropout": (0, 1, 0)}, "dropout: is 0, 1, 0; expected probabilities"),
-        ({"dropout": (0.1, 0.1, 0)}, "dropout: is 0.1, 0.1, 0; the first must be 0"),
-        ({"dropout": (0, 0.1, 0), "use_dropout": True}, "use_dropout: and dropout"),
+        ({"dropout": (0, 0.1)}, "dropouts: has 2 numbers; expected 3"),
+        ({"dropout": (0, 1, 0)}, "dropouts: is 0, 1, 0; expected probabilities"),
+        ({"dropout": (0.1, 0.1, 0)}, "dropouts: is 0.1, 0.1, 0; the first must be 0"),
+        ({"dropout": (0, 0.1, 0), "use_dropout": True}, "use_dropout: and dropouts"),
         ({"use_dropout": True}, "use_dropout: drops nothing of 1, 2, 1"),
         ({"last_layer_dropout": True}, "last_layer_dropout: has no effect"),
         ({"widths": (64, 768)}, "widths: 768 is not a width of this model's attention; it has 32, 64"),

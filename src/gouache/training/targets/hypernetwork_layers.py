@@ -87,21 +87,21 @@ class HypernetworkOptions:
         shown = _listed(self.dropout)
         if self.dropout and len(self.dropout) != len(self.structure):
             found, expected = len(self.dropout), len(self.structure)
-            raise RequestError("dropout", f"has {found} numbers; expected {expected}, one for each of structure")
+            raise RequestError("dropouts", f"has {found} numbers; expected {expected}, one for each of structure")
         if not all(0 <= each < 1 for each in self.dropout):
-            raise RequestError("dropout", f"is {shown}; expected probabilities from 0 to below 1")
+            raise RequestError("dropouts", f"is {shown}; expected probabilities from 0 to below 1")
         if self.dropout and self.dropout[0] != 0:
-            raise RequestError("dropout", f"is {shown}; the first must be 0, since no layer precedes it")
+            raise RequestError("dropouts", f"is {shown}; the first must be 0, since no layer precedes it")
         if self.dropout and self.use_dropout:
-            raise RequestError("use_dropout", f"and dropout ({shown}) exclude each other; leave out one of them")
+            raise RequestError("use_dropout", f"and dropouts ({shown}) exclude each other; leave out one of them")
         if self.last_layer_dropout and not self.use_dropout:
             raise RequestError(
-                "last_layer_dropout", "has no effect without use_dropout; set it too, or dropout instead"
+                "last_layer_dropout", "has no effect without use_dropout; set it too, or dropouts instead"
             )
         if self.use_dropout and not any(self.dropouts):
             structure = _listed(self.structure)
             raise RequestError(
-                "use_dropout", f"drops nothing of {structure}; set last_layer_dropout, or dropout instead"
+                "use_dropout", f"drops nothing of {structure}; set last_layer_dropout, or dropouts instead"
             )
 
     @property
