@@ -11,7 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 
 import recipes.dreambooth.__main__ as dreambooth
+import recipes.embedding.__main__ as embedding
+import recipes.hypernetwork.__main__ as hypernetwork
 import recipes.lora.__main__ as lora
+import recipes.techniques.__main__ as techniques
 from recipes.lora.screen_print import INKS, PAPER, screen_print
 
 
@@ -52,10 +55,33 @@ def test_violet_is_the_share_of_the_character():
     assert dreambooth.violet([drawing("red", (0, 0, 63, 63))]) == 0
 
 
+def quick_picture(model: object, prompt: str, seed: int) -> Image.Image:
+    """Faster than the model."""
+    return BEFORE[seed % 2]
+
+
+@pytest.mark.full
+def test_the_same_drawings_are_learnt_in_four_ways(tmp_path, capsys, monkeypatch):
+    torch.set_num_threads(1)
+    train = techniques.gouache.train
+    monkeypatch.setattr(
+        techniques.gouache, "train", lambda *a, samples, **b: train(*a, samples={**samples, "steps": 1}, **b)
+    )
+    monkeypatch.setattr(techniques, "painted", quick_picture)
+
+    assert techniques.main([str(tmp_path), "--steps", "2"]) == 0
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["lora", "dreambooth", "embedding", "hypernetwork"]
+    assert (tmp_path / "techniques.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("recipe", "arguments", "file"),
     [
-        (lora, ["--steps", "2", "--pictures", "2"], "print.safetensors"),
+        (embedding, ["--steps", "2"], "zorblax.safetensors"),
+        pytest.param(lora, ["--steps", "2", "--pictures", "2"], "print.safetensors", marks=pytest.mark.full),
+        pytest.param(hypernetwork, ["--steps", "2", "--pictures", "2"], "print.pt", marks=pytest.mark.full),
         pytest.param(
             dreambooth, ["--steps", "2", "--class-pictures", "2"], "zorblax.safetensors", marks=pytest.mark.full
         ),
@@ -73,7 +99,8 @@ def test_a_short_run_writes_the_file_the_sheet_and_two_numbers(
     train = recipe.gouache.train
     quick = {"steps": 1}
     monkeypatch.setattr(recipe.gouache, "train", lambda *a, samples, **b: train(*a, samples={**samples, **quick}, **b))
-    monkeypatch.setattr(recipe, "painted", lambda model, prompt, seed: BEFORE[seed % 2])  # faster than the model
+    for module in (recipe, lora):
+        monkeypatch.setattr(module, "painted", quick_picture, raising=False)
 
     assert recipe.main([str(tmp_path), *arguments]) == 0
 
