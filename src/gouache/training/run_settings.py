@@ -153,6 +153,17 @@ class HypernetworkSettings(Table):
     )
     widths: list[int] = setting([], "Widths of the inputs that are changed, such as 320; empty: all of the model.")
 
+    @field_validator("structure", "dropouts", "widths", mode="before")
+    @classmethod
+    def _of_a1111(cls, value: Any) -> Any:
+        """A1111's "1, 2, 1" instead of a list."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return [float(each) for each in value.split(",")]
+        except ValueError:
+            return value
+
 
 class PartsSettings(Table):
     unet: bool = setting(True, "Train the U-Net.")

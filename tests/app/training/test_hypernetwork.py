@@ -46,7 +46,7 @@ def test_a_run_goes_on_from_the_weights_of_a_file(narrow: Narrows, pictures: Pat
 def test_chosen_settings(pictures: Path, settings: Settings):
     chosen = defaults.choose(
         "hypernetwork", str(pictures), "mini", output=None, trigger="", class_word="", steps=None,
-        overrides=["structure=[1,1.5,1]", "activation=swish"], settings=settings,
+        overrides=["structure=1, 1.5, 1", "activation=swish"], settings=settings,
     )  # fmt: skip
     assert chosen.output == "pictures.pt" and chosen.train.ema_decay == 0
     assert chosen.hypernetwork.structure == [1, 1.5, 1] and chosen.hypernetwork.activation == "swish"
