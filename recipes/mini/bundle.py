@@ -2,8 +2,8 @@
 
 The file is a Stable Diffusion 1 checkpoint with the original names, in float16, with ModelSpec metadata in its header.
 Averaged weights are used where training kept them. The text encoder's projection and the image encoder are left out, as
-in every SD1 file. `--canvas FILE` also writes the head that decodes the text encoder's canvas tokens; the text stage
-can be continued from both files with `--start OUT --canvas FILE`.
+in every SD1 file. `--layout FILE` also writes the head that decodes the text encoder's layout tokens; the text stage
+can be continued from both files with `--start OUT --layout FILE`.
 """
 
 from __future__ import annotations
@@ -74,15 +74,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--rest", type=Path, help="a bundled model file to copy stages from that have no checkpoint")
-    parser.add_argument("--canvas", type=Path, help="also write the canvas head to this file")
+    parser.add_argument("--layout", type=Path, help="also write the layout head to this file")
     options = parser.parse_args(arguments)
 
     def write() -> None:
         rest = open_model(options.rest) if options.rest is not None else None
         print_written(options.out, bundle(options.folder, options.out, rest))
-        if options.canvas is not None:
-            canvas = file_tensors("canvas", train.trained_weights(options.folder / "text", "canvas"))
-            print_written(options.canvas, write_safetensors(options.canvas, canvas, {"format": "pt"}))
+        if options.layout is not None:
+            layout = file_tensors("layout", train.trained_weights(options.folder / "text", "layout"))
+            print_written(options.layout, write_safetensors(options.layout, layout, {"format": "pt"}))
 
     return run_command(write)
 

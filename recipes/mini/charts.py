@@ -19,7 +19,7 @@ from recipes.mini.command import run_command
 
 STAGES = {
     "vae": ("autoencoder: dB on unseen scenes", -1.0),
-    "text": ("text encoder: error of the canvas, unseen captions", 1.0),
+    "text": ("text encoder: error of the layout, unseen captions", 1.0),
     "unet": ("U-Net: loss on unseen scenes, averaged weights", 1.0),
 }
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 300, 190, 44, 12, 30, 26  # of one chart and its margins, in pixels

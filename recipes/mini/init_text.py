@@ -6,10 +6,10 @@ a code late, noun by noun. This one starts with it:
 
     embeddings   each token has a share of its nouns' codes, by least squares, so that the shares of a noun's tokens sum
                  to its code; colour words have the background's latents
-    layer 1      attention that averages, so that each canvas token receives the sum of the caption's tokens
+    layer 1      attention that averages, so that each layout token receives the sum of the caption's tokens
     layers 1, 2  feed-forwards: hidden units gated by one patch's position map the code to that patch's picture
 
-So the canvas of a caption for one thing of medium size is right from the start, and training adds the rest: sizes,
+So the layout of a caption for one thing of medium size is right from the start, and training adds the rest: sizes,
 positions, two things, other colours, words without content. All of these quantities use orthogonal directions, next to
 one constant direction that is the same in all tokens and so large that the norms' divisors are nearly constant. The
 weights built here are frozen (`freeze`).
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from gouache.nn.clip_text import ClipText
-from recipes.mini.canvas import CELLS, FIRST, PATCHES, SIDE, CanvasHead, patch_codes
+from recipes.mini.layout_tokens import CELLS, FIRST, PATCHES, SIDE, LayoutHead, patch_codes
 from recipes.mini.names import COLOURS, Thing
 from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import Background, PlacedThing, Scene
@@ -34,7 +34,7 @@ MEDIUM = 0.67  # the size of things in the table, as a fraction of the frame
 CODE = 72  # numbers in a noun's code
 PICTURE = 32  # numbers in a patch's picture
 CONSTANT = 8.0  # the coordinate that all tokens share
-NORM = 8.7  # the length of a canvas token, which is about what the norms divide by
+NORM = 8.7  # the length of a layout token, which is about what the norms divide by
 CODE_SCALE = 0.2  # the deviation of a code's coordinates if a thing is alone, and of the picture's
 OTHER_SCALE = 0.3  # the deviation of everything else that distinguishes tokens
 GATE = 6.0  # the pre-activation of a unit's gate: +GATE in its patch, at most -GATE in the others
@@ -76,14 +76,14 @@ def measure_appearance(
 @torch.no_grad()
 def initialise(
     text: ClipText,
-    canvas: CanvasHead,
+    layout: LayoutHead,
     table: AppearanceTable,
     names: Mapping[str, int],
     tokenize: Callable[[str], Sequence[int]],
     common: set[int],
     used: Sequence[int],
 ) -> None:
-    """Set the weights of a newly built text encoder of width 128 and of its canvas head.
+    """Set the weights of a newly built text encoder of width 128 and of its layout head.
 
     `names` maps every name of a thing to its row in the table; `common` are tokens of captions that do not depend on
     the thing; `used` are all tokens that captions can contain: the vectors of all others are zero.
@@ -145,20 +145,20 @@ def initialise(
                 fc1.bias[rows] = sign * mean_parts[patch, half] - 3 * GATE
                 fc2.weight[:, rows] = sign * picture[half].T / 2
 
-    canvas.place.weight.copy_(position / norm_scale)
-    draw = canvas.draw
+    layout.place.weight.copy_(position / norm_scale)
+    draw = layout.draw
     draw.weight[:-4] = scale * bases.T @ picture / norm_scale
     draw.weight[-4:] = background * (FIRST + PATCHES / 2) / GAIN / norm_scale
     draw.bias[:-4], draw.bias[-4:] = mean_patch, table.backgrounds.mean(0)
 
 
-def freeze(text: ClipText, canvas: CanvasHead) -> None:
+def freeze(text: ClipText, layout: LayoutHead) -> None:
     """Freeze the initial weights while the rest is trained: a common learning rate would degrade them at first."""
     built = PATCHES * PICTURE
     first, second = list(text.text_model.encoder.layers)[:2]
     text.text_model.embeddings.position_embedding.requires_grad_(False)
     text.text_model.final_layer_norm.requires_grad_(False)
-    canvas.requires_grad_(False)
+    layout.requires_grad_(False)
     first.self_attn.requires_grad_(False)
     for layer in (first, second):
         layer.layer_norm1.requires_grad_(False)
@@ -212,7 +212,7 @@ def _set_embeddings(
     vectors = text.text_model.embeddings.token_embedding.weight
     vectors.zero_()
     vectors[list(used)] = OTHER_SCALE * torch.randn(len(used), len(other), generator=generator) @ other
-    vectors[text.spec.vocabulary - 1] = 0  # the end token, which the canvas tokens are
+    vectors[text.spec.vocabulary - 1] = 0  # the end token, which the layout tokens are
     for token, share in shares.items():
         vectors[token] += share @ code
     for colour, latents in zip(COLOURS, table.backgrounds):

@@ -37,12 +37,12 @@ from gouache.training.denoising import Denoising
 from gouache.training.loop import Progress, Result, train
 from gouache.training.objective import step_generator
 from gouache.training.settings import Settings, read
-from recipes.mini import init_text, init_unet_canvas, init_unet_positions, init_unet_whitening, init_vae
+from recipes.mini import init_text, init_unet_layout, init_unet_positions, init_unet_whitening, init_vae
 from recipes.mini.batches import NEUTRAL, SIZE, SceneData
-from recipes.mini.canvas import END, CanvasHead, CanvasObjective, CaptionedLatents
 from recipes.mini.command import run_command
 from recipes.mini.dataset import TRAINING_SEED, VALIDATION_SEED, sample
 from recipes.mini.latent_cache import LatentCache
+from recipes.mini.layout_tokens import END, CaptionedLatents, LayoutHead, LayoutObjective
 from recipes.mini.rendering import Glyphs
 from recipes.mini.scenes import TRAINING, UNIFORM, Distribution, without_jitter
 from recipes.mini.weights import network_weights, newest_weights
@@ -57,7 +57,7 @@ PREDICTION = "v"
 CROP = 64
 LATENT_NOISE = 0.08  # the maximum noise that the decoder is trained with, as a fraction of the latents' deviation
 CAPTION_LENGTH = 40  # tokens of the longest caption, begin and end included
-CANVAS = Path(__file__).with_name("canvas.safetensors")  # the canvas head of the embedded model's text encoder
+LAYOUT = Path(__file__).with_name("layout_head.safetensors")  # the layout head of the embedded model's text encoder
 CAPTION_DROPOUT = 0.03  # the share of captions that are empty when the text encoder is trained
 TEXT_PROJECTION = "text_projection."  # not in bundled files
 
@@ -101,7 +101,7 @@ def train_vae(data: SceneData, settings: Settings, folder: Path, seconds: float,
     return train(objective, batches, settings, folder, on_log=_print_progress, validate=validate, seconds=seconds)
 
 
-def new_text(data: SceneData, canvas: CanvasHead) -> ClipText:
+def new_text(data: SceneData, layout: LayoutHead) -> ClipText:
     """A text encoder that starts with its nouns; the vectors of tokens that no caption can contain are zero."""
     torch.manual_seed(2)
     text = ClipText(TEXT)
@@ -117,27 +117,27 @@ def new_text(data: SceneData, canvas: CanvasHead) -> ClipText:
     table = init_text.measure_appearance(
         data.things, data.glyphs, lambda images: init_vae.latents(images, colours) * init_vae.LATENT_SCALE
     )
-    init_text.initialise(text, canvas, table, names, tokenize, common, used)
+    init_text.initialise(text, layout, table, names, tokenize, common, used)
     return text
 
 
 def train_text(data: SceneData, settings: Settings, folder: Path, seconds: float, start: StartWeights | None) -> Result:
-    canvas = CanvasHead(TEXT.width)
+    layout = LayoutHead(TEXT.width)
     if start is not None:  # before the initial weights are computed, which takes a minute
         with torch.device("meta"):
             check_weights(ClipText(TEXT), start("text"), may_lack=(TEXT_PROJECTION,))
-        check_weights(canvas, start("canvas"))
-    text = new_text(data, canvas)
+        check_weights(layout, start("layout"))
+    text = new_text(data, layout)
     if start is not None:
-        load_weights(canvas, start("canvas"))
+        load_weights(layout, start("layout"))
         load_weights(text, start("text"), may_lack=(TEXT_PROJECTION,))
     vision = ClipVision(VISION)
     with torch.no_grad():
         vision.vision_model.embeddings.position_embedding.weight.mul_(0.1)
     text.text_model.embeddings.token_embedding.weight.register_hook(_keep_neutral)
-    init_text.freeze(text, canvas)
+    init_text.freeze(text, layout)
     colours = data.colour_statistics()
-    objective = CanvasObjective(Contrast(text, vision), canvas, init_vae.channel_weights(colours), autocast=True)
+    objective = LayoutObjective(Contrast(text, vision), layout, init_vae.channel_weights(colours), autocast=True)
 
     def batch(seed: int, number: int) -> CaptionedLatents:
         generator = step_generator(seed, number)
@@ -146,13 +146,13 @@ def train_text(data: SceneData, settings: Settings, folder: Path, seconds: float
             samples = data.contrastive_samples(seed, number, settings.batch)
         else:
             samples = data.samples(seed, number * settings.batch, settings.batch, distribution_for(seed))
-        # Trained on what captions do not determine, the canvas would predict the mean of all possibilities: a blur.
+        # Trained on what captions do not determine, the layout would predict the mean of all possibilities: a blur.
         images, captions = data.render((replace(each, scene=without_jitter(each.scene)) for each in samples), SIZE)
         if not contrastive:
             captions = [
                 "" if torch.rand((), generator=generator) < CAPTION_DROPOUT else caption for caption in captions
             ]
-        # Tokens after the canvas cannot change it, so only some batches include them, for their position loss.
+        # Tokens after the layout cannot change it, so only some batches include them, for their position loss.
         tokens = data.augment(data.tokens(captions, TEXT.positions if number % 4 == 0 else END), generator)
         small = F.interpolate(images, (VISION.image_size, VISION.image_size), mode="area") if contrastive else None
         return CaptionedLatents(tokens, init_vae.latents(images, colours) * init_vae.LATENT_SCALE, small)
@@ -162,9 +162,9 @@ def train_text(data: SceneData, settings: Settings, folder: Path, seconds: float
     @torch.no_grad()
     def validate() -> Mapping[str, float]:
         losses = [objective.losses(each, 0) for each in unseen]
-        by_name = {name: [each[name] for each in losses if name in each] for name in ("canvas", "position", "accuracy")}
+        by_name = {name: [each[name] for each in losses if name in each] for name in ("layout", "position", "accuracy")}
         means = {name: float(torch.stack(values).mean()) for name, values in by_name.items()}
-        return {"loss": means["canvas"], **means}
+        return {"loss": means["layout"], **means}
 
     batches = lambda number: batch(TRAINING_SEED, number)  # noqa: E731
     return train(objective, batches, settings, folder, on_log=_print_progress, validate=validate, seconds=seconds)
@@ -194,12 +194,12 @@ def trained_text(folder: Path, start: StartWeights | None) -> ClipText:
 
 @torch.no_grad()
 def initialise_unet(
-    unet: UNet, canvas: CanvasHead, captioned: Callable[[int], Batch], schedule: Schedule, seed: int
+    unet: UNet, layout: LayoutHead, captioned: Callable[[int], Batch], schedule: Schedule, seed: int
 ) -> None:
     """Set the U-Net's initial weights, with statistics of the batches `captioned(0)` to `captioned(63)`."""
     init_unet_whitening.initialise(unet, torch.cat([captioned(number).conditioning.context for number in range(8)]))
     init_unet_positions.initialise(unet)
-    init_unet_canvas.initialise(unet, canvas)
+    init_unet_layout.initialise(unet, layout)
 
     def noised(number: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch, generator = captioned(number), step_generator(seed, number)
@@ -214,7 +214,7 @@ def initialise_unet(
         _, target = Denoiser(record, schedule, PREDICTION).loss_terms(batch.latents, noise, schedule.sigma(times))
         return inputs[0], inputs[1], batch.conditioning.context, target
 
-    init_unet_canvas.fit_output_conv(unet, noised, 64)
+    init_unet_layout.fit_output_conv(unet, noised, 64)
 
 
 def train_unet(data: SceneData, settings: Settings, folder: Path, seconds: float, start: StartWeights | None) -> Result:
@@ -237,10 +237,10 @@ def train_unet(data: SceneData, settings: Settings, folder: Path, seconds: float
     if start is not None:
         load_weights(unet, start("unet"))
     elif state.newest(folder) is None:  # otherwise the checkpoint has its weights
-        canvas = CanvasHead(TEXT.width)
-        load_weights(canvas, trained_weights(folder.parent / "text", "canvas"))
-        initialise_unet(unet, canvas, lambda number: captioned(TRAINING_SEED, 64 * number, 64), schedule, settings.seed)
-    init_unet_canvas.disable_self_attention(unet)
+        layout = LayoutHead(TEXT.width)
+        load_weights(layout, trained_weights(folder.parent / "text", "layout"))
+        initialise_unet(unet, layout, lambda number: captioned(TRAINING_SEED, 64 * number, 64), schedule, settings.seed)
+    init_unet_layout.disable_self_attention(unet)
 
     def denoiser(conditioning: Conditioning) -> Denoiser:
         def network(x: Tensor, time: Tensor) -> Tensor:
@@ -272,10 +272,10 @@ def train_unet(data: SceneData, settings: Settings, folder: Path, seconds: float
     return train(objective, cache, settings, folder, on_log=_print_progress, validate=validate, seconds=seconds)
 
 
-def start_weights(model: Path, canvas: Path) -> StartWeights:
-    """The weights in a bundled file, and in the file of its text encoder's canvas head."""
-    file, head = open_model(model), open_model(canvas)
-    return lambda network: network_weights(head if network == "canvas" else file, network)
+def start_weights(model: Path, layout: Path) -> StartWeights:
+    """The weights in a bundled file, and in the file of its text encoder's layout head."""
+    file, head = open_model(model), open_model(layout)
+    return lambda network: network_weights(head if network == "layout" else file, network)
 
 
 def trained_weights(folder: Path, network: str) -> dict[str, Tensor]:
@@ -320,7 +320,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"))
     parser.add_argument("--seconds", type=float, default=math.inf, help="save and stop after this time")
     parser.add_argument("--start", type=Path, help="a bundled file to begin from")
-    parser.add_argument("--canvas", type=Path, default=CANVAS, help="the canvas head of its text encoder")
+    parser.add_argument("--layout", type=Path, default=LAYOUT, help="the layout head of its text encoder")
     parser.add_argument("--font", type=Path, help="NotoColorEmoji.ttf, if it is not in a usual font folder")
     parser.add_argument("--threads", type=int, default=None)
     options = parser.parse_args(arguments)
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
 
     def run() -> None:
-        start = None if options.start is None else start_weights(options.start, options.canvas)
+        start = None if options.start is None else start_weights(options.start, options.layout)
         data = SceneData(glyphs=Glyphs(options.font))
         for stage in STAGES if options.stage == "all" else [options.stage]:
             settings = read(Path(__file__).with_name("recipe.toml"), stage)

@@ -21,7 +21,7 @@ PREFIXES = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
     "text": "cond_stage_model.transformer.",
-    "canvas": "canvas.",
+    "layout": "layout.",
 }
 CONTEXT_SHIFT = 0.1
 CONTEXT_SHIFT_KEY = "gouache.context_lift"  # in the header

@@ -1,4 +1,4 @@
-"""Initial weights of mini's text encoder: the canvas of a caption for one thing is right before any training."""
+"""Initial weights of mini's text encoder: the layout of a caption for one thing is right before any training."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from gouache.nn.clip_text import ClipText
 from gouache.nn.spec import TextSpec
 from recipes.mini import init_text
-from recipes.mini.canvas import END, FIRST, CanvasHead
 from recipes.mini.init_text import MEDIUM, AppearanceTable
+from recipes.mini.layout_tokens import END, FIRST, LayoutHead
 from recipes.mini.names import COLOURS
 from recipes.mini.rendering import Glyphs, render
 from recipes.mini.scenes import Background, PlacedThing, Scene
@@ -45,9 +45,9 @@ def table() -> AppearanceTable:
 
 
 @pytest.fixture(scope="module")
-def networks(table: AppearanceTable) -> tuple[ClipText, CanvasHead]:
+def networks(table: AppearanceTable) -> tuple[ClipText, LayoutHead]:
     torch.manual_seed(0)
-    text, canvas = ClipText(SPEC), CanvasHead(SPEC.width)
+    text, layout = ClipText(SPEC), LayoutHead(SPEC.width)
     names = {name(thing): thing for thing in range(COUNT)}
     colours = {word: number for number, colour in enumerate(COLOURS) for word in colour.words}
 
@@ -55,8 +55,8 @@ def networks(table: AppearanceTable) -> tuple[ClipText, CanvasHead]:
         return [4000 + colours[word]] if word in colours else tokenize(word)
 
     used = [THE, OF, BEGIN, STOP, *(token for each in names for token in tokenize(each)), *range(4000, 4012)]
-    init_text.initialise(text, canvas, table, names, split, {THE, OF}, used)
-    return text, canvas
+    init_text.initialise(text, layout, table, names, split, {THE, OF}, used)
+    return text, layout
 
 
 def caption(*words: int) -> Tensor:
@@ -65,10 +65,10 @@ def caption(*words: int) -> Tensor:
 
 
 @torch.no_grad()
-def decode(networks: tuple[ClipText, CanvasHead], tokens: Tensor) -> tuple[Tensor, Tensor]:
+def decode(networks: tuple[ClipText, LayoutHead], tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(16 patches, 80) of things and alpha, and (16, 4) of the background."""
-    text, canvas = networks
-    decoded = canvas.draw(text(tokens).last[0, FIRST:END])
+    text, layout = networks
+    decoded = layout.draw(text(tokens).last[0, FIRST:END])
     return decoded[:, :80], decoded[:, 80:]
 
 
@@ -77,7 +77,7 @@ def patches(things: Tensor) -> Tensor:
 
 
 def test_a_name_draws_its_thing_whatever_words_surround_it(
-    networks: tuple[ClipText, CanvasHead], table: AppearanceTable
+    networks: tuple[ClipText, LayoutHead], table: AppearanceTable
 ):
     all_things = torch.stack([patches(thing) for thing in table.things])
     for thing in range(0, COUNT, 11):
@@ -89,7 +89,7 @@ def test_a_name_draws_its_thing_whatever_words_surround_it(
             assert (found - all_things).pow(2).sum((1, 2)).argmin() == thing
 
 
-def test_a_colour_word_sets_the_background(networks: tuple[ClipText, CanvasHead], table: AppearanceTable):
+def test_a_colour_word_sets_the_background(networks: tuple[ClipText, LayoutHead], table: AppearanceTable):
     mean = table.backgrounds.mean(0)
     for colour in range(0, len(COLOURS), 3):
         _, background = decode(networks, caption(4000 + colour, THE, 1001))
@@ -97,14 +97,14 @@ def test_a_colour_word_sets_the_background(networks: tuple[ClipText, CanvasHead]
         assert error < 0.15 * (table.backgrounds[colour] - mean).norm()
 
 
-def test_canvas_tokens_have_position_codes_and_no_other_token_has(networks: tuple[ClipText, CanvasHead]):
-    text, canvas = networks
+def test_layout_tokens_have_position_codes_and_no_other_token_has(networks: tuple[ClipText, LayoutHead]):
+    text, layout = networks
 
     with torch.no_grad():
-        assert canvas.position_loss(text(caption(THE, 1001)).last) < 1e-3
+        assert layout.position_loss(text(caption(THE, 1001)).last) < 1e-3
 
 
-def test_vectors_of_unused_tokens_are_zero(networks: tuple[ClipText, CanvasHead]):
+def test_vectors_of_unused_tokens_are_zero(networks: tuple[ClipText, LayoutHead]):
     vectors = networks[0].text_model.embeddings.token_embedding.weight
 
     assert not vectors[40_000].any()
@@ -113,17 +113,17 @@ def test_vectors_of_unused_tokens_are_zero(networks: tuple[ClipText, CanvasHead]
 
 def test_frozen_weights_get_no_gradient_and_the_others_do(table: AppearanceTable):
     torch.manual_seed(0)
-    text, canvas = ClipText(SPEC), CanvasHead(SPEC.width)
+    text, layout = ClipText(SPEC), LayoutHead(SPEC.width)
     names = {f"n{thing}": thing for thing in range(COUNT)}
     split = lambda word: tokenize(word) if word[0] == "n" else []  # noqa: E731
-    init_text.initialise(text, canvas, table, names, split, set(), [THE])
-    init_text.freeze(text, canvas)
+    init_text.initialise(text, layout, table, names, split, set(), [THE])
+    init_text.freeze(text, layout)
 
-    canvas(text(caption(THE, 1001)).last).pow(2).mean().backward()
+    layout(text(caption(THE, 1001)).last).pow(2).mean().backward()
 
     first, second, third = text.text_model.encoder.layers
     assert first.self_attn.v_proj.weight.grad is None
-    assert canvas.draw.weight.grad is None
+    assert layout.draw.weight.grad is None
     for layer in (first, second):
         assert not layer.mlp.fc1.weight.grad[:512].any()
         assert not layer.mlp.fc2.weight.grad[:, :512].any()

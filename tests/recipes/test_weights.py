@@ -22,8 +22,8 @@ from gouache.training.contrastive import Contrast
 from recipes.mini import init_vae, train
 from recipes.mini.batches import SIZE, SceneData
 from recipes.mini.bundle import file_tensors, metadata
-from recipes.mini.canvas import END, CanvasHead, CanvasObjective, CaptionedLatents
 from recipes.mini.dataset import VALIDATION_SEED, sample
+from recipes.mini.layout_tokens import END, CaptionedLatents, LayoutHead, LayoutObjective
 from recipes.mini.rendering import Glyphs
 from recipes.mini.scenes import UNIFORM, without_jitter
 from recipes.mini.train import load_weights
@@ -86,16 +86,16 @@ def test_a_file_without_the_shift_is_read_unchanged(tmp_path: Path, networks: tu
 
 
 @torch.no_grad()
-def test_the_stored_canvas_head_decodes_the_embedded_models_text_encoder(glyphs: Glyphs) -> None:
-    data, start = SceneData(THINGS, glyphs), train.start_weights(EMBEDDED, train.CANVAS)
-    text, canvas = train.trained_text(Path("nowhere"), start), CanvasHead(train.TEXT.width)
-    load_weights(canvas, start("canvas"))
+def test_the_stored_layout_head_decodes_the_embedded_models_text_encoder(glyphs: Glyphs) -> None:
+    data, start = SceneData(THINGS, glyphs), train.start_weights(EMBEDDED, train.LAYOUT)
+    text, layout = train.trained_text(Path("nowhere"), start), LayoutHead(train.TEXT.width)
+    load_weights(layout, start("layout"))
     # All of different things, since a caption need not state the background.
     samples = [sample(VALIDATION_SEED, number, (thing,), PLAIN) for number, thing in enumerate(THINGS)]
     images, captions = data.render((replace(each, scene=without_jitter(each.scene)) for each in samples), SIZE)
     latents = init_vae.latents(images, data.colour_statistics(500)) * init_vae.LATENT_SCALE
 
-    decoded = canvas(text(data.tokens(captions, END)).last)
+    decoded = layout(text(data.tokens(captions, END)).last)
 
     # The decoded picture of a caption is nearer to its own picture than to any other.
     distances = (decoded[:, None, :3] - latents[None, :, :3]).pow(2).mean((2, 3, 4))
@@ -104,14 +104,14 @@ def test_the_stored_canvas_head_decodes_the_embedded_models_text_encoder(glyphs:
 
 
 @torch.no_grad()
-def test_channel_weights_scale_the_canvas_errors() -> None:
+def test_channel_weights_scale_the_layout_errors() -> None:
     torch.manual_seed(0)
-    text, canvas = ClipText(TextSpec(width=32, layers=1, heads=1, mlp_width=32, vocabulary=100)), CanvasHead(32)
+    text, layout = ClipText(TextSpec(width=32, layers=1, heads=1, mlp_width=32, vocabulary=100)), LayoutHead(32)
     batch = CaptionedLatents(torch.randint(100, (3, END)), torch.randn(3, 4, 16, 16))
-    decoded = canvas(text(batch.tokens).last)
+    decoded = layout(text(batch.tokens).last)
 
     for weights in (torch.ones(4), torch.tensor([4.0, 0, 0, 0]), torch.tensor([1.0, 2.0, 0.5, 0.5])):
-        loss = CanvasObjective(Contrast(text, cast(Any, None)), canvas, weights).losses(batch, 0)["canvas"]
+        loss = LayoutObjective(Contrast(text, cast(Any, None)), layout, weights).losses(batch, 0)["layout"]
         errors = torch.stack([F.mse_loss(decoded[:, channel], batch.latents[:, channel]) for channel in range(4)])
         torch.testing.assert_close(loss, (weights @ errors) / 4)
 

@@ -1,7 +1,7 @@
-"""Initial weights of the U-Net, part 3: it starts by drawing what the text encoder's canvas tokens predict.
+"""Initial weights of the U-Net, part 3: it starts by drawing what the text encoder's layout tokens predict.
 
 On the largest map of the decoder, each cell knows its position (`init_unet_positions`). So cross-attention starts by
-looking up the canvas token of the cell's patch: queries are the cell's position, keys the position code in a token. The
+looking up the layout token of the cell's patch: queries are the cell's position, keys the position code in a token. The
 value returned describes the whole patch, and a feed-forward selects this cell's part of it: each gate opens in one of
 the sixteen cells. There are three transformers on that map, and together they write the picture:
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from gouache.nn.attention import SpatialTransformer, TransformerBlock
 from gouache.nn.blocks import ResBlock, Upsample
 from gouache.nn.unet import UNet
-from recipes.mini.canvas import CELLS, FOREGROUND, CanvasHead
 from recipes.mini.init_unet_positions import AXES, PositionChannels
+from recipes.mini.layout_tokens import CELLS, FOREGROUND, LayoutHead
 
 PICTURE_SCALE = 0.3  # the standard deviation of the picture's channels before a norm, where positions are +-1
 VALUE_SCALE = 0.03  # the same of attended values among a transformer's channels, where positions are +-1
@@ -41,8 +41,8 @@ ALPHA = FOREGROUND - 1
 
 
 @torch.no_grad()
-def initialise(unet: UNet, canvas: CanvasHead) -> None:
-    """Make a U-Net of 64 x (1, 1, 1, 2) draw what `canvas` decodes; run the whitening and position parts before."""
+def initialise(unet: UNet, layout: LayoutHead) -> None:
+    """Make a U-Net of 64 x (1, 1, 1, 2) draw what `layout` decodes; run the whitening and position parts before."""
     positions = PositionChannels(first=unet.spec.channels // 2)
     transformers = [layer for layer in unet.output_blocks.modules() if isinstance(layer, SpatialTransformer)]
     upsamples = [layer for layer in unet.output_blocks.modules() if isinstance(layer, Upsample)]
@@ -60,7 +60,7 @@ def initialise(unet: UNet, canvas: CanvasHead) -> None:
     for block in list(unet.output_blocks)[-3:]:
         _pass_through(block, picture + constants)
 
-    weight, bias = canvas.draw.weight, canvas.draw.bias
+    weight, bias = layout.draw.weight, layout.draw.bias
     foreground, background = weight[:-4].unflatten(0, (FOREGROUND, PATCH_CELLS)), (weight[-4:], bias[-4:])
     offsets = bias[:-4].unflatten(0, (FOREGROUND, PATCH_CELLS)).clone()
     # A norm subtracts a group's mean: alpha is stored as its difference from the mean alpha.
@@ -69,7 +69,7 @@ def initialise(unet: UNet, canvas: CanvasHead) -> None:
     for layer, channels in zip(largest, CHANNELS_OF):
         last = layer is largest[-1]
         builder = _TransformerBuilder(layer, positions, {picture[ALPHA]: ALPHA_SCALE} if last else {})
-        builder.attend_to_patch(canvas.place.weight)
+        builder.attend_to_patch(layout.place.weight)
         values = builder.read(torch.cat([foreground[kind] for kind in channels] + ([background[0]] if last else [])))
         for number, kind in enumerate(channels):
             patch_values = values[number * PATCH_CELLS : (number + 1) * PATCH_CELLS]

@@ -1,4 +1,4 @@
-"""Initial weights of mini's U-Net, part 3: it draws what the text encoder's canvas tokens predict, as the head does."""
+"""Initial weights of mini's U-Net, part 3: it draws what the text encoder's layout tokens predict, as the head does."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.testing import assert_close
 
 from gouache.nn.spec import UNetSpec
 from gouache.nn.unet import UNet
-from recipes.mini import init_unet_canvas, init_unet_positions, init_unet_whitening
-from recipes.mini.canvas import END, FIRST, CanvasHead, patch_codes
+from recipes.mini import init_unet_layout, init_unet_positions, init_unet_whitening
+from recipes.mini.layout_tokens import END, FIRST, LayoutHead, patch_codes
 
 WIDTH = 128
 SPEC = UNetSpec(channels=64, channel_mult=(1, 1, 1, 2), context_dim=WIDTH)
 
 
 def states(count: int, seed: int) -> Tensor:
-    """Random contexts (B, 77, WIDTH); the first four numbers are the position codes of the canvas tokens, else zero."""
+    """Random contexts (B, 77, WIDTH); the first four numbers are the position codes of the layout tokens, else zero."""
     context = torch.randn(count, 77, WIDTH, generator=torch.Generator().manual_seed(seed))
     context[..., :4] = 0
     context[:, FIRST:END, :4] = patch_codes()
@@ -26,26 +26,26 @@ def states(count: int, seed: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def canvas() -> CanvasHead:
+def layout() -> LayoutHead:
     """A random one; alpha is about 0.5, rarely below 0."""
     generator = torch.Generator().manual_seed(0)
-    canvas = CanvasHead(WIDTH)
+    layout = LayoutHead(WIDTH)
     with torch.no_grad():
-        canvas.draw.weight.copy_(0.08 * torch.randn(canvas.draw.weight.shape, generator=generator))
-        canvas.draw.weight[64:80] *= 0.15
-        canvas.draw.bias.zero_()
-        canvas.draw.bias[64:80] = 0.6
-        canvas.place.weight.zero_()
-        canvas.place.weight[:, :4] = torch.eye(4)
-    return canvas
+        layout.draw.weight.copy_(0.08 * torch.randn(layout.draw.weight.shape, generator=generator))
+        layout.draw.weight[64:80] *= 0.15
+        layout.draw.bias.zero_()
+        layout.draw.bias[64:80] = 0.6
+        layout.place.weight.zero_()
+        layout.place.weight[:, :4] = torch.eye(4)
+    return layout
 
 
 @pytest.fixture(scope="module")
-def unet(canvas: CanvasHead) -> UNet:
+def unet(layout: LayoutHead) -> UNet:
     torch.manual_seed(0)
     unet = init_unet_positions.initialise(init_unet_whitening.initialise(UNet(SPEC), states(20, 1)))
-    init_unet_canvas.initialise(unet, canvas)
-    init_unet_canvas.disable_self_attention(unet)
+    init_unet_layout.initialise(unet, layout)
+    init_unet_layout.disable_self_attention(unet)
     return unet
 
 
@@ -57,35 +57,35 @@ def picture_channels(unet: UNet, context: Tensor, seed: int = 0) -> Tensor:
     with torch.no_grad():
         unet(torch.randn(len(context), 4, 16, 16, generator=generator), torch.full((len(context),), 900.0), context)
     hook.remove()
-    return features[0][:, [0, 2, 4, 6, 10, 12, 14, 16]] / init_unet_canvas.PICTURE_SCALE
+    return features[0][:, [0, 2, 4, 6, 10, 12, 14, 16]] / init_unet_layout.PICTURE_SCALE
 
 
-def test_a_canvas_is_composed_of_its_patches_row_by_row(canvas: CanvasHead):
+def test_a_layout_is_composed_of_its_patches_row_by_row(layout: LayoutHead):
     context = states(1, 2)
-    decoded = canvas.draw(context[0, FIRST:END])
+    decoded = layout.draw(context[0, FIRST:END])
     patch = decoded[6]  # the third of the second row
     things, alpha, background = patch[:64].view(4, 4, 4), patch[64:80].view(4, 4), patch[80:]
 
-    picture = canvas(context)[0]
+    picture = layout(context)[0]
 
     assert_close(picture[:, 4:8, 8:12], things + (1 - alpha) * background[:, None, None])
 
 
-def test_the_position_loss_counts_position_codes_outside_the_canvas(canvas: CanvasHead):
+def test_the_position_loss_counts_position_codes_outside_the_layout(layout: LayoutHead):
     right = states(2, 3)
     wrong = right.clone()
     wrong[:, END] = right[:, FIRST]
 
-    assert canvas.position_loss(right) < 1e-12
-    assert_close(canvas.position_loss(wrong), torch.tensor(1 / 77))
+    assert layout.position_loss(right) < 1e-12
+    assert_close(layout.position_loss(wrong), torch.tensor(1 / 77))
 
 
-def test_the_unet_draws_the_canvas_and_its_negative(unet: UNet, canvas: CanvasHead):
+def test_the_unet_draws_the_layout_and_its_negative(unet: UNet, layout: LayoutHead):
     context = states(8, 4)
 
     maps = picture_channels(unet, context)
 
-    expected = canvas(context).detach()
+    expected = layout(context).detach()
     assert (maps[:, :4] - expected).pow(2).mean() < 0.01 * expected.var()
     assert_close(maps[:, 4:], -maps[:, :4], atol=1e-4, rtol=1e-4)
 
@@ -114,7 +114,7 @@ def test_the_last_convolution_is_fitted_by_least_squares(unet: UNet):
     features: list[Tensor] = []
     hook = unet.out[1].register_forward_hook(lambda module, inputs, out: features.append(out))
 
-    init_unet_canvas.fit_output_conv(unet, lambda number: (x, t, context, target), 1)
+    init_unet_layout.fit_output_conv(unet, lambda number: (x, t, context, target), 1)
     with torch.no_grad():
         fitted = unet(x, t, context)
     hook.remove()

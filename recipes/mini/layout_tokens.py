@@ -1,10 +1,10 @@
-"""Canvas tokens: the text encoder predicts, from the caption, what is where in the picture.
+"""Layout tokens: the text encoder predicts, from the caption, what is where in the picture.
 
 A caption is padded to 77 tokens, and tokens behind its end attend to all of it. Sixteen of those padding tokens, the
-canvas, are trained to predict one patch of 4x4 latent cells each: the latents of the things (premultiplied by alpha),
+layout, are trained to predict one patch of 4x4 latent cells each: the latents of the things (premultiplied by alpha),
 their alpha, and the background's latents. Composited, they are the latent picture, as far as a caption determines it. A
 small U-Net would be slow to learn from words which shape, in which colours, belongs where; given this, it only needs to
-look up its own patch (`init_unet_canvas`) and learns to turn it into a picture. `CanvasHead`, which decodes the tokens
+look up its own patch (`init_unet_layout`) and learns to turn it into a picture. `LayoutHead`, which decodes the tokens
 here, is not part of the model file.
 
 A prompt longer than thirty words occupies the tokens of the first patches, which shows in the picture.
@@ -23,11 +23,11 @@ from gouache.nn.clip_text import ClipText
 from gouache.training.contrastive import Contrast
 from gouache.training.objective import Group, Json, by_decay
 
-FIRST = 32  # index of the first canvas token
+FIRST = 32  # index of the first layout token
 SIDE = 4  # patches along a side
 CELLS = 4  # cells along the side of a patch
 PATCHES = SIDE * SIDE
-END = FIRST + PATCHES  # tokens from here on cannot influence the canvas: attention is causal
+END = FIRST + PATCHES  # tokens from here on cannot influence the layout: attention is causal
 FOREGROUND = 5  # channels: four latents of things (times alpha), and alpha
 
 
@@ -53,7 +53,7 @@ def patch_codes() -> Tensor:
     return torch.stack([x % 2, y % 2, x // 2, y // 2], 1) * 2.0 - 1
 
 
-class CanvasHead(nn.Module):
+class LayoutHead(nn.Module):
     """Decodes the latent picture from the text encoder's states."""
 
     def __init__(self, width: int) -> None:
@@ -71,21 +71,21 @@ class CanvasHead(nn.Module):
         return rows.flatten(4, 5).flatten(2, 3)
 
     def position_loss(self, states: Tensor) -> Tensor:
-        """Mean squared error of the position codes: a canvas token's is its patch's, every other token's is zero."""
+        """Mean squared error of the position codes: a layout token's is its patch's, every other token's is zero."""
         target = states.new_zeros(states.shape[1], patch_codes().shape[1])
         target[FIRST:END] = patch_codes()
         return (self.place(states) - target).pow(2).mean()
 
 
 @dataclass(frozen=True)
-class CanvasObjective:
-    """The canvas' weighted squared error, its position loss, and the contrastive loss for batches with images.
+class LayoutObjective:
+    """The layout's weighted squared error, its position loss, and the contrastive loss for batches with images.
 
     `channel_weights` (4,) weighs the errors of the latent channels.
     """
 
     contrast: Contrast
-    canvas: CanvasHead
+    layout: LayoutHead
     channel_weights: Tensor
     autocast: bool = False
 
@@ -93,7 +93,7 @@ class CanvasObjective:
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        return {**self.contrast.networks, "canvas": self.canvas}
+        return {**self.contrast.networks, "layout": self.layout}
 
     @property
     def text(self) -> ClipText:
@@ -105,15 +105,15 @@ class CanvasObjective:
     def config(self) -> Mapping[str, Json]:
         # Six digits: the last bits of the weights, which are measured on pictures, may depend on the processor.
         weights = [float(f"{weight:.6g}") for weight in self.channel_weights.tolist()]
-        return {"type": "canvas", "channel_weights": weights, "autocast": self.autocast, "base": None}
+        return {"type": "layout", "channel_weights": weights, "autocast": self.autocast, "base": None}
 
     def losses(self, batch: CaptionedLatents, step: int) -> Mapping[str, Tensor]:
         with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=self.autocast):
             encoded = self.text(batch.tokens)
         states = encoded.last.float()
-        errors = (self.canvas(states) - batch.latents).pow(2).mean((0, 2, 3))
-        losses = {"canvas": (self.channel_weights * errors).mean(), "position": self.canvas.position_loss(states)}
-        losses["loss"] = losses["canvas"] + 0.3 * losses["position"]
+        errors = (self.layout(states) - batch.latents).pow(2).mean((0, 2, 3))
+        losses = {"layout": (self.channel_weights * errors).mean(), "position": self.layout.position_loss(states)}
+        losses["loss"] = losses["layout"] + 0.3 * losses["position"]
         if batch.images is not None:
             contrast = self.contrast.feature_losses(encoded.pooled.float(), batch.images)
             losses["contrast"], losses["accuracy"] = contrast["loss"], contrast["accuracy"]
