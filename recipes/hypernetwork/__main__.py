@@ -1,4 +1,4 @@
-"""python -m recipes.hypernetwork FOLDER [--steps 600] [--model mini]
+"""python -m recipes.hypernetwork FOLDER [--steps 400] [--model mini]
 
 Trains a hypernetwork of a drawing style, screen prints in two inks: the pictures and the measures are those of
 `recipes.lora`. It writes to FOLDER: `pictures/` with captions, `run/`, `print.pt`, which AUTOMATIC1111's web UI reads,
@@ -22,7 +22,7 @@ from recipes.mini.command import print_progress, run_command
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
+    parser.add_argument("--steps", type=int, default=400, help="training steps")
     parser.add_argument("--pictures", type=int, default=24)
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--model", default="mini")
