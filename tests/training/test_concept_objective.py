@@ -22,6 +22,7 @@ from gouache.diffusion.denoiser import Denoiser
 from gouache.diffusion.schedule import Schedule
 from gouache.errors import RequestError
 from gouache.prompts.encode import encode
+from gouache.training import checkpointing
 from gouache.training.concept_objective import ConceptObjective, ConceptValidation
 from gouache.training.concepts import Concept, slider
 from gouache.training.targets.adapter import AdapterTarget
@@ -120,7 +121,7 @@ class Reference:
         return concept.weight * torch.nn.functional.mse_loss(output, wanted)
 
 
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize("family", ["sd2", "sdxl", pytest.param("sd1", marks=pytest.mark.full)])
 def test_loss_and_gradients_are_those_of_lecos_definition(family: str, models: Any, narrow: Callable[[str], Narrow]):
     with objective(models(family)) as training:
         adapter, factors = training.target.adapter, dict[str, Tensor]()
@@ -280,3 +281,18 @@ def test_too_many_denoising_steps_are_refused(models: Any):
         objective(models("sd1"), steps=1001),
     ):
         pass
+
+
+def test_the_strength_is_that_of_the_batch_until_its_gradients_are_computed(models: Any):
+    """Blocks with gradient checkpointing are evaluated again then."""
+    model = models("sd1")
+    gradients = []
+    for checkpoints in (False, True):
+        with objective(model) as training:
+            disable = checkpointing.enable(model.unet) if checkpoints else lambda: None
+            number = next(number for number in range(2) if training.draws(number).concept.multiplier < 0)
+            training.losses(None, number)["loss"].backward()
+            gradients.append([each.grad for each in training.target.adapter.parameters()])
+            disable()
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    assert any(bool(each.any()) for each in gradients[0])

@@ -48,7 +48,7 @@ class Draws(NamedTuple):
 
 @dataclass(frozen=True)
 class ConceptObjective:
-    """The squared error of `target`'s predictions for the `concepts`. A batch has no data: its number is enough.
+    """The squared error of `target`'s predictions for the `concepts`. A batch is None: its number is enough.
 
     `denoiser` returns the denoiser for a conditioning, as `Model.denoiser` does. `prompts` are the encoded prompts of
     all concepts, one row each, all of one shape and without sizes; `recipe` is the family's, for SDXL's sizes. `size`
@@ -116,9 +116,10 @@ class ConceptObjective:
             "base": self.base,
         }
 
-    def losses(self, batch: Any, number: int, /) -> Mapping[str, Tensor]:
+    def losses(self, batch: Draws | None, number: int, /) -> Mapping[str, Tensor]:
+        """Those of the draws of `number`, or of given ones."""
         self.target.begin_batch(number)
-        return {"loss": self.loss(self.draws(number))}
+        return {"loss": self.loss(self.draws(number) if batch is None else batch)}
 
     def draws(self, number: int) -> Draws:
         """The random choices of batch `number`, which depend on that and the seed alone."""
