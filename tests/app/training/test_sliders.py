@@ -184,7 +184,11 @@ def test_chosen_settings_are_a_file_that_reads_back(settings: Settings, tmp_path
 
     chosen = choose(str(prompts(tmp_path)))
     assert (chosen.output, chosen.adapter.rank, chosen.train.steps) == ("prompts.safetensors", 8, 500)
+    assert chosen.slider.strengths == [0, 1]  # all of its strengths are positive
+    assert choose("", "positive=old", "opposite=young").slider.strengths == [-2, 0, 2]
     assert choose("", "erase=van gogh").output == "van-gogh.safetensors"
+    kohya = choose("", f"prompts_file={tmp_path}/prompts.yaml", "max_denoising_steps=30", "network_dim=4")
+    assert (kohya.slider.denoising_steps, kohya.adapter.rank, kohya.adapter.alpha) == (30, 4, 1)
     assert choose("", "erase=cat", "form=ia3").adapter.form == "ia3"
     (tmp_path / "s.toml").write_text(template(chosen))
     from gouache.training.run_settings import read

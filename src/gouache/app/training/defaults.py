@@ -147,8 +147,10 @@ def _slider(
         "memory": {"checkpointing": _needs_checkpointing(found, device)},
     }
     settings = run_settings.checked(with_overrides(chosen, overrides))
-    sliders.concepts_of(settings)
-    return settings
+    both = any(each.multiplier < 0 for each in sliders.concepts_of(settings))
+    if both or "strengths" in given.get("slider", {}):
+        return settings
+    return settings.model_copy(update={"slider": settings.slider.model_copy(update={"strengths": [0.0, 1.0]})})
 
 
 def trainable(found: Found) -> UNetSpec:
