@@ -105,6 +105,29 @@ def hypernetwork(
 
 
 @app.command()
+def slider(
+    prompts: Annotated[
+        str, Argument(help="A file of prompts as of LECO or kohya's scripts; or use the options below.",
+                      show_default=False)
+    ] = "",
+    model: Model = "mini", output: Annotated[
+        Path | None, Option("--output", "-o", help="The file to write.", show_default="named like PROMPTS")
+    ] = None,
+    target: Annotated[str, Option(help="What is changed, such as person.", show_default=False)] = "",
+    positive: Annotated[str, Option(help="What positive strengths make of it, such as an old person.",
+                                    show_default=False)] = "",
+    opposite: Annotated[str, Option(help="What negative strengths make of it, such as a young person.",
+                                    show_default=False)] = "",
+    erase: Annotated[str, Option(help="Instead of these: a concept to erase.", show_default=False)] = "",
+    steps: Steps = None, settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train a LoRA from prompts alone: a slider between two descriptions, or the erasure of a concept."""
+    texts = {"target": target, "positive": positive, "opposite": opposite, "erase": erase}
+    given = [f"slider.{name}={json.dumps(text, ensure_ascii=False)}" for name, text in texts.items() if text]
+    _start("slider", prompts, model, output, "", "", steps, [*given, *(settings or [])], dry_run, overwrite)
+
+
+@app.command()
 def new(
     mode: Annotated[str, Argument(help="What to train, such as lora or embedding.", show_default=False)],
     data: Data,

@@ -83,6 +83,11 @@ class Denoiser:
         factors = scaling(self.prediction, per_image(sigma, x))
         return factors.c_skip * x + factors.c_out * self._predict(x, sigma, factors)
 
+    def output(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The network's own output (eps or v) for x (B, C, H, W) at noise level sigma, shaped like x."""
+        x = _at_least_float32(x)
+        return self._predict(x, sigma, scaling(self.prediction, per_image(sigma, x)))
+
     def loss_terms(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(prediction, target) for x0 with `noise` added at level sigma (B,): both (B, C, H, W)."""
         x0 = _at_least_float32(x0)

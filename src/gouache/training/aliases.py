@@ -78,6 +78,9 @@ SAME: Mapping[str, str] = {
     "lora_dropout": "adapter.dropout",  # between the factors here, of their input in PEFT
     "network_weights": "adapter.start",
     "loraplus_lr_ratio": "adapter.plus_ratio",
+    "prompts_file": "slider.file",
+    "max_denoising_steps": "slider.denoising_steps",
+    "leco_denoise_guidance_scale": "slider.denoising_guidance",
     "pretrained_model_name_or_path": "model.name",
     "pretrained_vae_model_name_or_path": "model.vae",
     "train_data_dir": "data.folder",

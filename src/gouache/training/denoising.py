@@ -250,7 +250,7 @@ class Denoising:
 
     def _denoiser(self, conditioning: Conditioning) -> Denoiser:
         denoiser = self.denoiser(conditioning)
-        return _autocast(denoiser) if self.autocast else denoiser
+        return in_bfloat16(denoiser) if self.autocast else denoiser
 
     @cached_property
     def _unconditional_denoiser(self) -> Denoiser:
@@ -288,7 +288,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _autocast(denoiser: Denoiser) -> Denoiser:
+def in_bfloat16(denoiser: Denoiser) -> Denoiser:
     """The same denoiser, its network computed in bfloat16."""
 
     def network(x: Tensor, t: Tensor) -> Tensor:

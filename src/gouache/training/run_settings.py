@@ -19,7 +19,7 @@ from gouache.errors import FileError, RequestError, printable
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training.settings import Settings, setting
 
-Mode = Literal["lora", "dreambooth", "finetune", "embedding", "hypernetwork"]
+Mode = Literal["lora", "dreambooth", "finetune", "embedding", "hypernetwork", "slider"]
 MODES = get_args(Mode)
 Result = Literal["model", "adapter", "embedding", "hypernetwork"]
 """What kind of file a run writes."""
@@ -165,6 +165,22 @@ class HypernetworkSettings(Table):
             return value
 
 
+class SliderSettings(Table):
+    file: str = setting("", "A file of prompts as of LECO or kohya's scripts, .yaml, .toml or .json; or instead of it:")
+    target: str = setting("", "What the slider changes, such as person; may be empty.")
+    positive: str = setting("", "What positive strengths make of it, such as an old person.")
+    opposite: str = setting("", "What negative strengths make of it, such as a young person.")
+    erase: str = setting("", "Or a concept to erase.")
+    neutrals: list[str] = setting([], "Prompts that the change is added to; empty: the target, of erase the empty one.")
+    guidance: float = setting(1.0, "How far it goes, unless in a file: guidance_scale there.", gt=0)
+    size: int = setting(0, "In pixels, a multiple of 8; 0: as the file says, else the model's.", ge=0, multiple_of=8)
+    denoising_steps: int = setting(
+        40, "Of so many steps a part, at random, denoises what the loss is measured at.", ge=2
+    )
+    denoising_guidance: float = setting(3.0, "CFG scale of those steps.", ge=1)
+    strengths: list[float] = setting([-2.0, 0.0, 2.0], "Samples are painted at each.", min_length=1)
+
+
 class PartsSettings(Table):
     unet: bool = setting(True, "Train the U-Net.")
     text_encoder: bool = setting(False, "Train the text encoder (SDXL: both).")
@@ -249,6 +265,7 @@ class RunSettings(Table):
     adapter: AdapterSettings = AdapterSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     hypernetwork: HypernetworkSettings = HypernetworkSettings()
+    slider: SliderSettings = SliderSettings()
     parts: PartsSettings = PartsSettings()
     train: Settings
     loss: LossSettings = LossSettings()

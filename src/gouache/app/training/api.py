@@ -35,7 +35,8 @@ def train(
     overwrite: bool = False,
     **changes: Any,
 ) -> Finished:
-    """Train a "lora", "dreambooth", "finetune", "embedding" or "hypernetwork" on a folder of pictures.
+    """Train a "lora", "dreambooth", "finetune", "embedding" or "hypernetwork" on a folder of pictures, or a
+    "slider" on a file of prompts.
 
     `output` is the file to write, replaced only with `overwrite`; `folder` that of the run (default: `runs/` and the
     name of the output). The same call with the same `folder` goes on with a run that was stopped; other `data` or
@@ -69,7 +70,14 @@ def train(
 
 def _check_same(run: RunFolder, chosen: RunSettings, data: str, model: str, user: Settings) -> None:
     """Raises RequestError if a run that has begun has other data or another model than those of the call."""
-    pairs = [("data", data, Path(data).expanduser().absolute(), Path(chosen.data.folder).expanduser().absolute())]
+    pairs = [
+        (
+            "data",
+            data,
+            Path(data).expanduser().absolute(),
+            Path(chosen.data.folder or chosen.slider.file).expanduser().absolute(),
+        )
+    ]
     if model != names.DEFAULT:  # which is also what a call has that names none
         pairs.append(("model", model, names.resolve(model, user), names.resolve(chosen.model.name, user)))
     for name, given, path, present in pairs:

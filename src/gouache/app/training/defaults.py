@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training import pictures
+from gouache.app.training import pictures, sliders
 from gouache.data import folders
 from gouache.data.dataset import DataSet
 from gouache.data.subset import Subset
@@ -26,6 +28,7 @@ from gouache.training import run_settings
 from gouache.training.aliases import EPOCHS
 from gouache.training.overrides import with_overrides
 from gouache.training.run_settings import MODES, RunSettings
+from gouache.training.targets.options import FORMS, RANKED
 
 TRAINABLE = ("sd1", "sd2", "sdxl")
 _FULL_WIDTH = 320  # channels of the first level of a released U-Net; narrower ones learn at higher rates
@@ -62,6 +65,9 @@ def choose(
     found = identify(file)
     spec = trainable(found)
     column = str(given_data.get("caption_column") or "")
+    if mode == "slider":
+        return _slider(data, model, output, steps, overrides, given, found, device=residency.device(
+            given.get("device") or settings.device))  # fmt: skip
     dataset = folders.read(Path(folder), Subset(trigger=trigger, class_word=class_word), caption_column=column)
     own = pictures.settings_of(dataset)
     count = len(dataset.records)
@@ -82,8 +88,7 @@ def choose(
             "bucket_step": 64 if side >= 512 else 8,
             "repeats": 1,
         },
-        "memory": {"checkpointing": device.type == "cuda" and found.family.value is not None
-                   and found.family.value.name == "sdxl"},
+        "memory": {"checkpointing": _needs_checkpointing(found, device)},
     }  # fmt: skip
     if mode == "dreambooth":
         _dreambooth(chosen, given, count)
@@ -113,6 +118,41 @@ def choose(
     return checked(found_steps, {"steps": found_steps})
 
 
+def _slider(
+    prompts: str,
+    model: str,
+    output: Path | None,
+    steps: int | None,
+    overrides: list[str],
+    given: Mapping[str, Any],
+    found: Found,
+    device: torch.device,
+) -> RunSettings:
+    """Those of a run without pictures, as kohya's example has them."""
+    channels, form = trainable(found).channels, str(given.get("adapter", {}).get("form") or "lora")
+    optimizer = str(given["train"].get("optimizer", ""))
+    if _EPOCHS in given["train"]:
+        raise RequestError("epochs", "is for runs with pictures; set train.steps")
+    train = _training("lora", form, 1, steps or 500, channels < _FULL_WIDTH, channels, device.type, optimizer)
+    named = next(filter(None, (given.get("slider", {}).get(key) for key in ("erase", "positive", "opposite"))), "")
+    name = Path(prompts).stem or re.sub(r"\W+", "-", str(named)).strip("-")
+    has_rank = form in FORMS and FORMS[form].parts in RANKED
+    chosen = {
+        "mode": "slider",
+        "output": str(output or f"{name or 'slider'}.safetensors"),
+        "model": {"name": model},
+        "slider": {"file": prompts} if prompts else {},
+        "adapter": {"rank": 8} if has_rank else {},
+        "train": {**train, "batch": 1},
+        "memory": {"checkpointing": _needs_checkpointing(found, device)},
+    }
+    settings = run_settings.checked(with_overrides(chosen, overrides))
+    both = any(each.multiplier < 0 for each in sliders.concepts_of(settings))
+    if both or "strengths" in given.get("slider", {}):
+        return settings
+    return settings.model_copy(update={"slider": settings.slider.model_copy(update={"strengths": [0.0, 1.0]})})
+
+
 def trainable(found: Found) -> UNetSpec:
     """The spec of the model's U-Net. Raises ModelError, in one line, for a model that cannot be trained."""
     where, family = printable(str(found.path)), found.family.value
@@ -129,6 +169,10 @@ def trainable(found: Found) -> UNetSpec:
             f"{part.spec.out_channels} and inpainting models with {INPAINTING_CHANNELS} can be trained"
         )
     return part.spec
+
+
+def _needs_checkpointing(found: Found, device: torch.device) -> bool:
+    return device.type == "cuda" and found.family.value is not None and found.family.value.name == "sdxl"
 
 
 def _training(

@@ -13,33 +13,37 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from gouache.app import machine
+from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import memory_use, prepare
+from gouache.app.training import memory_use, prepare, sliders
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.memory_use import MemoryUse, available
 from gouache.app.training.out_of_memory import ways_to_save
-from gouache.app.training.pictures import batches_of, paints_class
+from gouache.app.training.pictures import Pictures, batches_of, paints_class
 from gouache.app.training.prepare import OnNote, Prepared
+from gouache.app.training.sliders import ConceptBatches
 from gouache.files.source import size_text
 from gouache.model import residency
-from gouache.model.model import Model
 from gouache.training import snapshot
 from gouache.training.batches import Batches
 from gouache.training.retention import is_multiple
 from gouache.training.run_settings import RunSettings
 from gouache.training.settings import Settings as LoopSettings
 from gouache.training.step import accumulate_gradients, clip_gradients, update
+from gouache.training.target import Target
 from gouache.wording import plural
 
 _KINDS = 3  # of steps that are timed: the most frequent ones, by the sizes of their batches
 _TIMED = 2  # steps of each kind, after one that is not timed
+_CONCEPTS = 8  # steps that are timed of a run without pictures
 _MOST_STEPS = 1000  # whose kinds are counted
 _MOST_EXAMPLES = 20_000  # whose entries in the caches are counted
 
@@ -51,7 +55,7 @@ class Estimate:
     `memory_bytes` is the most that the run takes for itself on `device`, of which `memory_free` can be had.
     `mapped_bytes` are weights that are read from the model's file at every step: without memory for them too, the run
     is as slow as the disk. `checkpoint_bytes` is the size of one checkpoint, of which `checkpoints` are kept at most.
-    `class_pictures` are painted before the first step.
+    `class_pictures` are painted before the first step. `concepts` are those of a run without pictures.
     """
 
     steps: int
@@ -69,13 +73,15 @@ class Estimate:
     memory_free: int
     device: str
     advice: tuple[str, ...]
+    concepts: int = 0
 
     @property
     def fits(self) -> bool:
         return not self.advice
 
     def lines(self) -> Iterator[str]:
-        yield f"{plural(self.pictures, 'picture')}, {self.steps} steps, {self.epochs:.1f} epochs"
+        data = plural(self.concepts, "concept") if self.concepts else plural(self.pictures, "picture")
+        yield f"{data}, {self.steps} steps, {self.epochs:.1f} epochs"
         if self.class_pictures:
             yield f"first   {plural(self.class_pictures, 'picture')} of the class are painted"
         if math.isnan(self.step_seconds):
@@ -107,7 +113,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
         class_pictures = max(0, class_pictures - sum(each.regularization for each in pictures.training))
         model = prepare.load_model(settings, user, on_note, torch.device("meta"))
         target = prepare.make_target(settings, model, user)
-        with prepare.make_batches(settings, trial, model, target, pictures.training) as batches:
+        with _batches(settings, trial, model, target, pictures) as batches:
             cache, epoch = _cache_bytes(settings, batches, model, len(pictures.held_out)), max(1, len(batches))
             if class_pictures:  # with those that are not painted yet
                 epoch = batches_of(settings, 1, user, model.size)
@@ -119,8 +125,9 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
             quiet = {"on_note": lambda line: None, "on_work": lambda what, done, total: None}
             with prepare.prepared(settings, trial, user, **quiet, fill_caches=False) as ready:
                 seconds = _step_seconds(ready)
-    width, height = max((row.crop.size for row in batches.rows), key=lambda size: size[0] * size[1])
-    cache += class_pictures * 3 * width * height  # as noise; their latents are a few kilobytes each
+    if class_pictures and isinstance(batches, Batches):
+        width, height = max((row.crop.size for row in batches.rows), key=lambda size: size[0] * size[1])
+        cache += class_pictures * 3 * width * height  # as noise; their latents are a few kilobytes each
     count = _kept(settings.train, epoch, seconds)
     existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
     disk, disk_free = cache + (count + 1) * used.checkpoint + output, shutil.disk_usage(existing).free
@@ -128,6 +135,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
         steps=settings.train.steps,
         epochs=settings.train.steps * settings.train.accumulate / epoch,
         pictures=len(pictures.training),
+        concepts=len(batches) if isinstance(batches, ConceptBatches) else 0,
         class_pictures=class_pictures,
         step_seconds=seconds,
         cache_bytes=cache,
@@ -151,9 +159,21 @@ def _settled(settings: RunSettings, device: torch.device, channels: int, user: S
     return settings.model_copy(update={"memory": memory})
 
 
-def _cache_bytes(settings: RunSettings, batches: Batches, model: Model, held_out: int) -> int:
+@contextmanager
+def _batches(
+    settings: RunSettings, folder: RunFolder, model: Model, target: Target, pictures: Pictures
+) -> Iterator[Batches | ConceptBatches]:
+    if settings.mode == "slider":
+        concepts = sliders.concepts_of(settings)
+        yield ConceptBatches(concepts, sliders.size_of(concepts, model.size))
+        return
+    with prepare.make_batches(settings, folder, model, target, pictures.training) as batches:
+        yield batches
+
+
+def _cache_bytes(settings: RunSettings, batches: Batches | ConceptBatches, model: Model, held_out: int) -> int:
     """The latents and captions of all steps, or of as many as are counted in a moment, and of the held-out pictures."""
-    if not settings.data.cache:
+    if not settings.data.cache or isinstance(batches, ConceptBatches):
         return 0
     chunk = round((77 * model.unet.spec.context_dim + model.unet.spec.vector_channels) * model.dtype.itemsize)
     count = min(settings.train.steps * settings.train.accumulate, max(1, _MOST_EXAMPLES // settings.train.batch))
@@ -179,22 +199,26 @@ def _step_seconds(ready: Prepared) -> float:
     run = snapshot.begin(ready.objective, ready.settings.train)
     done, seconds = 0, 0.0
     kinds = _kinds(ready)
+    # Those of concepts take different times, so the mean of several says more than one that is repeated.
+    repeats = 1 if isinstance(ready.batches, ConceptBatches) else _TIMED + 1
     for batch, count in kinds:
         times = []
-        for _ in range(_TIMED + 1):
+        for _ in range(repeats):
             began = time.perf_counter()
             accumulate_gradients(run, ready.batches, batch)
             clip_gradients(run)
             update(run, done)
             times.append(time.perf_counter() - began)
             done += 1
-        seconds += count * statistics.mean(times[1:])
+        seconds += count * statistics.mean(times[1:] or times)
     return seconds / sum(count for _, count in kinds)
 
 
 def _kinds(ready: Prepared) -> list[tuple[int, int]]:
     """(the first batch of such a step, how many there are in an epoch), the most frequent kinds first."""
     batches, train = ready.batches, ready.settings.train
+    if isinstance(batches, ConceptBatches):  # which are denoised for different numbers of steps
+        return [(number * train.accumulate, 1) for number in range(min(train.steps, _CONCEPTS))]
     first, counts = dict[object, int](), Counter[object]()
     for step in range(min(train.steps, math.ceil(len(batches) / train.accumulate), _MOST_STEPS)):
         numbers = range(step * train.accumulate, (step + 1) * train.accumulate)

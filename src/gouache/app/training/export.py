@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gouache.app.settings import Settings
-from gouache.app.training import prepare
+from gouache.app.training import prepare, sliders
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.parts import make_target
 from gouache.app.training.prepare import Prepared
@@ -18,6 +18,7 @@ from gouache.families.found import Found
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_json, read_text
 from gouache.training import state
+from gouache.training.concept_objective import ConceptObjective
 from gouache.training.run_settings import RunSettings
 from gouache.training.state import State
 from gouache.training.target import Target
@@ -251,7 +252,7 @@ def metadata(ready: Prepared) -> dict[str, str]:
         "ss_lr_warmup_steps": str(train.warmup),
         "ss_optimizer": train.optimizer,
         "ss_seed": str(train.seed),
-        "ss_resolution": str(ready.batches.options.buckets[-1].resolution),
+        "ss_resolution": str(ready.resolution),
         "ss_enable_bucket": str(settings.data.buckets),
         "ss_shuffle_caption": str(settings.data.shuffle),
         "ss_keep_tokens": str(settings.data.keep_tokens),
@@ -262,7 +263,7 @@ def metadata(ready: Prepared) -> dict[str, str]:
         "ss_prior_loss_weight": repr(loss.prior_weight),
         "ss_clip_skip": str(settings.model.clip_skip or None),
         "modelspec.implementation": f"gouache {__version__}",
-        "modelspec.resolution": "x".join(map(str, ready.batches.options.buckets[-1].resolution)),
+        "modelspec.resolution": "x".join(map(str, ready.resolution)),
     }  # fmt: skip
     if settings.lineage == "none":
         return described | {"modelspec.title": settings.mode}  # not the name of the file, which may be that of the data
@@ -277,6 +278,8 @@ def metadata(ready: Prepared) -> dict[str, str]:
     if settings.data.trigger:
         described["modelspec.trigger_phrase"] = settings.data.trigger
     described["ss_new_sd_model_hash"] = settings.model.sha256
+    if isinstance(ready.objective, ConceptObjective):
+        return described | sliders.metadata(settings, ready.objective.concepts)
     described["gouache.data"] = ready.pictures.dataset.identity()
     if settings.lineage == "plain":
         described["ss_sd_model_name"] = Path(settings.model.name).name

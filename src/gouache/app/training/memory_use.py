@@ -11,8 +11,9 @@ from torch import Tensor
 
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import prepare
-from gouache.app.training.objective import make_objective
+from gouache.app.training import prepare, sliders
+from gouache.app.training.objective import make_concept_objective, make_objective
+from gouache.app.training.sliders import ConceptBatches
 from gouache.data.buckets import Size
 from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import FileError
@@ -25,6 +26,7 @@ from gouache.prompts.encode import Sizes
 from gouache.training import checkpointing, snapshot
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches
+from gouache.training.concept_objective import Draws
 from gouache.training.memory import Simulation
 from gouache.training.run_settings import RunSettings
 from gouache.training.step import accumulate_gradients, clip_gradients, update
@@ -59,7 +61,7 @@ _KERNELS = 30_000_000
 
 
 def memory_use(
-    settings: RunSettings, model: Model, device: torch.device, batches: Batches, user: Settings
+    settings: RunSettings, model: Model, device: torch.device, batches: Batches | ConceptBatches, user: Settings
 ) -> MemoryUse:
     """That of the run with `settings` on `device`. `model` is on the meta device, and not to be used afterwards.
 
@@ -77,10 +79,18 @@ def memory_use(
     private = _private_bytes(model, target, device)
     for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
         checkpointing.enable(network)
-    size, count = _largest(batches, settings.train.batch)
-    objective = make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
+    if isinstance(batches, ConceptBatches):
+        settings = _fewest_steps(settings)
+        concept = sliders.largest(batches.concepts, model.size)
+        objective = make_concept_objective(settings, model, target, [concept], user)
+        size = concept.size or model.size
+        latents = _latents(simulated, model, size, concept.batch or settings.train.batch)
+        batch = Draws(concept, 1, Sizes(size), latents)
+    else:
+        objective = make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
+        size, count = _largest(batches, settings.train.batch)
+        batch = _batch(simulated, model, target, size, count, settings.data.trigger or "a")
     train = settings.train.model_copy(update={"accumulate": min(2, settings.train.accumulate)})
-    batch = _batch(simulated, model, target, size, count, settings.data.trigger or "a")
     run: snapshot.Run | None = None
 
     def begin() -> object:
@@ -133,6 +143,11 @@ def memory_use(
     return MemoryUse(round(own + networks_always + peak), mapped, checkpoint, trained)
 
 
+def _fewest_steps(settings: RunSettings) -> RunSettings:
+    """The settings with as few denoising steps as possible: each takes the same memory."""
+    return settings.model_copy(update={"slider": settings.slider.model_copy(update={"denoising_steps": 2})})
+
+
 def _private_bytes(model: Model, target: Target, device: torch.device) -> dict[str, int]:
     """The bytes of the weights of each network that are not pages of a file."""
     vae_found = model.found if model.vae_file is None else identify(model.vae_file)
@@ -166,14 +181,18 @@ def _largest(batches: Batches, batch: int) -> tuple[Size, int]:
 
 
 def _batch(simulated: Simulation, model: Model, target: Target, size: Size, count: int, caption: str) -> Batch:
-    spec, factor = model.unet.spec, model.vae.spec.factor
-    latents = simulated.empty(count, spec.out_channels, size[1] // factor, size[0] // factor)
+    spec, latents = model.unet.spec, _latents(simulated, model, size, count)
     concat = None
     if spec.in_channels > spec.out_channels:
         concat = simulated.empty(count, spec.in_channels - spec.out_channels, *latents.shape[2:])
     if target.trains_text:
         return Batch(latents, captions=(caption,) * count, sizes=(Sizes(size),) * count, concat=concat)
     return Batch(latents, Conditioning(*_conditioning(simulated, model, count), concat=concat))
+
+
+def _latents(simulated: Simulation, model: Model, size: Size, count: int) -> Tensor:
+    factor = model.vae.spec.factor
+    return simulated.empty(count, model.unet.spec.out_channels, size[1] // factor, size[0] // factor)
 
 
 def _conditioning(simulated: Simulation, model: Model, count: int) -> tuple[Tensor, Tensor | None]:

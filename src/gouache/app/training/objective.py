@@ -15,10 +15,13 @@ from gouache.errors import RequestError
 from gouache.model import residency
 from gouache.prompts.encode import Sizes, encode
 from gouache.training.batches import Batches
+from gouache.training.concept_objective import ConceptObjective, ConceptValidation
+from gouache.training.concepts import Concept
 from gouache.training.denoising import Denoising
 from gouache.training.noise import NoiseOptions
 from gouache.training.run_settings import RunSettings
 from gouache.training.target import Target
+from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.timesteps import Timesteps
 
 
@@ -64,6 +67,40 @@ def make_objective(
         prior_weight=loss.prior_weight,
         prior="frozen" if loss.prior == "model" else "pictures",
     )
+
+
+def make_concept_objective(
+    settings: RunSettings, model: Model, target: Target, concepts: Sequence[Concept], user: Settings
+) -> ConceptObjective:
+    """That of a run without pictures; all prompts are encoded now, each once."""
+    assert isinstance(target, AdapterTarget)  # see `sliders.check`
+    texts = list(dict.fromkeys(text for concept in concepts for text in concept.prompts))
+    with torch.no_grad():
+        rows = text_encoder(settings, model)(texts, None)
+    return ConceptObjective(
+        model.denoiser,
+        target,
+        concepts,
+        {text: rows.rows([index]) for index, text in enumerate(texts)},
+        settings.train.seed,
+        size=model.size,
+        batch=settings.train.batch,
+        channels=model.unet.spec.out_channels,
+        steps=settings.slider.denoising_steps,
+        guidance=settings.slider.denoising_guidance,
+        weighting=settings.loss.weighting,
+        gamma=settings.loss.gamma,
+        recipe=model.text_recipe,
+        autocast=_autocast(settings, model, user),
+        base=_base_of(model, user),
+    )
+
+
+def make_concept_validation(settings: RunSettings, objective: ConceptObjective) -> ConceptValidation:
+    """Of some of the concepts, evenly from all of them."""
+    concepts, most = objective.concepts, max(1, settings.validation.probe)
+    chosen = concepts[:: -(-len(concepts) // most)]
+    return ConceptValidation(objective, chosen, settings.validation.timesteps)
 
 
 def timesteps_of(settings: RunSettings, levels: int) -> Timesteps:

@@ -51,7 +51,8 @@ def ways_to_save(settings: RunSettings) -> str:
         ways.append("train.ema_on_cpu = true")
     if settings.result == "model":
         ways.append("adapter.form = lora")
-    return f"set {'; or '.join([*ways, 'a smaller data.resolution'])}"
+    size = "slider.size" if settings.mode == "slider" else "data.resolution"
+    return f"set {'; or '.join([*ways, f'a smaller {size}'])}"
 
 
 def _kept(folder: RunFolder) -> str:

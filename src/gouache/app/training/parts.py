@@ -8,6 +8,7 @@ from pathlib import Path
 from gouache.adapters.embedding import Vectors, bundled_vectors, check_widths, vectors_of
 from gouache.app import names
 from gouache.app.settings import Settings
+from gouache.app.training import sliders
 from gouache.errors import RequestError
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
@@ -147,6 +148,7 @@ _WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
 
 def _check_effects(settings: RunSettings) -> None:
     """Raises RequestError for a setting that would have no effect, or a wrong one, on what is trained."""
+    sliders.check(settings)
     adapter, result = settings.adapter, settings.result
     for table in _WITHOUT_EFFECT[result]:
         usual = RunSettings.model_fields[table].default

@@ -77,6 +77,8 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, use
     Without `user` class pictures are read from a folder of the settings alone, not from the user's data.
     """
     data = settings.data
+    if settings.mode == "slider":
+        return Pictures(DataSet(()), (), ())
     if not data.folder:
         raise RequestError("data.folder", "is missing; name a folder of pictures")
     found = _read(settings, user)

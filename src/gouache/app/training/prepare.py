@@ -16,11 +16,17 @@ from torch import nn
 from gouache.app import hashes, loading, machine, names
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import class_pictures
+from gouache.app.training import class_pictures, sliders
 from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
-from gouache.app.training.objective import make_objective, text_encoder, timesteps_of
+from gouache.app.training.objective import (
+    make_concept_objective,
+    make_concept_validation,
+    make_objective,
+    text_encoder,
+    timesteps_of,
+)
 from gouache.app.training.parts import make_target, options_of, start_file
 from gouache.app.training.pictures import (
     OnNote,
@@ -34,6 +40,7 @@ from gouache.app.training.pictures import (
     read_pictures,
     sides,
 )  # fmt: skip
+from gouache.app.training.sliders import ConceptBatches
 from gouache.data import captions
 from gouache.data.record import PictureOptions, Record
 from gouache.errors import RequestError, TrainingError, printable
@@ -47,6 +54,7 @@ from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.training import checkpointing, memory, optimizers
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
+from gouache.training.concept_objective import ConceptObjective, ConceptValidation
 from gouache.training.denoising import Denoising
 from gouache.training.latent_cache import LatentCache, identity_of
 from gouache.training.objective import Group
@@ -60,15 +68,31 @@ OnWork = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to begin."""
+    """A run that is ready to begin. Without pictures, its batches are numbers alone."""
 
     settings: RunSettings
     model: Model
     target: Target
-    objective: Denoising
+    objective: Denoising | ConceptObjective
     pictures: Pictures
-    batches: Batches
-    validation: Validation
+    batches: Batches | ConceptBatches
+    validation: Validation | ConceptValidation
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of the largest pictures."""
+        return (
+            self.batches.size
+            if isinstance(self.batches, ConceptBatches)
+            else self.batches.options.buckets[-1].resolution
+        )
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of each picture, or of the concepts."""
+        if isinstance(self.batches, ConceptBatches):
+            return [self.batches.size]
+        return [row.crop.size for row in self.batches.rows]
 
 
 def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
@@ -84,6 +108,8 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             f"{printable(settings.model.name)} has {spec.in_channels} input channels; train its weights "
             "(adapter.form = none), or a LoRA of an inpainting model",
         )
+    if settings.mode == "slider":
+        sliders.check_model(settings, spec)
     options = options_of(settings, sorted(name for name in found.components if name.startswith("text_encoder")))
     if settings.memory.dtype == "fp16":
         raise RequestError("memory.dtype", "fp16 needs scaled losses, which are not available; use bf16 or fp32")
@@ -132,6 +158,9 @@ def prepared(
         leaving.callback(target.detach)
         for note in target.notes:
             on_note(note)
+        if settings.mode == "slider":
+            yield _without_pictures(settings, model, target, pictures, user)
+            return
         batches = leaving.enter_context(make_batches(settings, folder, model, target, pictures.training))
         masked = {row.record.path: row.content.counted for row in batches.rows if row.content.counted is not None}
         if masked:
@@ -151,6 +180,22 @@ def prepared(
         model.reload("U-Net")
         memory.limit_heap(12)
         yield Prepared(settings, model, target, objective, pictures, batches, validation)
+
+
+def _without_pictures(
+    settings: RunSettings, model: Model, target: Target, pictures: Pictures, user: Settings
+) -> Prepared:
+    concepts = sliders.concepts_of(settings)
+    if settings.memory.checkpointing:
+        checkpointing.enable(model.unet)
+    objective = make_concept_objective(settings, model, target, concepts, user)
+    validation = make_concept_validation(settings, objective)
+    objective = replace(objective, validation=validation.identity)
+    validation = replace(validation, objective=objective)
+    free_encoders(settings, model, target)
+    memory.limit_heap(12)
+    batches = ConceptBatches(concepts, sliders.size_of(concepts, model.size))
+    return Prepared(settings, model, target, objective, pictures, batches, validation)
 
 
 def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:

@@ -32,6 +32,7 @@ from gouache.training.loop import Progress, Result
 from gouache.training.overrides import with_overrides
 from gouache.training.position import Position
 from gouache.training.run_settings import RunSettings, template
+from gouache.training.targets.adapter import AdapterTarget
 
 RUNS = Path("runs")
 
@@ -217,6 +218,7 @@ def _absolute(settings: RunSettings, user: Settings) -> RunSettings:
         update={
             "output": path(settings.output),
             "model": chosen.model_copy(update={"name": model(chosen.name), "vae": vae(chosen.vae)}),
+            "slider": settings.slider.model_copy(update={"file": path(settings.slider.file)}),
             "adapter": adapter.model_copy(update={"start": model(adapter.start, "lora")}),
             "data": data.model_copy(
                 update={name: path(getattr(data, name)) for name in ("folder", "class_folder", "cache_folder")}
@@ -274,7 +276,12 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
 
 
 def _samples(ready: Prepared, folder: RunFolder) -> Samples:
-    size = most_common([row.crop.size for row in ready.batches.rows])
+    size = most_common(ready.sizes)
+    if isinstance(ready.target, AdapterTarget) and ready.settings.mode == "slider":
+        requests = requests_of(ready.settings, (), size)
+        return Samples(
+            ready.model, requests, folder.samples, ready.settings.slider.strengths, ready.target.set_strength
+        )
     return Samples(ready.model, requests_of(ready.settings, ready.pictures.training, size), folder.samples)
 
 
@@ -311,7 +318,8 @@ def _command(settings: RunSettings, ready: Prepared, path: Path | None) -> str:
         case "model":
             command[-1] = str(path)
         case "adapter":
-            command += ["--lora", str(path)]
+            strength = f":{settings.slider.strengths[-1]:g}" if settings.mode == "slider" else ""
+            command += ["--lora", f"{path}{strength}"]
         case "embedding":  # prompts know it by the file's name
             command[2] = re.sub(re.escape(settings.data.trigger), lambda _: path.stem, command[2], flags=re.IGNORECASE)
             command += ["--embedding", str(path)]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from gouache.app.training.sliders import concepts_of
 from gouache.data.record import Record
 from gouache.data.templates import fill
 from gouache.errors import FileError, RequestError
@@ -29,10 +30,22 @@ _COMPARED = ("prompt", "negative", "seed", "size", "steps", "sampler", "cfg", "c
 
 
 class Samples:
-    """Paints `requests` with the weights that `model` has now and saves them in `folder`."""
+    """Paints `requests` with the weights that `model` has now and saves them in `folder`.
 
-    def __init__(self, model: Model, requests: Sequence[Request], folder: Path) -> None:
-        self._model, self._requests, self._folder = model, requests, folder
+    With `strengths`, of a slider, each is painted at all of them, which `set_strength` sets.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        requests: Sequence[Request],
+        folder: Path,
+        strengths: Sequence[float] = (),
+        set_strength: Callable[[float], None] = lambda strength: None,
+    ) -> None:
+        self._model, self._folder, self._set_strength = model, folder, set_strength
+        self._requests = [each for each in requests for _ in strengths or (1.0,)]
+        self._strengths = [strength for _ in requests for strength in strengths]
 
     def paint(self, step: int, ending: str = "") -> Path:
         """The pictures after `step` steps; returns the contact sheet. `ending` "" or `LAST`.
@@ -42,6 +55,8 @@ class Samples:
         for number, request in enumerate(self._requests):
             path = self._folder / f"step-{step:08d}-{number:02d}{ending}.png"
             if not _shows(path, request):
+                if self._strengths:
+                    self._set_strength(self._strengths[number])
                 next(iter(run.paint(self._model, request))).save(path)
         return self._write_sheet()
 
@@ -61,13 +76,17 @@ class Samples:
         steps = _thinned(sorted(found))
         endings = ("", LAST) if any(LAST in {ending for _, ending in row} for row in found.values()) else ("",)
         columns = [(number, ending) for number in range(len(self._requests)) for ending in endings]
-        heads = [self._requests[number].prompt + " (last weights)" * bool(ending) for number, ending in columns]
+        heads = [self._head(number) + " (last weights)" * bool(ending) for number, ending in columns]
         rows = [[_opened(found[step].get(each), self._requests[each[0]]) for each in columns] for step in steps]
         path = self._folder / SHEET
         buffer = io.BytesIO()
         sheet(heads, [f"step {step}" for step in steps], rows).save(buffer, "PNG")
         write_atomic(path, buffer.getvalue())
         return path
+
+    def _head(self, number: int) -> str:
+        strength = f" at {self._strengths[number]:g}" if self._strengths else ""
+        return f"{self._requests[number].prompt}{strength}"
 
 
 def pictures(folder: Path) -> Iterator[tuple[int, int, str, Path]]:
@@ -92,6 +111,8 @@ def requests_of(settings: RunSettings, training: Sequence[Record], size: tuple[i
 
 def default_prompt(settings: RunSettings, training: Sequence[Record]) -> str:
     """The first caption, or template of one, which has the trigger word: what the run learns to paint."""
+    if settings.mode == "slider":
+        return concepts_of(settings)[0].target or "a picture"
     subject = [record for record in training if not record.regularization]
     captions = (line for record in subject for line in record.captions if line.strip())
     words = " ".join(filter(None, (settings.data.trigger, settings.data.class_word)))

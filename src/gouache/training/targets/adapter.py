@@ -135,6 +135,10 @@ class AdapterTarget:
             for hook, on in zip(hooks, before, strict=True):
                 hook.on = on
 
+    def set_strength(self, strength: float) -> None:
+        """Act at so much of the trained strength (1, also negative) from now on, until it is set again."""
+        self.model.adapters.change(self._attached, Strength(strength))
+
     def export(
         self,
         weights: Mapping[str, Tensor],
