@@ -20,6 +20,7 @@ from gouache.data import folders, scores
 from gouache.data.buckets import Buckets, Size
 from gouache.data.contents import SETTING, OnWork, in_threads
 from gouache.data.dataset import DataSet
+from gouache.data.members import read_bytes
 from gouache.data.record import Record
 from gouache.data.subset import Subset
 from gouache.errors import RequestError, printable
@@ -146,7 +147,8 @@ def show(dataset: DataSet, output: Path, *, count: int = 60, overwrite: bool = F
 
 
 def _tile(record: Record) -> Image.Image:
-    picture = pixels.read(record.path, SETTING)
+    data = read_bytes(record.path, SETTING)
+    picture = pixels.on_white(pixels.decode(data, str(record.path), SETTING))
     picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     return picture
 

@@ -16,6 +16,7 @@ from gouache.data.contents import SETTING, Content, OnWork, contents, in_threads
 from gouache.data.dataset import DataSet
 from gouache.data.duplicates import equal_files, groups
 from gouache.data.epochs import balance
+from gouache.data.members import File, read_bytes
 from gouache.data.record import Record
 from gouache.errors import RequestError, printable
 from gouache.images import pixels
@@ -251,8 +252,8 @@ def _mask_share(record: Record) -> float | None:
     return ImageStat.Stat(mask).mean[0] / 255 if mask is not None else None
 
 
-def _decoded(path: Path, setting: str) -> Image.Image:
-    return pixels.decode(pixels.read_bytes(path, setting), str(path), setting)
+def _decoded(path: File, setting: str) -> Image.Image:
+    return pixels.decode(read_bytes(path, setting), str(path), setting)
 
 
 def _table(pictures: Sequence[_Picture], batch: int) -> list[Bucket]:
