@@ -18,6 +18,7 @@ from gouache.data.duplicates import equal_files, groups
 from gouache.data.epochs import balance
 from gouache.data.members import File, read_bytes
 from gouache.data.record import Record
+from gouache.data.shards import LARGE
 from gouache.errors import RequestError, printable
 from gouache.images import pixels
 from gouache.prompts.tokenizer import Tokenizer
@@ -154,7 +155,9 @@ def _duplicates(pictures: Sequence[_Picture]) -> Iterator[Finding]:
     equal = equal_files(found)
     for rows in equal:
         yield Finding("duplicate", "the same file several times", _names(unique, rows), fault=True)
-    for rows in groups(found):
+    if len(found) > LARGE:
+        yield Finding("near duplicate", f"not searched for among more than {LARGE:,} pictures")
+    for rows in groups(found) if len(found) <= LARGE else ():
         if len(rows) > 1 and rows not in equal:
             yield Finding("near duplicate", "look alike, maybe mirrored or in another size", _names(unique, rows))
 

@@ -13,7 +13,7 @@ import numpy as np
 from gouache.data.dataset import DataSet
 from gouache.data.listing import some
 from gouache.data.record import Record
-from gouache.data.shards import ShardRecords
+from gouache.data.shard_records import ShardRecords
 from gouache.errors import RequestError, printable
 from gouache.wording import plural
 

@@ -13,7 +13,7 @@ from gouache.data.buckets import Buckets, Crop, Size, crops
 from gouache.data.members import Member
 from gouache.data.pictures import Examined
 from gouache.data.record import Record
-from gouache.data.shards import ShardRecords
+from gouache.data.shard_records import ShardRecords
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class StreamedRows(Sequence[Row]):
     def __init__(self, records: ShardRecords, buckets: Sequence[Buckets]) -> None:
         self._records = records
         known, inverse = np.unique(records.sizes(), axis=0, return_inverse=True)
+        inverse = inverse.ravel()
         found = [crops((w, h), buckets, records.subset.resolution) for w, h in known.tolist()]
         self._crops = [crop for of_size in found for crop in of_size]
         counts = np.array([len(of_size) for of_size in found])[inverse]

@@ -13,6 +13,9 @@ from gouache.app.settings import Settings
 from gouache.app.training import pictures
 from gouache.data import folders
 from gouache.data.dataset import DataSet
+from gouache.data.listing import CAPTIONS
+from gouache.data.shard_records import ShardRecords
+from gouache.data.shards import LARGE
 from gouache.data.subset import Subset
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
@@ -62,7 +65,10 @@ def choose(
     found = identify(file)
     spec = trainable(found)
     column = str(given_data.get("caption_column") or "")
-    dataset = folders.read(Path(folder), Subset(trigger=trigger, class_word=class_word), caption_column=column)
+    suffixes = (extension,) if (extension := given_data.get("caption_extension")) else CAPTIONS
+    subset = Subset(trigger=trigger, class_word=class_word, suffixes=suffixes)
+    cache = pictures.index_cache(settings)
+    dataset = folders.read(Path(folder), subset, caption_column=column, stream=True, cache=cache)
     own = pictures.settings_of(dataset)
     count = len(dataset.records)
     device = residency.device(given.get("device") or settings.device)
@@ -85,6 +91,8 @@ def choose(
         "memory": {"checkpointing": device.type == "cuda" and found.family.value is not None
                    and found.family.value.name == "sdxl"},
     }  # fmt: skip
+    if isinstance(dataset.records, ShardRecords) and count > LARGE:
+        chosen["data"] |= {"stream": True, "cache": False}
     if mode == "dreambooth":
         _dreambooth(chosen, given, count)
     if mode == "embedding":

@@ -119,7 +119,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
             quiet = {"on_note": lambda line: None, "on_work": lambda what, done, total: None}
             with prepare.prepared(settings, trial, user, **quiet, fill_caches=False) as ready:
                 seconds = _step_seconds(ready)
-    width, height = max((row.crop.size for row in batches.rows), key=lambda size: size[0] * size[1])
+    width, height = max(batches.columns.sizes, key=lambda size: size[0] * size[1])
     cache += class_pictures * 3 * width * height  # as noise; their latents are a few kilobytes each
     count = _kept(settings.train, epoch, seconds)
     existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())
@@ -199,7 +199,7 @@ def _kinds(ready: Prepared) -> list[tuple[int, int]]:
     for step in range(min(train.steps, math.ceil(len(batches) / train.accumulate), _MOST_STEPS)):
         numbers = range(step * train.accumulate, (step + 1) * train.accumulate)
         members = [batches.plan.batch(number)[1] for number in numbers]
-        kind = tuple(sorted((batches.rows[rows[0]].crop.size, len(rows)) for rows in members))
+        kind = tuple(sorted((batches.columns.sizes[rows[0]], len(rows)) for rows in members))
         first.setdefault(kind, numbers[0])
         counts[kind] += 1
     return [(first[kind], count) for kind, count in counts.most_common(_KINDS)]

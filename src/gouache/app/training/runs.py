@@ -274,7 +274,7 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
 
 
 def _samples(ready: Prepared, folder: RunFolder) -> Samples:
-    size = most_common([row.crop.size for row in ready.batches.rows])
+    size = most_common(ready.batches.columns.sizes)
     return Samples(ready.model, requests_of(ready.settings, ready.pictures.training, size), folder.samples)
 
 
