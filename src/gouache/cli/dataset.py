@@ -113,9 +113,8 @@ def show(
 
     if output is None and not as_json:
         raise RequestError("output", "is missing; name a .png file with -o, or add --json")
-    found = dataset.Source(data, trigger, class_word, regularization, caption_column, conditions or ()).read(
-        read(), stream=True
-    )
+    source = dataset.Source(data, trigger, class_word, regularization, caption_column, conditions or ())
+    found = source.read(read(), stream=True)
     if output is not None:
         drawn = dataset.show(found, output, count=count, overwrite=overwrite)
         notes = [f"{shown(output)}: {drawn} of {plural(len(found.records), 'picture')}", *found.notes]

@@ -29,8 +29,8 @@ class DataSet:
     def identity(self, cache: Path | None = None, on_work: OnWork | None = None) -> str:
         """A SHA-256 (hexadecimal) of all pictures with their captions, for the lineage of what is trained on them.
 
-        It does not depend on names and order, except for that of a stream of shards, of which no picture is read. `cache` is that of `contents`. Raises RequestError if a picture cannot be
-        read.
+        It does not depend on names and order, but for a stream of shards, of which no picture is read for it. `cache`
+        is that of `contents`. Raises RequestError if a picture cannot be read.
         """
         if isinstance(self.records, ShardRecords):
             return self.records.identity

@@ -54,8 +54,8 @@ class Options:
     cached; so is one of as many masks per picture with `inpainting`. `balance`: as many class pictures as others
     are seen per epoch, in turn, see `data.epochs.balance`. `workers` threads read and decode ahead; with 0 that happens
     when a batch is requested. `device` is that of the batches. Pictures in shards are shuffled within `window` shards,
-    see `Plan`; 0: over all. `on_damaged` receives a line for a picture that cannot be read when it is needed, which then
-    counts nothing; without it that is an error.
+    see `Plan`; 0: over all. `on_damaged` receives a line for a picture that cannot be read when it is needed, which
+    then counts nothing; without it that is an error.
     """
 
     buckets: tuple[Buckets, ...]
@@ -121,8 +121,9 @@ class Batches:
     `texts` None: a text encoder is trained, so batches have captions instead of conditioning. `caption` makes the
     caption of a record. `recipe` is the family's, for the sizes that SDXL receives.
 
-    `rows` are the pictures at their sizes, with what is known of them, `columns` some of it for all; `plan` is their order. `waited` is the time in
-    seconds that callers have spent waiting for batches: for threads, disks, and encoders of what is not yet cached.
+    `rows` are the pictures at their sizes, with what is known of them, `columns` some of it for all; `plan` is their
+    order. `waited` is the time in seconds that callers have spent waiting for batches: for threads, disks, and encoders
+    of what is not yet cached.
 
     Raises RequestError if there are no pictures or a file is not one.
     """
