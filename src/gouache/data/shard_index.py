@@ -80,7 +80,9 @@ class ShardIndex:
         count, columns, texts = header["count"], header["scores"], header["texts"]
         view = memoryview(data)[end + 1 :]
         self._table = np.frombuffer(view, _ROW, count)
-        self._scores = np.frombuffer(view, "<f8", count * len(columns), count * _ROW.itemsize).reshape(count, -1)
+        self._scores = np.frombuffer(view, "<f8", count * len(columns), count * _ROW.itemsize).reshape(
+            count, len(columns)
+        )
         self._texts = view[count * (_ROW.itemsize + 8 * len(columns)) :]
         if len(self._texts) != texts or _digest(view) != header["digest"]:
             raise ValueError("is damaged")
@@ -224,7 +226,7 @@ class _Builder:
         if picture.length > pixels.MAX_BYTES:
             raise _BadSample(f"has {picture.length / 1e6:.0f} MB; at most {pixels.MAX_BYTES / 1e6:.0f} MB")
         try:
-            size = pixels.size_of(cast(BinaryIO, _Part(self.file, picture)), picture.name, _SETTING)
+            size = pixels.size_of(cast(BinaryIO, io.BufferedReader(_Part(self.file, picture))), picture.name, _SETTING)
         except RequestError as error:
             raise _BadSample(str(error).partition(f"{picture.name} ")[2] or str(error)) from None
         head, tail = (self._read(picture, first, count) for first, count in sampled_ends(picture.length))
