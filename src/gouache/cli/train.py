@@ -27,7 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Data = Annotated[str, Argument(help="A folder of pictures, or kohya's TOML or JSON file.", show_default=False)]
+Data = Annotated[
+    str, Argument(help="A folder of pictures or tar shards, or kohya's TOML or JSON file.", show_default=False)
+]
 Model = Annotated[str, Option("--model", "-m", help="The model to start from: a file, a folder, or a name.")]
 Set = Annotated[
     list[str] | None,

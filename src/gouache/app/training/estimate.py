@@ -199,7 +199,7 @@ def _kinds(ready: Prepared) -> list[tuple[int, int]]:
     for step in range(min(train.steps, math.ceil(len(batches) / train.accumulate), _MOST_STEPS)):
         numbers = range(step * train.accumulate, (step + 1) * train.accumulate)
         members = [batches.plan.batch(number)[1] for number in numbers]
-        kind = tuple(sorted((batches.columns.sizes[rows[0]], len(rows)) for rows in members))
+        kind = tuple(sorted((batches.rows[rows[0]].crop.size, len(rows)) for rows in members))
         first.setdefault(kind, numbers[0])
         counts[kind] += 1
     return [(first[kind], count) for kind, count in counts.most_common(_KINDS)]
