@@ -242,11 +242,13 @@ def _chosen(
 ) -> RunSettings:
     from gouache.app.settings import read
     from gouache.app.training import defaults
+    from gouache.cli.progress import Bar
 
-    return defaults.choose(
-        mode, data, model, output=output, trigger=trigger, class_word=class_word, steps=steps,
-        overrides=overrides or [], settings=read(),
-    )  # fmt: skip
+    with Bar() as bar:
+        return defaults.choose(
+            mode, data, model, output=output, trigger=trigger, class_word=class_word, steps=steps,
+            overrides=overrides or [], settings=read(), on_work=bar.show,
+        )  # fmt: skip
 
 
 def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: bool) -> None:

@@ -53,15 +53,20 @@ def test_a_stream_that_is_stopped_within_a_shard_ends_alike(
 def test_a_large_set_is_streamed_without_a_cache(
     narrow: Narrows, shards: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ):
-    def chosen():
-        return defaults.choose(
-            "lora", str(shards), str(narrow("sd1").file), output=None, trigger="", class_word="", steps=2,
-            overrides=[], settings=settings,
-        ).data  # fmt: skip
+    work = list[tuple[str, int, int]]()
 
-    assert (chosen().stream, chosen().cache) == (False, True)
+    def chosen():
+        pattern, model = str(shards / "set-{000..001}.tar"), str(narrow("sd1").file)
+        return defaults.choose(
+            "lora", pattern, model, output=None, trigger="", class_word="", steps=2, overrides=[], settings=settings,
+            on_work=lambda *done: work.append(done),
+        )  # fmt: skip
+
+    found = chosen()
+    assert (found.data.stream, found.data.cache, found.output) == (False, True, "set.safetensors")
+    assert work == [("indexing shards", 1, 2), ("indexing shards", 2, 2)]
     monkeypatch.setattr(defaults, "LARGE", 9)
-    assert (chosen().stream, chosen().cache) == (True, False)
+    assert (chosen().data.stream, chosen().data.cache) == (True, False)
 
 
 def test_only_shards_are_streamed(narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path):
