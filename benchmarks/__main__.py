@@ -6,6 +6,7 @@ extra, 6 GB of disk and 8 GB of memory; `--quick` uses a narrow model instead. R
 
     python -m benchmarks workshop ...    the commands that convert, merge and prune files: see benchmarks/workshop.py
     python -m benchmarks attach ...      attaching, changing and detaching an SDXL LoRA: see benchmarks/attach.py
+    python -m benchmarks shards ...      start and batches of a large data set in tar shards: see benchmarks/shards.py
     python -m benchmarks train ...       training steps: see benchmarks/train.py
 """
 
@@ -21,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks import attach, train, workshop
+from benchmarks import attach, shards, train, workshop
 from benchmarks.report import log, machine, store
 from benchmarks.tasks import TASKS
 from gouache.wording import plural
@@ -35,6 +36,8 @@ def main() -> int:
         return workshop.main(sys.argv[2:])
     if sys.argv[1:2] == ["attach"]:
         return attach.main(sys.argv[2:])
+    if sys.argv[1:2] == ["shards"]:
+        return shards.main(sys.argv[2:])
     if sys.argv[1:2] == ["train"]:
         return train.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

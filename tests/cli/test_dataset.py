@@ -10,6 +10,7 @@ from PIL import Image
 
 from tests.cli.conftest import Command
 from tests.data.pictures import save
+from tests.data.tars import damaged, encoded, write
 
 
 @pytest.fixture
@@ -120,3 +121,25 @@ def test_the_second_check_reads_no_picture_again(gouache: Command, data: Path, m
     assert gouache("dataset", "check", data).code == 0
     monkeypatch.setattr(contents, "_content", None)
     assert gouache("dataset", "check", data).code == 0
+
+
+def test_tar_shards_are_checked_and_shown(gouache: Command, tmp_path: Path):
+    good = encoded(1, (600, 600))
+    for shard in range(2):
+        members = {
+            f"{shard}{n}.png": damaged(good) if (shard, n) == (1, 2) else encoded(n, (512, 512)) for n in range(3)
+        }
+        write(tmp_path / f"set-{shard:02d}.tar", {**members, "note.txt": "no picture"})
+    result = gouache("dataset", "check", tmp_path / "set-{00..01}.tar", "--json")
+    report = json.loads(result.out)
+    assert result.code == 1 and report["pictures"] == 6 and report["notes"] == ["2 samples without a picture left out"]
+    found = [(each["kind"], each["pictures"]) for each in report["findings"]]
+    assert ("unreadable", ["set-01.tar/12.png"]) in found
+    assert ("duplicate", ["set-00.tar/01.png", "set-01.tar/11.png"]) in found
+
+    shown = gouache("dataset", "show", tmp_path, "-o", tmp_path / "sheet.png")
+    assert shown.code == 0 and "6 of 6 pictures" in shown.out
+    compressed = tmp_path / "a.tar.gz"
+    compressed.write_bytes(b"\x1f\x8b")
+    refused = gouache("dataset", "check", compressed)
+    assert refused.code == 2 and refused.err.count("\n") == 1 and "decompress it first" in refused.err

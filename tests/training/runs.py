@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import gouache
+from gouache.data.folders import read as read_data
+from gouache.data.record import PictureOptions
+from gouache.data.subset import Subset
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.schedule import Schedule
 from gouache.prompts.encode import Sizes
@@ -33,6 +37,9 @@ from gouache.training.targets.pivotal import PivotalTarget
 from gouache.training.timesteps import Timesteps
 from gouache.training.validation import Validation
 
+from ..data.tars import damaged, encoded, write
+from .data_sets import batches as batches_of
+from .data_sets import plain_caption
 from .toys import Regression, denoiser_factory, linear, points, settings, small_autoencoder
 from .toys import pictures as small_pictures
 
@@ -217,8 +224,32 @@ def on_a_model(kind: str, file: str) -> tuple[Denoising, Batches]:
     ), batch  # fmt: skip
 
 
-def start(name: str) -> tuple[Objective, Batches, Any, dict[str, Any]]:
-    """(objective, batches, validate, settings) of the run `name` at the start of a process."""
+def streamed(folder: Path) -> Batches:
+    """Batches of a stream of two shards next to `folder`, shuffled within one, with a damaged picture."""
+    shards = folder.parent / "shards"
+    for shard in range(2):
+        members = dict[str, bytes | str]()
+        for number in range(5):
+            picture = encoded(number, ((64, 64), (96, 64))[number % 2])
+            members[f"{number}.png"] = damaged(picture) if number == 3 else picture
+            members[f"{number}.txt"] = str(1 + shard + number)
+        path = write(shards / f".{os.getpid()}" / f"{shard}.tar", members)
+        os.replace(path, shards / path.name)  # other processes read the same
+    records = read_data(shards, Subset(picture_options=PictureOptions(flip=True, random_crop=True)), stream=True)
+    return batches_of(
+        records.records,
+        None,
+        text=None,
+        batch=2,
+        workers=2,
+        window=1,
+        on_damaged=lambda line: None,
+        caption=plain_caption,
+    )
+
+
+def start(name: str, folder: Path) -> tuple[Objective, Batches, Any, dict[str, Any]]:
+    """(objective, batches, validate, settings) of the run `name` in `folder` at the start of a process."""
     if name == "denoising":
         objective, batches = denoising()
         held_out = [replace(captioned(number), regularization=None) for number in (1001, 1002)]
@@ -226,6 +257,9 @@ def start(name: str) -> tuple[Objective, Batches, Any, dict[str, Any]]:
     if ":" in name:
         objective, batches = on_a_model(*name.split(":", 1))
         return objective, batches, None, {"ema_decay": 0.9}
+    if name == "shards":
+        objective, _ = denoising()
+        return objective, streamed(folder), None, {"accumulate": 2}
     if name == "autoencoder":
         return small_autoencoder(), small_pictures, None, {"batch": 2, "accumulate": 2, "ema_decay": 0.9}
     if name == "skipping":
@@ -239,12 +273,12 @@ def start(name: str) -> tuple[Objective, Batches, Any, dict[str, Any]]:
     return half, Prefetched(in_half), validate, {"rounding": name, "optimizer": "muon", "ema_decay": 0.9}
 
 
-NAMES = ("denoising", "autoencoder", "skipping", "schedule-free", "stochastic", "master")
+NAMES = ("denoising", "shards", "autoencoder", "skipping", "schedule-free", "stochastic", "master")
 
 
 def go(name: str, folder: Path, steps: int, save_seconds: float) -> None:
     torch.set_num_threads(1)
-    objective, batches, validate, values = start(name)
+    objective, batches, validate, values = start(name, folder)
     chosen = {"schedule": "cosine", "restarts": 1, "warmup": 3, "log_steps": 1, "validate_steps": 4, "keep_best": 2}
     given = settings(**{**chosen, "steps": steps, "save_seconds": save_seconds, **values})
     train(objective, batches, given, folder, validate=validate, on_note=lambda _: None, seconds=3600)

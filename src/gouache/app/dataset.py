@@ -14,12 +14,13 @@ from PIL import Image
 
 from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training.pictures import settings_of, sides
+from gouache.app.training.pictures import index_cache, settings_of, sides
 from gouache.data import check as checks
 from gouache.data import folders, scores
 from gouache.data.buckets import Buckets, Size
 from gouache.data.contents import SETTING, OnWork, in_threads
 from gouache.data.dataset import DataSet
+from gouache.data.members import read_bytes
 from gouache.data.record import Record
 from gouache.data.subset import Subset
 from gouache.errors import RequestError, printable
@@ -48,13 +49,16 @@ class Source:
     caption_column: str = ""
     conditions: Sequence[str] = field(default_factory=tuple)
 
-    def read(self) -> DataSet:
-        """Raises GouacheError."""
+    def read(self, settings: Settings, stream: bool = False, on_work: OnWork | None = None) -> DataSet:
+        """`stream` and `on_work` are those of `data.shards.read`. Raises GouacheError."""
         found = folders.read(
             self.path,
             Subset(self.trigger, self.class_word),
             regularization=self.regularization,
             caption_column=self.caption_column,
+            stream=stream,
+            cache=index_cache(settings),
+            on_work=on_work,
         )
         return scores.select(found, self.conditions) if self.conditions else found
 
@@ -99,7 +103,7 @@ def check(
     on_work: OnWork | None = None,
 ) -> checks.Report:
     """What is wrong with a data set, see `data.check`. `held_out` is a data set for validation. Raises GouacheError."""
-    dataset = source.read()
+    dataset = source.read(settings, on_work=on_work)
     own = settings_of(dataset)
     return checks.check(
         dataset if training.resolution is None else _at_one_resolution(dataset),
@@ -107,7 +111,7 @@ def check(
         batch=training.batch or own.get("train", {}).get("batch") or 1,
         tokenizer=Tokenizer(),
         max_tokens=max_tokens,
-        held_out=Source(held_out).read() if held_out is not None else None,
+        held_out=Source(held_out).read(settings) if held_out is not None else None,
         cache=cache_of(source.path, settings),
         on_work=on_work,
     )
@@ -146,7 +150,8 @@ def show(dataset: DataSet, output: Path, *, count: int = 60, overwrite: bool = F
 
 
 def _tile(record: Record) -> Image.Image:
-    picture = pixels.read(record.path, SETTING)
+    data = read_bytes(record.path, SETTING)
+    picture = pixels.on_white(pixels.decode(data, str(record.path), SETTING))
     picture.thumbnail((TILE, TILE), Image.Resampling.LANCZOS)
     return picture
 

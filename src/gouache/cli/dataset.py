@@ -21,7 +21,7 @@ app = Typer(help="Check and show training pictures and their captions.", no_args
 Data = Annotated[
     Path,
     Argument(
-        help="A folder of pictures with captions, kohya's folders or TOML, or metadata.jsonl.",
+        help="A folder of pictures with captions, kohya's folders or TOML, metadata.jsonl, or webdataset's tar shards.",
         readable=False,
         show_default=False,
     ),
@@ -109,10 +109,12 @@ def show(
 ) -> None:
     """Draw a sheet of the pictures with their captions, as training will use them."""
     from gouache.app import dataset
+    from gouache.app.settings import read
 
     if output is None and not as_json:
         raise RequestError("output", "is missing; name a .png file with -o, or add --json")
-    found = dataset.Source(data, trigger, class_word, regularization, caption_column, conditions or ()).read()
+    source = dataset.Source(data, trigger, class_word, regularization, caption_column, conditions or ())
+    found = source.read(read(), stream=True)
     if output is not None:
         drawn = dataset.show(found, output, count=count, overwrite=overwrite)
         notes = [f"{shown(output)}: {drawn} of {plural(len(found.records), 'picture')}", *found.notes]

@@ -27,7 +27,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Data = Annotated[str, Argument(help="A folder of pictures, or kohya's TOML or JSON file.", show_default=False)]
+Data = Annotated[
+    str, Argument(help="A folder of pictures or tar shards, or kohya's TOML or JSON file.", show_default=False)
+]
 Model = Annotated[str, Option("--model", "-m", help="The model to start from: a file, a folder, or a name.")]
 Set = Annotated[
     list[str] | None,
@@ -263,11 +265,13 @@ def _chosen(
 ) -> RunSettings:
     from gouache.app.settings import read
     from gouache.app.training import defaults
+    from gouache.cli.progress import Bar
 
-    return defaults.choose(
-        mode, data, model, output=output, trigger=trigger, class_word=class_word, steps=steps,
-        overrides=overrides or [], settings=read(),
-    )  # fmt: skip
+    with Bar() as bar:
+        return defaults.choose(
+            mode, data, model, output=output, trigger=trigger, class_word=class_word, steps=steps,
+            overrides=overrides or [], settings=read(), on_work=bar.show,
+        )  # fmt: skip
 
 
 def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: bool) -> None:

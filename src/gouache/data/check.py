@@ -16,7 +16,9 @@ from gouache.data.contents import SETTING, Content, OnWork, contents, in_threads
 from gouache.data.dataset import DataSet
 from gouache.data.duplicates import equal_files, groups
 from gouache.data.epochs import balance
+from gouache.data.members import File, read_bytes
 from gouache.data.record import Record
+from gouache.data.shards import LARGE
 from gouache.errors import RequestError, printable
 from gouache.images import pixels
 from gouache.prompts.tokenizer import Tokenizer
@@ -153,7 +155,9 @@ def _duplicates(pictures: Sequence[_Picture]) -> Iterator[Finding]:
     equal = equal_files(found)
     for rows in equal:
         yield Finding("duplicate", "the same file several times", _names(unique, rows), fault=True)
-    for rows in groups(found):
+    if len(found) > LARGE:
+        yield Finding("near duplicate", f"not searched for among more than {LARGE:,} pictures")
+    for rows in groups(found) if len(found) <= LARGE else ():
         if len(rows) > 1 and rows not in equal:
             yield Finding("near duplicate", "look alike, maybe mirrored or in another size", _names(unique, rows))
 
@@ -251,8 +255,8 @@ def _mask_share(record: Record) -> float | None:
     return ImageStat.Stat(mask).mean[0] / 255 if mask is not None else None
 
 
-def _decoded(path: Path, setting: str) -> Image.Image:
-    return pixels.decode(pixels.read_bytes(path, setting), str(path), setting)
+def _decoded(path: File, setting: str) -> Image.Image:
+    return pixels.decode(read_bytes(path, setting), str(path), setting)
 
 
 def _table(pictures: Sequence[_Picture], batch: int) -> list[Bucket]:

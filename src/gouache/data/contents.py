@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
+from gouache.data.members import File, read_bytes, read_size, state_of
 from gouache.errors import FileError, RequestError
 from gouache.files.write import write_atomic
 from gouache.images import pixels
@@ -49,22 +50,22 @@ class Content:
     mirrored: int
 
 
-def sizes(paths: Sequence[Path]) -> list[tuple[int, int]]:
+def sizes(paths: Sequence[File]) -> list[tuple[int, int]]:
     """(width, height) of each picture, upright, from the headers of the files.
 
     Raises RequestError for the first that cannot be read.
     """
-    return [_good(size) for size in in_threads(lambda path: pixels.read_size(path, SETTING), paths)]
+    return [_good(size) for size in in_threads(lambda path: read_size(path, SETTING), paths)]
 
 
-def hashes(paths: Sequence[Path], cache: Path | None = None, on_work: OnWork | None = None) -> list[str]:
+def hashes(paths: Sequence[File], cache: Path | None = None, on_work: OnWork | None = None) -> list[str]:
     """The SHA-256 of each file, in hexadecimal. Raises RequestError for the first that cannot be read."""
     found = _cached("sha256", _sha256, _is_sha256, paths, cache, on_work)
     return [_good(each) for each in found]
 
 
 def contents(
-    paths: Sequence[Path], cache: Path | None = None, on_work: OnWork | None = None
+    paths: Sequence[File], cache: Path | None = None, on_work: OnWork | None = None
 ) -> list[Content | RequestError]:
     """What each picture contains, or why it cannot be read: all pixels are decoded."""
     found = _cached("content", _content, _is_content, paths, cache, on_work)
@@ -81,8 +82,8 @@ def look_of(picture: Image.Image) -> int:
     return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), "big")
 
 
-def _content(path: Path) -> list[Any]:
-    data = pixels.read_bytes(path, SETTING)
+def _content(path: File) -> list[Any]:
+    data = read_bytes(path, SETTING)
     picture = pixels.on_white(pixels.decode(data, str(path), SETTING))
     looks = look_of(picture), look_of(ImageOps.mirror(picture))
     return [hashlib.sha256(data).hexdigest(), *picture.size, *looks]
@@ -101,8 +102,8 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**64
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(pixels.read_bytes(path, SETTING)).hexdigest()
+def _sha256(path: File) -> str:
+    return hashlib.sha256(read_bytes(path, SETTING)).hexdigest()
 
 
 def _is_sha256(value: Any) -> bool:
@@ -111,9 +112,9 @@ def _is_sha256(value: Any) -> bool:
 
 def _cached(
     kind: str,
-    read: Callable[[Path], T],
+    read: Callable[[File], T],
     is_valid: Callable[[Any], bool],
-    paths: Sequence[Path],
+    paths: Sequence[File],
     cache: Path | None,
     on_work: OnWork | None,
 ) -> list[T | RequestError]:
@@ -121,8 +122,8 @@ def _cached(
     known: dict[str, Any] = {key: value for key, value in _read_cache(cache).items() if is_valid(value)}
     new = dict[str, T]()
 
-    def look_up(path: Path) -> T:
-        key = f"{kind}|{_state(path)}"
+    def look_up(path: File) -> T:
+        key = f"{kind}|{state_of(path)}"
         if key not in known:
             new[key] = read(path)
         return known[key] if key in known else new[key]
@@ -136,15 +137,6 @@ def _cached(
     finally:
         if cache is not None and new:
             _write_cache(cache, {**_read_cache(cache), **new})  # another process may have added some meanwhile
-
-
-def _state(path: Path) -> str:
-    """Differs for another file, and for another state of the same file."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return ""  # reading it says why
-    return f"{path.absolute()}|{status.st_size}|{status.st_mtime_ns}|{status.st_ctime_ns}|{status.st_ino}"
 
 
 def _read_cache(cache: Path | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gouache.data.contents import OnWork, hashes
 from gouache.data.record import Record
+from gouache.data.shard_records import ShardRecords
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,11 @@ class DataSet:
     def identity(self, cache: Path | None = None, on_work: OnWork | None = None) -> str:
         """A SHA-256 (hexadecimal) of all pictures with their captions, for the lineage of what is trained on them.
 
-        It does not depend on names and order. `cache` is that of `contents`. Raises RequestError if a picture cannot be
-        read.
+        It does not depend on names and order, but for a stream of shards, of which no picture is read for it. `cache`
+        is that of `contents`. Raises RequestError if a picture cannot be read.
         """
+        if isinstance(self.records, ShardRecords):
+            return self.records.identity
         digests = hashes([record.path for record in self.records], cache, on_work)
         entries = [
             json.dumps([digest, *record.captions, record.repeats, record.regularization])

@@ -33,6 +33,10 @@ class Plan:
     batches of all sizes are in random order. `generator` returns the random generator of an epoch. `regularization`
     marks the rows that are seen as often as the others together, see `balance`; without it, all are seen by `repeats`.
 
+    `shards` are the numbers, from 0, of the files that rows are read from; below 0 for others. Then an epoch goes
+    through the shards in random order, `window` at a time: rows are in random order within the window, and only what
+    does not fill a batch goes on to the next one, so that reading stays local and batches as full as without.
+
     `changes` (number, batch), in order: from batch `number` on, batches have that many rows, beginning with those that
     the current epoch still lacks.
 
@@ -49,9 +53,12 @@ class Plan:
         generator: Callable[[int], torch.Generator],
         changes: Sequence[tuple[int, int]] = (),
         regularization: Sequence[bool] = (),
+        shards: Sequence[int] = (),
+        window: int = 0,
     ) -> None:
         self._sizes, self._repeats, self._generator = sizes, repeats, generator
         self._regularization = regularization or [False] * len(repeats)
+        self._shards, self._window = (shards, window) if window > 0 and max(shards, default=0) >= window else ((), 0)
         self._known: tuple[int, int, list[list[int]]] = (-1, 0, [])
         self._lengths = dict[tuple[int, int], int]()
         self._lock = threading.Lock()
@@ -115,10 +122,25 @@ class Plan:
 
     def _shuffled(self, rows: Sequence[int], batch: int, generator: torch.Generator) -> list[list[int]]:
         batches = []
+        windows = self._windows(generator)
         for group in self._groups(rows):
             order = [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+            if windows:
+                order.sort(key=windows.__getitem__)  # stable: still random within a window
             batches += [order[first : first + batch] for first in range(0, len(order), batch)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+        if windows:
+            batches.sort(key=lambda rows: windows[rows[-1]])  # the window in which it is full
+        return batches
+
+    def _windows(self, generator: torch.Generator) -> list[int]:
+        """The number of the window of each row in an epoch; empty if all are in one."""
+        if not self._shards:
+            return []
+        count = max(self._shards) + 1
+        of_shard = (torch.randperm(count, generator=generator) // self._window).tolist()
+        anywhere = torch.randint(max(of_shard) + 1, (len(self._shards),), generator=generator).tolist()
+        return [of_shard[shard] if shard >= 0 else other for shard, other in zip(self._shards, anywhere)]
 
     def _length(self, epoch: int, batch: int) -> int:
         """The number of batches of an epoch."""

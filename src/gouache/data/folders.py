@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from gouache.data import kohya_toml, metadata, onetrainer
+from gouache.data import kohya_toml, metadata, onetrainer, shards
 from gouache.data.dataset import DataSet
-from gouache.data.listing import Folder, all_pictures, folders, relative, some
+from gouache.data.listing import Folder, all_pictures, folders, is_picture, relative, some
 from gouache.data.record import Record
+from gouache.data.shards import OnIndexed
 from gouache.data.subset import Subset, read_pictures
 from gouache.errors import FileError, printable
 from gouache.wording import plural
@@ -22,7 +23,14 @@ _OTHER_SPLITS = ("validation", "valid", "val", "dev", "eval", "test")
 
 
 def read(
-    path: Path, subset: Subset = _DEFAULTS, *, regularization: Path | None = None, caption_column: str = ""
+    path: Path,
+    subset: Subset = _DEFAULTS,
+    *,
+    regularization: Path | None = None,
+    caption_column: str = "",
+    stream: bool = False,
+    cache: Path | None = None,
+    on_work: OnIndexed | None = None,
 ) -> DataSet:
     """The data set at `path`, which is one of:
 
@@ -32,10 +40,12 @@ def read(
     - a .json or .jsonl file of kohya's scripts, in the folder of the pictures
     - a .toml file of kohya's scripts, with [[datasets]]
     - OneTrainer's concepts.json
+    - webdataset's tar shards: a folder of them, one, or a pattern, see `data.shards`
 
     `subset` has the trigger and class word, and the options of all pictures that a TOML file does not set.
     `regularization` is another such folder, of pictures of the class. `caption_column`: where metadata has the
-    captions, if its name does not tell. Raises FileError.
+    captions, if its name does not tell. `stream`, `cache` and `on_work` are for shards, see `shards.read`. Raises
+    FileError.
     """
     suffix = path.suffix.lower()
     if suffix == ".toml":
@@ -46,17 +56,34 @@ def read(
         listed = folders(path.parent)
         found = _described(listed, [(listed[0], path.name)], path.parent, subset, caption_column)
     else:
-        found = _read_folder(path, subset, caption_column)
+        listed = [] if shards.is_shards(path) else folders(path)
+        if tars := _shards_in(listed) if listed else shards.paths_of(path):
+            found = shards.read(
+                tars, subset, caption_column=caption_column, stream=stream, cache=cache, on_work=on_work
+            )
+        else:
+            found = _read_folder(path, listed, subset, caption_column)
     if regularization is not None:
-        more = _read_folder(regularization, replace(subset, regularization=True), caption_column)
+        more = _read_folder(
+            regularization, folders(regularization), replace(subset, regularization=True), caption_column
+        )
         found = replace(found, records=[*found.records, *more.records], notes=[*found.notes, *more.notes])
     if not found.records:
         raise FileError(path, _NO_PICTURES)
     return found
 
 
-def _read_folder(root: Path, subset: Subset, caption_column: str) -> DataSet:
-    listed, notes = _without_other_splits(root, folders(root))
+def _shards_in(listed: Sequence[Folder]) -> list[Path]:
+    """The shards in folders; none if there are pictures or metadata outside of them."""
+    names = [(folder.path, name) for folder in listed for name in folder.names]
+    if any(is_picture(name) or name in metadata.NAMES for _, name in names):
+        return []
+    found = [path / name for path, name in names if name.lower().endswith((shards.SUFFIX, *shards.COMPRESSED))]
+    return [each for path in found for each in shards.paths_of(path)]
+
+
+def _read_folder(root: Path, listed: list[Folder], subset: Subset, caption_column: str) -> DataSet:
+    listed, notes = _without_other_splits(root, listed)
     files = [(folder, name) for folder in listed for name in metadata.NAMES if name in folder.names]
     if files:
         found = _described(listed, files, root, subset, caption_column)

@@ -29,7 +29,7 @@ NAMES = ("metadata.jsonl", "metadata.csv")
 SUFFIXES = (".json", ".jsonl", ".csv")
 
 _FILE_COLUMNS = ("file_name", "image_path", "image_file_name", "image", "path", "file")
-_CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description")
+CAPTION_COLUMNS = ("text", "caption", "captions", "prompt", "description")
 _MASK_COLUMNS = ("mask_file_name", "mask")
 _CONDITIONING_COLUMNS = ("conditioning_image_file_name", "conditioning_image", "control_file_name", "control")
 _MAX_BYTES = 500_000_000
@@ -51,7 +51,7 @@ def read(
     columns = dict.fromkeys(key for _, values in rows for key in values)
     if caption_column and caption_column not in columns:
         raise FileError(path, f"has no column {printable(caption_column)!r}; it has {some(list(columns), 20)}")
-    column = caption_column or next((name for name in _CAPTION_COLUMNS if name in columns), "")
+    column = caption_column or next((name for name in CAPTION_COLUMNS if name in columns), "")
     records, missing, notes = list[Record](), list[str](), list[str]()
     for where, values in rows:
         name = _first_text(path, where, values, _FILE_COLUMNS)
@@ -66,9 +66,9 @@ def read(
             for names in (_MASK_COLUMNS, _CONDITIONING_COLUMNS)
         )
         tags = None if column and not (path.suffix.lower() == ".json" or "image_path" in values) else values.get("tags")
-        lines = _captions(path, where, values.get(column), tags)
+        lines = captions_of(path, where, values.get(column), tags)
         others = {key: value for key, value in values.items() if key not in (*_FILE_COLUMNS, column)}
-        scores = {key: score for key, value in others.items() if (score := _score(value)) is not None}
+        scores = {key: score for key, value in others.items() if (score := score_of(value)) is not None}
         records.append(subset.record(picture, pictures.name(picture), lines, mask, conditioning, scores))
     if missing and not records:
         raise FileError(path, f"names {plural(len(missing), 'picture')}, and none is there: {some(missing)}")
@@ -77,7 +77,7 @@ def read(
             f"{printable(path.name)}: {len(missing)} of {plural(len(rows), 'picture')} missing: {some(missing)}"
         )
     if rows and not column and "tags" not in columns:
-        expected = f"has no column {', '.join(_CAPTION_COLUMNS[:2])} or tags; name it with --caption-column"
+        expected = f"has no column {', '.join(CAPTION_COLUMNS[:2])} or tags; name it with --caption-column"
         notes.append(f"{printable(path.name)} {expected}; it has {some(list(columns), 20)}")
     return records, notes
 
@@ -187,7 +187,7 @@ def _first_text(path: Path, where: str, values: Mapping[str, Any], names: Sequen
     return None
 
 
-def _captions(path: Path, where: str, caption: Any, tags: Any) -> tuple[str, ...] | None:
+def captions_of(path: Path, where: str, caption: Any, tags: Any) -> tuple[str, ...] | None:
     """The lines of the caption, which may be a list, with kohya's tags behind each; None if there is neither."""
     texts = caption if isinstance(caption, list) else [caption]
     if isinstance(tags, list):
@@ -202,7 +202,7 @@ def _captions(path: Path, where: str, caption: Any, tags: Any) -> tuple[str, ...
     return tuple(lines) or None
 
 
-def _score(value: Any) -> float | None:
+def score_of(value: Any) -> float | None:
     """The number that a column has, in CSV as text; None for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None

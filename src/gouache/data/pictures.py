@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gouache.data import masks
 from gouache.data.buckets import Crop, Size
+from gouache.data.members import Member, read_bytes, sampled_digest
 from gouache.data.record import PictureOptions, Record
 from gouache.errors import RequestError, TrainingError, printable
 from gouache.images import pixels
@@ -73,8 +74,11 @@ def view(crop: Crop, options: PictureOptions, flip: bool, generator: torch.Gener
 def examine(record: Record, known: Mapping[str, Examined] | None = None) -> Examined:
     """The content of the files of `record`. They are decoded once, so that a damaged one is found before it is used.
 
-    `known` are contents that were decoded before, by digest. Raises RequestError, also for a mask that is black.
+    `known` are contents that were decoded before, by digest. Nothing is read of a member of a shard that has a digest,
+    and its mask is not known. Raises RequestError, also for a mask that is black.
     """
+    if isinstance(record.path, Member) and record.path.digest and record.path.size:
+        return Examined(record.path.digest, record.path.size)
     data, mask_data = _read(record)
     digest = _digest(record, data, mask_data)
     if known is not None and digest in known:
@@ -110,7 +114,11 @@ def load(record: Record, content: Examined, view: View) -> tuple[Tensor, Tensor 
             f"{printable(str(record.path))}: the picture or its mask was changed while it was used for training; "
             "resume the run to train with what is there now"
         )
-    return render(*_decode(record, data, mask), view)
+    picture, picture_mask = _decode(record, data, mask)
+    if picture.size != content.size:  # only a shard's pictures are used before they were decoded once
+        found = f"{picture.width}x{picture.height} pixels, and {content.size[0]}x{content.size[1]} in its header"
+        raise RequestError(SETTING, f"{printable(str(record.path))} has {found}")
+    return render(picture, picture_mask, view)
 
 
 def render(picture: Image.Image, mask: Image.Image | None, view: View) -> tuple[Tensor, Tensor | None]:
@@ -123,11 +131,13 @@ def render(picture: Image.Image, mask: Image.Image | None, view: View) -> tuple[
 
 
 def _read(record: Record) -> tuple[bytes, bytes | None]:
-    data = pixels.read_bytes(record.path, SETTING)
-    return data, None if record.mask is None else pixels.read_bytes(record.mask, "mask")
+    data = read_bytes(record.path, SETTING)
+    return data, None if record.mask is None else read_bytes(record.mask, "mask")
 
 
 def _digest(record: Record, data: bytes, mask: bytes | None) -> str:
+    if isinstance(record.path, Member) and record.path.digest:
+        return sampled_digest(len(data), data, data)
     digest = hashlib.sha256(data)
     if mask is None and not record.picture_options.alpha_mask:
         return digest.hexdigest()

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gouache.data.members import File
+
 
 @dataclass(frozen=True)
 class CaptionOptions:
@@ -64,13 +66,13 @@ class Record:
     `resolution` (width, height) is that of its part of the data set, if it differs from the run's.
     """
 
-    path: Path
+    path: File
     name: str
     captions: tuple[str, ...] = ("",)
     repeats: int = 1
     weight: float = 1.0
     regularization: bool = False
-    mask: Path | None = None
+    mask: File | None = None
     conditioning: Path | None = None
     scores: Mapping[str, float] = field(default_factory=dict)
     resolution: tuple[int, int] | None = None

@@ -42,6 +42,26 @@ def split(
     return [each for row, each in enumerate(records) if row not in held], [records[row] for row in sorted(held)]
 
 
+def split_by_digest(digests: Sequence[str], holdout: float | int, seed: int) -> tuple[list[int], list[int]]:
+    """The same by hashes of the pictures, for large sets: (rows to train on, rows held out), both ascending.
+
+    Only equal pictures are never on both sides, not those that look alike.
+    """
+    wanted = _number(holdout, len(digests))
+    groups = dict[str, list[int]]()
+    for row, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(row)
+    held = set[int]()
+    for digest in sorted(groups, key=lambda digest: _position(digest, seed)):
+        if len(held) == wanted:
+            break
+        if len(held) + len(groups[digest]) <= wanted:
+            held.update(groups[digest])
+    if wanted and not held:
+        raise RequestError(SETTING, f"no picture can be held out: {plural(len(digests), 'picture')}, all copies of one")
+    return [row for row in range(len(digests)) if row not in held], sorted(held)
+
+
 def _number(holdout: float | int, count: int) -> int:
     """How many of `count` pictures to hold out: none for 0, else at least one."""
     if not holdout >= 0 or (isinstance(holdout, float) and holdout >= 1):

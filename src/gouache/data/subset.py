@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gouache.data.listing import CAPTIONS, CONDITION, MASK, Folder, read_caption, relative, some
+from gouache.data.members import File
 from gouache.data.record import CaptionOptions, PictureOptions, Record
 from gouache.errors import printable
 from gouache.wording import plural
@@ -39,10 +40,10 @@ class Subset:
 
     def record(
         self,
-        path: Path,
+        path: File,
         name: str,
         captions: tuple[str, ...] | None,
-        mask: Path | None = None,
+        mask: File | None = None,
         conditioning: Path | None = None,
         scores: Mapping[str, float] | None = None,
     ) -> Record:

@@ -46,14 +46,19 @@ def read_size(path: Path, setting: str) -> tuple[int, int]:
     Raises RequestError.
     """
     with _opened(path, setting) as file:
-        try:
-            with Image.open(file, formats=FORMATS) as picture:
-                _check_size(picture, str(path), setting)
-                return _upright_size(picture, file)
-        except RequestError:
-            raise
-        except Exception as error:  # see `normalise`
-            raise _unreadable(error, str(path), setting) from None
+        return size_of(file, str(path), setting)
+
+
+def size_of(file: BinaryIO, name: str, setting: str) -> tuple[int, int]:
+    """The same for an open file; `name` is what errors call it."""
+    try:
+        with Image.open(file, formats=FORMATS) as picture:
+            _check_size(picture, name, setting)
+            return _upright_size(picture, file)
+    except RequestError:
+        raise
+    except Exception as error:  # see `normalise`
+        raise _unreadable(error, name, setting) from None
 
 
 def _upright_size(picture: Image.Image, file: BinaryIO) -> tuple[int, int]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gouache.data import pictures
-from gouache.data.buckets import Buckets, Crop, crops
+from gouache.data.buckets import Buckets
 from gouache.data.epochs import Plan
 from gouache.data.pictures import Examined, View
 from gouache.data.record import Record
@@ -34,6 +34,7 @@ from gouache.training.batch import Batch
 from gouache.training.inpainting import draw_mask
 from gouache.training.latent_cache import LatentCache
 from gouache.training.objective import step_generator
+from gouache.training.rows import Row, StreamedRows, columns_of, rows_of
 from gouache.training.text_cache import TextCache
 
 T = TypeVar("T")
@@ -52,7 +53,9 @@ class Options:
     random positions or colours, one of `variations` versions is used, the same ones in every run, so that they can be
     cached; so is one of as many masks per picture with `inpainting`. `balance`: as many class pictures as others
     are seen per epoch, in turn, see `data.epochs.balance`. `workers` threads read and decode ahead; with 0 that happens
-    when a batch is requested. `device` is that of the batches.
+    when a batch is requested. `device` is that of the batches. Pictures in shards are shuffled within `window` shards,
+    see `Plan`; 0: over all. `on_damaged` receives a line for a picture that cannot be read when it is needed, which
+    then counts nothing; without it that is an error.
     """
 
     buckets: tuple[Buckets, ...]
@@ -64,15 +67,8 @@ class Options:
     balance: bool = True
     workers: int = 2
     device: torch.device | str = "cpu"
-
-
-@dataclass(frozen=True)
-class Row:
-    """A record at one size."""
-
-    record: Record
-    content: Examined
-    crop: Crop
+    window: int = 0
+    on_damaged: Callable[[str], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,12 +105,14 @@ class Needs:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What a thread has read for an example. `picture` is None if the caches have all that is needed of it."""
+    """What a thread has read for an example. `picture` is None if the caches have all that is needed of it, or for the
+    reason `damage`."""
 
     latents: dict[str, Tensor] | None
     concat: dict[str, Tensor] | None
     text: Conditioning | None
     picture: tuple[Tensor, Tensor | None] | None
+    damage: str = ""
 
 
 class Batches:
@@ -123,8 +121,9 @@ class Batches:
     `texts` None: a text encoder is trained, so batches have captions instead of conditioning. `caption` makes the
     caption of a record. `recipe` is the family's, for the sizes that SDXL receives.
 
-    `rows` are the pictures at their sizes, with what is known of them; `plan` is their order. `waited` is the time in
-    seconds that callers have spent waiting for batches: for threads, disks, and encoders of what is not yet cached.
+    `rows` are the pictures at their sizes, with what is known of them, `columns` some of it for all; `plan` is their
+    order. `waited` is the time in seconds that callers have spent waiting for batches: for threads, disks, and encoders
+    of what is not yet cached.
 
     Raises RequestError if there are no pictures or a file is not one.
     """
@@ -144,16 +143,20 @@ class Batches:
         self.options, self._latents, self._texts = options, latents, texts
         self._caption, self._recipe = caption, recipe
         self.waited = 0.0
+        self._damaged = set[str]()
         self._pool = reading_threads(options.workers or 1)
         self._ahead: dict[int, Future[list[tuple[Example, _Loaded]]]] = {}
         self.rows = self._rows(records)
+        self.columns = columns = columns_of(self.rows)
         self.plan = Plan(
-            [row.crop.size for row in self.rows],
-            [row.record.repeats for row in self.rows],
+            columns.sizes,
+            columns.repeats,
             options.batch,
             lambda epoch: step_generator(_stream(options.seed, "epochs"), epoch),
             options.changes,
-            [row.record.regularization for row in self.rows] if options.balance else (),
+            columns.regularization if options.balance else (),
+            columns.shards,
+            options.window,
         )
         if not len(self.plan):
             raise RequestError(pictures.SETTING, "has no pictures")
@@ -172,19 +175,23 @@ class Batches:
     @property
     def identity(self) -> str:
         """A hash of everything that examples depend on: pictures, captions, options, encoders; not batch and seed."""
-        rows = [
-            {
-                **asdict(row.record),
-                "path": None,
-                "name": None,
-                "mask": None,
-                "conditioning": None,
-                "scores": None,
-                "content": row.content.digest,
-                "crop": asdict(row.crop),
-            }
-            for row in self.rows
-        ]
+        rows = (
+            [self.rows.identity]
+            if isinstance(self.rows, StreamedRows)
+            else [
+                {
+                    **asdict(row.record),
+                    "path": None,
+                    "name": None,
+                    "mask": None,
+                    "conditioning": None,
+                    "scores": None,
+                    "content": row.content.digest,
+                    "crop": asdict(row.crop),
+                }
+                for row in self.rows
+            ]
+        )
         others = self.options.variations, self.options.inpainting, self._latents.vae
         text = json.dumps([rows, others, self._texts.encoders if self._texts is not None else None])
         return hashlib.sha256(text.encode()).hexdigest()[:40]
@@ -242,15 +249,14 @@ class Batches:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _rows(self, records: Sequence[Record]) -> list[Row]:
-        known = self._latents.contents()
-        contents = list(in_order(self._pool, lambda record: pictures.examine(record, known), records))
-        self._latents.keep_contents(contents)
-        rows = []
-        for record, content in zip(records, contents):
-            seen = crops(content.size, self.options.buckets, record.resolution)
-            rows += [Row(record, content, crop) for crop in seen]
-        return rows
+    def _rows(self, records: Sequence[Record]) -> Sequence[Row]:
+        def examined() -> list[Examined]:
+            known = self._latents.contents()
+            contents = list(in_order(self._pool, lambda record: pictures.examine(record, known), records))
+            self._latents.keep_contents(contents)
+            return contents
+
+        return rows_of(records, self.options.buckets, examined)
 
     def _example(self, row: Row, epoch: int, number: int, place: int) -> Example:
         generator = step_generator(_stream(self.options.seed, f"examples {place}"), number)
@@ -297,15 +303,26 @@ class Batches:
         """Read the cached parts of an example, and its picture if one is missing. Called by threads."""
         latents = self._latents.read(example.key)
         concat = self._latents.read(example.hole_key) if example.hole is not None else None
-        picture = None
+        picture, damage = None, ""
         if latents is None or (example.hole is not None and concat is None):
-            picture = pictures.load(example.row.record, example.row.content, example.view)
+            try:
+                picture = pictures.load(example.row.record, example.row.content, example.view)
+            except RequestError as error:
+                if self.options.on_damaged is None:
+                    raise
+                damage = str(error)
         text = self._texts.read(example.caption) if self._texts is not None else None
-        return example, _Loaded(latents, concat, text, picture)
+        return example, _Loaded(latents, concat, text, picture, damage)
 
     def _complete(self, example: Example, loaded: _Loaded) -> tuple[dict[str, Tensor], Tensor | None]:
         """The latents of an example with their mask, and its concat channels; what is missing is encoded now."""
         latents, concat = loaded.latents, loaded.concat
+        if loaded.damage:  # in place of the picture, with a weight of 0
+            self._report(loaded.damage)
+            width, height = (side // self._latents.factor for side in example.row.crop.size)
+            blank = torch.zeros(self._latents.channels, height, width)
+            channels = torch.zeros(1 + self._latents.channels, height, width)
+            return {"latents": blank}, None if example.hole is None else channels
         if loaded.picture is not None:
             picture, mask = loaded.picture
             # It may have been made since the thread looked, for another example.
@@ -317,6 +334,11 @@ class Batches:
                 concat = dict(self._latents.make_concat(example.hole_key, picture, hole))
         assert latents is not None
         return latents, None if concat is None else concat["concat"]
+
+    def _report(self, damage: str) -> None:
+        if self.options.on_damaged is not None and damage not in self._damaged:
+            self._damaged.add(damage)
+            self.options.on_damaged(f"{damage.removeprefix(f'{pictures.SETTING}: ')}; it counts nothing in its batches")
 
     def _batch(self, number: int, loaded: list[tuple[Example, _Loaded]]) -> Batch:
         device, examples = self.options.device, [example for example, _ in loaded]
@@ -346,7 +368,9 @@ class Batches:
             tuple(example.caption for example in examples),
             sizes,
             concat,
-            torch.tensor([record.weight * share for record in records], device=device),
+            torch.tensor(
+                [0.0 if read.damage else each.row.record.weight * share for each, read in loaded], device=device
+            ),
             mask,
             torch.tensor([record.regularization for record in records], device=device),
             tuple(record.name for record in records),

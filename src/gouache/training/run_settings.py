@@ -54,7 +54,9 @@ class ModelSettings(Table):
 
 
 class DataSettings(Table):
-    folder: str = setting("", "A folder of pictures, kohya's TOML or JSON file, or OneTrainer's concepts.json.")
+    folder: str = setting(
+        "", "A folder of pictures or tar shards, NAME-{000..123}.tar, kohya's TOML or JSON, or OneTrainer's concepts."
+    )
     fixed: list[str] = setting([], "Keys of this table that replace those of a TOML or concepts.json; others do not.")
     caption_extension: str = setting("", "Of the caption files; empty: .txt, else .caption.")
     caption_column: str = setting("", "Where metadata has the captions; empty: one of the usual names.")
@@ -98,6 +100,8 @@ class DataSettings(Table):
     cache: bool = setting(True, "Keep latents and text encodings on disk, and free the encoders.")
     cache_variations: int = setting(4, "Variations cached per picture where crops or colours vary.", gt=0)
     cache_folder: str = setting("", "Folder of the cache; empty: in the run's folder.")
+    stream: bool = setting(False, "Decode the pictures of tar shards only when they are needed; for large sets.")
+    window: int = setting(8, "Pictures in tar shards are shuffled within so many shards; 0: over all.", ge=0)
     workers: int = setting(2, "Threads that read pictures ahead.", ge=0)
 
     @field_validator("resolution", mode="before")

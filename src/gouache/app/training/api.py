@@ -59,7 +59,7 @@ def train(
     else:
         chosen = defaults.choose(
             mode, str(data), str(model), output=None if output is None else Path(output), trigger=trigger,
-            class_word=class_word, steps=steps, overrides=overrides, settings=user,
+            class_word=class_word, steps=steps, overrides=overrides, settings=user, on_work=on_work,
         )  # fmt: skip
         run = run or runs.new_folder(chosen, overwrite=overwrite)
     return runs.run(

@@ -15,6 +15,9 @@ from gouache.app.settings import Settings
 from gouache.app.training import pictures, sliders
 from gouache.data import folders
 from gouache.data.dataset import DataSet
+from gouache.data.listing import CAPTIONS
+from gouache.data.shard_records import ShardRecords
+from gouache.data.shards import LARGE, OnIndexed
 from gouache.data.subset import Subset
 from gouache.errors import ModelError, RequestError, printable
 from gouache.families.found import Found
@@ -48,10 +51,12 @@ def choose(
     steps: int | None,
     overrides: list[str],
     settings: Settings,
+    on_work: OnIndexed | None = None,
 ) -> RunSettings:
     """The settings of a new run: `overrides` ("key=value"), else those that the data set has, else chosen ones.
 
-    The pictures are listed and the model's header is read, no weight. Raises GouacheError.
+    The pictures are listed and the model's header is read, no weight. `on_work` receives the progress of the index of
+    tar shards. Raises GouacheError.
     """
     if mode not in MODES:
         raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(MODES)}")
@@ -68,7 +73,10 @@ def choose(
     if mode == "slider":
         return _slider(data, model, output, steps, overrides, given, found, device=residency.device(
             given.get("device") or settings.device))  # fmt: skip
-    dataset = folders.read(Path(folder), Subset(trigger=trigger, class_word=class_word), caption_column=column)
+    suffixes = (extension,) if (extension := given_data.get("caption_extension")) else CAPTIONS
+    subset = Subset(trigger=trigger, class_word=class_word, suffixes=suffixes)
+    cache = pictures.index_cache(settings)
+    dataset = folders.read(Path(folder), subset, caption_column=column, stream=True, cache=cache, on_work=on_work)
     own = pictures.settings_of(dataset)
     count = len(dataset.records)
     device = residency.device(given.get("device") or settings.device)
@@ -90,6 +98,8 @@ def choose(
         },
         "memory": {"checkpointing": _needs_checkpointing(found, device)},
     }  # fmt: skip
+    if isinstance(dataset.records, ShardRecords) and count > LARGE:
+        chosen["data"] |= {"stream": True, "cache": False}
     if mode == "dreambooth":
         _dreambooth(chosen, given, count)
     if mode == "embedding":
@@ -216,7 +226,9 @@ def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int)
 
 def _output(mode: str, trigger: str, folder: Path) -> Path:
     """The result's file: an embedding is named like its word, by which programs know it; others like the data."""
-    stem = re.sub(r'[/\\:*?"<>|]', "-", trigger) if mode == "embedding" else folder.stem
+    stem = (
+        re.sub(r'[/\\:*?"<>|]', "-", trigger) if mode == "embedding" else re.sub(r"[-_.]*\{.*", "", folder.stem)
+    )  # without the braces of a pattern
     return Path(f"{stem or 'run'}{'.pt' if mode == 'hypernetwork' else '.safetensors'}")
 
 

@@ -126,7 +126,7 @@ def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_not
             with prepare.prepared(settings, trial, user, **quiet, fill_caches=False) as ready:
                 seconds = _step_seconds(ready)
     if class_pictures and isinstance(batches, Batches):
-        width, height = max((row.crop.size for row in batches.rows), key=lambda size: size[0] * size[1])
+        width, height = max(batches.columns.sizes, key=lambda size: size[0] * size[1])
         cache += class_pictures * 3 * width * height  # as noise; their latents are a few kilobytes each
     count = _kept(settings.train, epoch, seconds)
     existing = next(path for path in (folder.path, *folder.path.absolute().parents) if path.exists())

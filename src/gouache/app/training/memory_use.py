@@ -173,8 +173,8 @@ def _private_bytes(model: Model, target: Target, device: torch.device) -> dict[s
 def _largest(batches: Batches, batch: int) -> tuple[Size, int]:
     """The size and the number of pictures of the batch with most pixels; a small bucket does not fill one."""
     counts = Counter[Size]()
-    for row in batches.rows:
-        counts[row.crop.size] += row.record.repeats
+    for size, repeats in zip(batches.columns.sizes, batches.columns.repeats):
+        counts[size] += repeats
     return max(
         ((size, min(batch, count)) for size, count in counts.items()), key=lambda each: math.prod(each[0]) * each[1]
     )

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gouache.app import hashes, names
@@ -24,6 +25,7 @@ from gouache.data.dataset import DataSet
 from gouache.data.epochs import Plan
 from gouache.data.listing import CAPTIONS
 from gouache.data.record import CaptionOptions, PictureOptions, Record
+from gouache.data.shard_records import ShardRecords
 from gouache.data.subset import Subset
 from gouache.errors import FileError, RequestError, printable
 from gouache.files.open import open_model
@@ -72,7 +74,9 @@ class Pictures:
 
 
 def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, user: Settings | None = None) -> Pictures:
-    """The pictures of a run. All are decoded, so that a damaged one is found now. Raises GouacheError.
+    """The pictures of a run. All are decoded, so that a damaged one is found now; those of a stream are not, nor read.
+
+    Raises GouacheError.
 
     Without `user` class pictures are read from a folder of the settings alone, not from the user's data.
     """
@@ -86,11 +90,22 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, use
     for note in found.notes:
         on_note(note)
     records, dropout = _common_dropout(found.records)
-    examine(records, cache_of(settings, folder))
     training, held_out = records, list[Record]()
-    if amount := settings.validation.pictures or settings.validation.share:
+    amount = settings.validation.pictures or settings.validation.share
+    if isinstance(records, ShardRecords):
+        on_note(
+            f"{plural(len(records), 'picture')} are read from shards as they are needed (data.stream); one that cannot "
+            "be decoded counts nothing" + ("; latents and texts are kept, a file per picture" if data.cache else "")
+        )
+        if amount:
+            kept, held = split.split_by_digest(records.digests(), amount, settings.validation.seed)
+            training, held_out = records.chosen(np.array(kept)), records.chosen(np.array(held))
+    else:
+        examine(records, cache_of(settings, folder))
+    if amount and not held_out:
         known = [_readable(each) for each in contents.contents([record.path for record in records], folder.contents)]
         training, held_out = split.split(records, known, amount, settings.validation.seed)
+    if amount:
         on_note(f"{len(held_out)} of {plural(len(records), 'picture')} held out for validation")
     if not any(not record.regularization for record in training):
         raise RequestError("data.folder", f"{printable(data.folder)}: no picture is left to train on")
@@ -103,7 +118,15 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, use
 def _read(settings: RunSettings, user: Settings | None) -> DataSet:
     """The data set with the class pictures that are there, filtered and weighed."""
     data, subset, of_class = settings.data, subset_of(settings.data), class_folder(settings, user)
-    found = folders.read(Path(data.folder), subset, caption_column=data.caption_column)
+    found = folders.read(
+        Path(data.folder),
+        subset,
+        caption_column=data.caption_column,
+        stream=data.stream,
+        cache=index_cache(user),
+    )
+    if data.stream and not isinstance(found.records, ShardRecords):
+        raise RequestError("data.stream", f"is true, and {printable(data.folder)} has no tar shards; set it to false")
     found = scores.select(found, data.filter) if data.filter else found
     found = scores.weigh(found, data.weigh) if data.weigh else found
     if of_class is None or not _has_files(of_class):
@@ -126,8 +149,9 @@ def _check_class(settings: RunSettings, found: DataSet) -> None:
     data = settings.data
     if paints_class(settings) and not data.class_word:
         raise RequestError("data.class_word", "is missing: it says what the class pictures show")
-    there = any(record.regularization for record in found.records)
-    if settings.loss.prior == "pictures" and not there and not data.class_pictures:
+    if settings.loss.prior != "pictures" or data.class_pictures:
+        return
+    if not any(record.regularization for record in found.records):
         raise RequestError(
             "loss.prior",
             "is pictures, and there are no pictures of the class; set data.class_word and data.class_pictures (100 are "
@@ -288,8 +312,11 @@ def mask_note(shares: Sequence[float], count: int) -> str:
     )
 
 
-def _common_dropout(records: Sequence[Record]) -> tuple[list[Record], float]:
+def _common_dropout(records: Sequence[Record]) -> tuple[Sequence[Record], float]:
     """The records without a share of dropped captions that all have, and that share."""
+    if isinstance(records, ShardRecords):
+        options = records.subset.caption_options
+        return records.with_captions(replace(options, dropout=0.0)), options.dropout
     shares = {record.caption_options.dropout for record in records}
     if len(shares) != 1:
         return list(records), 0.0
@@ -309,6 +336,11 @@ def _readable(content: Any) -> Any:
     if isinstance(content, RequestError):
         raise content
     return content
+
+
+def index_cache(user: Settings | None) -> Path | None:
+    """The folder of the indexes of tar shards, shared by all runs."""
+    return None if user is None else user.cache / "shards"
 
 
 def _has_files(path: Path) -> bool:

@@ -43,6 +43,7 @@ from gouache.app.training.pictures import (
 from gouache.app.training.sliders import ConceptBatches
 from gouache.data import captions
 from gouache.data.record import PictureOptions, Record
+from gouache.data.shard_records import ShardRecords
 from gouache.errors import RequestError, TrainingError, printable
 from gouache.families.family import NoiseLevels
 from gouache.families.found import Found
@@ -88,11 +89,11 @@ class Prepared:
         )
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
+    def sizes(self) -> Sequence[tuple[int, int]]:
         """(width, height) of each picture, or of the concepts."""
         if isinstance(self.batches, ConceptBatches):
             return [self.batches.size]
-        return [row.crop.size for row in self.batches.rows]
+        return self.batches.columns.sizes
 
 
 def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
@@ -161,8 +162,11 @@ def prepared(
         if settings.mode == "slider":
             yield _without_pictures(settings, model, target, pictures, user)
             return
-        batches = leaving.enter_context(make_batches(settings, folder, model, target, pictures.training))
-        masked = {row.record.path: row.content.counted for row in batches.rows if row.content.counted is not None}
+        batches = leaving.enter_context(
+            make_batches(settings, folder, model, target, pictures.training, on_note=on_note)
+        )
+        known = () if isinstance(pictures.training, ShardRecords) else batches.rows  # of others masks are not decoded
+        masked = {row.record.path: row.content.counted for row in known if row.content.counted is not None}
         if masked:
             on_note(mask_note(list(masked.values()), len({row.record.path for row in batches.rows})))
         for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
@@ -173,7 +177,7 @@ def prepared(
             model.unload("U-Net")  # the largest part, which the caches do not need
         if filled:  # first, so that the validation finds the captions that it shares with training
             _fill(settings, batches, on_work)
-        validation = make_validation(settings, folder, model, target, pictures, objective)
+        validation = make_validation(settings, folder, model, target, pictures, objective, on_note)
         objective = replace(objective, validation=validation.identity)
         if filled:
             free_encoders(settings, model, target)
@@ -260,8 +264,12 @@ def make_batches(
     records: Sequence[Record],
     *,
     validation: bool = False,
+    on_note: OnNote | None = None,
 ) -> Batches:
-    """The batches of `records`; those of a validation are not varied, and the same with any seed and batch size."""
+    """The batches of `records`; those of a validation are not varied, and the same with any seed and batch size.
+
+    `on_note` receives a line for each damaged picture that is found in the stream of a large set.
+    """
     data, cache = settings.data, cache_of(settings, folder)
     latents = LatentCache(
         latents_of(cache),
@@ -287,6 +295,8 @@ def make_batches(
         balance=not validation,
         workers=data.workers,
         device=model.device,
+        window=data.window,
+        on_damaged=on_note if data.stream else None,
     )
     if validation:
         records = [
@@ -321,15 +331,18 @@ def make_validation(
     target: Target,
     pictures: Pictures,
     objective: Denoising,
+    on_note: OnNote | None = None,
 ) -> Validation:
     """The validation of the held-out pictures and of some of the training pictures, read into memory."""
-    plain = [record for record in pictures.training if not record.regularization]
+    plain = pictures.training
+    if not isinstance(plain, ShardRecords):
+        plain = [record for record in plain if not record.regularization]
     probe = plain[:: max(1, len(plain) // max(1, settings.validation.probe))][: settings.validation.probe]
 
     def all_of(records: Sequence[Record]) -> tuple[list[Batch], str]:
         if not records:
             return [], ""
-        with make_batches(settings, folder, model, target, records, validation=True) as batches:
+        with make_batches(settings, folder, model, target, records, validation=True, on_note=on_note) as batches:
             return [batches(number) for number in range(len(batches))], batches.identity
 
     points = settings.validation.timesteps
