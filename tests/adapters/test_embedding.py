@@ -19,6 +19,8 @@ from gouache import Model
 from gouache.adapters.embedding import bundled_vectors, vectors_of
 from gouache.errors import ModelError
 from gouache.files.open import open_model
+from gouache.generate.adapters import PathSource, bundled_words
+from gouache.generate.request import Request
 from gouache.layouts.adapters import bundled
 from tests.files.test_picture_file import in_pixels, with_chunk
 from tests.pipelines import Narrow
@@ -94,6 +96,15 @@ def test_embeddings_bundled_in_a_lora(tmp_path: Path):
 
     assert set(found) == {"fox", "cat"} and set(found["fox"]) == {"text_encoder", "text_encoder_2"}
     assert torch.equal(found["cat"]["text_encoder"], random_vectors(1, 768, 1))
+
+
+def test_words_of_the_embeddings_in_a_requests_loras(tmp_path: Path):
+    """By option and by tag; files that are missing or damaged have none, and are reported when they are attached."""
+    save_file({"bundle_emb.fox.emb_params": random_vectors(2, 64)}, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_bytes(b"not a file of tensors")
+    options = tuple(str(tmp_path / name) for name in ("a.safetensors:0.5", "b.safetensors", "c.safetensors"))
+
+    assert bundled_words(Request(prompt="a fox", lora=options), (), PathSource()) == ["fox"]
 
 
 @pytest.fixture(scope="module")

@@ -228,8 +228,9 @@ def _paint(
 def _notes(model: Model, request: Request) -> None:
     """Print what the user should know about this prompt before the wait."""
     from gouache.app.sources import LibrarySource
+    from gouache.generate.adapters import bundled_words
     from gouache.generate.notes import notes, unescaped_names
-    from gouache.generate.prompting import read_texts
+    from gouache.generate.prompting import read_texts, split_prompt
 
     source, texts = LibrarySource(model.settings), read_texts(request)
     names = source.mentioned(texts, model.text_widths)
@@ -241,7 +242,8 @@ def _notes(model: Model, request: Request) -> None:
             f"embedding '{path.stem}' ({path.name}) does not fit this model; '{path.stem}' in the prompt is read as an "
             f"ordinary word"
         )
-    for note in notes(model, request, [*names, *(Path(each).stem for each in request.embedding)]):
+    words = bundled_words(request, [*split_prompt(request.prompt)[1], *split_prompt(request.hires_prompt)[1]], source)
+    for note in notes(model, request, [*names, *words, *(Path(each).stem for each in request.embedding)]):
         _note(note)
 
 

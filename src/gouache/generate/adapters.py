@@ -12,6 +12,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -20,12 +21,13 @@ import torch
 
 from gouache.adapters.attach import How
 from gouache.adapters.strength import Strength, strength
-from gouache.errors import RequestError, printable
+from gouache.errors import GouacheError, RequestError, printable
 from gouache.families.identify import identify
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile, sha256_of
 from gouache.generate.prompting import read_texts
 from gouache.generate.request import Request
+from gouache.layouts.adapters import bundled
 from gouache.model.attach import Attached
 from gouache.model.lease import Use
 from gouache.model.model import Model
@@ -219,6 +221,15 @@ def find_adapters(model: Model, request: Request, tags: Iterable[Tag], source: F
     for name, (path, text) in embeddings.items():
         add("embedding", path, text, Use(open_model(path), name=name))
     return found
+
+
+def bundled_words(request: Request, tags: Iterable[Tag], source: FileSource) -> list[str]:
+    """The words of embeddings that are bundled in the request's LoRAs; of files that cannot be used, none."""
+    words = list[str]()
+    for text, by_option in _asked(request.lora, list(tags), "lora", "lyco"):
+        with suppress(GouacheError):  # which attaching the file will report
+            words += bundled(open_model(_find(source, "lora", read_spec("lora", text), by_option)))
+    return words
 
 
 def _find(source: FileSource, kind: Kind, spec: AdapterSpec, by_option: bool) -> Path:
