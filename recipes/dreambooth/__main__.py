@@ -20,7 +20,7 @@ from PIL import Image
 
 import gouache
 from gouache.images.sheet import sheet
-from recipes.adapters.pictures import CHARACTER, write_character
+from recipes.drawings import CHARACTER, write_character
 from recipes.lora.__main__ import kept, painted
 from recipes.mini.command import print_progress, run_command
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import gouache
 from gouache.images.sheet import sheet
-from recipes.adapters.pictures import CHARACTER, write_character
+from recipes.drawings import CHARACTER, write_character
 from recipes.dreambooth.__main__ import OTHERS, SUBJECT, violet
 from recipes.lora.__main__ import kept, painted
 from recipes.mini.command import print_progress, run_command

@@ -1,30 +1,15 @@
-"""Training pictures of the three adapters: scenes in another style or colour, or of a new thing."""
+"""Drawings of an invented character, which no model knows, with captions: the training pictures of several recipes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from recipes.mini.names import COLOURS, Colour
-from recipes.mini.scenes import Background, Scene
 
 CHARACTER = "zorblax"
-
-
-def night(picture: Image.Image) -> Image.Image:
-    """The same picture by moonlight: dark and blue."""
-    light = np.asarray(picture, np.float32) * np.array([0.34, 0.42, 0.72], np.float32)
-    return Image.fromarray(np.rint(light + np.array([6, 8, 30], np.float32)).astype(np.uint8))
-
-
-def rosy(scene: Scene) -> Scene:
-    """The same things on a pink background."""
-    pink = next(colour for colour in COLOURS if colour.name == "pink")
-    return replace(scene, background=Background(pink, pink))
 
 
 def write_character(folder: Path, count: int = 5) -> list[Image.Image]:
