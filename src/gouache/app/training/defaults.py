@@ -233,7 +233,7 @@ def _output(mode: str, trigger: str, folder: Path) -> Path:
 
 
 def _embedding(chosen: dict[str, Any], dataset: DataSet) -> None:
-    """Sentences with the word are captions where the pictures have none."""
+    """One vector; sentences with the word are captions where the pictures have none."""
     data = chosen["data"]
     if not data["trigger"]:
         raise RequestError(
