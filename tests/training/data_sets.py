@@ -98,6 +98,7 @@ def batches(
     text: str | None = "text",
     caption: Any = plain_caption,
     recipe: Any = None,
+    chunks: Any = None,
     **options: Any,
 ) -> Batches:
     """Batches with the caches in `folder`; without conditioning if `text` is None."""
@@ -111,4 +112,5 @@ def batches(
         texts,
         caption,
         recipe,
+        chunks,
     )

@@ -301,6 +301,8 @@ def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: boo
 
 
 def _finished(finished: Finished) -> None:
+    if finished.path is None and finished.rank:  # the first of several processes prints
+        sys.exit(_SIGNALLED + (finished.signal or signal.SIGINT))
     if finished.path is None:
         print(
             f"stopped at step {finished.step} of {finished.steps}, which is saved; to go on: "
@@ -308,6 +310,8 @@ def _finished(finished: Finished) -> None:
             file=sys.stderr,
         )
         sys.exit(_SIGNALLED + (finished.signal or signal.SIGINT))
+    if finished.rank:
+        return
     print(shown(finished.path))
     print(f"to paint with it: {finished.command}", file=sys.stderr)
 

@@ -30,7 +30,8 @@ from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
 from gouache.prompts.encode import Sizes, add_sizes
 from gouache.prompts.recipe import TextRecipe
-from gouache.training.batch import Batch
+from gouache.training.batch import Batch, Part, rows_of
+from gouache.training.distributed import ALONE, World
 from gouache.training.inpainting import draw_mask
 from gouache.training.latent_cache import LatentCache
 from gouache.training.objective import step_generator
@@ -55,7 +56,8 @@ class Options:
     are seen per epoch, in turn, see `data.epochs.balance`. `workers` threads read and decode ahead; with 0 that happens
     when a batch is requested. `device` is that of the batches. Pictures in shards are shuffled within `window` shards,
     see `Plan`; 0: over all. `on_damaged` receives a line for a picture that cannot be read when it is needed, which
-    then counts nothing; without it that is an error.
+    then counts nothing; without it that is an error. With several processes
+    in `world`, each makes its part of every batch, see `Batch.part`, and its share of the caches.
     """
 
     buckets: tuple[Buckets, ...]
@@ -69,6 +71,7 @@ class Options:
     device: torch.device | str = "cpu"
     window: int = 0
     on_damaged: Callable[[str], None] | None = None
+    world: World = ALONE
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,21 @@ class _Loaded:
     damage: str = ""
 
 
+@dataclass(frozen=True)
+class _Read:
+    """The examples of a batch that this process has, and which part of the batch they are if there are others."""
+
+    examples: list[tuple[Example, _Loaded]]
+    part: Part | None = None
+
+
 class Batches:
     """`batches(number)` is the batch of that number, counted from 0.
 
     `texts` None: a text encoder is trained, so batches have captions instead of conditioning. `caption` makes the
     caption of a record. `recipe` is the family's, for the sizes that SDXL receives.
+
+    `chunks` is the number of chunks that a caption is encoded in; several processes need it for captions of others.
 
     `rows` are the pictures at their sizes, with what is known of them, `columns` some of it for all; `plan` is their
     order. `waited` is the time in seconds that callers have spent waiting for batches: for threads, disks, and encoders
@@ -136,16 +149,17 @@ class Batches:
         texts: TextCache | None,
         caption: Caption,
         recipe: TextRecipe | None = None,
+        chunks: Callable[[str], int] | None = None,
     ) -> None:
         for buckets in options.buckets:
             if buckets.step % latents.factor:
                 raise RequestError("bucket_step", f"is {buckets.step}; expected a multiple of {latents.factor}")
         self.options, self._latents, self._texts = options, latents, texts
-        self._caption, self._recipe = caption, recipe
+        self._caption, self._recipe, self._chunks = caption, recipe, chunks
         self.waited = 0.0
         self._damaged = set[str]()
         self._pool = reading_threads(options.workers or 1)
-        self._ahead: dict[int, Future[list[tuple[Example, _Loaded]]]] = {}
+        self._ahead: dict[int, Future[_Read]] = {}
         self.rows = self._rows(records)
         self.columns = columns = columns_of(self.rows)
         self.plan = Plan(
@@ -197,7 +211,7 @@ class Batches:
         return hashlib.sha256(text.encode()).hexdigest()[:40]
 
     def examples(self, number: int) -> list[Example]:
-        """The examples of a batch. Nothing is read."""
+        """The examples of a batch, those of all processes. Nothing is read."""
         epoch, rows = self.plan.batch(number)
         return [self._example(self.rows[row], epoch, number, place) for place, row in enumerate(rows)]
 
@@ -222,9 +236,12 @@ class Batches:
     def prepare(self, numbers: Iterable[int], on_progress: Callable[[int, int], None] | None = None) -> None:
         """Fill the caches with all that the batches `numbers` need; afterwards these use no encoder.
 
-        `on_progress` receives how many entries are done and how many there are.
+        `on_progress` receives how many entries are done and how many there are. Several processes make equal shares.
         """
         examples, texts = self._distinct(numbers)
+        world, folder = self.options.world, self._latents.folder
+        first, step = (0, 1) if folder is None else world.share_of(folder)
+        examples, texts = examples[first::step], texts[first::step]
         total = len(examples) + len(texts)
         for done, (example, loaded) in enumerate(in_order(self._pool, self._load, examples), 1):
             self._complete(example, loaded)
@@ -236,6 +253,9 @@ class Batches:
                 if on_progress is not None:
                     on_progress(done, total)
             self._texts.flush()
+        world.barrier()
+        if self._texts is not None and world.size > 1:
+            self._texts.find()
 
     def close(self) -> None:
         """End the threads and write what is only in memory."""
@@ -285,7 +305,7 @@ class Batches:
             return list(examples.values()), []
         return list(examples.values()), list({"": None, **texts})  # "" extends captions of fewer chunks
 
-    def _read_ahead(self, number: int) -> list[tuple[Example, _Loaded]]:
+    def _read_ahead(self, number: int) -> _Read:
         if not self.options.workers:
             return self._read(number)
         wanted = range(number, number + self.options.workers + 1)
@@ -296,8 +316,19 @@ class Batches:
                 self._ahead[each] = self._pool.submit(self._read, each)
         return self._ahead.pop(number).result()
 
-    def _read(self, number: int) -> list[tuple[Example, _Loaded]]:
-        return [self._load(example) for example in self.examples(number)]
+    def _read(self, number: int) -> _Read:
+        examples, world = self.examples(number), self.options.world
+        if world.size == 1:
+            return _Read([self._load(example) for example in examples])
+        captions = tuple(example.caption for example in examples)
+        # Without a row of its own, a process computes the loss of another one's with a weight of 0.
+        rows = rows_of(world.rank, world.size, len(examples)) or range(1)
+        part = Part(
+            rows, len(examples), world.size, captions,
+            tuple(map(self._chunks, captions)) if self._chunks is not None else (),
+            sum(example.row.record.regularization for example in examples),
+        )  # fmt: skip
+        return _Read([self._load(examples[row]) for row in rows], part)
 
     def _load(self, example: Example) -> tuple[Example, _Loaded]:
         """Read the cached parts of an example, and its picture if one is missing. Called by threads."""
@@ -340,7 +371,8 @@ class Batches:
             self._damaged.add(damage)
             self.options.on_damaged(f"{damage.removeprefix(f'{pictures.SETTING}: ')}; it counts nothing in its batches")
 
-    def _batch(self, number: int, loaded: list[tuple[Example, _Loaded]]) -> Batch:
+    def _batch(self, number: int, read: _Read) -> Batch:
+        loaded, part, world = read.examples, read.part, self.options.world
         device, examples = self.options.device, [example for example, _ in loaded]
         records = [example.row.record for example in examples]
         entries, channels = zip(*(self._complete(*each) for each in loaded))
@@ -351,14 +383,16 @@ class Batches:
             whole = torch.ones_like(latents[0, :1], device="cpu")
             mask = torch.stack([entry.get("mask", whole) for entry in entries]).to(device)
         # A short batch counts by its size, so that every picture counts the same.
-        share = len(loaded) / self.plan.full(number)
+        count = len(loaded) if part is None else len(rows_of(world.rank, world.size, part.count)) * world.size
+        share = count / self.plan.full(number)
         sizes = tuple(
             Sizes(example.view.crop.size, example.view.crop.original, example.view.corner) for example in examples
         )
         conditioning = None
         if self._texts is not None:
-            texts = [self._texts.row(each.caption) if read.text is None else read.text for each, read in loaded]
-            conditioning = self._texts.join(texts).to(device)
+            texts = [self._texts.row(each.caption) if known.text is None else known.text for each, known in loaded]
+            chunks = max(part.chunks) if part is not None and part.chunks else 1
+            conditioning = self._texts.join(texts, chunks).to(device)
             if self._recipe is not None:
                 conditioning = add_sizes(conditioning, self._recipe, sizes)
             conditioning, concat = replace(conditioning, concat=concat), None
@@ -369,12 +403,13 @@ class Batches:
             sizes,
             concat,
             torch.tensor(
-                [0.0 if read.damage else each.row.record.weight * share for each, read in loaded], device=device
+                [0.0 if known.damage else each.row.record.weight * share for each, known in loaded], device=device
             ),
             mask,
-            torch.tensor([record.regularization for record in records], device=device),
+            torch.tensor([record.regularization and count > 0 for record in records], device=device),
             tuple(record.name for record in records),
             tuple(example.row.content.digest for example in examples),
+            part,
         )
 
 

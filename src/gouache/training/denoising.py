@@ -158,22 +158,40 @@ class Denoising:
         if self.target is not None:
             self.target.begin_batch(number)
         draws = self.draws(batch, number)
+        if batch.part is not None and batch.conditioning is None:
+            dropped = self._draws_of_all(batch, number).drop.tolist()
+            batch = replace(batch, longest=batch.part.longest(dropped))
         each = self.loss(batch, draws.t, draws.noise, draws.drop, draws.input_noise)
         weights = torch.ones_like(each) if batch.weights is None else batch.weights.to(each)
-        if batch.regularization is None or not bool(batch.regularization.any()):
+        if batch.regularization is None:
             return {"loss": (weights * each).mean()}
-        prior = batch.regularization.to(each.device)
+        prior, part = batch.regularization.to(each.device), batch.part
+        count = int(prior.sum()) if part is None else part.regularization
+        if not count:
+            return {"loss": (weights * each).mean()}
         weights = torch.where(prior, self.prior_weight * weights, weights)
-        return {"loss": (weights * each).mean(), "prior": each.detach()[prior].mean()}
+        share = count if part is None else count / part.processes  # the loop takes the mean over the processes
+        return {"loss": (weights * each).mean(), "prior": each.detach()[prior].sum() / share}
 
     def draws(self, batch: Batch, number: int) -> Draws:
-        """The random numbers of batch `number`, which depend on nothing but that, the seed and the latents' shape."""
-        generator = step_generator(self.seed, number)
-        count = len(batch)
-        t = self.timesteps.sample(count, len(self.schedule.sigmas), generator)
-        drop = torch.rand(count, generator=generator) < self.dropout
-        noise, input_noise = sample_noise(batch.latents, self.noise, generator)
-        return Draws(t, noise.to(batch.latents), input_noise.to(batch.latents), drop)
+        """The random numbers of batch `number`, which depend on nothing but that, the seed and the latents' shape.
+
+        With several processes they are drawn for the whole batch, of which each process has a part.
+        """
+        own = slice(None) if batch.part is None else batch.part.own
+        t, noise, input_noise, drop = self._draws_of_all(batch, number)
+        return Draws(t[own], noise[own].to(batch.latents), input_noise[own].to(batch.latents), drop[own])
+
+    def _draws_of_all(self, batch: Batch, number: int) -> Draws:
+        """On the CPU."""
+        generator, latents = step_generator(self.seed, number), batch.latents
+        if (part := batch.part) is not None:
+            latents = torch.zeros(part.count, *latents.shape[1:])
+            latents[part.own] = batch.latents.to(latents)
+        t = self.timesteps.sample(len(latents), len(self.schedule.sigmas), generator)
+        drop = torch.rand(len(latents), generator=generator) < self.dropout
+        noise, input_noise = sample_noise(latents, self.noise, generator)
+        return Draws(t, noise, input_noise, drop)
 
     def loss(self, batch: Batch, t: Tensor, noise: Tensor, drop: Tensor, input_noise: Tensor | None = None) -> Tensor:
         """The loss of each picture (B,) at timesteps t (B,) with `noise` (B, C, h, w), weighted by noise level.
@@ -243,7 +261,11 @@ class Denoising:
             conditioning = batch.conditioning.where(drop, _with_numbers_of(batch.conditioning, self.unconditional))
         elif self.encode is not None:
             captions = ["" if dropped else caption for caption, dropped in zip(batch.captions, drop.tolist())]
-            conditioning = self.encode(captions, batch.sizes)
+            if batch.longest is not None:
+                sizes = batch.sizes + batch.sizes[:1]
+                conditioning = self.encode([*captions, batch.longest], sizes).rows(slice(len(captions)))
+            else:
+                conditioning = self.encode(captions, batch.sizes)
         else:
             raise RequestError("encode", "a batch has captions without conditioning, and there is no text encoder")
         return conditioning if batch.concat is None else replace(conditioning, concat=batch.concat)

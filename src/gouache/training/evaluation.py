@@ -14,13 +14,16 @@ Validate = Callable[[], Mapping[str, float]]
 
 
 def measure(run: Run, validate: Validate) -> dict[str, float]:
-    """What `validate` returns for the averaged weights, and as "raw NAME" for the last weights if they are others."""
+    """What `validate` returns for the averaged weights, and as "raw NAME" for the last weights if they are others.
+
+    All processes measure, and have the results of the main one, so that they decide the same.
+    """
     with evaluating(run.objective.networks):
         with averaged(run) as are_others:
             scores = dict(validate())
         if are_others:
             scores.update({f"raw {name}": value for name, value in validate().items()})
-    return scores
+    return run.world.of_main(scores)
 
 
 @contextmanager

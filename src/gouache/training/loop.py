@@ -17,8 +17,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from gouache.errors import TrainingError, printable
 from gouache.training import nonfinite
 from gouache.training import state as checkpoint
+from gouache.training.distributed import ALONE, World
 from gouache.training.evaluation import Validate, evaluating, measure
 from gouache.training.interrupt import requests
 from gouache.training.objective import Objective
@@ -26,7 +28,7 @@ from gouache.training.position import Position
 from gouache.training.recorder import Progress, Recorder
 from gouache.training.retention import Saves
 from gouache.training.settings import Settings
-from gouache.training.snapshot import Run, averaged, averages, begin, fault, is_finite, restore, weights
+from gouache.training.snapshot import Run, averaged, averages, begin, fault, is_finite, reader, restore, weights
 from gouache.training.step import Batches, accumulate_gradients, clip_gradients, update
 
 
@@ -70,6 +72,7 @@ def train(
     on_note: checkpoint.OnNote | None = None,
     epoch_batches: int = 0,
     lock: bool = True,
+    world: World = ALONE,
 ) -> Result:
     """Train until `settings.steps`, for `seconds`, or until Ctrl-C or `should_stop()`; then save. A later call resumes.
 
@@ -84,23 +87,28 @@ def train(
     as "step-00000003 is damaged ..."; without it they are printed on stderr. `epoch_batches` is the number of batches
     per epoch, for `settings.save_epochs`. `lock` False: the caller has locked the folder (`state.locked`).
 
+    With several processes in `world`, each calls this with its part of the batches and the same folder. The gradients
+    are averaged; what one of them is asked for, all do. Only the main process writes, reports and calls `on_begin`,
+    `on_log`, `on_note` and `on_return`; `validate` and the previews are called in all of them.
+
     Raises TrainingError when a loss or gradient is not finite and `settings.not_finite` is "stop", when another run
     trains in the folder, when the folder belongs to a different run, or when its disk is full; RequestError when the
     optimizer or the schedule is not known.
     """
-    note = on_note or _print_note
-    with checkpoint.locked(folder) if lock else nullcontext(), requests(folder) as requested:
-        run = begin(objective, settings)
+    note = (on_note or _print_note) if world.is_main else _ignore
+    locks = lock and world.is_main
+    with checkpoint.locked(folder) if locks else nullcontext(), requests(folder, world) as requested:
+        run = begin(objective, settings, world)
         position = _resume(run, folder, note)
         saves = Saves(run, folder, position.step, epoch_batches)
         record = Recorder(run, folder, position.step, on_log, note)
         batches = record.clock.measured("data", batches)
-        if on_begin is not None:
+        if on_begin is not None and world.is_main:
             on_begin(position)
 
         def running() -> bool:
             stopped = requested.stop or record.seconds >= seconds or (should_stop is not None and should_stop())
-            return position.step < settings.steps and not position.without_patience(settings) and not stopped
+            return not world.any(stopped) and position.step < settings.steps and not position.without_patience(settings)
 
         def preview() -> None:
             if on_preview is None or position.step not in preview_steps:
@@ -116,7 +124,7 @@ def train(
                 saves.save(position)  # what was trained so far is good
             note(nonfinite.skip(run, position, folder, saves.step, batches, losses))
             record.return_to(position.step)
-            if on_return is not None:
+            if on_return is not None and world.is_main:
                 on_return(position.step)
 
         def save() -> None:
@@ -147,12 +155,12 @@ def train(
                 record.validation(position, scores)
                 is_among_best = position.validated(scores["loss"], settings)
             preview()
-            if is_among_best or saves.due(position) or requested.saving():
+            if world.any(is_among_best or saves.due(position) or requested.saving()):
                 save()
             record.times(position)
 
         save()
-        return _result(run, position, requested.signal)
+        return _result(run, position, int(world.highest(requested.signal)[0]))
 
 
 # With other values of these, validation losses cannot be compared.
@@ -161,17 +169,32 @@ _MEASURED = ("objective.validation", "objective.timesteps")
 
 def _resume(run: Run, folder: Path, on_note: checkpoint.OnNote) -> Position:
     """Restore the newest undamaged checkpoint, if there is one."""
-    state = checkpoint.newest(folder, fault=fault, on_note=on_note)
+    state, is_main = checkpoint.newest(folder, fault=fault, on_note=on_note, read=reader(run)), run.world.is_main
+    _check_shared(run.world, folder, None if state is None else state.step)
     if state is None:
-        checkpoint.start_over(folder, on_note)
+        if is_main:
+            checkpoint.start_over(folder, on_note)
         return Position()
     position = restore(run, state, folder)
     if any(change.setting in _MEASURED and change.step == position.step for change in run.changes):
         if position.best or math.isfinite(position.lowest):
             on_note("other pictures or timesteps are validated than before: the lowest loss is looked for anew")
         position.forget_validation()
-    checkpoint.set_aside(folder, after=position.step)
+    run.world.barrier()  # all have read it
+    if is_main:
+        checkpoint.set_aside(folder, after=position.step)
     return position
+
+
+def _check_shared(world: World, folder: Path, step: int | None) -> None:
+    """Raises TrainingError unless all processes have found the same checkpoint."""
+    found = world.all_of(step)
+    if other := next((rank for rank, each in enumerate(found) if each != found[0]), 0):
+        names = ["no checkpoint" if each is None else f"that of step {each}" for each in (found[0], found[other])]
+        raise TrainingError(
+            f"{printable(str(folder))}: process 0 finds {names[0]} and process {other} {names[1]}; all machines must "
+            "share the folder of the run"
+        )
 
 
 def _result(run: Run, position: Position, signal: int) -> Result:
@@ -185,6 +208,10 @@ def _result(run: Run, position: Position, signal: int) -> Result:
         reason = "patience"
     best = tuple(step for _, step in position.best)
     return Result(position.step, reason, {**last, **means}, last, best, signal)
+
+
+def _ignore(line: str) -> None:
+    pass
 
 
 def _print_note(line: str) -> None:

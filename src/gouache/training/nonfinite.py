@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gouache.errors import TrainingError, printable
 from gouache.training import state as checkpoint
 from gouache.training.position import Position
-from gouache.training.snapshot import Run, fault, is_finite, restore
+from gouache.training.snapshot import Run, fault, is_finite, reader, restore
 from gouache.training.step import Batches, clear_gradients
 
 MOST_SKIPPED = 10
@@ -42,7 +42,9 @@ def skip(run: Run, position: Position, folder: Path, saved: int, batches: Batche
     skipped, or if there is no checkpoint to return to.
     """
     broken = not is_finite(run)
-    reason = _diagnosis(run, position, batches, losses, broken)
+    # The batch of another process may be the cause.
+    found = run.world.all_of(_diagnosis(run, position, batches, losses, broken))
+    reason = next((text for is_here, text in found if is_here), found[0][1])
     clear_gradients(run)
     if run.settings.not_finite == "stop":
         kept = f"the checkpoint of step {saved} is good" if saved else "no checkpoint was saved yet"
@@ -54,7 +56,7 @@ def skip(run: Run, position: Position, folder: Path, saved: int, batches: Batche
     if set(range(culprit - MOST_SKIPPED, culprit + 1)) <= set(skipped):
         raise TrainingError(f"{reason}; {MOST_SKIPPED} steps before it were skipped too; {_ADVICE}")
     if broken:
-        state = checkpoint.newest(folder, fault=fault)
+        state = checkpoint.newest(folder, fault=fault, read=reader(run))
         if state is None:
             raise TrainingError(f"{reason}; there is no checkpoint to return to; {_ADVICE}")
         changes = list(run.changes)
@@ -70,9 +72,12 @@ def skip(run: Run, position: Position, folder: Path, saved: int, batches: Batche
 _ADVICE = "start the run again with a lower learning_rate"
 
 
-def _diagnosis(run: Run, position: Position, batches: Batches, losses: Mapping[str, Tensor], broken: bool) -> str:
+def _diagnosis(
+    run: Run, position: Position, batches: Batches, losses: Mapping[str, Tensor], broken: bool
+) -> tuple[bool, str]:
+    """(whether a batch of this process is the cause, what was found)."""
     if broken:
-        return f"step {position.step}: its update made weights that are not finite"
+        return False, f"step {position.step}: its update made weights that are not finite"
     values = ", ".join(f"{name} {float(value):g}" for name, value in losses.items())
     found = f"step {position.step + 1}: a loss or gradient is not finite ({values})"
     begins = _first_gradient(run)
@@ -85,7 +90,8 @@ def _diagnosis(run: Run, position: Position, batches: Batches, losses: Mapping[s
             begins = module
             guilty.append(pictures)
     named = "; ".join(each for each in guilty or all_pictures if each)
-    return "; ".join(filter(None, [found + (f", first in {begins}" if begins else ""), printable(named, 600)]))
+    text = "; ".join(filter(None, [found + (f", first in {begins}" if begins else ""), printable(named, 600)]))
+    return bool(guilty), text
 
 
 def _first_module(run: Run, batch: Any, number: int) -> str:

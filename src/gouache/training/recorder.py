@@ -40,8 +40,10 @@ class Recorder:
     ) -> None:
         self.clock = Clock()
         self._run, self._first, self._on_log, self._on_note = run, step, on_log, on_note
-        self._log, self._times = Log(folder / LOG, step), Log(folder / TIMES, step)
-        self._overfits = bool(overfitting(self._log.lines))
+        # Only the main process writes.
+        self._log = Log(folder / LOG, step) if run.world.is_main else None
+        self._times = Log(folder / TIMES, step) if run.world.is_main else None
+        self._overfits = self._log is not None and bool(overfitting(self._log.lines))
         self._began = time.monotonic()
 
     @property
@@ -55,13 +57,13 @@ class Recorder:
         The numbers are the same whenever the run reaches this step.
         """
         settings = self._run.settings
-        if not settings.is_due(position.step, settings.log_steps):
+        if self._log is None or not settings.is_due(position.step, settings.log_steps):
             return
         rate, values = settings.rate(position.step - 1), {name: float(value) for name, value in losses.items()}
         line: dict[str, float] = {"step": position.step, "rate": rate}
         if losses:
             line |= {"norm": float(norm), **values}
-        if self._run.ema is not None:
+        if self._run.ema is not None and not self._run.sharded:
             line["ema gap"] = self._run.ema.gap(self._run.masters.exact)
         if position.skipped:
             line["skipped"] = len(position.skipped)
@@ -73,6 +75,8 @@ class Recorder:
 
     def validation(self, position: Position, scores: Mapping[str, float]) -> None:
         """Log the results of a validation; over-fitting is reported when it is first seen."""
+        if self._log is None:
+            return
         self._log.write(step=position.step, **{f"validation {name}": value for name, value in scores.items()})
         remark = overfitting(self._log.lines)
         if remark and not self._overfits:
@@ -86,10 +90,10 @@ class Recorder:
 
     def times(self, position: Position) -> None:
         """Log how the time since the last such line was spent, if it is time to."""
-        if self._run.settings.is_due(position.step, self._run.settings.log_steps):
+        if self._times is not None and self._run.settings.is_due(position.step, self._run.settings.log_steps):
             self._times.write(step=position.step, **self.clock.take())
 
     def return_to(self, step: int) -> None:
         """Remove the lines of later steps, which will be repeated."""
-        self._log.return_to(step)
-        self._times.return_to(step)
+        for log in filter(None, (self._log, self._times)):
+            log.return_to(step)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
+from gouache.training import sharded_state
 from gouache.training import state as checkpoint
 from gouache.training.position import Position
 from gouache.training.settings import Settings
@@ -19,7 +21,7 @@ class Saves:
         self.step = step
         self._run, self._folder, self._epoch_batches = run, folder, epoch_batches
         self._at = time.monotonic()
-        if step < run.settings.steps:
+        if step < run.settings.steps and run.world.is_main:
             checkpoint.check_space(folder, estimated_bytes(run))
 
     def due(self, position: Position) -> bool:
@@ -41,10 +43,24 @@ class Saves:
         if position.step <= self.step:
             return 0
         settings = self._run.settings
-        also = protected([checkpoint.number(path) for path in checkpoint.checkpoints(self._folder)], position, settings)
-        path = checkpoint.save(self._folder, capture(self._run, position), settings.keep, also)
         self.step, self._at = position.step, time.monotonic()
-        return sum(file.stat().st_size for file in path.iterdir())
+        write = None
+        if self._run.sharded:
+            write = partial(_write_parts, self._run, capture(self._run, position))
+        if not self._run.world.is_main:
+            if write is not None:
+                write(self._folder / f"step-{position.step:08d}.part")
+            return 0
+        also = protected([checkpoint.number(path) for path in checkpoint.checkpoints(self._folder)], position, settings)
+        path = checkpoint.save(self._folder, capture(self._run, position), settings.keep, also, write)
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _write_parts(run: Run, state: checkpoint.State, folder: Path) -> None:
+    run.world.barrier()  # the main process has made the folder
+    for name, tensors in state.tensors.items():
+        sharded_state.write(folder / name, tensors, run.sharded)
+    run.world.barrier()
 
 
 def protected(steps: list[int], position: Position, settings: Settings) -> set[int]:

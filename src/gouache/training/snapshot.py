@@ -18,14 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from gouache.errors import TrainingError, printable
-from gouache.training import optimizers
+from gouache.training import optimizers, sharded_state, sharding
 from gouache.training.changes import Change, as_json, compare, field_defaults, refused
+from gouache.training.distributed import ALONE, World
 from gouache.training.ema import Ema
 from gouache.training.objective import Group, Json, Objective
 from gouache.training.optimizers import OptimizerState
 from gouache.training.position import Position, position_fault, read_position
 from gouache.training.rounding import Masters
 from gouache.training.settings import Settings
+from gouache.training.sharded_state import Read
 from gouache.training.state import State
 
 
@@ -35,7 +37,8 @@ class Run:
 
     `parameters` are the trained ones, `masters` the tensors that the optimizer changes in their place. `options` are
     the optimizer's options as it was built, `buffers` the hashes of the networks' persistent buffers before the first
-    step, `changes` the settings changed since the run began.
+    step, `changes` the settings changed since the run began, `world` the processes that train together. Of `sharded`
+    parameters, by name, each process has a part: `parameters` and everything else of the run are such parts.
     """
 
     objective: Objective
@@ -48,10 +51,12 @@ class Run:
     options: Sequence[Mapping[str, Any]]
     buffers: Mapping[str, str]
     changes: list[Change] = field(default_factory=list)
+    world: World = ALONE
+    sharded: Mapping[str, nn.Parameter] = field(default_factory=dict)
 
 
-def begin(objective: Objective, settings: Settings) -> Run:
-    """A run at its first step. Raises TrainingError if no parameter is trained."""
+def begin(objective: Objective, settings: Settings, world: World = ALONE) -> Run:
+    """A run at its first step. Raises TrainingError if no parameter is trained, or not the same in all processes."""
     groups = [group for group in objective.parameter_groups() if group.parameters]
     parameters = {name: parameter for group in groups for name, parameter in group.parameters.items()}
     if not parameters:
@@ -59,6 +64,8 @@ def begin(objective: Objective, settings: Settings) -> Run:
     if len(parameters) < sum(len(group.parameters) for group in groups):
         raise TrainingError("two trained parameters have the same name; give each a unique name in its group")
     settings.rate(0)  # refuses a schedule that cannot be imported before anything is computed
+    sharded = {name: each for name, each in parameters.items() if sharding.is_sharded(each)}
+    parameters = {name: sharding.local(each) for name, each in parameters.items()}
     masters = Masters(parameters, settings.rounding)
     own = [replace(group, parameters={name: masters.tensors[name] for name in group.parameters}) for group in groups]
     optimizer = optimizers.build(settings, own)
@@ -67,7 +74,9 @@ def begin(objective: Objective, settings: Settings) -> Run:
     config = as_json({**objective.config(), "groups": [_describe(group) for group in groups]})
     buffers = {name: _digest(buffer) for name, buffer in _buffers(objective.networks).items()}
     options = optimizers.options(optimizer)
-    return Run(objective, parameters, masters, optimizer, ema, settings, config, options, buffers)
+    run = Run(objective, parameters, masters, optimizer, ema, settings, config, options, buffers, [], world, sharded)
+    _check_equal(run)
+    return run
 
 
 def weights(run: Run) -> dict[str, Tensor]:
@@ -81,7 +90,7 @@ def weights(run: Run) -> dict[str, Tensor]:
 
 def is_finite(run: Run) -> bool:
     """Whether all trained weights are finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in run.masters.exact.values())
+    return not run.world.any(any(not bool(torch.isfinite(tensor).all()) for tensor in run.masters.exact.values()))
 
 
 def averages(run: Run) -> Mapping[str, Tensor] | None:
@@ -116,6 +125,7 @@ def capture(run: Run, position: Position) -> State:
         "settings": run.settings.model_dump(mode="json"),
         "objective": dict(run.config),
         "changes": [asdict(change) for change in run.changes],
+        "processes": run.world.size,
         "optimizer": {"values": optimizer.values, "groups": optimizer.groups},
     }
     return State(tensors, values)
@@ -127,8 +137,8 @@ def fault(state: State) -> str:
     for name in ("weights", "optimizer"):
         if name not in state.tensors:
             return f"{name}.safetensors is missing"
-    for name, kind in (("settings", dict), ("ema_updates", int)):
-        if not isinstance(values.get(name), kind):
+    for name, kind in (("settings", dict), ("ema_updates", int), ("processes", int)):
+        if not isinstance(values.get(name, 1 if name == "processes" else None), kind):
             return f"state.json has no valid {name!r}"
     if name := position_fault(values):
         return f"state.json has no valid {name!r}"
@@ -148,8 +158,10 @@ def estimated_bytes(run: Run) -> int:
     trained = run.masters.exact.values()
     moments = [tensor for state in run.optimizer.state.values() for tensor in state.values() if torch.is_tensor(tensor)]
     optimizer = _bytes(moments) or sum(8 * tensor.numel() for tensor in trained)
+    processes = run.world.size if run.sharded else 1
     has_averages = run.ema is not None or optimizers.is_schedule_free(run.optimizer)
-    return _bytes(weights(run).values()) + optimizer + has_averages * sum(4 * tensor.numel() for tensor in trained)
+    averages = has_averages * sum(4 * tensor.numel() for tensor in trained)
+    return processes * (_bytes(weights(run).values()) + optimizer + averages)
 
 
 @torch.no_grad()
@@ -184,6 +196,11 @@ def restore(run: Run, state: State, folder: Path) -> Position:
     return read_position(state.values, int(accumulate))  # type: ignore[arg-type]
 
 
+def reader(run: Run) -> Read:
+    """Reads of a checkpoint's tensors what this process has of them."""
+    return sharded_state.reader(run.sharded, run.world.rank, run.world.size)
+
+
 @contextmanager
 def averaged(run: Run) -> Iterator[bool]:
     """Within the block, the networks have the averaged weights; afterwards the last weights again.
@@ -202,6 +219,9 @@ def averaged(run: Run) -> Iterator[bool]:
         _copy(last, run.parameters)
 
 
+PROCESSES = "run.processes"
+"""The number of processes among the changes of a run."""
+
 _ADVICE = "resume with the original values, or use another folder"
 _RATE_OF_GROUP = re.compile(r"objective\.groups\.\d+\.(rate|decay)")  # may change, unlike what is trained
 
@@ -213,12 +233,25 @@ def _changes(run: Run, state: State) -> list[Change]:
     if "objective" in state.values:  # not in formats 1 and 2
         before = state.values["objective"]
         changes += compare("objective", state.step, before, run.config, field_defaults(run.objective))
+    if (processes := state.values.get("processes", 1)) != run.world.size:
+        changes.append(Change(state.step, PROCESSES, processes, run.world.size))
     return changes
+
+
+def _check_equal(run: Run) -> None:
+    """Raises TrainingError unless all processes have the settings and the configuration of the first one."""
+    values: dict[str, Json] = {"settings": run.settings.model_dump(mode="json"), "objective": dict(run.config)}
+    if differences := compare("process", 0, run.world.of_main(values), values, {}):
+        shown = ", ".join(change.text for change in differences[:3])
+        raise TrainingError(
+            f"process {run.world.rank} differs from process 0 in {shown}; start all with the same settings, model, "
+            "pictures and version of Gouache"
+        )
 
 
 def _changeable(run: Run) -> frozenset[str]:
     settings = {f"settings.{name}" for name in run.settings.changeable}
-    return frozenset(settings | {f"objective.{name}" for name in run.objective.changeable})
+    return frozenset(settings | {f"objective.{name}" for name in run.objective.changeable} | {PROCESSES})
 
 
 def _refuse(changes: Sequence[Change], folder: Path) -> None:
@@ -289,7 +322,7 @@ def _others(run: Run) -> dict[str, Tensor]:
     if run.config.get("base") is not None:
         buffers = _buffers(run.objective.networks)
         return {name: buffer for name, buffer in buffers.items() if run.buffers.get(name) != _digest(buffer)}
-    trained = {id(parameter) for parameter in run.parameters.values()}
+    trained = {id(parameter) for parameter in (*run.parameters.values(), *run.sharded.values())}
     return {name: tensor for name, tensor in _state(run.objective.networks).items() if id(tensor) not in trained}
 
 

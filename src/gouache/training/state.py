@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gouache.errors import FileError, TrainingError, printable
 from gouache.files.source import size_text
 from gouache.files.write import remove_stale_temporaries, sync_folder, write_atomic, write_safetensors
 from gouache.outside import MalformedText, open_outside, parse_json, read_outside, reason
+from gouache.training.sharded_state import Read, read_whole
 
 # 1 numbered the optimizer's tensors instead of naming them; 1 and 2 contain all weights, trained or not, and no
 # configuration of the objective. Both are still read.
@@ -35,7 +35,8 @@ FORMAT = 3
 
 _ATTEMPTS = 10  # at a lock
 _SPARE = 16_000_000  # bytes that must stay free on the disk
-_FILE = re.compile(r"[A-Za-z0-9_-]+\.(safetensors|json)")  # a file of a checkpoint; no path can be in a manifest
+# A file of a checkpoint, or one of the parts of a group of tensors; no other path can be in a manifest.
+_FILE = re.compile(r"([a-z]+/)?[A-Za-z0-9_-]+\.(safetensors|json)")
 
 OnNote = Callable[[str], None]
 """Receives one line on something that the user should know and that does not stop the run."""
@@ -53,10 +54,13 @@ class State:
         return int(self.values["step"])
 
 
-def save(folder: Path, state: State, keep: int, also: Collection[int] = ()) -> Path:
+def save(
+    folder: Path, state: State, keep: int, also: Collection[int] = (), write: Callable[[Path], None] | None = None
+) -> Path:
     """Write and verify `state` in `folder`, then remove older checkpoints. Returns its path.
 
-    The newest `keep` are kept, and those of the steps `also`. Raises TrainingError if the disk is full or fails; then
+    The newest `keep` are kept, and those of the steps `also`. `write` writes the tensors into the folder that it
+    receives, in parts; by default each group becomes one file. Raises TrainingError if the disk is full or fails; then
     nothing is removed.
     """
     final = folder / f"step-{state.step:08d}"
@@ -66,10 +70,15 @@ def save(folder: Path, state: State, keep: int, also: Collection[int] = ()) -> P
         folder.mkdir(parents=True, exist_ok=True)
         check_space(folder, sum(each.nbytes for tensors in state.tensors.values() for each in tensors.values()))
         part.mkdir()
-        digests = {
-            f"{name}.safetensors": write_safetensors(part / f"{name}.safetensors", tensors)
-            for name, tensors in state.tensors.items()
-        }
+        if write is None:
+            digests = {
+                f"{name}.safetensors": write_safetensors(part / f"{name}.safetensors", tensors)
+                for name, tensors in state.tensors.items()
+            }
+        else:
+            write(part)
+            files = sorted(part.glob("*/*.safetensors"))
+            digests = {file.relative_to(part).as_posix(): _entry(file)["sha256"] for file in files}
         digests["state.json"] = _write_json(part / "state.json", dict(state.values))
         entries = {name: {"bytes": (part / name).stat().st_size, "sha256": digest} for name, digest in digests.items()}
         _write_json(part / "manifest.json", {"format": FORMAT, "step": state.step, "files": entries})
@@ -99,17 +108,23 @@ def check_space(folder: Path, size: int) -> None:
         )
 
 
-def newest(folder: Path, *, fault: Callable[[State], str] | None = None, on_note: OnNote | None = None) -> State | None:
+def newest(
+    folder: Path,
+    *,
+    fault: Callable[[State], str] | None = None,
+    on_note: OnNote | None = None,
+    read: Read = read_whole,
+) -> State | None:
     """The newest undamaged checkpoint in `folder`, None if there is no checkpoint at all. Changes nothing on disk.
 
     `fault` returns what a checkpoint lacks, "" if it is complete. `on_note` receives a line for each checkpoint that is
-    passed over. Raises TrainingError if checkpoints exist but all are damaged: a run never silently starts over.
+    passed over; `read` reads a group of tensors. Raises TrainingError if checkpoints exist but all are damaged: a run never silently starts over.
     """
     found = checkpoints(folder)
     reasons: dict[str, str] = {}
     for path in reversed(found):
         try:
-            state = _load(path)
+            state = _load(path, read)
             if lacks := fault(state) if fault is not None else "":
                 raise _Damaged(lacks)
         except _Damaged as error:
@@ -231,7 +246,7 @@ class _Damaged(Exception):
     """A checkpoint cannot be used; the message is the reason."""
 
 
-def _load(path: Path) -> State:
+def _load(path: Path, read: Read = read_whole) -> State:
     """The checkpoint in the folder `path`. Raises _Damaged, or TrainingError for a newer format."""
     manifest = _json(path / "manifest.json")
     written, files = manifest.get("format"), manifest.get("files")
@@ -241,9 +256,10 @@ def _load(path: Path) -> State:
         raise TrainingError(f"{printable(str(path))}: has format {written}, written by a newer Gouache; update Gouache")
     if manifest.get("step", number(path)) != number(path):
         raise _Damaged("manifest.json is that of another step")
-    for name in ("state.json", "weights.safetensors"):
-        if name not in files:
-            raise _Damaged(f"manifest.json does not list {name}")
+    if "state.json" not in files:
+        raise _Damaged("manifest.json does not list state.json")
+    if not any(name.startswith(("weights.", "weights/")) for name in files):
+        raise _Damaged("manifest.json does not list weights.safetensors")
     for name, entry in files.items():
         if not _FILE.fullmatch(name):
             raise _Damaged(f"manifest.json lists {printable(name, 60)!r}")
@@ -252,9 +268,9 @@ def _load(path: Path) -> State:
     values = _json(path / "state.json")
     if type(values.get("step")) is not int or values["step"] != number(path):
         raise _Damaged("state.json is that of another step")
-    names = [Path(name).stem for name in files if name.endswith(".safetensors")]
+    names = {name.partition("/")[0] for name in files if name.endswith(".safetensors")}
     try:
-        return State({name: load_file(path / f"{name}.safetensors") for name in names}, values)
+        return State({Path(name).stem: read(path / name) for name in sorted(names)}, values)
     except (OSError, SafetensorError) as error:
         raise _Damaged(printable(str(error))) from None
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gouache.errors import TrainingError, is_out_of_memory, printable
+from gouache.training import sharding
 from gouache.training.snapshot import Run
 
 Batches = Callable[[int], Any]
@@ -18,7 +19,8 @@ Batches = Callable[[int], Any]
 def accumulate_gradients(run: Run, batches: Batches, first: int) -> dict[str, Tensor]:
     """Add the mean gradient of the `accumulate` batches from number `first` on; returns the mean of each loss.
 
-    A loss that some of the batches do not have is averaged over the others.
+    A loss that some of the batches do not have is averaged over the others. With several processes, gradients and
+    losses are the means over all of them.
     """
     parts: dict[str, list[Tensor]] = {}
     count = run.settings.accumulate
@@ -26,10 +28,12 @@ def accumulate_gradients(run: Run, batches: Batches, first: int) -> dict[str, Te
         losses = run.objective.losses(batches(number), number)
         if losses["loss"].requires_grad:  # not with an embedding whose word is in no caption of the batch
             (losses["loss"] / count).backward()
+        sharding.collect(run.sharded, run.parameters)
         run.masters.collect()
         for name, value in losses.items():
             parts.setdefault(name, []).append(value.detach())
-    return {name: torch.stack(values).mean() for name, values in parts.items()}
+    run.world.average_gradients(each for name, each in run.masters.tensors.items() if name not in run.sharded)
+    return run.world.mean({name: torch.stack(values).mean() for name, values in parts.items()})
 
 
 def clip_gradients(run: Run) -> Tensor:
@@ -39,6 +43,8 @@ def clip_gradients(run: Run) -> Tensor:
     """
     trained = list(run.masters.tensors.values())
     norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
+    if run.sharded:  # all of them are, see `sharding.shard`
+        norm = run.world.sum(norm.square()).sqrt()
     if run.settings.clip_norm and torch.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(trained, run.settings.clip_norm, norm)
     return norm

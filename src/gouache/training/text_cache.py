@@ -34,8 +34,7 @@ class TextCache:
         self._new: dict[str, Conditioning] = {}
         self._paths: dict[str, Path] = {}
         self._open = lru_cache(OPEN)(cache_file.open_entries)
-        for path in sorted(folder.glob("*.safetensors")) if folder is not None else ():
-            self._add(path)
+        self.find()
 
     def __contains__(self, text: str) -> bool:
         key = self._key(text)
@@ -62,13 +61,23 @@ class TextCache:
                     self.flush()
         return row
 
-    def join(self, rows: Sequence[Conditioning]) -> Conditioning:
-        """One batch of `rows`; shorter ones get further chunks of the empty caption, as `prompts.encode` does it."""
+    def join(self, rows: Sequence[Conditioning], chunks: int = 1) -> Conditioning:
+        """One batch of `rows`; shorter ones get further chunks of the empty caption, as `prompts.encode` does it.
+
+        It has as many chunks as the longest row, and at least `chunks`.
+        """
         longest = max(row.tokens for row in rows)
-        if any(row.tokens < longest for row in rows):
+        if chunks > 1 or any(row.tokens < longest for row in rows):
             empty = self.row("").context
-            rows = [row.pad_to(longest // empty.shape[1], empty) for row in rows]
+            rows = [row.pad_to(max(chunks, longest // empty.shape[1]), empty) for row in rows]
         return stack(*rows)
+
+    def find(self) -> None:
+        """Look for files that other processes have written."""
+        known = set(self._paths.values())
+        for path in sorted(self.folder.glob("*.safetensors")) if self.folder is not None else ():
+            if path not in known:
+                self._add(path)
 
     def flush(self) -> None:
         """Write what is only in memory. Raises FileError if that is impossible."""

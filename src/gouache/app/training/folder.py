@@ -76,7 +76,7 @@ class RunFolder:
 
     def has_averages(self, step: int) -> bool:
         """Whether the checkpoint of `step` has averaged weights (EMA)."""
-        return (self.checkpoint(step) / "ema.safetensors").exists()
+        return any((self.checkpoint(step) / name).exists() for name in ("ema.safetensors", "ema"))  # whole, or in parts
 
     def state(self, step: int | None = None) -> Mapping[str, Any]:
         """The values of the checkpoint of `step`, or of the newest; empty if there is none that can be read."""

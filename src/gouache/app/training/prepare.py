@@ -52,11 +52,13 @@ from gouache.files.open import open_model
 from gouache.generate.request import Request
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
+from gouache.prompts.chunks import chunk
 from gouache.training import checkpointing, memory, optimizers
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.concept_objective import ConceptObjective, ConceptValidation
 from gouache.training.denoising import Denoising
+from gouache.training.distributed import ALONE, World
 from gouache.training.latent_cache import LatentCache, identity_of
 from gouache.training.objective import Group
 from gouache.training.run_settings import RunSettings
@@ -139,19 +141,23 @@ def prepared(
     on_work: OnWork,
     fill_caches: bool = True,
     pictures: Pictures | None = None,
+    world: World = ALONE,
 ) -> Iterator[Prepared]:
     """A context manager of the run; afterwards the model is free of the target and the threads have ended.
 
     `fill_caches`: paint missing class pictures, and encode all pictures and captions that can be known now. `pictures`
-    are those that were read before. Raises GouacheError.
+    are those that were read before. Several processes of a `world` fill the caches together. Raises GouacheError.
     """
     check_model(settings, user)
+    if world.size > 1 and settings.mode == "slider":
+        raise RequestError("mode", "slider trains in one process; start it without torchrun")
+    settings = _equal_dtype(settings, user, world)
     with ExitStack() as leaving:
         leaving.callback(memory.limit_heap, 12)
         memory.limit_heap(1)
         pictures = read_pictures(settings, folder, on_note, user) if pictures is None else pictures
         model = load_model(settings, user, on_note)
-        if fill_caches and _paint_class(settings, user, model, on_work):
+        if fill_caches and world.of_main(_paint_class(settings, user, model, on_work) if world.is_main else 0):
             pictures = read_pictures(settings, folder, lambda line: None, user)
         if settings.model.zero_terminal_snr:  # only now: the class is painted as the model is
             model.core.schedule = model.schedule.zero_terminal_snr()
@@ -163,7 +169,7 @@ def prepared(
             yield _without_pictures(settings, model, target, pictures, user)
             return
         batches = leaving.enter_context(
-            make_batches(settings, folder, model, target, pictures.training, on_note=on_note)
+            make_batches(settings, folder, model, target, pictures.training, on_note=on_note, world=world)
         )
         known = () if isinstance(pictures.training, ShardRecords) else batches.rows  # of others masks are not decoded
         masked = {row.record.path: row.content.counted for row in known if row.content.counted is not None}
@@ -172,6 +178,7 @@ def prepared(
         for network in (model.unet, *model.text_encoders.values()) if settings.memory.checkpointing else ():
             checkpointing.enable(network)
         objective = make_objective(settings, model, target, batches, user, pictures.caption_dropout)
+        objective = replace(objective, autocast=world.of_main(objective.autocast))  # it is measured too
         filled = fill_caches and settings.data.cache
         if filled and target.keeps_weights:
             model.unload("U-Net")  # the largest part, which the caches do not need
@@ -200,6 +207,15 @@ def _without_pictures(
     memory.limit_heap(12)
     batches = ConceptBatches(concepts, sliders.size_of(concepts, model.size))
     return Prepared(settings, model, target, objective, pictures, batches, validation)
+
+
+def _equal_dtype(settings: RunSettings, user: Settings, world: World) -> RunSettings:
+    """The settings with the dtype that the main process chooses: it is measured, and each could choose another."""
+    if world.size == 1 or settings.memory.dtype or settings.result == "model":
+        return settings
+    device = residency.device(settings.device or user.device)
+    dtype = world.of_main(_automatic_dtype(settings, device, user))
+    return settings.model_copy(update={"memory": settings.memory.model_copy(update={"dtype": dtype})})
 
 
 def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:
@@ -265,6 +281,7 @@ def make_batches(
     *,
     validation: bool = False,
     on_note: OnNote | None = None,
+    world: World = ALONE,
 ) -> Batches:
     """The batches of `records`; those of a validation are not varied, and the same with any seed and batch size.
 
@@ -284,7 +301,7 @@ def make_batches(
         texts = TextCache(
             None if cache is None else cache / "texts", identity, lambda captions: encode_text(captions, None)
         )
-    batch, changes = (settings.train.batch, ()) if validation else batch_changes(folder, settings)
+    batch, changes = (settings.train.batch, ()) if validation else batch_changes(folder, settings, world.size)
     options = Options(
         buckets_of(settings, model.size),
         batch=batch,
@@ -297,6 +314,7 @@ def make_batches(
         device=model.device,
         window=data.window,
         on_damaged=on_note if data.stream else None,
+        world=world,
     )
     if validation:
         records = [
@@ -321,7 +339,11 @@ def make_batches(
         generator = torch.Generator().manual_seed(0) if validation else generator
         return captions.caption(record, epoch, generator, number // settings.train.accumulate, settings.train.steps)
 
-    return Batches(records, options, latents, texts, caption, model.text_recipe)
+    def chunks(text: str) -> int:
+        counts = {name: len(next(iter(vectors.values()))) for name, vectors in model.embeddings.items()}
+        return len(chunk(text, model.tokenizer, counts, plain=True))
+
+    return Batches(records, options, latents, texts, caption, model.text_recipe, chunks)
 
 
 def make_validation(

@@ -18,6 +18,7 @@ from pathlib import Path
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
 from gouache.app.training import export, foreign, out_of_memory, prepare, tensorboard
+from gouache.app.training.batch_changes import changed_processes
 from gouache.app.training.folder import RunFolder, is_run
 from gouache.app.training.prepare import OnNote, OnWork, Prepared
 from gouache.app.training.samples import LAST, Samples, default_prompt, most_common, requests_of
@@ -28,6 +29,7 @@ from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import loop, memory, run_settings, state
 from gouache.training.aliases import EPOCHS
+from gouache.training.distributed import World, processes
 from gouache.training.loop import Progress, Result
 from gouache.training.overrides import with_overrides
 from gouache.training.position import Position
@@ -42,7 +44,7 @@ class Finished:
     """A run that ended at `step` of `steps`.
 
     `path` is the exported file, with the weights of step `exported`; None if the run was stopped, by `signal` if that
-    is not 0. `folder` is the run's. `command` paints with the file.
+    is not 0. `folder` is the run's. `command` paints with the file. Of several processes, this is number `rank`.
     """
 
     folder: Path
@@ -52,6 +54,7 @@ class Finished:
     steps: int = 0
     exported: int = 0
     signal: int = 0
+    rank: int = 0
 
 
 def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
@@ -106,31 +109,60 @@ def run(
 
     A new run replaces a file at its output only with `overwrite`. Raises GouacheError, before any weight is read for
     whatever can be known then. The folder is locked from the preparation to the export.
+
+    Of several processes that `torchrun` started, which must share the folder, each calls this; the first one reports,
+    writes and paints.
     """
-    if state.is_locked(folder.path):
+    with processes(settings.device or user.device or "") as world:
+        if world.is_main:
+            work = on_work or _ignore
+            return _run(world, settings, folder, user, on_note, on_progress, work, should_stop, seconds, overwrite)
+        return _run(world, settings, folder, user, _ignore, None, _ignore, should_stop, seconds, overwrite)
+
+
+def _run(
+    world: World,
+    settings: RunSettings,
+    folder: RunFolder,
+    user: Settings,
+    on_note: OnNote,
+    on_progress: Callable[[Progress], None] | None,
+    on_work: OnWork,
+    should_stop: Callable[[], bool] | None,
+    seconds: float,
+    overwrite: bool,
+) -> Finished:
+    is_new = not folder.is_started
+    if world.is_main and state.is_locked(folder.path):
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
-    if not folder.is_started:
+    if is_new:
         _check_output(settings, overwrite)
-    wants_board = tensorboard.is_wanted(settings.tensorboard)
+    wants_board = tensorboard.is_wanted(settings.tensorboard) and world.is_main
     path, _ = prepare.check_model(settings, user)
     settings = _with_hash(settings, path, user)
     if settings.model.resume:
         foreign.check(settings, open_model(path))
-    if not folder.is_started and (note := foreign.hint(settings, open_model(path))):
+    if is_new and (note := foreign.hint(settings, open_model(path))):
         on_note(note)
     pictures = prepare.read_pictures(settings, folder, on_note, user)
     changed = is_run(folder.path) and _absolute(settings, user) != folder.settings()
-    work = on_work or (lambda what, done, total: None)
+    if not is_new and (note := changed_processes(folder, settings, world.size)):
+        on_note(note)
     # Locked before anything long: a second run here is refused at once.
-    with state.locked(folder.path), out_of_memory.explained(settings, folder):
-        if not folder.is_started:
+    locked = state.locked(folder.path) if world.is_main else nullcontext()
+    with locked, out_of_memory.explained(settings, folder):
+        if is_new and world.is_main:
             _write_settings(settings, folder, user)
+        world.barrier()
         with (
-            prepare.prepared(settings, folder, user, on_note=on_note, on_work=work, pictures=pictures) as ready,
+            prepare.prepared(
+                settings, folder, user, on_note=on_note, on_work=on_work, pictures=pictures, world=world
+            ) as ready,
             Board(folder, on_note) if wants_board else nullcontext() as board,
         ):
-            if settings.model.resume:
+            if settings.model.resume and world.is_main:
                 foreign.begin(ready, folder, on_note)
+            world.barrier()
             samples = _samples(ready, folder)
 
             def begin(position: Position) -> None:
@@ -140,6 +172,10 @@ def run(
                     samples.forget(position.step)
                 if position.step:
                     on_note(_resumed(settings, folder, position))
+
+            def paint(step: int, ending: str) -> None:
+                if world.is_main:
+                    _paint(ready, samples, step, ending, on_note)
 
             def progress(measured: Progress) -> None:
                 if board is not None:
@@ -155,10 +191,8 @@ def run(
                 on_begin=begin,
                 on_log=progress,
                 validate=ready.validation,
-                on_preview=lambda step: _paint(ready, samples, step, "", on_note),
-                on_last_preview=(lambda step: _paint(ready, samples, step, LAST, on_note))
-                if settings.samples.last
-                else None,
+                on_preview=lambda step: paint(step, ""),
+                on_last_preview=(lambda step: paint(step, LAST)) if settings.samples.last else None,
                 on_return=samples.forget,
                 preview_steps=_moments(settings),
                 should_stop=should_stop,
@@ -166,13 +200,21 @@ def run(
                 epoch_batches=len(ready.batches),
                 on_note=on_note,
                 lock=False,
+                world=world,
             )
             output, exported = None, 0
             if result.finished:
                 output = _near(Path(settings.output))
+            if result.finished and world.is_main:
                 exported = _export(ready, folder, result, on_note)
     command = _command(settings, ready, output)
-    return Finished(folder.path, result.step, output, command, settings.train.steps, exported, result.signal)
+    return Finished(
+        folder.path, result.step, output, command, settings.train.steps, exported, result.signal, world.rank
+    )
+
+
+def _ignore(*_: object) -> None:
+    """What processes other than the main one have to report."""
 
 
 def _check_output(settings: RunSettings, overwrite: bool) -> None:
