@@ -250,6 +250,7 @@ class MemorySettings(Table):
     dtype: Literal["", "fp32", "bf16", "fp16"] = setting("", "Of frozen weights; empty: fastest here.")
     autocast: Literal["auto", "yes", "no"] = setting("auto", "Compute in bf16 while weights stay float32.")
     checkpointing: bool = setting(False, "Compute activations twice instead of keeping them.")
+    shard: bool = setting(False, "With several processes: each keeps a part of the trained weights (FSDP2).")
 
 
 class RunSettings(Table):

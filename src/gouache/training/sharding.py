@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gouache.errors import RequestError
+from gouache.nn.clip_text import ClipText
 from gouache.training.checkpointing import BLOCKS
 from gouache.training.distributed import World
 
@@ -24,7 +25,8 @@ OPTIMIZERS = ("adamw", "adam", "sgd", "lion")
 def shard(networks: Iterable[nn.Module], world: World) -> None:
     """Divide the weights of `networks` among the processes of `world`, block by block. Call it before checkpointing.
 
-    The parameters become other ones: groups are to be made afterwards.
+    The parameters become other ones: groups are to be made afterwards. Of text encoders only the blocks are divided:
+    their embeddings and last norm are also used alone.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -34,10 +36,11 @@ def shard(networks: Iterable[nn.Module], world: World) -> None:
         mesh = init_device_mesh(device.type, (world.size,))
         blocks: list[Any] = [module for module in network.modules() if isinstance(module, BLOCKS)]
         outer = [each for each in blocks if not any(each is not other and each in other.modules() for other in blocks)]
-        for module in (*outer, network):
+        divided = outer if isinstance(network, ClipText) else [*outer, network]
+        for module in divided:
             fully_shard(module, mesh=mesh, reshard_after_forward=True)
         with torch.no_grad():  # otherwise torch keeps what it makes first, and samples are painted in inference mode
-            for module in (*outer, network):
+            for module in divided:
                 module.unshard()
                 module.reshard()
 

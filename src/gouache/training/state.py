@@ -118,7 +118,8 @@ def newest(
     """The newest undamaged checkpoint in `folder`, None if there is no checkpoint at all. Changes nothing on disk.
 
     `fault` returns what a checkpoint lacks, "" if it is complete. `on_note` receives a line for each checkpoint that is
-    passed over; `read` reads a group of tensors. Raises TrainingError if checkpoints exist but all are damaged: a run never silently starts over.
+    passed over; `read` reads a group of tensors. Raises TrainingError if checkpoints exist but all are damaged: a run
+    never silently starts over.
     """
     found = checkpoints(folder)
     reasons: dict[str, str] = {}

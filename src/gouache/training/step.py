@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -42,12 +42,17 @@ def clip_gradients(run: Run) -> Tensor:
     If it is not finite the gradients are left as they are, so that one can see which of them are not.
     """
     trained = list(run.masters.tensors.values())
-    norm = torch.nn.utils.get_total_norm([each.grad for each in trained if each.grad is not None])
-    if run.sharded:  # all of them are, see `sharding.shard`
-        norm = run.world.sum(norm.square()).sqrt()
+    norm = _norm(run.masters.tensors[name] for name in run.masters.tensors if name not in run.sharded)
+    if run.sharded:
+        parts = _norm(run.masters.tensors[name] for name in run.sharded)
+        norm = (norm.to(parts).square() + run.world.sum(parts.square())).sqrt()
     if run.settings.clip_norm and torch.isfinite(norm):
         torch.nn.utils.clip_grads_with_norm_(trained, run.settings.clip_norm, norm)
     return norm
+
+
+def _norm(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.nn.utils.get_total_norm([each.grad for each in tensors if each.grad is not None])
 
 
 def update(run: Run, step: int) -> None:

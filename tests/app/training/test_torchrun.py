@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image, ImageChops
 
 import gouache
 from gouache.app.settings import Settings
 from gouache.app.training.batch_changes import batch_changes, changed_processes
 from gouache.app.training.folder import RunFolder
 from gouache.files.write import write_atomic
+from gouache.training import state
 from gouache.training.run_settings import RunSettings, checked, template
 from gouache.training.state import State, save
 from tests.app.training.short_runs import make_pictures, run, settings_of
@@ -80,10 +81,14 @@ MODES: dict[str, dict[str, Any]] = {
         "mode": "finetune", "adapter": {"form": "none"}, "parts": {"text_encoder": True},
         "samples": {"prompts": ["zorb"], "every": 2},
     },
+    "shards": {
+        "mode": "finetune", "adapter": {"form": "none"}, "parts": {"text_encoder": True},
+        "samples": {"prompts": ["zorb"], "every": 2}, "memory": {"shard": True, "checkpointing": True},
+    },
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["weights", pytest.param("lora", marks=pytest.mark.full)])
+@pytest.fixture(scope="module", params=[pytest.param(each, marks=pytest.mark.full) for each in MODES])
 def results(
     request: pytest.FixtureRequest, narrow: Narrows, tmp_path_factory: pytest.TempPathFactory, settings: Settings
 ) -> tuple[Path, Path]:
@@ -104,7 +109,7 @@ def results(
 
 def test_two_processes_write_what_one_does(results: tuple[Path, Path]):
     assert all((folder / "run.safetensors").exists() for folder in results)
-    files = [load_file(folder / "run" / "step-00000004" / "weights.safetensors") for folder in results]
+    files = [state.read(folder / "run" / "step-00000004").tensors["weights"] for folder in results]
     assert files[0].keys() == files[1].keys()
     for key, tensor in files[0].items():
         torch.testing.assert_close(files[1][key], tensor, rtol=0, atol=1e-6)
@@ -115,7 +120,8 @@ def test_only_the_first_process_writes_and_reports(results: tuple[Path, Path]):
         sorted(
             str(path.relative_to(folder))
             for path in (folder / "run").rglob("*")
-            if path.parent.name not in ("texts", "tensorboard")  # their names depend on how they are divided, and times
+            if path.parent.name not in ("texts", "tensorboard")  # names depend on the processes, and times
+            and path.parent.parent.name == "run"
         )
         for folder in results
     )
@@ -126,10 +132,18 @@ def test_only_the_first_process_writes_and_reports(results: tuple[Path, Path]):
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
 
 
+def test_the_samples_show_the_same(results: tuple[Path, Path]):
+    one, two = (sorted((folder / "run" / "samples").glob("step*.png")) for folder in results)
+    assert [path.name for path in one] == [path.name for path in two]
+    for paths in zip(one, two):
+        first, second = (Image.open(path).convert("RGB") for path in paths)
+        assert max(high for _, high in ImageChops.difference(first, second).getextrema()) <= 2
+
+
 def written(folder: Path, batch: int, **values: Any) -> RunFolder:
     tensors = {"weights": {"a": torch.zeros(1)}, "optimizer": {"a.step": torch.zeros(1)}}
-    state = {"step": 5, "number": 5, "best": None, "ema_updates": 0, "settings": {"batch": batch}, **values}
-    save(folder, State(tensors, state), keep=9)
+    usual = {"step": 5, "number": 5, "best": None, "ema_updates": 0, "settings": {"batch": batch}}
+    save(folder, State(tensors, {**usual, **values}), keep=9)
     return RunFolder(folder)
 
 

@@ -53,7 +53,7 @@ from gouache.generate.request import Request
 from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.prompts.chunks import chunk
-from gouache.training import checkpointing, memory, optimizers
+from gouache.training import checkpointing, memory, optimizers, sharding
 from gouache.training.batch import Batch
 from gouache.training.batches import Batches, Options
 from gouache.training.concept_objective import ConceptObjective, ConceptValidation
@@ -151,6 +151,8 @@ def prepared(
     check_model(settings, user)
     if world.size > 1 and settings.mode == "slider":
         raise RequestError("mode", "slider trains in one process; start it without torchrun")
+    if settings.memory.shard:
+        _check_shard(settings)
     settings = _equal_dtype(settings, user, world)
     with ExitStack() as leaving:
         leaving.callback(memory.limit_heap, 12)
@@ -162,6 +164,8 @@ def prepared(
         if settings.model.zero_terminal_snr:  # only now: the class is painted as the model is
             model.core.schedule = model.schedule.zero_terminal_snr()
         target = make_target(settings, model, user)
+        if settings.memory.shard and world.size > 1:
+            sharding.shard(target.networks.values(), world)
         leaving.callback(target.detach)
         for note in target.notes:
             on_note(note)
@@ -207,6 +211,15 @@ def _without_pictures(
     memory.limit_heap(12)
     batches = ConceptBatches(concepts, sliders.size_of(concepts, model.size))
     return Prepared(settings, model, target, objective, pictures, batches, validation)
+
+
+def _check_shard(settings: RunSettings) -> None:
+    """Raises RequestError for what sharded weights do not do."""
+    if settings.result != "model":
+        raise RequestError("memory.shard", "is for trained weights (mode finetune); others are small, leave it out")
+    if settings.loss.prior == "model":
+        raise RequestError("memory.shard", "does not keep the weights before training, which loss.prior = model needs")
+    sharding.check(settings.train.optimizer, settings.train.rounding)
 
 
 def _equal_dtype(settings: RunSettings, user: Settings, world: World) -> RunSettings:

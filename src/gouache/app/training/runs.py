@@ -29,7 +29,7 @@ from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import loop, memory, run_settings, state
 from gouache.training.aliases import EPOCHS
-from gouache.training.distributed import World, processes
+from gouache.training.distributed import ALONE, World, processes
 from gouache.training.loop import Progress, Result
 from gouache.training.overrides import with_overrides
 from gouache.training.position import Position
@@ -174,8 +174,10 @@ def _run(
                     on_note(_resumed(settings, folder, position))
 
             def paint(step: int, ending: str) -> None:
-                if world.is_main:
-                    _paint(ready, samples, step, ending, on_note)
+                if settings.memory.shard and world.size > 1:
+                    _paint(ready, samples, step, ending, on_note, world)
+                elif world.is_main:
+                    _paint(ready, samples, step, ending, on_note, ALONE)
 
             def progress(measured: Progress) -> None:
                 if board is not None:
@@ -327,12 +329,12 @@ def _samples(ready: Prepared, folder: RunFolder) -> Samples:
     return Samples(ready.model, requests_of(ready.settings, ready.pictures.training, size), folder.samples)
 
 
-def _paint(ready: Prepared, samples: Samples, step: int, ending: str, on_note: OnNote) -> None:
+def _paint(ready: Prepared, samples: Samples, step: int, ending: str, on_note: OnNote, world: World) -> None:
     """A sample that cannot be painted does not end a run."""
     try:
         memory.trim()  # what the steps leave is in small pieces
         ready.model.reload("text encoder")  # before a prompt attaches adapters to it
-        samples.paint(step, ending)
+        samples.paint(step, ending, world)
     except GouacheError as error:
         on_note(f"no samples at step {step}: {error}")
     except (MemoryError, RuntimeError) as error:

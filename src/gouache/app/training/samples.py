@@ -20,6 +20,7 @@ from gouache.generate.picture import read_recipe
 from gouache.generate.request import Request
 from gouache.images.sheet import sheet
 from gouache.model.model import Model
+from gouache.training.distributed import ALONE, World
 from gouache.training.run_settings import RunSettings
 
 SHEET = "sheet.png"
@@ -47,18 +48,23 @@ class Samples:
         self._requests = [each for each in requests for _ in strengths or (1.0,)]
         self._strengths = [strength for _ in requests for strength in strengths]
 
-    def paint(self, step: int, ending: str = "") -> Path:
+    def paint(self, step: int, ending: str = "", world: World = ALONE) -> Path:
         """The pictures after `step` steps; returns the contact sheet. `ending` "" or `LAST`.
 
-        Those that a run painted before it was stopped are kept. Raises GouacheError if they cannot be painted.
+        Those that a run painted before it was stopped are kept. Where weights are divided among the processes of a
+        `world`, all of them call this, and the main one saves. Raises GouacheError if they cannot be painted.
         """
+        paths = [self._folder / f"step-{step:08d}-{number:02d}{ending}.png" for number in range(len(self._requests))]
+        painted = world.of_main([_shows(*each) for each in zip(paths, self._requests)])
         for number, request in enumerate(self._requests):
-            path = self._folder / f"step-{step:08d}-{number:02d}{ending}.png"
-            if not _shows(path, request):
-                if self._strengths:
-                    self._set_strength(self._strengths[number])
-                next(iter(run.paint(self._model, request))).save(path)
-        return self._write_sheet()
+            if painted[number]:
+                continue
+            if self._strengths:
+                self._set_strength(self._strengths[number])
+            picture = next(iter(run.paint(self._model, request)))
+            if world.is_main:
+                picture.save(paths[number])
+        return self._write_sheet() if world.is_main else self._folder / SHEET
 
     def forget(self, after: int) -> None:
         """Remove the pictures of later steps, which other settings will paint differently. Raises FileError."""
