@@ -16,7 +16,7 @@ import torch
 from gouache.diffusion.conditioning import Conditioning
 from gouache.diffusion.schedule import Schedule
 from gouache.training import sharding
-from gouache.training.batch import Batch, Part, rows_of
+from gouache.training.batch import Batch, Part, part_rows
 from gouache.training.denoising import Denoising
 from gouache.training.distributed import World, processes
 from gouache.training.loop import Batches, train
@@ -66,7 +66,7 @@ def part_of(batch: Batch, world: World) -> Batch:
     if world.size == 1:
         return batch
     count = len(batch)
-    own = rows_of(world.rank, world.size, count)
+    own = part_rows(world.rank, world.size, count)
     rows = own or range(1)
     index = slice(rows.start, rows.stop)
     assert batch.weights is not None and batch.mask is not None and batch.regularization is not None

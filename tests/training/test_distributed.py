@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gouache.errors import RequestError
 from gouache.training import state
-from gouache.training.batch import rows_of
+from gouache.training.batch import part_rows
 from gouache.training.distributed import ALONE, World, processes
 
 from .data_sets import Encoders, batches, data_set
@@ -116,7 +116,7 @@ def test_the_parts_of_a_batch_are_its_rows_and_their_mean_loss_is_that_of_the_ba
         latents, contexts, names, total = [], [], [], 0.0
         for world, share in zip(worlds, shares):
             assert share.conditioning is not None and share.weights is not None
-            if rows_of(world.rank, 3, len(whole)):
+            if part_rows(world.rank, 3, len(whole)):
                 latents.append(share.latents)
                 contexts.append(share.conditioning.context)
                 names += share.names

@@ -41,7 +41,7 @@ class Part:
         return self.captions[chunks.index(max(chunks))] if max(chunks) > max(chunks[self.own]) else None
 
 
-def rows_of(rank: int, size: int, count: int) -> range:
+def part_rows(rank: int, size: int, count: int) -> range:
     """The rows of a batch of `count` that process `rank` of `size` has: none if there are fewer rows than processes."""
     return range(count * rank // size, count * (rank + 1) // size)
 

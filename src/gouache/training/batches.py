@@ -30,7 +30,7 @@ from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
 from gouache.prompts.encode import Sizes, add_sizes
 from gouache.prompts.recipe import TextRecipe
-from gouache.training.batch import Batch, Part, rows_of
+from gouache.training.batch import Batch, Part, part_rows
 from gouache.training.distributed import ALONE, World
 from gouache.training.inpainting import draw_mask
 from gouache.training.latent_cache import LatentCache
@@ -56,8 +56,8 @@ class Options:
     are seen per epoch, in turn, see `data.epochs.balance`. `workers` threads read and decode ahead; with 0 that happens
     when a batch is requested. `device` is that of the batches. Pictures in shards are shuffled within `window` shards,
     see `Plan`; 0: over all. `on_damaged` receives a line for a picture that cannot be read when it is needed, which
-    then counts nothing; without it that is an error. With several processes
-    in `world`, each makes its part of every batch, see `Batch.part`, and its share of the caches.
+    then counts nothing; without it that is an error. With several processes in `world`, each makes its part of every
+    batch, see `Batch.part`, and its share of the caches.
     """
 
     buckets: tuple[Buckets, ...]
@@ -322,7 +322,7 @@ class Batches:
             return _Read([self._load(example) for example in examples])
         captions = tuple(example.caption for example in examples)
         # Without a row of its own, a process computes the loss of another one's with a weight of 0.
-        rows = rows_of(world.rank, world.size, len(examples)) or range(1)
+        rows = part_rows(world.rank, world.size, len(examples)) or range(1)
         part = Part(
             rows, len(examples), world.size, captions,
             tuple(map(self._chunks, captions)) if self._chunks is not None else (),
@@ -383,7 +383,7 @@ class Batches:
             whole = torch.ones_like(latents[0, :1], device="cpu")
             mask = torch.stack([entry.get("mask", whole) for entry in entries]).to(device)
         # A short batch counts by its size, so that every picture counts the same.
-        count = len(loaded) if part is None else len(rows_of(world.rank, world.size, part.count)) * world.size
+        count = len(loaded) if part is None else len(part_rows(world.rank, world.size, part.count)) * world.size
         share = count / self.plan.full(number)
         sizes = tuple(
             Sizes(example.view.crop.size, example.view.crop.original, example.view.corner) for example in examples

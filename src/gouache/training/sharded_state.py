@@ -25,7 +25,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], sharded: Mapping[str, nn.
     A tensor belongs to the parameter of `sharded` whose name it has, perhaps followed by the key of an optimizer's
     state. If it has the shape of this process's part of that parameter, it is a part too.
     """
-    import torch.distributed.checkpoint as dcp
+    dcp = _dcp()
 
     values = {name: _as_part(tensor, _owner(name, sharded)) for name, tensor in tensors.items()}
     dcp.save(values, storage_writer=dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True))
@@ -61,7 +61,7 @@ def reader(sharded: Mapping[str, nn.Parameter], rank: int, size: int) -> Read:
 
 
 def _load(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], Tensor]) -> dict[str, Any]:
-    import torch.distributed.checkpoint as dcp
+    dcp = _dcp()
 
     source = dcp.HuggingFaceStorageReader(str(folder))
     values = {
@@ -72,6 +72,12 @@ def _load(folder: Path, empty: Callable[[str, torch.Size, torch.dtype], Tensor])
         warnings.simplefilter("ignore", UserWarning)  # that there is one process
         dcp.load(values, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=True)
     return values
+
+
+def _dcp() -> Any:
+    import torch.distributed.checkpoint
+
+    return torch.distributed.checkpoint
 
 
 def _owner(name: str, sharded: Mapping[str, nn.Parameter]) -> nn.Parameter | None:
