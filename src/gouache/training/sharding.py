@@ -69,7 +69,7 @@ def collect(parameters: Mapping[str, nn.Parameter], parts: Mapping[str, nn.Param
 def check(optimizer: str, rounding: str) -> None:
     """Raises RequestError for settings that sharded weights do not have, and for a torch that is too old."""
     try:
-        from torch.distributed.checkpoint import HuggingFaceStorageReader  # type: ignore[reportPrivateImportUsage]  # noqa: F401, I001
+        from torch.distributed.checkpoint import HuggingFaceStorageReader  # type: ignore[reportPrivateImportUsage]  # noqa: F401
     except ImportError:
         raise RequestError(
             "memory.shard", f"needs a newer torch, which writes checkpoints in parts; this is {torch.__version__}"
