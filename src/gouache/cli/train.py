@@ -142,7 +142,7 @@ def pretrain(
     output: Out = None, steps: Steps = None, settings: Set = None, dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
-    """Train a Stable Diffusion 1 from nothing, part by part: autoencoder, text encoder, U-Net. Each result is a model."""
+    """Train a model from nothing, part by part: autoencoder, text encoder, U-Net. Each result is a whole model."""
     given = [f"pretrain.part={json.dumps(part)}"]
     if size and model:
         raise RequestError("size", "and --model exclude each other: a model has its size; leave out one of them")

@@ -37,6 +37,8 @@ TRAINABLE = ("sd1", "sd2", "sdxl")
 SIZES = ("tiny", "small", "sd1")
 _FULL_WIDTH = 320  # channels of the first level of a released U-Net; narrower ones learn at higher rates
 _EPOCHS = EPOCHS.partition(".")[2]
+_PASSES = {"lora": 100, "dreambooth": 200, "finetune": 20, "embedding": 200, "hypernetwork": 200, "pretrain": 100}
+_AVERAGED = ("dreambooth", "finetune", "pretrain")
 _RATES_OF_MODES = {"embedding": 5e-3, "hypernetwork": 5e-5, "pretrain": 1e-4}  # as A1111's users choose them
 _RATES = {"lion": 0.2, "schedule-free": 5.0}  # relative to AdamW's
 
@@ -70,9 +72,7 @@ def choose(
     if size := given.get("pretrain", {}).get("initial_size"):
         model = str(pretraining.initial_model(str(size), int(given["train"].get("seed", 0)), settings))
     elif mode == "pretrain" and not model:
-        raise RequestError(
-            "size", f"is missing: begin with random weights, --size {' | '.join(SIZES)}, or name a model"
-        )
+        raise RequestError("size", f"is missing: name one of random weights, {', '.join(SIZES)}, or a model with -m")
     file = open_model(names.resolve(str(given.get("model", {}).get("name") or model), settings))
     found = identify(file)
     spec = trainable(found)
@@ -199,9 +199,7 @@ def _training(
 ) -> dict[str, Any]:
     batch = 1 if device == "cpu" and not small else 4 if pictures >= 16 else 2 if pictures >= 4 else 1
     # Adapters train some 100 passes over a small set and ever fewer over larger ones.
-    passes = {"lora": 100, "dreambooth": 200, "finetune": 20, "embedding": 200, "hypernetwork": 200, "pretrain": 100}[
-        mode
-    ]
+    passes = _PASSES[mode]
     usual = pictures * passes / batch / max(1.0, math.log2(max(2, pictures) / 8))
     chosen = steps if steps is not None else int(min(4000, max(300, round(usual, -2))))
     # All weights at once need a smaller rate than low-rank factors, those of a few pictures the smallest.
@@ -216,9 +214,7 @@ def _training(
         **({"schedule": "constant"} if optimizer == "schedule-free" else {}),
         "warmup": min(100, chosen // 10),
         "weight_decay": 0.01,
-        "ema_decay": 0.0
-        if mode not in ("dreambooth", "finetune", "pretrain") or optimizer == "schedule-free"
-        else 0.999,
+        "ema_decay": 0.999 if mode in _AVERAGED and optimizer != "schedule-free" else 0.0,
         "log_steps": max(1, min(50, chosen // 100)),
         # Some ten validations, so that over-fitting can be seen; in short runs each costs as much as some steps.
         "validate_steps": min(1000, max(10, chosen // 10)),

@@ -24,8 +24,8 @@ Start = Literal["last", "ema"]
 
 @dataclass(frozen=True)
 class WeightsOptions:
-    """`parts` are the trained components (unet, text_encoder, text_encoder_2, vae), `rates` the factors of their learning
-    rates (1 if absent), `stop_after` the number of batches after which a part is not trained any more.
+    """`parts` are the trained components (unet, text_encoder, text_encoder_2, vae), `rates` the factors of their
+    learning rates (1 if absent), `stop_after` the number of batches after which a part is not trained any more.
 
     `start`: from the last weights of the file or from their averages (EMA). `in_channels`: the U-Net is given that many
     input channels (`targets.widen`); 0 keeps those it has. `keep_base`: keep the weights as they were before training,
