@@ -130,6 +130,27 @@ def slider(
 
 
 @app.command()
+def pretrain(
+    part: Annotated[str, Argument(metavar="vae|text|unet", help="The part that is trained.", show_default=False)],
+    data: Data,
+    model: Annotated[
+        str, Option("--model", "-m", help="The model to go on with; without it --size.", show_default=False)
+    ] = "",
+    size: Annotated[
+        str, Option(help="Begin with random weights: tiny, small or sd1 (the released size).", show_default=False)
+    ] = "",
+    output: Out = None, steps: Steps = None, settings: Set = None, dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+) -> None:  # fmt: skip
+    """Train a model from nothing, part by part: autoencoder, text encoder, U-Net. Each result is a whole model."""
+    given = [f"pretrain.part={json.dumps(part)}"]
+    if size and model:
+        raise RequestError("size", "and --model exclude each other: a model has its size; leave out one of them")
+    given += [f"pretrain.initial_size={json.dumps(size)}"] if size else []
+    _start("pretrain", data, model, output, "", "", steps, [*given, *(settings or [])], dry_run, overwrite)
+
+
+@app.command()
 def new(
     mode: Annotated[str, Argument(help="What to train, such as lora or embedding.", show_default=False)],
     data: Data,
@@ -313,7 +334,8 @@ def _finished(finished: Finished) -> None:
     if finished.rank:
         return
     print(shown(finished.path))
-    print(f"to paint with it: {finished.command}", file=sys.stderr)
+    purpose = "go on" if finished.command.startswith("gouache train") else "paint with it"
+    print(f"to {purpose}: {finished.command}", file=sys.stderr)
 
 
 def _report(runs: list[str], output: Path) -> None:

@@ -64,17 +64,26 @@ class Reconstruction:
         }
 
     def losses(self, batch: Pictures, step: int) -> Mapping[str, Tensor]:
+        decoded, kl = self.decoded(batch, step_generator(self.seed, step))
+        return self.terms(decoded, batch.images, kl)
+
+    def decoded(self, batch: Pictures, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        """The pictures decoded from sampled latents, or with `generator` None from their means, and the mean KL."""
         with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=self.autocast):
             if batch.latents is None:
                 moments = self.vae.encode(batch.images)
-                noise = torch.randn(moments.mean.shape, generator=step_generator(self.seed, step))
-                latents = moments.sample(noise.to(moments.mean))
+                latents = moments.mean
+                if generator is not None:
+                    latents = moments.sample(torch.randn(latents.shape, generator=generator).to(latents))
                 kl = moments.kl().mean()
             else:
                 latents, kl = batch.latents, torch.zeros((), device=batch.latents.device)
-            decoded = self.vae.decode(latents).float()
-        scales, edges = pyramid(decoded, batch.images), edge_difference(decoded, batch.images)
-        structure = 1 - ssim(decoded, batch.images).mean()
+            return self.vae.decode(latents).float(), kl
+
+    def terms(self, decoded: Tensor, images: Tensor, kl: Tensor) -> dict[str, Tensor]:
+        """The losses of `decoded` pictures; "loss" is their weighted sum."""
+        scales, edges = pyramid(decoded, images), edge_difference(decoded, images)
+        structure = 1 - ssim(decoded, images).mean()
         loss = scales + edges + self.structure * structure + self.kl * kl
         return {"loss": loss, "scales": scales, "edges": edges, "structure": structure, "kl": kl}
 

@@ -19,7 +19,7 @@ from gouache.errors import FileError, RequestError, printable
 from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training.settings import Settings, setting
 
-Mode = Literal["lora", "dreambooth", "finetune", "embedding", "hypernetwork", "slider"]
+Mode = Literal["lora", "dreambooth", "finetune", "embedding", "hypernetwork", "slider", "pretrain"]
 MODES = get_args(Mode)
 Result = Literal["model", "adapter", "embedding", "hypernetwork"]
 """What kind of file a run writes."""
@@ -185,6 +185,18 @@ class SliderSettings(Table):
     strengths: list[float] = setting([-2.0, 0.0, 2.0], "Samples are painted at each.", min_length=1)
 
 
+class PretrainSettings(Table):
+    part: Literal["vae", "text", "unet"] = setting("unet", "What is trained: vae, text (the text encoder) or unet.")
+    initial_size: Literal["", "tiny", "small", "sd1"] = setting(
+        "", "Begin with random weights of this size, by train.seed; empty: with those of model.name."
+    )
+    kl: float = setting(1e-6, "VAE: weight of the KL divergence of latents from a normal distribution.", ge=0)
+    ssim: float = setting(0.1, "VAE: weight of structural similarity.", ge=0)
+    perceptual: float = setting(0.1, "VAE: weight of the distance in the features of a random network.", ge=0)
+    adversarial: float = setting(0.0, "VAE: weight of a patch discriminator; 0: none. 0.5 is usual.", ge=0)
+    adversarial_start: int = setting(0, "Steps before the discriminator begins.", ge=0)
+
+
 class PartsSettings(Table):
     unet: bool = setting(True, "Train the U-Net.")
     text_encoder: bool = setting(False, "Train the text encoder (SDXL: both).")
@@ -270,6 +282,7 @@ class RunSettings(Table):
     adapter: AdapterSettings = AdapterSettings()
     embedding: EmbeddingSettings = EmbeddingSettings()
     hypernetwork: HypernetworkSettings = HypernetworkSettings()
+    pretrain: PretrainSettings = PretrainSettings()
     slider: SliderSettings = SliderSettings()
     parts: PartsSettings = PartsSettings()
     train: Settings
@@ -283,6 +296,8 @@ class RunSettings(Table):
         """What kind of file the run writes; the weights of the model are trained for a "model" alone."""
         if self.mode in ("embedding", "hypernetwork"):
             return self.mode
+        if self.mode == "pretrain":
+            return "model"
         return "model" if self.adapter.form == "none" else "adapter"
 
 

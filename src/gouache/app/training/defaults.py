@@ -12,7 +12,7 @@ import torch
 
 from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training import pictures, sliders
+from gouache.app.training import pictures, pretraining, sliders
 from gouache.data import folders
 from gouache.data.dataset import DataSet
 from gouache.data.listing import CAPTIONS
@@ -34,9 +34,12 @@ from gouache.training.run_settings import MODES, RunSettings
 from gouache.training.targets.options import FORMS, RANKED
 
 TRAINABLE = ("sd1", "sd2", "sdxl")
+SIZES = ("tiny", "small", "sd1")
 _FULL_WIDTH = 320  # channels of the first level of a released U-Net; narrower ones learn at higher rates
 _EPOCHS = EPOCHS.partition(".")[2]
-_RATES_OF_MODES = {"embedding": 5e-3, "hypernetwork": 5e-5}  # as A1111's users choose them
+_PASSES = {"lora": 100, "dreambooth": 200, "finetune": 20, "embedding": 200, "hypernetwork": 200, "pretrain": 100}
+_AVERAGED = ("dreambooth", "finetune", "pretrain")
+_RATES_OF_MODES = {"embedding": 5e-3, "hypernetwork": 5e-5, "pretrain": 1e-4}  # as A1111's users choose them
 _RATES = {"lion": 0.2, "schedule-free": 5.0}  # relative to AdamW's
 
 
@@ -66,6 +69,10 @@ def choose(
     given_data = given.get("data", {})
     folder = str(given_data.get("folder") or Path(data))
     trigger, class_word = given_data.get("trigger") or trigger, given_data.get("class_word") or class_word
+    if size := given.get("pretrain", {}).get("initial_size"):
+        model = str(pretraining.initial_model(str(size), int(given["train"].get("seed", 0)), settings))
+    elif mode == "pretrain" and not model:
+        raise RequestError("size", f"is missing: name one of random weights, {', '.join(SIZES)}, or a model with -m")
     file = open_model(names.resolve(str(given.get("model", {}).get("name") or model), settings))
     found = identify(file)
     spec = trainable(found)
@@ -102,6 +109,8 @@ def choose(
         chosen["data"] |= {"stream": True, "cache": False}
     if mode == "dreambooth":
         _dreambooth(chosen, given, count)
+    if mode == "pretrain":
+        _pretrain(chosen, given)
     if mode == "embedding":
         _embedding(chosen, dataset)
     elif given.get("embedding", {}).get("vectors"):
@@ -190,7 +199,7 @@ def _training(
 ) -> dict[str, Any]:
     batch = 1 if device == "cpu" and not small else 4 if pictures >= 16 else 2 if pictures >= 4 else 1
     # Adapters train some 100 passes over a small set and ever fewer over larger ones.
-    passes = {"lora": 100, "dreambooth": 200, "finetune": 20, "embedding": 200, "hypernetwork": 200}[mode]
+    passes = _PASSES[mode]
     usual = pictures * passes / batch / max(1.0, math.log2(max(2, pictures) / 8))
     chosen = steps if steps is not None else int(min(4000, max(300, round(usual, -2))))
     # All weights at once need a smaller rate than low-rank factors, those of a few pictures the smallest.
@@ -205,7 +214,7 @@ def _training(
         **({"schedule": "constant"} if optimizer == "schedule-free" else {}),
         "warmup": min(100, chosen // 10),
         "weight_decay": 0.01,
-        "ema_decay": 0.0 if mode not in ("dreambooth", "finetune") or optimizer == "schedule-free" else 0.999,
+        "ema_decay": 0.999 if mode in _AVERAGED and optimizer != "schedule-free" else 0.0,
         "log_steps": max(1, min(50, chosen // 100)),
         # Some ten validations, so that over-fitting can be seen; in short runs each costs as much as some steps.
         "validate_steps": min(1000, max(10, chosen // 10)),
@@ -243,6 +252,15 @@ def _embedding(chosen: dict[str, Any], dataset: DataSet) -> None:
     if all(record.captions == (plain,) for record in dataset.records):
         data["template"] = "subject"
     chosen["embedding"] = {"vectors": 1}
+
+
+def _pretrain(chosen: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Latent diffusion learns from captions that are sometimes missing; the two other parts see pictures, uncached."""
+    data, part = chosen["data"], given.get("pretrain", {}).get("part", "unet")
+    if part == "unet":
+        data["caption_dropout"] = 0.1
+    else:
+        data["cache"] = False
 
 
 def _resume(steps: int, file: ModelFile) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import torch
 from gouache.app import machine
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import memory_use, prepare, sliders
+from gouache.app.training import memory_use, prepare, pretraining, sliders
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.memory_use import MemoryUse, available
@@ -103,6 +103,7 @@ class Estimate:
 
 def estimate(settings: RunSettings, folder: RunFolder, user: Settings, *, on_note: OnNote) -> Estimate:
     """Nothing is written but for temporary files. Raises GouacheError for whatever a run would refuse."""
+    settings = pretraining.with_initial_model(settings, user)
     _, found = prepare.check_model(settings, user)
     device = residency.device(settings.device or user.device)
     class_pictures = settings.data.class_pictures if paints_class(settings) else 0

@@ -19,6 +19,7 @@ from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_json, read_text
 from gouache.training import state
 from gouache.training.concept_objective import ConceptObjective
+from gouache.training.pretraining.target import AutoencoderTarget
 from gouache.training.run_settings import RunSettings
 from gouache.training.state import State
 from gouache.training.target import Target
@@ -73,6 +74,8 @@ def export(
     model = prepare.load_model(loaded, user, note)
     target = make_target(loaded, model, user)
     try:
+        if isinstance(target, AutoencoderTarget):
+            target.pictures = prepare.measured_pictures(loaded, run, model, target, user, note)
         write(target, settings, checkpoint, choice, output, metadata=read_metadata(run), overwrite=overwrite)
     finally:
         target.detach()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import prepare, sliders
+from gouache.app.training import prepare, pretraining, sliders
 from gouache.app.training.objective import make_concept_objective, make_objective
 from gouache.app.training.sliders import ConceptBatches
 from gouache.data.buckets import Size
@@ -86,6 +86,11 @@ def memory_use(
         size = concept.size or model.size
         latents = _latents(simulated, model, size, concept.batch or settings.train.batch)
         batch = Draws(concept, 1, Sizes(size), latents)
+    elif pretraining.trains_on_pictures(settings):
+        size, count = _largest(batches, settings.train.batch)
+        objective = pretraining.make_objective(settings, model, batches, user)
+        simulated.convert(*(each for name, each in objective.networks.items() if name not in networks))
+        batch = Batch(simulated.empty(count, 3, size[1], size[0]), captions=("a",) * count)
     else:
         objective = make_objective(settings, model, target, batches, user, settings.data.caption_dropout)
         size, count = _largest(batches, settings.train.batch)

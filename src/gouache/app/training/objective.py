@@ -44,9 +44,9 @@ def make_objective(
         dropout=caption_dropout,
         gamma=loss.gamma,
         weighting=loss.weighting,
-        autocast=_autocast(settings, model, user),
+        autocast=autocast_of(settings, model, user),
         data=batches.identity,
-        base=_base_of(model, user),
+        base=base_of(model, user),
         target=target,
         encode=encode_text,
         noise=NoiseOptions(
@@ -91,8 +91,8 @@ def make_concept_objective(
         weighting=settings.loss.weighting,
         gamma=settings.loss.gamma,
         recipe=model.text_recipe,
-        autocast=_autocast(settings, model, user),
-        base=_base_of(model, user),
+        autocast=autocast_of(settings, model, user),
+        base=base_of(model, user),
     )
 
 
@@ -116,14 +116,14 @@ def timesteps_of(settings: RunSettings, levels: int) -> Timesteps:
     return Timesteps(loss.timesteps, shift=loss.timestep_shift, first=first, last=last)
 
 
-def _base_of(model: Model, user: Settings) -> str:
+def base_of(model: Model, user: Settings) -> str:
     """What frozen weights are: the hashes of the model file and of a VAE from another file."""
     parts = [hashes.sha256(model.file, user)]
     parts += [hashes.sha256(model.vae_file, user)] if model.vae_file is not None else []
     return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
-def _autocast(settings: RunSettings, model: Model, user: Settings) -> bool:
+def autocast_of(settings: RunSettings, model: Model, user: Settings) -> bool:
     if settings.memory.autocast != "auto":
         return settings.memory.autocast == "yes"
     if model.dtype != torch.float32:

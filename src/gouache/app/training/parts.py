@@ -8,13 +8,14 @@ from pathlib import Path
 from gouache.adapters.embedding import Vectors, bundled_vectors, check_widths, vectors_of
 from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training import sliders
+from gouache.app.training import pretraining, sliders
 from gouache.errors import RequestError
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import bundled
 from gouache.model.inpainting import CHANNELS
 from gouache.model.model import Model
+from gouache.training.pretraining.target import AutoencoderTarget, PartTarget
 from gouache.training.run_settings import AdapterSettings, HypernetworkSettings, RunSettings, Table
 from gouache.training.target import Target
 from gouache.training.targets.adapter import AdapterTarget
@@ -33,6 +34,8 @@ def make_target(settings: RunSettings, model: Model, user: Settings) -> Target:
     """What is trained, on `model`. Raises RequestError or ModelError if the model has no such parts."""
     options, seed = options_of(settings, list(model.text_encoders)), settings.train.seed
     if isinstance(options, WeightsOptions):
+        if pretraining.trains_on_pictures(settings):
+            return (AutoencoderTarget if options.parts == ("vae",) else PartTarget)(model, options)
         return WeightsTarget(model, options)
     start = start_file(settings, user)
     file = None if start is None else open_model(start)
@@ -70,6 +73,8 @@ def options_of(settings: RunSettings, encoders: Sequence[str]) -> Options:
     Raises RequestError for settings that do not go together.
     """
     _check_effects(settings)
+    if settings.mode == "pretrain":
+        return WeightsOptions((pretraining.PARTS[settings.pretrain.part],), start=settings.model.weights)
     if settings.result == "embedding":
         return _embedding(settings, max(1, settings.embedding.vectors))
     if settings.result == "hypernetwork":
@@ -138,24 +143,26 @@ _FORMS_OF = {"alpha": SCALED, "conv_alpha": SCALED, "alphas": SCALED, "rank": RA
 
 
 _WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
-    "model": ("embedding", "hypernetwork"),
-    "adapter": ("hypernetwork",),
-    "embedding": ("adapter", "parts", "hypernetwork"),
-    "hypernetwork": ("adapter", "parts", "embedding"),
+    "model": ("embedding", "hypernetwork", "pretrain"),
+    "adapter": ("hypernetwork", "pretrain"),
+    "embedding": ("adapter", "parts", "hypernetwork", "pretrain"),
+    "hypernetwork": ("adapter", "parts", "embedding", "pretrain"),
+    "pretrain": ("adapter", "parts", "embedding", "hypernetwork"),
 }
-"""Tables of settings that do not concern a kind of result."""
+"""Tables of settings that do not concern a kind of result, or the mode pretrain."""
 
 
 def _check_effects(settings: RunSettings) -> None:
     """Raises RequestError for a setting that would have no effect, or a wrong one, on what is trained."""
     sliders.check(settings)
     adapter, result = settings.adapter, settings.result
-    for table in _WITHOUT_EFFECT[result]:
+    pretrains = settings.mode == "pretrain"
+    for table in _WITHOUT_EFFECT["pretrain" if pretrains else result]:
         usual = RunSettings.model_fields[table].default
         if changed := [name for name in _changed(getattr(settings, table), usual) if name != "start"]:
-            what = "trained weights" if result == "model" else f"the mode {settings.mode}"
+            what = "trained weights" if result == "model" and not pretrains else f"the mode {settings.mode}"
             raise RequestError(f"{table}.{changed[0]}", f"has no effect on {what}; leave it out")
-    if result in ("embedding", "hypernetwork"):
+    if pretrains or result in ("embedding", "hypernetwork"):
         return
     for name in _changed(adapter, AdapterSettings()):
         if adapter.form == "none" and name != "form":

@@ -16,7 +16,7 @@ from torch import nn
 from gouache.app import hashes, loading, machine, names
 from gouache.app.model import Model
 from gouache.app.settings import Settings
-from gouache.app.training import class_pictures, sliders
+from gouache.app.training import class_pictures, pretraining, sliders
 from gouache.app.training.batch_changes import batch_changes
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
@@ -40,8 +40,10 @@ from gouache.app.training.pictures import (
     read_pictures,
     sides,
 )  # fmt: skip
+from gouache.app.training.pretraining import PictureValidation
 from gouache.app.training.sliders import ConceptBatches
 from gouache.data import captions
+from gouache.data.buckets import Buckets
 from gouache.data.record import PictureOptions, Record
 from gouache.data.shard_records import ShardRecords
 from gouache.errors import RequestError, TrainingError, printable
@@ -61,6 +63,7 @@ from gouache.training.denoising import Denoising
 from gouache.training.distributed import ALONE, World
 from gouache.training.latent_cache import LatentCache, identity_of
 from gouache.training.objective import Group
+from gouache.training.pretraining.target import AutoencoderTarget
 from gouache.training.run_settings import RunSettings
 from gouache.training.target import Target
 from gouache.training.text_cache import TextCache
@@ -76,10 +79,10 @@ class Prepared:
     settings: RunSettings
     model: Model
     target: Target
-    objective: Denoising | ConceptObjective
+    objective: Denoising | ConceptObjective | pretraining.Objective
     pictures: Pictures
     batches: Batches | ConceptBatches
-    validation: Validation | ConceptValidation
+    validation: Validation | ConceptValidation | PictureValidation
 
     @property
     def resolution(self) -> tuple[int, int]:
@@ -149,8 +152,9 @@ def prepared(
     are those that were read before. Several processes of a `world` fill the caches together. Raises GouacheError.
     """
     check_model(settings, user)
-    if world.size > 1 and settings.mode == "slider":
-        raise RequestError("mode", "slider trains in one process; start it without torchrun")
+    if world.size > 1 and (settings.mode == "slider" or pretraining.trains_on_pictures(settings)):
+        what = "slider" if settings.mode == "slider" else f"pretrain (part {settings.pretrain.part})"
+        raise RequestError("mode", f"{what} trains in one process; start it without torchrun")
     if settings.memory.shard:
         _check_shard(settings)
     settings = _equal_dtype(settings, user, world)
@@ -175,6 +179,9 @@ def prepared(
         batches = leaving.enter_context(
             make_batches(settings, folder, model, target, pictures.training, on_note=on_note, world=world)
         )
+        if pretraining.trains_on_pictures(settings):
+            yield _on_pictures(settings, folder, model, target, pictures, batches, user)
+            return
         known = () if isinstance(pictures.training, ShardRecords) else batches.rows  # of others masks are not decoded
         masked = {row.record.path: row.content.counted for row in known if row.content.counted is not None}
         if masked:
@@ -229,6 +236,28 @@ def _equal_dtype(settings: RunSettings, user: Settings, world: World) -> RunSett
     device = residency.device(settings.device or user.device)
     dtype = world.of_main(_automatic_dtype(settings, device, user))
     return settings.model_copy(update={"memory": settings.memory.model_copy(update={"dtype": dtype})})
+
+
+def _on_pictures(
+    settings: RunSettings,
+    folder: RunFolder,
+    model: Model,
+    target: Target,
+    pictures: Pictures,
+    batches: Batches,
+    user: Settings,
+) -> Prepared:
+    """That of an autoencoder or a text encoder, whose batches have pictures."""
+    for network in target.networks.values() if settings.memory.checkpointing else ():
+        checkpointing.enable(network)
+    if isinstance(target, AutoencoderTarget):
+        target.pictures = lambda: pretraining.measured(batches)
+    objective = pretraining.make_objective(settings, model, batches, user)
+    held_out, probe, name = _validation_batches(settings, folder, model, target, pictures, None)
+    objective = replace(objective, validation=name)
+    memory.limit_heap(12)
+    validation = PictureValidation(objective, held_out, probe, name)
+    return Prepared(settings, model, target, objective, pictures, batches, validation)
 
 
 def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:
@@ -301,14 +330,18 @@ def make_batches(
     `on_note` receives a line for each damaged picture that is found in the stream of a large set.
     """
     data, cache = settings.data, cache_of(settings, folder)
-    latents = LatentCache(
-        latents_of(cache),
-        identity_of({"vae": model.vae}, scale=model.core.vae_scale),
-        model.encode,
-        channels=model.unet.spec.out_channels,
-    )
+    on_pictures, side = pretraining.trains_on_pictures(settings), pretraining.side_of_pictures(settings, model)
+    if on_pictures:  # batches have the pictures themselves
+        latents = LatentCache(None, "pictures", lambda picture: picture, channels=3)
+    else:
+        latents = LatentCache(
+            latents_of(cache),
+            identity_of({"vae": model.vae}, scale=model.core.vae_scale),
+            model.encode,
+            channels=model.unet.spec.out_channels,
+        )
     texts = None
-    if not target.trains_text:
+    if not target.trains_text and not on_pictures:
         identity = identity_of(model.text_encoders, clip_skip=settings.model.clip_skip)
         encode_text = text_encoder(settings, model)
         texts = TextCache(
@@ -316,12 +349,12 @@ def make_batches(
         )
     batch, changes = (settings.train.batch, ()) if validation else batch_changes(folder, settings, world.size)
     options = Options(
-        buckets_of(settings, model.size),
+        buckets_of(settings, model.size) if side is None else (Buckets((side, side), 8, fixed=True),),
         batch=batch,
         changes=changes,
         seed=settings.train.seed,
         variations=1 if validation else data.cache_variations,
-        inpainting=model.unet.spec.in_channels == INPAINTING_CHANNELS,
+        inpainting=model.unet.spec.in_channels == INPAINTING_CHANNELS and not on_pictures,
         balance=not validation,
         workers=data.workers,
         device=model.device,
@@ -369,6 +402,15 @@ def make_validation(
     on_note: OnNote | None = None,
 ) -> Validation:
     """The validation of the held-out pictures and of some of the training pictures, read into memory."""
+    held_out, probe, name = _validation_batches(settings, folder, model, target, pictures, on_note)
+    points = settings.validation.timesteps
+    return Validation(objective, held_out, probe, points, f"{points} timesteps of {name}")
+
+
+def _validation_batches(
+    settings: RunSettings, folder: RunFolder, model: Model, target: Target, pictures: Pictures, on_note: OnNote | None
+) -> tuple[list[Batch], list[Batch], str]:
+    """(batches of the held-out pictures, of some of the training pictures, what identifies them)."""
     plain = pictures.training
     if not isinstance(plain, ShardRecords):
         plain = [record for record in plain if not record.regularization]
@@ -380,9 +422,21 @@ def make_validation(
         with make_batches(settings, folder, model, target, records, validation=True, on_note=on_note) as batches:
             return [batches(number) for number in range(len(batches))], batches.identity
 
-    points = settings.validation.timesteps
     (held_out, name), (training, name_of_training) = all_of(pictures.held_out), all_of(probe)
-    return Validation(objective, held_out, training, points, f"{points} timesteps of {name or name_of_training}")
+    return held_out, training, name or name_of_training
+
+
+def measured_pictures(
+    settings: RunSettings, folder: RunFolder, model: Model, target: Target, user: Settings, on_note: OnNote
+) -> Callable[[], Iterator[torch.Tensor]]:
+    """The pictures whose latents are measured when the autoencoder of a run is exported, read when they are needed."""
+
+    def read() -> Iterator[torch.Tensor]:
+        records = read_pictures(settings, folder, lambda line: None, user).training
+        with make_batches(settings, folder, model, target, records, on_note=on_note) as batches:
+            yield from pretraining.measured(batches)
+
+    return read
 
 
 def free_encoders(settings: RunSettings, model: Model, target: Target) -> None:

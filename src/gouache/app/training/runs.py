@@ -17,10 +17,11 @@ from pathlib import Path
 
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
-from gouache.app.training import export, foreign, out_of_memory, prepare, tensorboard
+from gouache.app.training import export, foreign, out_of_memory, prepare, pretraining, tensorboard
 from gouache.app.training.batch_changes import changed_processes
 from gouache.app.training.folder import RunFolder, is_run
 from gouache.app.training.prepare import OnNote, OnWork, Prepared
+from gouache.app.training.pretraining import PictureValidation, Reconstructions
 from gouache.app.training.samples import LAST, Samples, default_prompt, most_common, requests_of
 from gouache.app.training.tensorboard import Board
 from gouache.errors import FileError, GouacheError, RequestError, TrainingError, is_out_of_memory, printable
@@ -137,6 +138,10 @@ def _run(
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
     if is_new:
         _check_output(settings, overwrite)
+    if world.is_main:  # which writes the file that the others read
+        settings = pretraining.with_initial_model(settings, user)
+    world.barrier()
+    settings = pretraining.with_initial_model(settings, user)
     wants_board = tensorboard.is_wanted(settings.tensorboard) and world.is_main
     path, _ = prepare.check_model(settings, user)
     settings = _with_hash(settings, path, user)
@@ -319,7 +324,10 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
     return checkpoint.step
 
 
-def _samples(ready: Prepared, folder: RunFolder) -> Samples:
+def _samples(ready: Prepared, folder: RunFolder) -> Samples | Reconstructions:
+    if isinstance(ready.validation, PictureValidation):
+        batches = [*ready.validation.held_out, *ready.validation.probe]
+        return Reconstructions(ready.validation.objective, batches, folder.samples)
     size = most_common(ready.sizes)
     if isinstance(ready.target, AdapterTarget) and ready.settings.mode == "slider":
         requests = requests_of(ready.settings, (), size)
@@ -329,7 +337,9 @@ def _samples(ready: Prepared, folder: RunFolder) -> Samples:
     return Samples(ready.model, requests_of(ready.settings, ready.pictures.training, size), folder.samples)
 
 
-def _paint(ready: Prepared, samples: Samples, step: int, ending: str, on_note: OnNote, world: World) -> None:
+def _paint(
+    ready: Prepared, samples: Samples | Reconstructions, step: int, ending: str, on_note: OnNote, world: World
+) -> None:
     """A sample that cannot be painted does not end a run."""
     try:
         memory.trim()  # what the steps leave is in small pieces
@@ -356,6 +366,9 @@ def _command(settings: RunSettings, ready: Prepared, path: Path | None) -> str:
     """The command that paints with the result, as the samples are painted."""
     if path is None:
         return ""
+    if pretraining.trains_on_pictures(settings):
+        following = "text" if settings.pretrain.part == "vae" else "unet"
+        return shlex.join(["gouache", "train", "pretrain", following, settings.data.folder, "-m", str(path)])
     prompts = settings.samples.prompts or [default_prompt(settings, ready.pictures.training)]
     command = ["gouache", "paint", prompts[0], "-m", settings.model.name]
     match settings.result:

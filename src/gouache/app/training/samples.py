@@ -67,13 +67,7 @@ class Samples:
         return self._write_sheet() if world.is_main else self._folder / SHEET
 
     def forget(self, after: int) -> None:
-        """Remove the pictures of later steps, which other settings will paint differently. Raises FileError."""
-        for step, _, _, path in pictures(self._folder):
-            if step > after:
-                try:
-                    path.unlink(missing_ok=True)
-                except OSError as error:
-                    raise FileError(path, f"cannot be removed: {error.strerror}") from None
+        forget(self._folder, after)
 
     def _write_sheet(self) -> Path:
         found: dict[int, dict[tuple[int, str], Path]] = {}
@@ -93,6 +87,16 @@ class Samples:
     def _head(self, number: int) -> str:
         strength = f" at {self._strengths[number]:g}" if self._strengths else ""
         return f"{self._requests[number].prompt}{strength}"
+
+
+def forget(folder: Path, after: int) -> None:
+    """Remove the pictures of later steps, which other settings will paint differently. Raises FileError."""
+    for step, _, _, path in pictures(folder):
+        if step > after:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise FileError(path, f"cannot be removed: {error.strerror}") from None
 
 
 def pictures(folder: Path) -> Iterator[tuple[int, int, str, Path]]:

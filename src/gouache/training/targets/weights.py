@@ -24,8 +24,8 @@ Start = Literal["last", "ema"]
 
 @dataclass(frozen=True)
 class WeightsOptions:
-    """`parts` are the trained components (unet, text_encoder, text_encoder_2), `rates` the factors of their learning
-    rates (1 if absent), `stop_after` the number of batches after which a part is not trained any more.
+    """`parts` are the trained components (unet, text_encoder, text_encoder_2, vae), `rates` the factors of their
+    learning rates (1 if absent), `stop_after` the number of batches after which a part is not trained any more.
 
     `start`: from the last weights of the file or from their averages (EMA). `in_channels`: the U-Net is given that many
     input channels (`targets.widen`); 0 keeps those it has. `keep_base`: keep the weights as they were before training,
@@ -70,12 +70,12 @@ class WeightsTarget:
 
     def __init__(self, model: Model, options: WeightsOptions) -> None:
         self.model, self.options = model, options
-        networks: dict[str, nn.Module] = {"unet": model.unet, **model.text_encoders}
+        networks: dict[str, nn.Module] = {"unet": model.unet, **model.text_encoders, "vae": model.vae}
         if unknown := [part for part in options.parts if part not in networks]:
             raise RequestError(
                 "parts", f"{printable(unknown[0], 40)!r} is not a part; the model has {', '.join(networks)}"
             )
-        for network in (model.vae, *networks.values()):
+        for network in networks.values():
             network.requires_grad_(False)
         self._networks = {part: networks[part] for part in options.parts}
         self.notes = [start_from(model, options.start)] if "unet" in options.parts else []
@@ -99,7 +99,7 @@ class WeightsTarget:
 
     @property
     def trains_text(self) -> bool:
-        return any(part != "unet" for part in self._networks)
+        return any(part.startswith("text_encoder") for part in self._networks)
 
     def groups(self) -> list[Group]:
         return [

@@ -1,0 +1,1 @@
+"""Pretraining: models of random weights in several sizes, and the objectives that train their parts."""
