@@ -60,8 +60,12 @@ VALID: dict[str, dict[str, Any]] = {
             "trigger": "zorb",
             "overwrite": True,
         }
-        for mode in ("lora", "dreambooth", "finetune")
+        for mode in ("lora", "dreambooth", "finetune", "embedding")
     },
+    "train hypernetwork": {"data": "{pictures}", "model": "{model}", "output": "out.pt", "overwrite": True},
+    "train slider": {"positive": "red", "model": "{model}", "output": "out.safetensors", "overwrite": True},
+    "train pretrain": {"part": "vae", "data": "{pictures}", "model": "{model}", "output": "out.safetensors",
+                       "overwrite": True},
     "train new": {"mode": "lora", "data": "{pictures}", "output": "new.toml", "model": "{model}", "overwrite": True},
     "train run": {"settings_file": "{run}"},
     "train status": {"run": "{run}"},
