@@ -26,12 +26,12 @@ from gouache.data.epochs import Plan
 from gouache.data.pictures import Examined, View
 from gouache.data.record import Record
 from gouache.data.workers import in_order, reading_threads
-from gouache.diffusion.conditioning import Conditioning
 from gouache.errors import RequestError
 from gouache.prompts.encode import Sizes, add_sizes
 from gouache.prompts.recipe import TextRecipe
 from gouache.training.batch import Batch, Part, part_rows
 from gouache.training.distributed import ALONE, World
+from gouache.training.examples import Example, Loaded, Needs, Read
 from gouache.training.inpainting import draw_mask
 from gouache.training.latent_cache import LatentCache
 from gouache.training.objective import step_generator
@@ -74,58 +74,6 @@ class Options:
     world: World = ALONE
 
 
-@dataclass(frozen=True)
-class Example:
-    """One of a batch, before anything is read: how a picture is seen, with which caption.
-
-    `key` is that of its latents in the cache. `hole` is the number of its mask of inpainting, None if there is none,
-    and `hole_key` the key of its concat channels.
-    """
-
-    row: Row
-    view: View
-    caption: str
-    key: str
-    hole: int | None = None
-    hole_key: str = ""
-
-
-@dataclass(frozen=True)
-class Needs:
-    """What a run needs of the caches: a number of entries and their bytes, of which `missing` are still to be made."""
-
-    latents: int
-    texts: int
-    latent_bytes: int
-    text_bytes: int
-    missing_latents: int
-    missing_texts: int
-
-    @property
-    def bytes(self) -> int:
-        return self.latent_bytes + self.text_bytes
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """What a thread has read for an example. `picture` is None if the caches have all that is needed of it, or for the
-    reason `damage`."""
-
-    latents: dict[str, Tensor] | None
-    concat: dict[str, Tensor] | None
-    text: Conditioning | None
-    picture: tuple[Tensor, Tensor | None] | None
-    damage: str = ""
-
-
-@dataclass(frozen=True)
-class _Read:
-    """The examples of a batch that this process has, and which part of the batch they are if there are others."""
-
-    examples: list[tuple[Example, _Loaded]]
-    part: Part | None = None
-
-
 class Batches:
     """`batches(number)` is the batch of that number, counted from 0.
 
@@ -159,7 +107,7 @@ class Batches:
         self.waited = 0.0
         self._damaged = set[str]()
         self._pool = reading_threads(options.workers or 1)
-        self._ahead: dict[int, Future[_Read]] = {}
+        self._ahead: dict[int, Future[Read]] = {}
         self.rows = self._rows(records)
         self.columns = columns = columns_of(self.rows)
         self.plan = Plan(
@@ -305,7 +253,7 @@ class Batches:
             return list(examples.values()), []
         return list(examples.values()), list({"": None, **texts})  # "" extends captions of fewer chunks
 
-    def _read_ahead(self, number: int) -> _Read:
+    def _read_ahead(self, number: int) -> Read:
         if not self.options.workers:
             return self._read(number)
         wanted = range(number, number + self.options.workers + 1)
@@ -316,10 +264,10 @@ class Batches:
                 self._ahead[each] = self._pool.submit(self._read, each)
         return self._ahead.pop(number).result()
 
-    def _read(self, number: int) -> _Read:
+    def _read(self, number: int) -> Read:
         examples, world = self.examples(number), self.options.world
         if world.size == 1:
-            return _Read([self._load(example) for example in examples])
+            return Read([self._load(example) for example in examples])
         captions = tuple(example.caption for example in examples)
         # Without a row of its own, a process computes the loss of another one's with a weight of 0.
         rows = part_rows(world.rank, world.size, len(examples)) or range(1)
@@ -328,9 +276,9 @@ class Batches:
             tuple(map(self._chunks, captions)) if self._chunks is not None else (),
             sum(example.row.record.regularization for example in examples),
         )  # fmt: skip
-        return _Read([self._load(examples[row]) for row in rows], part)
+        return Read([self._load(examples[row]) for row in rows], part)
 
-    def _load(self, example: Example) -> tuple[Example, _Loaded]:
+    def _load(self, example: Example) -> tuple[Example, Loaded]:
         """Read the cached parts of an example, and its picture if one is missing. Called by threads."""
         latents = self._latents.read(example.key)
         concat = self._latents.read(example.hole_key) if example.hole is not None else None
@@ -343,9 +291,9 @@ class Batches:
                     raise
                 damage = str(error)
         text = self._texts.read(example.caption) if self._texts is not None else None
-        return example, _Loaded(latents, concat, text, picture, damage)
+        return example, Loaded(latents, concat, text, picture, damage)
 
-    def _complete(self, example: Example, loaded: _Loaded) -> tuple[dict[str, Tensor], Tensor | None]:
+    def _complete(self, example: Example, loaded: Loaded) -> tuple[dict[str, Tensor], Tensor | None]:
         """The latents of an example with their mask, and its concat channels; what is missing is encoded now."""
         latents, concat = loaded.latents, loaded.concat
         if loaded.damage:  # in place of the picture, with a weight of 0
@@ -371,7 +319,7 @@ class Batches:
             self._damaged.add(damage)
             self.options.on_damaged(f"{damage.removeprefix(f'{pictures.SETTING}: ')}; it counts nothing in its batches")
 
-    def _batch(self, number: int, read: _Read) -> Batch:
+    def _batch(self, number: int, read: Read) -> Batch:
         loaded, part, world = read.examples, read.part, self.options.world
         device, examples = self.options.device, [example for example, _ in loaded]
         records = [example.row.record for example in examples]

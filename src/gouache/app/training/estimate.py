@@ -23,6 +23,7 @@ from gouache.app import machine
 from gouache.app.model import Model
 from gouache.app.settings import Settings
 from gouache.app.training import memory_use, prepare, pretraining, sliders
+from gouache.app.training.batches import make_batches
 from gouache.app.training.defaults import trainable
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.memory_use import MemoryUse, available
@@ -168,7 +169,7 @@ def _batches(
         concepts = sliders.concepts_of(settings)
         yield ConceptBatches(concepts, sliders.size_of(concepts, model.size))
         return
-    with prepare.make_batches(settings, folder, model, target, pictures.training) as batches:
+    with make_batches(settings, folder, model, target, pictures.training) as batches:
         yield batches
 
 

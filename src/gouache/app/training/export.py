@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gouache.app.settings import Settings
 from gouache.app.training import prepare, sliders
+from gouache.app.training.batches import measured_pictures
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.parts import make_target
 from gouache.app.training.prepare import Prepared
@@ -75,7 +76,7 @@ def export(
     target = make_target(loaded, model, user)
     try:
         if isinstance(target, AutoencoderTarget):
-            target.pictures = prepare.measured_pictures(loaded, run, model, target, user, note)
+            target.pictures = measured_pictures(loaded, run, model, target, user, note)
         write(target, settings, checkpoint, choice, output, metadata=read_metadata(run), overwrite=overwrite)
     finally:
         target.detach()

@@ -16,7 +16,8 @@ from gouache.layouts.adapters import bundled
 from gouache.model.inpainting import CHANNELS
 from gouache.model.model import Model
 from gouache.training.pretraining.target import AutoencoderTarget, PartTarget
-from gouache.training.run_settings import AdapterSettings, HypernetworkSettings, RunSettings, Table
+from gouache.training.run_settings import RunSettings
+from gouache.training.settings_tables import AdapterSettings, HypernetworkSettings, Table
 from gouache.training.target import Target
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.dropout import Rates

@@ -30,7 +30,8 @@ from gouache.data.subset import Subset
 from gouache.errors import FileError, RequestError, printable
 from gouache.files.open import open_model
 from gouache.training.latent_cache import LatentCache
-from gouache.training.run_settings import DataSettings, RunSettings
+from gouache.training.run_settings import RunSettings
+from gouache.training.settings_tables import DataSettings
 from gouache.wording import plural
 
 OnNote = Callable[[str], None]
