@@ -183,9 +183,14 @@ def run(
     dry_run: DryRun = False,
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the file at the settings' output.")] = False,
 ) -> None:
-    """Start the run of a settings file, or go on with it where it stopped."""
-    from gouache.app.training import runs
+    """Start the run of a settings file, or go on with it where it stopped; a file may have several stages."""
+    from gouache.app.training import runs, stages
 
+    if stages.has_stages(settings_file):
+        if settings:
+            raise RequestError("set", "is for single runs; change the file of the stages")
+        _train_stages(settings_file, dry_run, overwrite)
+        return
     chosen, folder = runs.opened(settings_file, settings or [])
     _train(chosen, folder, dry_run, overwrite)
 
@@ -193,9 +198,15 @@ def run(
 @app.command()
 def status(run: Run, as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
     """Show what a run has done, how stable it is, and what needs a look."""
+    from gouache.app.training import stages
     from gouache.app.training.folder import opened
     from gouache.app.training.status import status as service
 
+    if stages.has_stages(run):
+        every = stages.all_status(run)
+        for text in [json_line([each.to_json() for each in every], indent=1)] if as_json else stages.lines(every):
+            print(text)
+        return
     found = service(opened(run))
     if as_json:
         print(json_line(found.to_json(), indent=1))
@@ -214,7 +225,10 @@ def report(
     output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write curves, samples, settings and changes as one HTML file that needs nothing else."""
-    _report([str(run)], output)
+    from gouache.app.training import stages
+
+    every = stages.all_status(run) if stages.has_stages(run) else []
+    _report([str(each.stage.folder.path) for each in every if each.status is not None] or [str(run)], output)
 
 
 @app.command()
@@ -321,13 +335,39 @@ def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: boo
     _finished(finished)
 
 
-def _finished(finished: Finished) -> None:
+def _train_stages(path: Path, dry_run: bool, overwrite: bool) -> None:
+    from gouache.app.settings import read
+    from gouache.app.training import stages
+    from gouache.cli.training_progress import TrainingProgress
+
+    if dry_run:
+        found = stages.estimate_all(path, read(), on_note=_note)
+        for line in stages.estimate_lines(found):
+            print(line)
+        if not all(each.fits for _, each in found):
+            sys.exit(1)
+        return
+    try:
+        with TrainingProgress() as progress:
+            finished = stages.run(
+                path, read(), on_note=progress.note, on_progress=progress.show, on_work=progress.work,
+                on_stage=lambda name, number, count: progress.note(f"stage {name}, {number} of {count}"),
+                overwrite=overwrite,
+            )  # fmt: skip
+    except KeyboardInterrupt:  # while it was prepared, or a second one
+        print(f"stopped; to go on: gouache train run {_quoted(path)}", file=sys.stderr)
+        sys.exit(_SIGNALLED + signal.SIGINT)
+    _finished(finished, path)
+
+
+def _finished(finished: Finished, again: Path | None = None) -> None:
+    """`again` is what to name to go on; None: the run's folder."""
     if finished.path is None and finished.rank:  # the first of several processes prints
         sys.exit(_SIGNALLED + (finished.signal or signal.SIGINT))
     if finished.path is None:
         print(
             f"stopped at step {finished.step} of {finished.steps}, which is saved; to go on: "
-            f"gouache train run {_quoted(finished.folder)}",
+            f"gouache train run {_quoted(again or finished.folder)}",
             file=sys.stderr,
         )
         sys.exit(_SIGNALLED + (finished.signal or signal.SIGINT))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gouache.app.settings import Settings
-from gouache.app.training import prepare, sliders
+from gouache.app.training import lineage, prepare, sliders
 from gouache.app.training.batches import measured_pictures
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.parts import make_target
@@ -201,6 +201,7 @@ def write(
     if (means := checkpoint.tensors.get("ema")) and choice.weights != "last":
         averages = Averages(means, settings.train.ema_decay, int(checkpoint.values["ema_updates"]))
     about = {**metadata, "ss_steps": str(checkpoint.step), **_epoch(metadata, checkpoint)}
+    about = lineage.with_steps(about, checkpoint.step)
     if choice.weights == "ema" and averages is not None and choice.form != "pruned-emaonly":
         last, averages = {**last, **averages.weights}, None
     # A model has the dtype of the file that training started from.
@@ -285,6 +286,7 @@ def metadata(ready: Prepared) -> dict[str, str]:
     if isinstance(ready.objective, ConceptObjective):
         return described | sliders.metadata(settings, ready.objective.concepts)
     described["gouache.data"] = ready.pictures.dataset.identity()
+    described[lineage.KEY] = lineage.extended(ready.model.file.metadata, settings, described["gouache.data"])
     if settings.lineage == "plain":
         described["ss_sd_model_name"] = Path(settings.model.name).name
         described["ss_dataset_dirs"] = json.dumps(

@@ -75,7 +75,9 @@ class Prepared:
 
     @property
     def resolution(self) -> tuple[int, int]:
-        """(width, height) of the largest pictures."""
+        """(width, height) of the largest pictures; of a text encoder's pretraining, that of the model."""
+        if pretraining.side_of_pictures(self.settings, self.model):
+            return self.model.size
         return (
             self.batches.size
             if isinstance(self.batches, ConceptBatches)

@@ -150,7 +150,7 @@ def _run(
     if is_new and (note := foreign.hint(settings, open_model(path))):
         on_note(note)
     pictures = prepare.read_pictures(settings, folder, on_note, user)
-    changed = is_run(folder.path) and _absolute(settings, user) != folder.settings()
+    changed = is_run(folder.path) and absolute_paths(settings, user) != folder.settings()
     if not is_new and (note := changed_processes(folder, settings, world.size)):
         on_note(note)
     # Locked before anything long: a second run here is refused at once.
@@ -245,10 +245,10 @@ def _write_settings(settings: RunSettings, folder: RunFolder, user: Settings) ->
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(folder.path, f"cannot be created: {error.strerror}") from None
-    write_atomic(folder.settings_file, template(_absolute(settings, user)).encode())
+    write_atomic(folder.settings_file, template(absolute_paths(settings, user)).encode())
 
 
-def _absolute(settings: RunSettings, user: Settings) -> RunSettings:
+def absolute_paths(settings: RunSettings, user: Settings) -> RunSettings:
     """The settings with absolute paths, so that the run can be gone on with from any folder; names remain names."""
 
     def path(text: str) -> str:
