@@ -111,7 +111,7 @@ shapes = st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16, 32, 128]), max_size=4)
     module=st.sampled_from([L, FF, NORM, "lora_te_text_model_embeddings_token_embedding", "lora_unet_conv_in"]),
     parts=st.dictionaries(part_names, shapes, min_size=1, max_size=5),
 )
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_combination_of_parts_is_used_or_refused_in_one_line(
     module: str, parts: dict[str, list[int]], model: Model, tmp_path: Path
 ):

@@ -160,7 +160,9 @@ def test_progress_on_a_terminal_is_one_line_with_notes_above(
 
 
 @pytest.mark.skipif("sys.platform == 'win32'", reason="signals of POSIX")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.full)]
+)
 def test_a_signal_stops_a_run_in_one_line_that_says_how_to_go_on(
     number: int, code: int, gouache: Command, data: Path, model: Path, tmp_path: Path
 ):

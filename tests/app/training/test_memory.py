@@ -85,6 +85,7 @@ def test_encoders_are_freed_between_samples_and_the_run_is_the_same_as_with_them
         assert ImageChops.difference(one, other).getbbox() is None
 
 
+@pytest.mark.full
 def test_a_caption_that_is_not_cached_brings_the_text_encoder_back(
     narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -114,7 +115,8 @@ def test_trained_text_encoders_are_not_freed(narrow: Narrows, pictures: Path, se
         assert ready.model.unloaded == {"VAE"}
 
 
-@pytest.mark.parametrize("rounding", ["master", pytest.param("stochastic", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("rounding", ["master", "stochastic"])
 def test_weights_in_bf16_train_resume_and_change(
     rounding: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):

@@ -132,7 +132,7 @@ def test_each_stage_starts_from_the_result_before_and_says_so(write: Any, settin
     assert [each["ss_num_train_images"] for each in pictures] == ["1", "4"]
 
 
-@pytest.mark.parametrize("stop", [1, pytest.param(3, marks=pytest.mark.full), 4])
+@pytest.mark.parametrize("stop", [*(pytest.param(each, marks=pytest.mark.full) for each in (1, 3)), 4])
 def test_a_training_stopped_anywhere_ends_bit_equal(stop: int, write: Any, settings: Settings, tmp_path: Path):
     """In the first stage, at its end, in the second one; and from another folder, as after a restart."""
     go(write(), settings)
