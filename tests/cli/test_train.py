@@ -198,7 +198,7 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(gouache: Command, dat
         (["lora", "pics", "--set", "rank"], "is not key=value"),
         (["lora", "pics", "--set", "tensorboard=perhaps"], "tensorboard"),
         (["dreambooth", "pics"], "--trigger zorb"),
-        (["new", "pretrain", "pics", "-o", "x.toml"], "use lora, dreambooth, finetune"),
+        (["new", "paint", "pics", "-o", "x.toml"], "use lora, dreambooth, finetune"),
         (["new", "lora", "pics", "-o", "x.safetensors"], "does not end in .toml"),
         (["run", "nothing.toml"], "does not exist"),
         (["run", "pics"], "is not the folder of a training run"),

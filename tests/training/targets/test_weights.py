@@ -180,7 +180,7 @@ def test_the_start_from_averages_can_grow_channels(narrow: Callable[[str], Narro
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"parts": ("vae",)}, "'vae' is not a part; the model has unet, text_encoder"),
+        ({"parts": ("clip",)}, "'clip' is not a part; the model has unet, text_encoder"),
         ({"parts": ()}, "names no component"),
         ({"start": "best"}, "'best' is not known; use last or ema"),
         ({"rates": {"text_encoder": 1.0}}, "'text_encoder' is not trained; trained: unet"),
