@@ -127,6 +127,16 @@ class Batches:
         """The number of batches per epoch."""
         return len(self.plan)
 
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(width, height) of each picture, in pixels."""
+        return self.columns.sizes
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of the largest buckets."""
+        return self.options.buckets[-1].resolution
+
     def __call__(self, number: int) -> Batch:
         """The batch. Raises RequestError or TrainingError for a picture, FileError for a full disk."""
         began = time.perf_counter()

@@ -6,9 +6,10 @@ settings -> header of the model -> pictures and captions -> model -> target -> c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ from gouache.app.training.pictures import (
     read_pictures,
     sides,
 )  # fmt: skip
-from gouache.app.training.pretraining import PictureValidation
+from gouache.app.training.pretraining import PictureValidation, Reconstructions
 from gouache.app.training.sliders import ConceptBatches
 from gouache.data.shard_records import ShardRecords
 from gouache.errors import RequestError, TrainingError, printable
@@ -49,47 +50,78 @@ from gouache.model import residency
 from gouache.model.inpainting import CHANNELS as INPAINTING_CHANNELS
 from gouache.training import checkpointing, memory, optimizers, sharding
 from gouache.training.batches import Batches
-from gouache.training.concept_objective import ConceptObjective, ConceptValidation
-from gouache.training.denoising import Denoising
 from gouache.training.distributed import ALONE, World
-from gouache.training.objective import Group
+from gouache.training.evaluation import Validate
+from gouache.training.objective import Group, Objective
 from gouache.training.pretraining.target import AutoencoderTarget
 from gouache.training.run_settings import RunSettings
 from gouache.training.target import Target
-from gouache.training.validation import Validation
 
 OnWork = Callable[[str, int, int], None]
 
 
+class SizedBatches(Protocol):
+    """Batches by number, with the sizes of their pictures in pixels."""
+
+    def __call__(self, number: int, /) -> Any: ...
+
+    def __len__(self) -> int:
+        """The number of batches per epoch."""
+        ...
+
+    @property
+    def sizes(self) -> Sequence[tuple[int, int]]:
+        """(width, height) of each picture."""
+        ...
+
+    @property
+    def resolution(self) -> tuple[int, int]:
+        """(width, height) of the largest pictures."""
+        ...
+
+
+class SampleSource(Protocol):
+    """What shows a run's state at some of its steps, see `samples.Samples`."""
+
+    def paint(self, step: int, ending: str = "", world: World = ALONE) -> object: ...
+
+    def forget(self, after: int) -> None: ...
+
+
 @dataclass(frozen=True)
 class Prepared:
-    """A run that is ready to begin. Without pictures, its batches are numbers alone."""
+    """A run that is ready to begin. `samples` are painted while it trains, None: those of the settings."""
 
     settings: RunSettings
     model: Model
     target: Target
-    objective: Denoising | ConceptObjective | pretraining.Objective
+    objective: Objective
     pictures: Pictures
-    batches: Batches | ConceptBatches
-    validation: Validation | ConceptValidation | PictureValidation
+    batches: SizedBatches
+    validation: Validate
+    samples: SampleSource | None = None
 
     @property
     def resolution(self) -> tuple[int, int]:
         """(width, height) of the largest pictures; of a text encoder's pretraining, that of the model."""
         if pretraining.side_of_pictures(self.settings, self.model):
             return self.model.size
-        return (
-            self.batches.size
-            if isinstance(self.batches, ConceptBatches)
-            else self.batches.options.buckets[-1].resolution
-        )
+        return self.batches.resolution
 
-    @property
-    def sizes(self) -> Sequence[tuple[int, int]]:
-        """(width, height) of each picture, or of the concepts."""
-        if isinstance(self.batches, ConceptBatches):
-            return [self.batches.size]
-        return self.batches.columns.sizes
+
+class Preparation(Protocol):
+    """What `prepared` is: makes a run from its settings. A recipe may have one of its own, see `runs.run`."""
+
+    def __call__(
+        self,
+        settings: RunSettings,
+        folder: RunFolder,
+        user: Settings,
+        *,
+        on_note: OnNote,
+        on_work: OnWork,
+        world: World,
+    ) -> AbstractContextManager[Prepared]: ...
 
 
 def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
@@ -248,7 +280,8 @@ def _on_pictures(
     objective = replace(objective, validation=name)
     memory.limit_heap(12)
     validation = PictureValidation(objective, held_out, probe, name)
-    return Prepared(settings, model, target, objective, pictures, batches, validation)
+    samples = Reconstructions(objective, [*held_out, *probe], folder.samples)
+    return Prepared(settings, model, target, objective, pictures, batches, validation, samples)
 
 
 def load_model(settings: RunSettings, user: Settings, on_note: OnNote, device: torch.device | None = None) -> Model:

@@ -13,6 +13,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gouache.app import hashes, names
@@ -20,8 +21,7 @@ from gouache.app.settings import Settings
 from gouache.app.training import export, foreign, out_of_memory, prepare, pretraining, tensorboard
 from gouache.app.training.batch_changes import changed_processes
 from gouache.app.training.folder import RunFolder, is_run
-from gouache.app.training.prepare import OnNote, OnWork, Prepared
-from gouache.app.training.pretraining import PictureValidation, Reconstructions
+from gouache.app.training.prepare import OnNote, OnWork, Preparation, Prepared, SampleSource
 from gouache.app.training.samples import LAST, Samples, default_prompt, most_common, requests_of
 from gouache.app.training.tensorboard import Board
 from gouache.errors import FileError, GouacheError, RequestError, TrainingError, is_out_of_memory, printable
@@ -105,6 +105,7 @@ def run(
     should_stop: Callable[[], bool] | None = None,
     seconds: float = math.inf,
     overwrite: bool = False,
+    preparation: Preparation | None = None,
 ) -> Finished:
     """Train until the last step, or until Ctrl-C, `should_stop` or `seconds`; then the result is exported.
 
@@ -112,13 +113,12 @@ def run(
     whatever can be known then. The folder is locked from the preparation to the export.
 
     Of several processes that `torchrun` started, which must share the folder, each calls this; the first one reports,
-    writes and paints.
+    writes and paints. `preparation` replaces that from the pictures of the settings, for data and objectives of a
+    recipe's own.
     """
     with processes(settings.device or user.device or "") as world:
-        if world.is_main:
-            work = on_work or _ignore
-            return _run(world, settings, folder, user, on_note, on_progress, work, should_stop, seconds, overwrite)
-        return _run(world, settings, folder, user, _ignore, None, _ignore, should_stop, seconds, overwrite)
+        report = (on_note, on_progress, on_work or _ignore) if world.is_main else (_ignore, None, _ignore)
+        return _run(world, settings, folder, user, *report, should_stop, seconds, overwrite, preparation)
 
 
 def _run(
@@ -132,6 +132,7 @@ def _run(
     should_stop: Callable[[], bool] | None,
     seconds: float,
     overwrite: bool,
+    preparation: Preparation | None,
 ) -> Finished:
     is_new = not folder.is_started
     if world.is_main and state.is_locked(folder.path):
@@ -149,7 +150,9 @@ def _run(
         foreign.check(settings, open_model(path))
     if is_new and (note := foreign.hint(settings, open_model(path))):
         on_note(note)
-    pictures = prepare.read_pictures(settings, folder, on_note, user)
+    if preparation is None:
+        pictures = prepare.read_pictures(settings, folder, on_note, user)
+        preparation = partial(prepare.prepared, pictures=pictures)
     changed = is_run(folder.path) and absolute_paths(settings, user) != folder.settings()
     if not is_new and (note := changed_processes(folder, settings, world.size)):
         on_note(note)
@@ -160,9 +163,7 @@ def _run(
             _write_settings(settings, folder, user)
         world.barrier()
         with (
-            prepare.prepared(
-                settings, folder, user, on_note=on_note, on_work=on_work, pictures=pictures, world=world
-            ) as ready,
+            preparation(settings, folder, user, on_note=on_note, on_work=on_work, world=world) as ready,
             Board(folder, on_note) if wants_board else nullcontext() as board,
         ):
             if settings.model.resume and world.is_main:
@@ -324,11 +325,10 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
     return checkpoint.step
 
 
-def _samples(ready: Prepared, folder: RunFolder) -> Samples | Reconstructions:
-    if isinstance(ready.validation, PictureValidation):
-        batches = [*ready.validation.held_out, *ready.validation.probe]
-        return Reconstructions(ready.validation.objective, batches, folder.samples)
-    size = most_common(ready.sizes)
+def _samples(ready: Prepared, folder: RunFolder) -> SampleSource:
+    if ready.samples is not None:
+        return ready.samples
+    size = most_common(ready.batches.sizes)
     if isinstance(ready.target, AdapterTarget) and ready.settings.mode == "slider":
         requests = requests_of(ready.settings, (), size)
         return Samples(
@@ -337,9 +337,7 @@ def _samples(ready: Prepared, folder: RunFolder) -> Samples | Reconstructions:
     return Samples(ready.model, requests_of(ready.settings, ready.pictures.training, size), folder.samples)
 
 
-def _paint(
-    ready: Prepared, samples: Samples | Reconstructions, step: int, ending: str, on_note: OnNote, world: World
-) -> None:
+def _paint(ready: Prepared, samples: SampleSource, step: int, ending: str, on_note: OnNote, world: World) -> None:
     """A sample that cannot be painted does not end a run."""
     try:
         memory.trim()  # what the steps leave is in small pieces

@@ -40,6 +40,14 @@ class ConceptBatches:
     def __len__(self) -> int:
         return len(self.concepts)
 
+    @property
+    def sizes(self) -> Sequence[Size]:
+        return [self.size]
+
+    @property
+    def resolution(self) -> Size:
+        return self.size
+
     def __call__(self, number: int) -> None:
         return None
 

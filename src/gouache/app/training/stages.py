@@ -8,7 +8,7 @@ A stage that is done is not repeated, so the same call goes on where it stopped,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from gouache.app.settings import Settings
 from gouache.app.training import estimate, export, pretraining, runs
 from gouache.app.training.estimate import Estimate
 from gouache.app.training.folder import RunFolder, is_run
+from gouache.app.training.prepare import Preparation
 from gouache.app.training.status import Status, status
 from gouache.errors import FileError, RequestError, printable
 from gouache.files.source import size_text
@@ -136,16 +137,19 @@ def run(
     on_note: Callable[[str], None],
     on_stage: Callable[[str, int, int], None] | None = None,
     overwrite: bool = False,
+    preparations: Mapping[str, Preparation] | None = None,
     **options: Any,
 ) -> runs.Finished:
     """Train all stages that are not done; returns the end of the last one, or of the one that was stopped.
 
-    `on_stage` receives (name, number from 1, how many). `options` are those of `runs.run`. Raises GouacheError, before
-    the first stage begins for what can be known of all.
+    `on_stage` receives (name, number from 1, how many). `preparations` are those of stages, by name, that have data and
+    objectives of their own; `options` are those of `runs.run`. Raises GouacheError, before the first stage begins for
+    what can be known of all.
     """
+    own = preparations or {}
     file = path / FILE if path.is_dir() else path
     root, stages = read(path)
-    check(stages, user, overwrite)
+    check(stages, user, overwrite, own)
     root.mkdir(parents=True, exist_ok=True)
     write_atomic(root / FILE, _text(_parsed(file)).encode())
     finished: runs.Finished | None = None
@@ -155,14 +159,17 @@ def run(
         if on_stage is not None:
             on_stage(stage.name, number, len(stages))
         again = overwrite or number < len(stages)  # a result between stages is the training's own
-        finished = runs.run(stage.settings, stage.folder, user, on_note=on_note, overwrite=again, **options)
+        finished = runs.run(
+            stage.settings, stage.folder, user, on_note=on_note, overwrite=again, preparation=own.get(stage.name),
+            **options,
+        )  # fmt: skip
         if finished.path is None:
             break
     assert finished is not None
     return finished
 
 
-def check(stages: Sequence[Stage], user: Settings, overwrite: bool) -> None:
+def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data: Container[str] = ()) -> None:
     """Raises GouacheError for what can be known of all stages before one begins."""
     for stage in stages:
         if is_run(stage.folder.path) and status(stage.folder).finished:
@@ -170,7 +177,8 @@ def check(stages: Sequence[Stage], user: Settings, overwrite: bool) -> None:
         if stage.start is None and not stage.settings.pretrain.initial_size:
             names.resolve(stage.settings.model.name, user)
         folder = stage.settings.data.folder
-        if stage.settings.mode != "slider" and "{" not in folder and not Path(folder).exists():  # {: of shards
+        has_pictures = stage.settings.mode != "slider" and stage.name not in without_data
+        if has_pictures and "{" not in folder and not Path(folder).exists():  # {: of shards
             raise RequestError(f"stage {stage.name}: data.folder", f"{printable(repr(folder))} does not exist")
     last = stages[-1]
     if not last.settings.output:
