@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -221,6 +222,7 @@ def _kinds(ready: Prepared) -> list[tuple[int, int]]:
     batches, train = ready.batches, ready.settings.train
     if isinstance(batches, ConceptBatches):  # which are denoised for different numbers of steps
         return [(number * train.accumulate, 1) for number in range(min(train.steps, _CONCEPTS))]
+    batches = cast(Batches, batches)
     first, counts = dict[object, int](), Counter[object]()
     for step in range(min(train.steps, math.ceil(len(batches) / train.accumulate), _MOST_STEPS)):
         numbers = range(step * train.accumulate, (step + 1) * train.accumulate)
