@@ -93,7 +93,8 @@ class LayoutObjective:
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        return {**self.contrast.networks, "layout": self.layout}
+        others = {"vision": self.contrast.vision, "temperature": self.contrast.temperature, "layout": self.layout}
+        return {"text_encoder": self.text, **others}
 
     @property
     def text(self) -> ClipText:

@@ -1,4 +1,4 @@
-"""One network's weights, from a run's folder or from a bundled model file, and how the two differ.
+"""One network's weights in a bundled model file, and how they differ from the trained ones.
 
 In a bundled file the context is shifted: `CONTEXT_SHIFT` is added to every number of it, which changes no picture.
 A1111's prompt weights divide by the context's mean, which is about -0.1 for CLIP; for this small encoder it is nearly
@@ -10,12 +10,10 @@ shift, and `network_weights` removes it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor
 
 from gouache.files.record import ModelFile
-from gouache.training import state
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -25,17 +23,6 @@ PREFIXES = {
 }
 CONTEXT_SHIFT = 0.1
 CONTEXT_SHIFT_KEY = "gouache.context_lift"  # in the header
-
-
-def newest_weights(folder: Path, network: str) -> dict[str, Tensor] | None:
-    """The weights of `network` in the newest checkpoint of a stage, averaged ones where available; None without one."""
-    found = state.newest(folder)
-    if found is None:
-        return None
-    weights = {**found.tensors["weights"], **found.tensors.get("ema", {})}
-    return {
-        name.removeprefix(f"{network}."): value for name, value in weights.items() if name.startswith(f"{network}.")
-    }
 
 
 def network_weights(file: ModelFile, network: str) -> dict[str, Tensor]:

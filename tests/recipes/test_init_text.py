@@ -150,6 +150,6 @@ def test_the_appearance_table_composes_to_the_rendered_picture(glyphs: Glyphs):
 
 
 def test_the_tested_spec_is_the_recipes_with_fewer_layers():
-    from recipes.mini.train import TEXT
+    from recipes.mini.stages import TEXT
 
     assert replace(TEXT, layers=3, projection=None) == SPEC

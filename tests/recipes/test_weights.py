@@ -9,24 +9,21 @@ from typing import Any, cast
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import gouache
-from gouache.errors import RequestError
 from gouache.files.open import open_model
 from gouache.files.write import write_safetensors
 from gouache.nn.clip_text import ClipText
 from gouache.nn.spec import TextSpec, UNetSpec
 from gouache.nn.unet import UNet
 from gouache.training.contrastive import Contrast
-from recipes.mini import init_vae, train
+from recipes.mini import init_vae, stages, train
 from recipes.mini.batches import SIZE, SceneData
 from recipes.mini.bundle import file_tensors, metadata
 from recipes.mini.dataset import VALIDATION_SEED, sample
 from recipes.mini.layout_tokens import END, CaptionedLatents, LayoutHead, LayoutObjective
 from recipes.mini.rendering import Glyphs
 from recipes.mini.scenes import UNIFORM, without_jitter
-from recipes.mini.train import load_weights
 from recipes.mini.weights import CONTEXT_SHIFT, network_weights, shift_context
 from tests.recipes.subset import FONT, THINGS
 
@@ -87,9 +84,9 @@ def test_a_file_without_the_shift_is_read_unchanged(tmp_path: Path, networks: tu
 
 @torch.no_grad()
 def test_the_stored_layout_head_decodes_the_embedded_models_text_encoder(glyphs: Glyphs) -> None:
-    data, start = SceneData(THINGS, glyphs), train.start_weights(EMBEDDED, train.LAYOUT)
-    text, layout = train.trained_text(Path("nowhere"), start), LayoutHead(train.TEXT.width)
-    load_weights(layout, start("layout"))
+    data, text, layout = SceneData(THINGS, glyphs), ClipText(stages.TEXT), LayoutHead(stages.TEXT.width)
+    text.load_state_dict(network_weights(open_model(EMBEDDED), "text"))
+    layout.load_state_dict(network_weights(open_model(train.LAYOUT), "layout"))
     # All of different things, since a caption need not state the background.
     samples = [sample(VALIDATION_SEED, number, (thing,), PLAIN) for number, thing in enumerate(THINGS)]
     images, captions = data.render((replace(each, scene=without_jitter(each.scene)) for each in samples), SIZE)
@@ -116,24 +113,14 @@ def test_channel_weights_scale_the_layout_errors() -> None:
         torch.testing.assert_close(loss, (weights @ errors) / 4)
 
 
-def test_weights_with_other_names_are_refused():
-    layer = nn.Linear(2, 2)
-    load_weights(layer, {"weight": torch.ones(2, 2)}, may_lack=("bias",))
-
-    assert torch.equal(layer.weight, torch.ones(2, 2))
-    for wrong in ({"weight": torch.ones(2, 2)}, {**layer.state_dict(), "scale": torch.ones(1)}):
-        with pytest.raises(RequestError, match=r"start: the file does not fit this recipe: (bias|scale) is"):
-            load_weights(layer, wrong)
-
-
 def test_a_file_of_an_older_recipe_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["text", "--folder", str(tmp_path), "--start", str(tmp_path / "old.safetensors"), "--font", str(FONT)]
+    arguments = ["--folder", str(tmp_path), "--start", str(tmp_path / "old.safetensors"), "--font", str(FONT)]
     old = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
     write_safetensors(tmp_path / "old.safetensors", {old: torch.ones(3, 128)}, {})
 
     assert train.main(arguments) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "error: start: the file does not fit this recipe: text_model.embeddings.token_embedding.weight is (3, 128)"
-        " there, (49408, 128) here; use "
+        "error: start: the file does not fit this recipe: cond_stage_model.transformer.text_model.embeddings."
+        "token_embedding.weight is (3, 128) there, (49408, 128) here; use "
     )

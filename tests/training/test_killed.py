@@ -23,8 +23,8 @@ from .toys import train_small_autoencoder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 
-STEPS = 30
-KILLS = 4  # of each run; the long test kills 50 times
+STEPS = 40
+KILLS = 5  # of each run; the long test kills 50 times
 EVERY_STEP = 1e-9
 
 
