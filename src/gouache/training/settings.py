@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from functools import cached_property
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
 
-from gouache.errors import FileError, RequestError, printable
-from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import rates
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -107,30 +104,3 @@ class Settings(BaseModel):
 
 
 Settings.changeable = frozenset(Settings.model_fields)
-
-
-def read(path: Path, section: str) -> Settings:
-    """The settings in table `[section]` of a TOML file. Raises FileError or RequestError, naming the key."""
-    try:
-        table = parse_toml(read_text(path))
-    except MalformedText as error:
-        raise FileError(path, str(error)) from None
-    if not isinstance(table.get(section), dict):
-        raise FileError(path, f"has no table [{section}]; it has {printable(', '.join(table)) or 'none'}")
-    return checked(table[section], f"{printable(path.name)} [{section}]")
-
-
-def checked(values: dict[str, object], where: str) -> Settings:
-    """`values` as Settings. Raises RequestError naming the first key that is unknown or out of range."""
-    try:
-        return Settings.model_validate(values)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        if fault["type"] == "extra_forbidden":
-            message = f"is not a training setting; known settings: {', '.join(Settings.model_fields)}"
-        elif fault["type"] == "missing":
-            message = "is missing and has no default"
-        else:
-            problem = fault["msg"].removeprefix("Value error, ")
-            message = printable(f"{problem[0].lower()}{problem[1:]}, got {fault['input']!r}", 400)
-        raise RequestError(f"{where} {printable('.'.join(map(str, fault['loc'])))}", message) from None
