@@ -111,6 +111,9 @@ def test_chosen_settings(pictures: Path, settings: Settings):
         ({"pretrain": {"part": "clip"}}, "pretrain.part"),
         ({"adapter": {"rank": 8}}, "adapter.rank: has no effect on the mode pretrain"),
         ({"parts": {"text_encoder": True}}, "parts.text_encoder: has no effect on the mode pretrain"),
+        ({"loss": {"weighting": "min-snr"}}, "loss.weighting: has no effect on the mode pretrain"),
+        ({"pretrain": {"part": "text", "kl": 1.0}}, "pretrain.kl: has no effect on the part text; it is for vae"),
+        ({"pretrain": {"adversarial_start": 5}}, "pretrain.adversarial_start: has no effect without"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(

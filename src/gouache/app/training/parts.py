@@ -17,7 +17,7 @@ from gouache.model.inpainting import CHANNELS
 from gouache.model.model import Model
 from gouache.training.pretraining.target import AutoencoderTarget, PartTarget
 from gouache.training.run_settings import RunSettings
-from gouache.training.settings_tables import AdapterSettings, HypernetworkSettings, Table
+from gouache.training.settings_tables import AdapterSettings, HypernetworkSettings, PretrainSettings, Table
 from gouache.training.target import Target
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.dropout import Rates
@@ -158,11 +158,14 @@ def _check_effects(settings: RunSettings) -> None:
     sliders.check(settings)
     adapter, result = settings.adapter, settings.result
     pretrains = settings.mode == "pretrain"
-    for table in _WITHOUT_EFFECT["pretrain" if pretrains else result]:
+    on_pictures = pretraining.trains_on_pictures(settings)
+    for table in (*_WITHOUT_EFFECT["pretrain" if pretrains else result], *(["loss"] if on_pictures else [])):
         usual = RunSettings.model_fields[table].default
         if changed := [name for name in _changed(getattr(settings, table), usual) if name != "start"]:
             what = "trained weights" if result == "model" and not pretrains else f"the mode {settings.mode}"
             raise RequestError(f"{table}.{changed[0]}", f"has no effect on {what}; leave it out")
+    if pretrains:
+        _check_pretraining(settings.pretrain)
     if pretrains or result in ("embedding", "hypernetwork"):
         return
     for name in _changed(adapter, AdapterSettings()):
@@ -181,6 +184,17 @@ def _check_effects(settings: RunSettings) -> None:
             f"{settings.model.weights} is for trained weights (adapter.form = none); of a model with averages (EMA) "
             "write a file of them alone with `gouache prune`, and train the adapter on that",
         )
+
+
+_OF_AUTOENCODERS = ("kl", "ssim", "perceptual", "adversarial", "adversarial_start")
+
+
+def _check_pretraining(chosen: PretrainSettings) -> None:
+    changed = [name for name in _changed(chosen, PretrainSettings()) if name in _OF_AUTOENCODERS]
+    if chosen.part != "vae" and changed:
+        raise RequestError(f"pretrain.{changed[0]}", f"has no effect on the part {chosen.part}; it is for vae")
+    if chosen.adversarial_start and not chosen.adversarial:
+        raise RequestError("pretrain.adversarial_start", "has no effect without pretrain.adversarial; set that too")
 
 
 def _changed(table: Table, usual: Table) -> list[str]:
