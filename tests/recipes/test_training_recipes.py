@@ -79,7 +79,7 @@ def test_the_same_drawings_are_learnt_in_four_ways(tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize(
     ("recipe", "arguments", "file"),
     [
-        (embedding, ["--steps", "2"], "zorblax.safetensors"),
+        pytest.param(embedding, ["--steps", "2"], "zorblax.safetensors", marks=pytest.mark.full),
         pytest.param(lora, ["--steps", "2", "--pictures", "2"], "print.safetensors", marks=pytest.mark.full),
         pytest.param(hypernetwork, ["--steps", "2", "--pictures", "2"], "print.pt", marks=pytest.mark.full),
         pytest.param(

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSI
 STEPS = 40
 KILLS = 5  # of each run; the long test kills 50 times
 EVERY_STEP = 1e-9
+ALIKE = ("master", "schedule-free")  # to other runs
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +145,9 @@ def check_kills(forked, tmp_path: Path, name: str, steps: int, kills: int, seed:
     return killed
 
 
-@pytest.mark.parametrize("name", runs.NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in ALIKE else name for name in runs.NAMES]
+)
 def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_uninterrupted_one(forked, tmp_path, name):
     killed = check_kills(forked, tmp_path, name, STEPS, KILLS, seed=11)
 

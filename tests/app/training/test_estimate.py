@@ -43,8 +43,8 @@ WORD: dict[str, Any] = {"mode": "embedding", "data": {"trigger": "zorb"}}
 @pytest.mark.parametrize(
     "tables",
     [
-        {},
-        pytest.param(WORD, marks=pytest.mark.full),
+        pytest.param({}, marks=pytest.mark.full),
+        WORD,
         pytest.param({"mode": "hypernetwork"}, marks=pytest.mark.full),
         pytest.param({**WEIGHTS, **HELD_OUT}, marks=pytest.mark.full),
     ],

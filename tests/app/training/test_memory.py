@@ -61,6 +61,7 @@ def test_weights_that_were_unloaded_are_gone_and_come_back_equal(family: str, dt
     assert not model.unloaded and not any(each.requires_grad for each in model.unet.parameters())
 
 
+@pytest.mark.full
 def test_encoders_are_freed_between_samples_and_the_run_is_the_same_as_with_them(
     narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

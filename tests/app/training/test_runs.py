@@ -38,7 +38,8 @@ MODES: dict[str, dict[str, Any]] = {
 LONG = {
     ("sd1", "locon"), ("sd1", "loha"), ("sd1", "lokr"), ("sd1", "ia3"), ("sd1", "oft"), ("sd1", "dropouts"),
     ("sd1", "finetune of text"), ("sd1", "dora"), ("sd2", "lora"), ("sdxl", "pivotal"),
-    ("sd1-inpainting", "lora"), ("sdxl", "finetune"),
+    ("sd1-inpainting", "lora"), ("sd1-inpainting", "finetune"),
+    ("sd1", "class by the model"), ("sdxl", "lora"), ("sd1", "text encoders"), ("sdxl", "finetune"),
     ("sd2", "text encoders"), ("sdxl", "text encoders"), ("sd2", "pivotal"),
     ("sd2", "embedding"), ("sd1", "pivotal"), ("sd2", "hypernetwork"),
 }  # fmt: skip
