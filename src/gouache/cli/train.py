@@ -184,9 +184,10 @@ def run(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the file at the settings' output.")] = False,
 ) -> None:
     """Start the run of a settings file, or go on with it where it stopped; a file may have several stages."""
-    from gouache.app.training import runs, stages
+    from gouache.app.training import runs
+    from gouache.app.training.stage_file import has_stages
 
-    if stages.has_stages(settings_file):
+    if has_stages(settings_file):
         if settings:
             raise RequestError("set", "is for single runs; change the file of the stages")
         _train_stages(settings_file, dry_run, overwrite)
@@ -198,13 +199,14 @@ def run(
 @app.command()
 def status(run: Run, as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
     """Show what a run has done, how stable it is, and what needs a look."""
-    from gouache.app.training import stages
+    from gouache.app.training import stage_status
     from gouache.app.training.folder import opened
+    from gouache.app.training.stage_file import has_stages
     from gouache.app.training.status import status as service
 
-    if stages.has_stages(run):
-        every = stages.all_status(run)
-        for text in [json_line([each.to_json() for each in every], indent=1)] if as_json else stages.lines(every):
+    if has_stages(run):
+        every = stage_status.all_status(run)
+        for text in [json_line([each.to_json() for each in every], indent=1)] if as_json else stage_status.lines(every):
             print(text)
         return
     found = service(opened(run))
@@ -225,9 +227,10 @@ def report(
     output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
 ) -> None:
     """Write curves, samples, settings and changes as one HTML file that needs nothing else."""
-    from gouache.app.training import stages
+    from gouache.app.training.stage_file import has_stages
+    from gouache.app.training.stage_status import all_status
 
-    every = stages.all_status(run) if stages.has_stages(run) else []
+    every = all_status(run) if has_stages(run) else []
     _report([str(each.stage.folder.path) for each in every if each.status is not None] or [str(run)], output)
 
 
@@ -337,14 +340,14 @@ def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: boo
 
 def _train_stages(path: Path, dry_run: bool, overwrite: bool) -> None:
     from gouache.app.settings import read
-    from gouache.app.training import stages
+    from gouache.app.training import stage_status, stages
     from gouache.cli.training_progress import TrainingProgress
 
     if dry_run:
-        found = stages.estimate_all(path, read(), on_note=_note)
-        for line in stages.estimate_lines(found):
+        found = stage_status.estimate_all(path, read(), on_note=_note)
+        for line in stage_status.estimate_lines(found):
             print(line)
-        if not all(each.fits for _, each in found):
+        if not stage_status.fits(found):
             sys.exit(1)
         return
     try:

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -11,12 +17,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from gouache.app.settings import Settings
-from gouache.app.training import runs, stages
+from gouache.app.training import estimate, runs, stages
+from gouache.app.training.estimate import Estimate
+from gouache.app.training.folder import RunFolder
+from gouache.app.training.stage_file import read
+from gouache.app.training.stage_status import all_status, estimate_all, estimate_lines, fits, lines
 from gouache.errors import GouacheError
 from gouache.files.record import sha256_of
+from gouache.training import memory
+from gouache.training.run_settings import RunSettings
+from tests.app.training.short_runs import make_pictures
 from tests.pipelines import Narrow
 
 Narrows = Callable[[str], Narrow]
@@ -58,7 +71,7 @@ autocast = "no"
 probe = 1
 timesteps = 1
 """
-# As SD 2.1 was made of SD 2.0: a strict filter first, then a mild one, at other rates.
+# As SD 2.1 was made of SD 2.0: a strict filter first, then a mild one, at another size and rate.
 TWO = """
 [[stages]]
 name = "strict"
@@ -66,14 +79,16 @@ data = {{ filter = ["punsafe<0.1"] }}
 
 [[stages]]
 name = "mild"
-data = {{ filter = ["punsafe<0.98"], flip = true }}
+data = {{ filter = ["punsafe<0.98"], resolution = [96], flip = true }}
 train = {{ steps = 3, learning_rate = 1e-3 }}
 """
 
 
-@pytest.fixture
-def scored(pictures: Path) -> Path:
-    """The pictures with captions and scores in a metadata file."""
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures with captions and scores in a metadata file."""
+    sizes = ((64, 64), (96, 64), (64, 96), (64, 64), (80, 64))
+    pictures = make_pictures(tmp_path_factory.mktemp("scored") / "pictures", sizes)
     rows = [
         {"file_name": path.name, "text": path.with_suffix(".txt").read_text(), "punsafe": number / 4}
         for number, path in enumerate(sorted(pictures.glob("*.png")))
@@ -84,27 +99,53 @@ def scored(pictures: Path) -> Path:
     return pictures
 
 
+def written(folder: Path, model: Path, pictures: Path | str, text: str = TWO, keys: str = "") -> Path:
+    """A file of stages in `folder`."""
+    folder.mkdir(exist_ok=True)
+    values = {"output": "last.safetensors", "model": model, "pictures": pictures, "keys": keys}
+    (folder / "two.toml").write_text((BASE + text).format(**values))
+    return folder / "two.toml"
+
+
 @pytest.fixture
 def write(narrow: Narrows, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
     """A file of stages in a folder of its own, which is the present one."""
 
-    def make(text: str = TWO, place: str = "a", keys: str = "", **values: Any) -> Path:
-        folder = tmp_path / place
-        folder.mkdir(exist_ok=True)
-        monkeypatch.chdir(folder)
-        usual = {"output": "last.safetensors", "model": narrow("sd1").file, "pictures": scored, "keys": keys}
-        (folder / "two.toml").write_text((BASE + text).format(**{**usual, **values}))
-        return folder / "two.toml"
+    def make(text: str = TWO, keys: str = "", pictures: Path | str = scored) -> Path:
+        file = written(tmp_path / "b", narrow("sd1").file, pictures, text, keys)
+        monkeypatch.chdir(file.parent)
+        return file
 
     return make
 
 
-def go(path: Path, user: Settings, stop_after: int | None = None, notes: list[str] | None = None) -> runs.Finished:
+@pytest.fixture(scope="module")
+def whole(narrow: Narrows, scored: Path, settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two stages were trained without a stop."""
+    file = written(tmp_path_factory.mktemp("stages") / "whole", narrow("sd1").file, scored)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(file.parent)
+        patch.setattr(memory, "trim", lambda: None)
+        finished = go(file, settings)
+    assert finished.path == Path("last.safetensors") and finished.step == 3
+    return file.parent
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a training whose first stage is done."""
+    folder = tmp_path / "copied"
+    shutil.copytree(whole, folder)
+    shutil.rmtree(folder / "runs/two/mild")
+    (folder / "last.safetensors").unlink()
+    monkeypatch.chdir(folder)
+    return folder / "two.toml"
+
+
+def go(path: Path, user: Settings, stop_after: int | None = None, **options: Any) -> runs.Finished:
     asked = count()
-    return stages.run(
-        path, user, on_note=[].append if notes is None else notes.append,
-        should_stop=lambda: stop_after is not None and next(asked) >= stop_after,
-    )  # fmt: skip
+    usual = {"on_note": [].append, "should_stop": lambda: stop_after is not None and next(asked) >= stop_after}
+    return stages.run(path, user, **{**usual, **options})
 
 
 def stored(path: Path) -> dict[str, Any]:
@@ -112,63 +153,119 @@ def stored(path: Path) -> dict[str, Any]:
         return file.metadata()
 
 
-def assert_equal_weights(one: Path, two: Path) -> None:
+def assert_equal_results(one: Path, two: Path) -> None:
     first, second = load_file(one), load_file(two)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert stored(one)["gouache.stages"] == stored(two)["gouache.stages"]
 
 
-def test_each_stage_starts_from_the_result_before_and_says_so(write: Any, settings: Settings, tmp_path: Path):
-    file = write()
-    finished = go(file, settings)
-    assert finished.path == Path("last.safetensors") and finished.step == 3
-    first, last = tmp_path / "a/runs/two/strict.safetensors", tmp_path / "a/last.safetensors"
-    counts = [len(stages.read(file)[1]), len(json.loads(stored(last)["gouache.stages"]))]
-    assert counts == [2, 2]
+def begun(folder: Path, name: str) -> Any:
+    return json.loads((folder / f"runs/two/{name}/metadata.json").read_text())
+
+
+def test_each_stage_starts_from_the_result_before_and_says_so(whole: Path):
+    first, last = whole / "runs/two/strict.safetensors", whole / "last.safetensors"
     entries = json.loads(stored(last)["gouache.stages"])
-    assert [(each["mode"], each["steps"]) for each in entries] == [("finetune", 2), ("finetune", 3)]
+    assert [(each["name"], each["mode"], each["steps"]) for each in entries] == [
+        ("strict", "finetune", 2),
+        ("mild", "finetune", 3),
+    ]
     assert entries[1]["start"] == sha256_of(first) and entries[0]["data"] != entries[1]["data"]
     assert json.loads(stored(first)["gouache.stages"]) == entries[:1]
-    pictures = [json.loads((tmp_path / f"a/runs/two/{name}/metadata.json").read_text()) for name in ("strict", "mild")]
-    assert [each["ss_num_train_images"] for each in pictures] == ["1", "4"]
+    assert [begun(whole, name)["ss_num_train_images"] for name in ("strict", "mild")] == ["1", "4"]
+    assert [begun(whole, name)["ss_resolution"] for name in ("strict", "mild")] == ["(64, 64)", "(96, 96)"]
+    run = RunFolder(whole / "runs/two/mild").settings()
+    assert (run.model.name, run.model.sha256) == (str(first), sha256_of(first))
 
 
-@pytest.mark.parametrize("stop", [*(pytest.param(each, marks=pytest.mark.full) for each in (1, 3)), 4])
-def test_a_training_stopped_anywhere_ends_bit_equal(stop: int, write: Any, settings: Settings, tmp_path: Path):
-    """In the first stage, at its end, in the second one; and from another folder, as after a restart."""
-    go(write(), settings)
-    file = write(place="b")
-    stopped = go(file, settings, stop_after=stop)
-    assert stopped.path is None
-    ended = go(tmp_path / "b/runs/two", settings)
-    assert ended.path is not None
-    assert_equal_weights(tmp_path / "a/last.safetensors", tmp_path / "b/last.safetensors")
+class Killed(BaseException):
+    """Ends a training where a signal would."""
 
 
-def test_a_result_that_was_lost_is_exported_again_and_a_finished_stage_is_not_trained_again(
-    write: Any, settings: Settings, tmp_path: Path
+def kill_before(name: str) -> Callable[..., None]:
+    def begin(stage: str, number: int, count: int) -> None:
+        if stage == name:
+            raise Killed
+
+    return begin
+
+
+def test_a_training_killed_between_and_within_stages_ends_bit_equal(
+    write: Any, whole: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """As after a kill between the last checkpoint of a stage and its export."""
-    file = write()
-    go(file, settings)
-    first = tmp_path / "a/runs/two/strict.safetensors"
-    weights, log = load_file(first), (tmp_path / "a/runs/two/strict/log.jsonl").read_text()
-    first.unlink()
-    go(file, settings)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in load_file(first).items())
-    assert (tmp_path / "a/runs/two/strict/log.jsonl").read_text() == log
+    """After the export of the first stage; then in the second one, where the first one's result is lost too."""
+    file, folder = write(), tmp_path / "b"
+    with pytest.raises(Killed):
+        go(file, settings, on_stage=kill_before("mild"))
+    rows = [row.split()[:6] for row in lines(all_status(file))]
+    assert rows[1][:6] == ["strict", "finetune", "finished", "2", "of", "2"]
+    assert rows[2][:7] == ["mild", "finetune", "not", "started", "0", "of"]
+    log = (folder / "runs/two/strict/log.jsonl").read_text()
+    assert go(file, settings, stop_after=1).path is None
+    assert [each.to_json()["run"]["state"] for each in all_status(file)] == ["finished", "stopped"]
+    (folder / "runs/two/strict.safetensors").unlink()
+    monkeypatch.chdir(tmp_path)
+    began = list[str]()
+    ended = go(folder / "runs/two", settings, on_stage=lambda name, number, count: began.append(name))
+    assert ended.path is not None and began == ["strict", "mild"]
+    assert (folder / "runs/two/strict/log.jsonl").read_text() == log  # it was exported, not trained
+    for name in ("runs/two/strict.safetensors", "last.safetensors"):
+        assert_equal_results(folder / name, whole / name)
 
 
-def test_the_status_of_all_stages_is_one_table(write: Any, settings: Settings):
+@pytest.mark.full
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_training_stopped_anywhere_ends_bit_equal(
+    stop: int, write: Any, whole: Path, settings: Settings, tmp_path: Path
+):
     file = write()
-    go(file, settings, stop_after=4)
-    rows = list(stages.lines(stages.all_status(file)))
-    assert [row.split()[:3] for row in rows[1:]] == [
-        ["strict", "finetune", "finished"],
-        ["mild", "finetune", "stopped"],
-    ]
-    assert "2 of 2" in rows[1] and "of 3" in rows[2]
-    values = [each.to_json() for each in stages.all_status(file)]
-    assert [value["run"]["state"] for value in values] == ["finished", "stopped"]
+    assert go(file, settings, stop_after=stop).path is None
+    go(file, settings)
+    assert_equal_results(tmp_path / "b/last.safetensors", whole / "last.safetensors")
+
+
+def started(file: Path, user: Settings, *launcher: str) -> subprocess.Popen[str]:
+    """The command line in the folder of `file`."""
+    homes = {"HOME": user.data.parent, "GOUACHE_DATA": user.data, "GOUACHE_OUTPUT": user.output}
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "gouache", "train", "run", file.name], cwd=file.parent, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **{name: str(path) for name, path in homes.items()}},
+    )  # fmt: skip
+
+
+@pytest.mark.full
+def test_the_command_killed_by_sigkill_and_by_ctrl_c_goes_on_bit_equal(
+    write: Any, whole: Path, settings: Settings, tmp_path: Path
+):
+    file, run = write(), tmp_path / "b/runs/two"
+    for sign, wait_for in (
+        (signal.SIGKILL, run / "strict/log.jsonl"),
+        (signal.SIGKILL, run / "strict.safetensors"),
+        (signal.SIGINT, run / "mild/log.jsonl"),
+    ):
+        running = started(file, settings)
+        while not wait_for.exists() and running.poll() is None:
+            time.sleep(0.002)
+        running.send_signal(sign)
+        _, errors = running.communicate(timeout=120)
+        if sign == signal.SIGINT and running.returncode:
+            assert running.returncode == 130 and "to go on: gouache train run two.toml" in errors
+    last = started(file, settings)
+    output, errors = last.communicate(timeout=120)
+    assert (last.returncode, output) == (0, "last.safetensors\n"), errors
+    assert_equal_results(tmp_path / "b/last.safetensors", whole / "last.safetensors")
+
+
+@pytest.mark.full
+def test_two_processes_train_all_stages_and_report_once(write: Any, settings: Settings, tmp_path: Path):
+    file = write()
+    running = started(file, settings, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    output, errors = running.communicate(timeout=240)
+    assert (running.returncode, output) == (0, "last.safetensors\n"), errors
+    assert errors.count("stage strict, 1 of 2") == errors.count("stage mild, 2 of 2") == 1
+    entries = json.loads(stored(tmp_path / "b/last.safetensors")["gouache.stages"])
+    assert entries[1]["start"] == sha256_of(tmp_path / "b/runs/two/strict.safetensors")
 
 
 def test_a_stage_may_start_from_any_earlier_one_or_from_a_model_of_its_own(write: Any, narrow: Narrows):
@@ -183,27 +280,74 @@ def test_a_stage_may_start_from_any_earlier_one_or_from_a_model_of_its_own(write
     name = "own"
     model = {{ name = "{model}" }}
     """
-    _, found = stages.read(write(TWO + more))
-    starts = [None if each.start is None else each.start.name for each in found]
-    assert starts == [None, "strict", "strict", None]
-    assert found[2].settings.model.name == str(found[0].result) and found[3].settings.model.name == str(
-        narrow("sd1").file
-    )
+    _, found = read(write(TWO + more))
+    assert [None if each.start is None else each.start.name for each in found] == [None, "strict", "strict", None]
+    assert found[2].settings.model.name == str(found[0].result)
+    assert found[3].settings.model.name == str(narrow("sd1").file)
+
+
+@pytest.mark.full
+def test_the_estimate_has_the_sum_of_the_stages_that_are_not_done(write: Any, copied: Path, settings: Settings):
+    one = list(estimate_lines(estimate_all(copied, settings, on_note=[].append)))
+    assert one[0] == "stage mild" and one[-1].startswith("in all  3 steps, 0 min")
+    file = write()
+    found = estimate_all(file, settings, on_note=[].append)
+    assert list(estimate_lines(found))[-1].startswith("in all  5 steps") and fits(found)
+    assert not (file.parent / "runs").exists()
+
+
+@pytest.mark.parametrize(("disk_free", "is_enough"), [(129, False), (130, True)])
+def test_all_stages_together_must_fit_on_the_disk(
+    disk_free: int, is_enough: bool, write: Any, narrow: Narrows, settings: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    """Each alone fits. A model that is not trained yet is measured as the one before it."""
+    sizes = {"cache_bytes": 5, "checkpoint_bytes": 10, "checkpoints": 4, "output_bytes": 20, "disk_free": disk_free}
+    models = list[str]()
+
+    def measured(chosen: RunSettings, folder: RunFolder, user: Settings, **_: Any) -> Estimate:
+        models.append(chosen.model.name)
+        return Estimate(
+            steps=chosen.train.steps, epochs=1, pictures=1, class_pictures=0, step_seconds=60, memory_bytes=1,
+            mapped_bytes=0, memory_free=2, device="cpu", advice=(), **sizes,
+        )  # fmt: skip
+
+    monkeypatch.setattr(estimate, "estimate", measured)
+    found = estimate_all(write(), settings, on_note=[].append)
+    *_, total = [line for line in estimate_lines(found) if line.startswith("in all")]
+    assert total == "in all  5 steps, 5 min, 130 bytes of disk" and fits(found) == is_enough
+    assert any(line.startswith("advice") for line in estimate_lines(found)) != is_enough
+    assert models == [str(narrow("sd1").file)] * 2
+
+
+ONE = """
+[[stages]]
+name = "a"
+"""
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[[stages]]\nname = 5\n", r"stage 1 name: is missing or not a plain name"),
-        ('[[stages]]\nname = "a"\n[[stages]]\nname = "a"\n', r"stage 2 name: a is that of two stages"),
-        ('[[stages]]\nname = "a"\nstart = "b"\n', r"stage 1 start: 'b' is not an earlier stage"),
-        ('[[stages]]\nname = "a"\ntrain = {{ step = 5 }}\n', r"stage a: train\.step: is not a setting; did you mean"),
-        ('[[stages]]\nname = "a"\ndata = {{ folder = "gone" }}\n', r"stage a: data\.folder: 'gone' does not exist"),
-        ('stages = 5\n', r"has no \[\[stages\]\]"),
+        ('[[stages]]\nname = "stages.toml"\n', r"stage 1 name: stages\.toml is the name of a file"),
+        (ONE + '[[stages]]\nname = "A"\n', r"stage 2 name: A is that of two stages"),
+        (ONE + 'start = "b"\n', r"stage a: start: 'b' is not an earlier stage"),
+        (ONE + 'start = ["b"]\n', r"stage a: start: .* is not an earlier stage"),
+        (ONE + '[[stages]]\nname = "b"\nstart = "a"\nmodel = {{ name = "mini" }}\n', r"stage b: start: excludes model"),
+        (ONE + "train = {{ step = 5 }}\n", r"stage a: train\.step: is not a setting; did you mean"),
+        (ONE + "pretrain = 5\n", r"stage a: pretrain: is 5; expected a table"),
+        (ONE + 'data = {{ folder = "gone" }}\n', r"stage a: data\.folder: 'gone' does not exist"),
+        ("stages = 5\n", r"has no \[\[stages\]\]"),
         (
-            '[[stages]]\nname = "a"\nmode = "lora"\nadapter = {{ form = "lora" }}\n[[stages]]\nname = "b"\n',
-            r"stage 2 start: a gives no model but a file of mode lora",
+            ONE + 'mode = "lora"\nadapter = {{ form = "lora" }}\n[[stages]]\nname = "b"\n',
+            r"stage b: start: a gives no model: its result is of the kind adapter \(mode = lora, adapter.form = lora\)",
         ),
+        (ONE + 'output = "no/such.safetensors"\n', r"stage a: no/such\.safetensors: cannot be written"),
+        (ONE + 'output = "last.safetensors"\n[[stages]]\nname = "b"\n', r"stage b: output: .* is that of stage a too"),
+        (TWO.replace("punsafe<0.98", "punsafe<-1"), r"stage mild: filter: no picture is left with punsafe<-1"),
+        (TWO.replace("punsafe<0.98", "beauty>1"), r"stage mild: filter: .*beauty"),
+        (TWO.replace("steps = 3", 'optimizer = "none such"'), r"stage mild: .*none such"),
+        (TWO.replace("[96]", "[7]"), r"stage mild: .*7"),
     ],
 )  # fmt: skip
 def test_impossible_files_are_refused_before_anything_begins(
@@ -212,13 +356,90 @@ def test_impossible_files_are_refused_before_anything_begins(
     file = write("", keys=text.format()) if text.startswith("stages") else write(text)
     with pytest.raises(GouacheError, match=message) as caught:
         go(file, settings)
-    assert "\n" not in str(caught.value) and not (tmp_path / "a/runs").exists()
+    assert "\n" not in str(caught.value) and not (tmp_path / "b/runs").exists()
 
 
-def test_another_setting_of_a_finished_stage_is_refused(write: Any, settings: Settings):
-    go(write(), settings, stop_after=4)
-    file = write(TWO.replace("punsafe<0.1", "punsafe<0.3"))
+def test_a_result_of_a_middle_stage_does_not_replace_a_file_of_the_user(write: Any, settings: Settings):
+    file = write(ONE + 'output = "mine.safetensors"\n[[stages]]\nname = "b"\n')
+    mine = file.with_name("mine.safetensors")
+    mine.write_bytes(b"mine")
+    with pytest.raises(GouacheError, match=r"stage a: .*mine\.safetensors already exists"):
+        go(file, settings)
+    assert mine.read_bytes() == b"mine"
+
+
+def test_a_file_called_stages_is_not_changed(write: Any, settings: Settings):
+    """Only the copy in the folder of the training is written by Gouache."""
+    file = write().rename(Path("stages.toml"))
+    (file.parent / "strict").mkdir()
+    (file.parent / "strict/settings.toml").touch()  # a run of the same name next to it
+    before = file.read_text()
+    with pytest.raises(Killed):
+        go(file, settings, on_stage=kill_before("strict"))
+    assert file.read_text() == before and Path("runs/stages/stages.toml").exists()
+    assert read(Path("runs/stages/stages.toml"))[0] == Path("runs/stages")
+
+
+def test_the_copy_in_the_folder_has_absolute_paths(write: Any, settings: Settings, scored: Path, tmp_path: Path):
+    """Those of files that are not there yet too; names of models remain names."""
+    file = write(TWO, pictures=os.path.relpath(scored, tmp_path / "b"))
+    Path("mini").mkdir()  # does not hide the model
+    text = file.read_text().replace('name = "mild"', 'name = "mild"\nmodel = { name = "mini" }')
+    file.write_text(text.replace("flip = true", 'flip = true, cache_folder = "later"'))
+    with pytest.raises(Killed):
+        go(file, settings, on_stage=kill_before("strict"))
+    found = [stage.settings for stage in read(Path("runs/two"))[1]]
+    assert [each.data.folder for each in found] == [str(scored)] * 2
+    assert found[1].data.cache_folder == str(tmp_path / "b/later") and found[1].model.name == "mini"
+    assert found[1].output == str(tmp_path / "b/last.safetensors")
+
+
+def test_a_finished_stage_needs_neither_its_pictures_nor_its_model(
+    copied: Path, scored: Path, settings: Settings, tmp_path: Path
+):
+    """They may have been removed to make room for the next set."""
+    text = (
+        copied.read_text().replace(f'"{scored}"', '"gone"').replace("flip = true", f'flip = true, folder = "{scored}"')
+    )
+    copied.write_text(text.replace('[model]\nname = "', '[model]\nname = "/gone'))
+    run = copied.parent / "runs/two/strict/settings.toml"
+    run.write_text(run.read_text().replace(f'folder = "{scored}"', f'folder = "{copied.parent / "gone"}"'))
+    with pytest.raises(Killed):
+        go(copied, settings, on_stage=kill_before("mild"))
+
+
+def test_another_setting_of_a_finished_stage_is_refused(copied: Path, settings: Settings):
+    copied.write_text(copied.read_text().replace("punsafe<0.1", "punsafe<0.3"))
     with pytest.raises(
         GouacheError, match=r"stage strict: data\.filter: is .* this stage is done and was trained with"
     ):
-        go(file, settings)
+        go(copied, settings)
+
+
+def test_another_model_under_a_finished_stage_is_refused(copied: Path, narrow: Narrows, settings: Settings):
+    other = copied.with_name("other.safetensors")
+    weights = load_file(model := narrow("sd1").file)
+    name = next(iter(weights))
+    save_file({**weights, name: weights[name] + 1}, other)
+    copied.write_text(copied.read_text().replace(str(model), str(other)))
+    with pytest.raises(GouacheError, match=r"stage strict: has begun with another file than .*other.* is now: SHA-256"):
+        go(copied, settings)
+
+
+def test_a_stage_trained_from_an_earlier_result_is_refused(
+    whole: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also if all are done: the last result would not be that of the file."""
+    folder = tmp_path / "copied"
+    shutil.copytree(whole, folder)
+    monkeypatch.chdir(folder)
+    shutil.copy(whole / "last.safetensors", folder / "runs/two/strict.safetensors")
+    with pytest.raises(
+        GouacheError, match=r"stage mild: has begun with another file than .*strict\.safetensors is now"
+    ):
+        go(folder / "two.toml", settings)
+    shutil.rmtree(folder / "runs/two/strict")
+    with pytest.raises(
+        GouacheError, match=r"stage mild: .* has begun, but strict, which it starts from, is not trained"
+    ):
+        go(folder / "two.toml", settings)

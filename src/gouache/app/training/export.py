@@ -284,10 +284,11 @@ def metadata(ready: Prepared) -> dict[str, str]:
         described["modelspec.trigger_phrase"] = settings.data.trigger
     described["ss_new_sd_model_hash"] = settings.model.sha256
     if isinstance(ready.objective, ConceptObjective):
-        return described | sliders.metadata(settings, ready.objective.concepts)
-    described["gouache.data"] = ready.pictures.dataset.identity()
+        described |= sliders.metadata(settings, ready.objective.concepts)
+    else:
+        described["gouache.data"] = ready.pictures.dataset.identity()
     described[lineage.KEY] = lineage.extended(ready.model.file.metadata, settings, described["gouache.data"])
-    if settings.lineage == "plain":
+    if settings.lineage == "plain" and settings.mode != "slider":
         described["ss_sd_model_name"] = Path(settings.model.name).name
         described["ss_dataset_dirs"] = json.dumps(
             {Path(settings.data.folder).name: {"n_repeats": settings.data.repeats, "img_count": len(records)}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from gouache.outside import MalformedText, parse_json
@@ -15,6 +16,7 @@ _MOST = 100  # entries
 # What does not change the result, or names files of the user.
 _LEFT_OUT: Mapping[str, Any] = {
     "output": True, "device": True, "tensorboard": True, "samples": True, "memory": True, "lineage": True,
+    "stage": True,
     "model": {"name", "vae"}, "adapter": {"start"}, "slider": {"file"},
     "data": {"folder", "class_folder", "cache_folder", "cache", "workers"},
 }  # fmt: skip
@@ -23,17 +25,22 @@ _LEFT_OUT: Mapping[str, Any] = {
 def extended(metadata: Mapping[str, str], settings: RunSettings, data: str) -> str:
     """The entries of the file that training starts from, and that of this training. `data` is a hash of its data set.
 
-    An entry has the mode, the steps, and hashes of the data, of the file at the start and of the settings.
+    An entry has the name of the stage, the mode, the steps, and hashes of the data, of the file at the start and of
+    the settings; with `lineage = plain` also the names of the data and of that file.
     """
     mode = f"pretrain {settings.pretrain.part}" if settings.mode == "pretrain" else settings.mode
     dumped = json.dumps(settings.model_dump(mode="json", exclude=_LEFT_OUT), sort_keys=True)  # type: ignore[arg-type]
     entry = {
+        "name": settings.stage,
         "mode": mode,
         "steps": settings.train.steps,
         "data": data,
         "start": settings.model.sha256,
         "settings": hashlib.sha256(dumped.encode()).hexdigest(),
     }
+    if settings.lineage == "plain":
+        folder = settings.data.folder or settings.slider.file
+        entry |= {"data_name": Path(folder).name, "start_name": Path(settings.model.name).name}
     return json.dumps([*entries(metadata), entry][-_MOST:])
 
 

@@ -23,7 +23,7 @@ def newest_file(path: Path, settings: Settings) -> Path:
         shown = printable(str(path))
         raise TrainingError(f"{shown} has no checkpoint yet; wait for one, or ask a run for it: touch {shown}/save-now")
     present = _file(run, steps[-1])
-    if _is_of(present, run.checkpoint(steps[-1])):
+    if is_of(present, run.checkpoint(steps[-1])):
         return present
     try:
         run.newest.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def _file(run: RunFolder, step: int) -> Path:
     return run.newest / f"{run.path.resolve().name}-step-{step:08d}.safetensors"
 
 
-def _is_of(file: Path, checkpoint: Path) -> bool:
+def is_of(file: Path, checkpoint: Path) -> bool:
     """Whether `file` was written after `checkpoint`, which may be that of a run that was trained again."""
     try:
         return file.stat().st_mtime >= (checkpoint / "manifest.json").stat().st_mtime

@@ -86,7 +86,7 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, use
         return Pictures(DataSet(()), (), ())
     if not data.folder:
         raise RequestError("data.folder", "is missing; name a folder of pictures")
-    found = _read(settings, user)
+    found = read_data(settings, user)
     _check_class(settings, found)
     for note in found.notes:
         on_note(note)
@@ -116,8 +116,11 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, use
     return Pictures(found, training, held_out, dropout)
 
 
-def _read(settings: RunSettings, user: Settings | None) -> DataSet:
-    """The data set with the class pictures that are there, filtered and weighed."""
+def read_data(settings: RunSettings, user: Settings | None) -> DataSet:
+    """The data set with the class pictures that are there, filtered and weighed; nothing is decoded.
+
+    Raises GouacheError, also if the filter leaves no picture.
+    """
     data, subset, of_class = settings.data, subset_of(settings.data), class_folder(settings, user)
     found = folders.read(
         Path(data.folder),
@@ -265,7 +268,7 @@ def batches_of(settings: RunSettings, epochs: int, user: Settings, usual: Size) 
 
     Pictures that will be held out for validation are counted. Raises GouacheError.
     """
-    records = _read(settings, user).records
+    records = read_data(settings, user).records
     sizes = contents.sizes([record.path for record in records])
     buckets = buckets_of(settings, usual)
     seen = [(crops(size, buckets, record.resolution), record) for record, size in zip(records, sizes)]

@@ -106,6 +106,7 @@ def run(
     seconds: float = math.inf,
     overwrite: bool = False,
     preparation: Preparation | None = None,
+    world: World | None = None,
 ) -> Finished:
     """Train until the last step, or until Ctrl-C, `should_stop` or `seconds`; then the result is exported.
 
@@ -114,9 +115,10 @@ def run(
 
     Of several processes that `torchrun` started, which must share the folder, each calls this; the first one reports,
     writes and paints. `preparation` replaces that from the pictures of the settings, for data and objectives of a
-    recipe's own.
+    recipe's own. `world` is that of processes that are connected already.
     """
-    with processes(settings.device or user.device or "") as world:
+    connecting = processes(settings.device or user.device or "") if world is None else nullcontext(world)
+    with connecting as world:
         report = (on_note, on_progress, on_work or _ignore) if world.is_main else (_ignore, None, _ignore)
         return _run(world, settings, folder, user, *report, should_stop, seconds, overwrite, preparation)
 
@@ -251,30 +253,30 @@ def _write_settings(settings: RunSettings, folder: RunFolder, user: Settings) ->
 
 def absolute_paths(settings: RunSettings, user: Settings) -> RunSettings:
     """The settings with absolute paths, so that the run can be gone on with from any folder; names remain names."""
+    found = settings.model_copy(update={"output": absolute("output", settings.output, user)})
+    for key in (*_PATHS, *_MODELS):
+        table, _, name = key.partition(".")
+        if name:
+            values = getattr(found, table)
+            value = absolute(key, getattr(values, name), user)
+            found = found.model_copy(update={table: values.model_copy(update={name: value})})
+    return found
 
-    def path(text: str) -> str:
-        return str(Path(text).expanduser().absolute()) if text else ""
 
-    def model(text: str, kind: str = "") -> str:
-        found = Path(text).expanduser()
-        is_path = text != "" and found.exists() and (is_run(found) or names.resolve(text, user, kind) == found)
-        return path(text) if is_path else text
+_PATHS = ("output", "data.folder", "data.class_folder", "data.cache_folder", "slider.file")
+_MODELS = {"model.name": "", "model.vae": "vae", "adapter.start": "lora"}  # what is looked for in the library
 
-    def vae(text: str) -> str:
-        return text if text.lower() in ("automatic", "none") else model(text, "vae")
 
-    data, chosen, adapter = settings.data, settings.model, settings.adapter
-    return settings.model_copy(
-        update={
-            "output": path(settings.output),
-            "model": chosen.model_copy(update={"name": model(chosen.name), "vae": vae(chosen.vae)}),
-            "slider": settings.slider.model_copy(update={"file": path(settings.slider.file)}),
-            "adapter": adapter.model_copy(update={"start": model(adapter.start, "lora")}),
-            "data": data.model_copy(
-                update={name: path(getattr(data, name)) for name in ("folder", "class_folder", "cache_folder")}
-            ),
-        }
-    )
+def absolute(key: str, text: str, user: Settings) -> str:
+    """The value `text` of a setting, such as `model.name`: as an absolute path if it is one, else as it is."""
+    if not text or (key == "model.vae" and text.lower() in ("automatic", "none")):
+        return text
+    path = Path(text).expanduser()
+    if key in _MODELS:
+        is_path = path.exists() and (is_run(path) or names.resolve(text, user, _MODELS[key]) == path)
+    else:
+        is_path = key in _PATHS
+    return str(path.absolute()) if is_path else text
 
 
 def _near(path: Path) -> Path:
