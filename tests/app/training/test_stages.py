@@ -19,11 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import gouache
 from gouache.app.settings import Settings
 from gouache.app.training import estimate, runs, stages
 from gouache.app.training.estimate import Estimate
 from gouache.app.training.folder import RunFolder
-from gouache.app.training.stage_file import read
+from gouache.app.training.stage_file import read, to_do
 from gouache.app.training.stage_status import all_status, estimate_all, estimate_lines, fits, lines
 from gouache.errors import GouacheError
 from gouache.files.record import sha256_of
@@ -226,7 +227,12 @@ def test_a_training_stopped_anywhere_ends_bit_equal(
 
 def started(file: Path, user: Settings, *launcher: str) -> subprocess.Popen[str]:
     """The command line in the folder of `file`."""
-    homes = {"HOME": user.data.parent, "GOUACHE_DATA": user.data, "GOUACHE_OUTPUT": user.output}
+    homes = {
+        "PYTHONPATH": Path(gouache.__file__).parents[1],
+        "HOME": user.data.parent,
+        "GOUACHE_DATA": user.data,
+        "GOUACHE_OUTPUT": user.output,
+    }
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "gouache", "train", "run", file.name], cwd=file.parent, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -389,7 +395,8 @@ def test_the_copy_in_the_folder_has_absolute_paths(write: Any, settings: Setting
     with pytest.raises(Killed):
         go(file, settings, on_stage=kill_before("strict"))
     found = [stage.settings for stage in read(Path("runs/two"))[1]]
-    assert [each.data.folder for each in found] == [str(scored)] * 2
+    folders = [Path(each.data.folder) for each in found]
+    assert all(each.is_absolute() for each in folders) and {each.resolve() for each in folders} == {scored.resolve()}
     assert found[1].data.cache_folder == str(tmp_path / "b/later") and found[1].model.name == "mini"
     assert found[1].output == str(tmp_path / "b/last.safetensors")
 
@@ -406,6 +413,15 @@ def test_a_finished_stage_needs_neither_its_pictures_nor_its_model(
     run.write_text(run.read_text().replace(f'folder = "{scored}"', f'folder = "{copied.parent / "gone"}"'))
     with pytest.raises(Killed):
         go(copied, settings, on_stage=kill_before("mild"))
+
+
+def test_a_result_older_than_the_last_checkpoint_is_written_again(copied: Path):
+    """As after a kill before the export, where the result of an earlier training remains."""
+    first, _ = read(copied)[1]
+    assert [each.name for each in to_do(read(copied)[1])] == ["mild"]
+    newest = (first.folder.checkpoint(2) / "manifest.json").stat().st_mtime
+    os.utime(first.result, (newest - 1, newest - 1))
+    assert [each.name for each in to_do(read(copied)[1])] == ["strict", "mild"]
 
 
 def test_another_setting_of_a_finished_stage_is_refused(copied: Path, settings: Settings):
