@@ -11,6 +11,7 @@ import torch
 import gouache
 from gouache.app.settings import Settings
 from gouache.app.training import stages as training
+from gouache.app.training.stage_status import all_status
 from gouache.files.open import open_model
 from recipes.mini import bundle, init_text, stages, train
 from recipes.mini.batches import SceneData
@@ -44,7 +45,7 @@ def test_a_short_training_gives_a_model_file_that_paints(
     head = None if start is None else network_weights(open_model(train.LAYOUT), "layout")
     finished = training.run(folder, settings, on_note=[].append, preparations=stages.preparations(data, head))
     assert finished.path is not None
-    assert [each.to_json()["run"]["state"] for each in training.all_status(folder)] == ["finished"] * 3
+    assert [each.to_json()["run"]["state"] for each in all_status(folder)] == ["finished"] * 3
 
     assert bundle.main([str(tmp_path / "mine.safetensors"), "--folder", str(folder)]) == 0
     model = gouache.load(tmp_path / "mine.safetensors", device="cpu", dtype="fp32", settings=settings)

@@ -353,6 +353,7 @@ name = "a"
         (TWO.replace("punsafe<0.98", "punsafe<-1"), r"stage mild: filter: no picture is left with punsafe<-1"),
         (TWO.replace("punsafe<0.98", "beauty>1"), r"stage mild: filter: .*beauty"),
         (TWO.replace("steps = 3", 'optimizer = "none such"'), r"stage mild: .*none such"),
+        (TWO.replace("flip = true", 'folder = ""'), r"stage mild: data\.folder: is missing"),
         (TWO.replace("[96]", "[7]"), r"stage mild: .*7"),
     ],
 )  # fmt: skip
