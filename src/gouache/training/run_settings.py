@@ -48,7 +48,7 @@ class RunSettings(Table):
     lineage: Literal["none", "hashed", "plain"] = setting(
         "hashed", "What the file says of its data: nothing, hashes, or names and tag counts as kohya's."
     )
-    stage: str = setting("", "The name of this stage of several, which the file says; filled in by their file.")
+    lineage_name: str = setting("", "What the file calls this training in its lineage; of a stage, its name.")
     tensorboard: Literal["auto", "yes", "no"] = setting(
         "auto", "Write TensorBoard files into the run's folder; auto: if tensorboardX is installed."
     )
@@ -77,7 +77,7 @@ class RunSettings(Table):
 
 
 TABLES = {name: field.annotation for name, field in RunSettings.model_fields.items() if name not in (
-    "mode", "output", "device", "lineage", "stage", "tensorboard")}  # fmt: skip
+    "mode", "output", "device", "lineage", "lineage_name", "tensorboard")}  # fmt: skip
 
 
 def read(path: Path) -> RunSettings:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import gouache
 from gouache.app.settings import Settings
-from gouache.app.training import estimate, runs, stages
+from gouache.app.training import estimate, lineage, runs, stages
 from gouache.app.training.estimate import Estimate
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.stage_file import read, to_do
@@ -29,7 +29,7 @@ from gouache.app.training.stage_status import all_status, estimate_all, estimate
 from gouache.errors import GouacheError
 from gouache.files.record import sha256_of
 from gouache.training import memory
-from gouache.training.run_settings import RunSettings
+from gouache.training.run_settings import RunSettings, checked
 from tests.app.training.short_runs import make_pictures
 from tests.pipelines import Narrow
 
@@ -177,6 +177,20 @@ def test_each_stage_starts_from_the_result_before_and_says_so(whole: Path):
     assert [begun(whole, name)["ss_resolution"] for name in ("strict", "mild")] == ["(64, 64)", "(96, 96)"]
     run = RunFolder(whole / "runs/two/mild").settings()
     assert (run.model.name, run.model.sha256) == (str(first), sha256_of(first))
+
+
+@pytest.mark.parametrize(("kind", "names"), [("hashed", {}), ("plain", {"data_name": "private", "start_name": "x.pt"})])
+def test_names_of_the_users_files_are_in_plain_lineages_alone(kind: str, names: dict[str, str]):
+    values = {
+        "lineage": kind,
+        "model": {"name": "/home/x.pt"},
+        "data": {"folder": "/home/private"},
+        "train": {"steps": 1, "batch": 1, "learning_rate": 1e-4},
+    }
+    before = [{"name": "first"}]
+    *kept, last = json.loads(lineage.extended({"gouache.stages": json.dumps(before)}, checked(values), "0123"))
+    assert kept == before and {name: last.get(name) for name in names} == names
+    assert ("private" in json.dumps(last)) == bool(names) and len(last["settings"]) == 64
 
 
 class Killed(BaseException):

@@ -16,7 +16,7 @@ _MOST = 100  # entries
 # What does not change the result, or names files of the user.
 _LEFT_OUT: Mapping[str, Any] = {
     "output": True, "device": True, "tensorboard": True, "samples": True, "memory": True, "lineage": True,
-    "stage": True,
+    "lineage_name": True,
     "model": {"name", "vae"}, "adapter": {"start"}, "slider": {"file"},
     "data": {"folder", "class_folder", "cache_folder", "cache", "workers"},
 }  # fmt: skip
@@ -31,7 +31,7 @@ def extended(metadata: Mapping[str, str], settings: RunSettings, data: str) -> s
     mode = f"pretrain {settings.pretrain.part}" if settings.mode == "pretrain" else settings.mode
     dumped = json.dumps(settings.model_dump(mode="json", exclude=_LEFT_OUT), sort_keys=True)  # type: ignore[arg-type]
     entry = {
-        "name": settings.stage,
+        "name": settings.lineage_name,
         "mode": mode,
         "steps": settings.train.steps,
         "data": data,

@@ -17,8 +17,8 @@ from gouache.files.open import open_model
 from gouache.training.run_settings import RunSettings
 
 # What may differ when a stage that is finished is read again: it does not change the result.
-_FREE = ("output", "device", "tensorboard", "stage", "memory", "samples", "model.name", "model.sha256", "data.cache",
-         "data.cache_folder", "data.workers")  # fmt: skip
+_FREE = ("output", "device", "tensorboard", "lineage_name", "memory", "samples", "model.name", "model.sha256",
+         "data.cache", "data.cache_folder", "data.workers")  # fmt: skip
 
 
 def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data: Container[str] = ()) -> None:

@@ -140,7 +140,7 @@ def _stage(
         suffix = ".pt" if merged.get("mode") == "hypernetwork" else ".safetensors"
         merged["output"] = own.get("output") or str(root / f"{name}{suffix}")
     try:
-        settings = run_settings.checked({**merged, "stage": name}, where)
+        settings = run_settings.checked({**merged, "lineage_name": name}, where)
     except RequestError as error:
         raise RequestError(error.setting, str(error).removeprefix(f"{error.setting}: ")) from None
     return Stage(name, settings, RunFolder(root / name), start, has_own_output)
