@@ -142,7 +142,10 @@ def inputs(
 
 
 # They write as others do.
-ALIKE = ("vae-extract", "lora-resize", "lora-merge", "lora-rename", "embedding-merge")
+ALIKE = (
+    "vae-extract", "vae-bake", "lora-extract", "lora-resize", "lora-merge", "lora-rename", "embedding-merge", "merge",
+    "prune",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in ALIKE else n for n in WORKS])

@@ -203,8 +203,8 @@ def test_scan_does_not_import_torch(gouache: Command, tmp_path: Path):
     assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True).returncode == 0
 
 
-def test_twenty_thousand_unknown_names_take_seconds(gouache: Command, narrow: Narrows, tmp_path: Path):
-    names = [f"{number:06d}{'a' * 20}" for number in range(20_000)]
+def test_ten_thousand_unknown_names_take_seconds(gouache: Command, narrow: Narrows, tmp_path: Path):
+    names = [f"{number:06d}{'a' * 20}" for number in range(10_000)]
     unknown = {name: torch.zeros(1) for name in names}
     save_file(unknown, tmp_path / "unknown.safetensors")
     base = narrow("sd1").file
@@ -221,9 +221,9 @@ def test_twenty_thousand_unknown_names_take_seconds(gouache: Command, narrow: Na
     ]
     seconds = time.process_time() - start
 
-    assert [each.code for each in inspected] == [0, 0] and inspected[1].out.count("not recognised  20000 tensors") == 2
+    assert [each.code for each in inspected] == [0, 0] and inspected[1].out.count("not recognised  10000 tensors") == 2
     assert [each.code for each in refused] == [2, 2, 2]
-    assert seconds < 40  # about 10 on one core; the comparison of each name with each other took minutes
+    assert seconds < 25  # about 5 on one core; the comparison of each name with each other took minutes
 
 
 def test_columns_of_inspect_are_two_spaces_apart(gouache: Command, tmp_path: Path):

@@ -25,7 +25,7 @@ from tests.pipelines import Narrow, altered
 OPTIONS = {"steps": 3, "size": (64, 64), "seed": 3, "cfg": 3.0}
 
 
-@pytest.fixture(params=["fp32", "bf16"])
+@pytest.fixture(params=[pytest.param("fp32", marks=pytest.mark.full), "bf16"])
 def model(request: pytest.FixtureRequest, narrow: Callable[[str], Narrow]) -> Model:
     return gouache.load(narrow("sd1").file, device="cpu", dtype=request.param)
 

@@ -73,7 +73,13 @@ def written(narrow: Narrow, path: Path, *, text: bool, family: str, steps: int =
     return {"moments": {name: optimizer.state[named[name]] for name in trained}, "content": content}
 
 
-@pytest.mark.parametrize(("family", "text"), [("sd1", False), ("sd1", True), ("sd2", True), ("sdxl", True)])
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("sd1", True),
+        *(pytest.param(*each, marks=pytest.mark.full) for each in (("sd1", False), ("sd2", True), ("sdxl", True))),
+    ],
+)
 def test_a_run_goes_on_with_its_weights_moments_step_and_averages(
     family: str, text: bool, narrow: Callable[[str], Narrow], tmp_path: Path
 ):

@@ -51,7 +51,7 @@ def average(name: str) -> str:
 # ---- averages (EMA) alone
 
 
-@pytest.fixture(params=["sd1", "sdxl"])
+@pytest.fixture(params=["sd1", pytest.param("sdxl", marks=pytest.mark.full)])
 def averages(request: pytest.FixtureRequest, narrow: Narrows, tmp_path: Path) -> tuple[Path, Path]:
     """A model, and the same whose U-Net is there only as its averages."""
     plain = narrow(request.param).file

@@ -41,7 +41,7 @@ LONG = {
     ("sd1-inpainting", "lora"), ("sd1-inpainting", "finetune"),
     ("sd1", "class by the model"), ("sdxl", "lora"), ("sd1", "text encoders"), ("sdxl", "finetune"),
     ("sd2", "text encoders"), ("sdxl", "text encoders"), ("sd2", "pivotal"),
-    ("sd2", "embedding"), ("sd1", "pivotal"), ("sd2", "hypernetwork"),
+    ("sd2", "embedding"), ("sd1", "pivotal"), ("sd2", "hypernetwork"), ("sd2", "finetune"), ("sdxl", "hypernetwork"),
 }  # fmt: skip
 CASES = [
     *(("sd1", mode) for mode in MODES),

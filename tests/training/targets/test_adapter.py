@@ -242,7 +242,7 @@ def test_with_a_clip_skip_the_layers_are_trained_that_prompts_depend_on(
 
 @pytest.mark.parametrize(
     "form",
-    ["lora", "oft", "dora", *(pytest.param(each, marks=pytest.mark.full) for each in ("loha", "lokr", "ia3", "full"))],
+    ["lora", "oft", *(pytest.param(e, marks=pytest.mark.full) for e in ("dora", "loha", "lokr", "ia3", "full"))],
 )
 def test_training_goes_on_from_the_weights_of_a_file(form: str, models: Callable[[str], Model], tmp_path: Path):
     model = models("sd1")
