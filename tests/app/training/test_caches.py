@@ -41,7 +41,9 @@ def texts(folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["pixel", "caption", "vae", pytest.param("nothing", marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "kind", ["caption", *(pytest.param(each, marks=pytest.mark.full) for each in ("pixel", "vae", "nothing"))]
+)
 def test_what_is_edited_is_made_anew_and_nothing_else(
     kind: str, narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):

@@ -118,6 +118,7 @@ def test_zero_terminal_snr_changes_no_class_picture(small: Small, settings: Sett
     assert np.array_equal(*found)
 
 
+@pytest.mark.full
 def test_what_is_foreseen_is_the_same_before_and_after_painting(
     small: Small, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -62,6 +62,7 @@ def test_a_fine_tuning_run_is_a_model(narrow: Narrows, pictures: Path, settings:
     assert torch.equal(painted(tmp_path / "run", settings), painted(tmp_path / "out.safetensors", settings))
 
 
+@pytest.mark.full
 def test_a_checkpoint_of_the_same_step_that_was_trained_again_is_exported_again(
     narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
 ):

@@ -73,7 +73,8 @@ def test_the_latents_of_an_exported_autoencoder_have_unit_variance(pictures: Pat
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("name", ["vae", pytest.param("text", marks=pytest.mark.full)])
+@pytest.mark.full  # `test_stages` has a short one
+@pytest.mark.parametrize("name", ["vae", "text"])
 def test_a_stopped_run_ends_bit_equal(name: str, pictures: Path, settings: Settings, tmp_path: Path):
     """With the discriminator and its moments, and the picture tower."""
     tables = {"pretrain": {"adversarial": 0.5, "adversarial_start": 1}} if name == "vae" else {}

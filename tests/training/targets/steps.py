@@ -22,10 +22,11 @@ SIZE = (8, 16)  # of latents: with 8 by 8, the middle block's self-attention has
 
 
 def cases(forms: Iterable[str], *, alike: Collection[str], of_others: Iterable[str]) -> list[Any]:
-    """(family, form): every form on SD1, locon on the others too; `full` are those that are `alike` to tested ones, and
-    `of_others`."""
+    """(family, form): every form on SD1, and locon on SDXL; `full` are those that are `alike` to tested ones, locon on
+    the others, and `of_others` on all others."""
     full = [("sd1", form) for form in alike] + [(family, form) for family in FAMILIES[1:] for form in of_others]
-    usual = [("sd1", form) for form in forms if form not in alike] + [(family, "locon") for family in FAMILIES[1:]]
+    full += [("sd2", "locon"), ("sd1-inpainting", "locon")]
+    usual = [("sd1", form) for form in forms if form not in alike] + [("sdxl", "locon")]
     return [*usual, *(pytest.param(*each, marks=pytest.mark.full) for each in full)]
 
 

@@ -85,7 +85,7 @@ def test_step_0_equals_the_base_bit_for_bit_and_every_part_is_trained(
 
 @pytest.mark.parametrize(
     "form",
-    ["lora", "dora", *(pytest.param(each, marks=pytest.mark.full) for each in ("loha", "lokr", "ia3", "oft", "full"))],
+    ["lora", *(pytest.param(e, marks=pytest.mark.full) for e in ("dora", "loha", "lokr", "ia3", "oft", "full"))],
 )
 def test_step_0_equals_the_base_bit_for_bit_in_bfloat16(form: str, narrow: Any):
     import gouache
@@ -242,7 +242,7 @@ def test_with_a_clip_skip_the_layers_are_trained_that_prompts_depend_on(
 
 @pytest.mark.parametrize(
     "form",
-    ["lora", "oft", *(pytest.param(e, marks=pytest.mark.full) for e in ("dora", "loha", "lokr", "ia3", "full"))],
+    ["lora", *(pytest.param(e, marks=pytest.mark.full) for e in ("oft", "dora", "loha", "lokr", "ia3", "full"))],
 )
 def test_training_goes_on_from_the_weights_of_a_file(form: str, models: Callable[[str], Model], tmp_path: Path):
     model = models("sd1")
