@@ -98,6 +98,8 @@ def test_chosen_settings(pictures: Path, settings: Settings):
 
     chosen = choose("pretrain.part=vae", "initial_size=tiny")
     assert chosen.data.resolution == [64] and not chosen.data.cache and chosen.train.ema_decay == 0.999
+    assert chosen.train.batch == 2
+    assert choose("pretrain.part=text", "initial_size=tiny").train.batch == 5  # all pictures at once
     chosen = choose("pretrain.part=unet", model="mini")
     assert chosen.data.cache and chosen.data.caption_dropout == 0.1 and chosen.model.name == "mini"
     with pytest.raises(GouacheError, match="size: is missing: name one of random weights, tiny, small, sd1, or"):
@@ -114,6 +116,7 @@ def test_chosen_settings(pictures: Path, settings: Settings):
         ({"loss": {"weighting": "min-snr"}}, "loss.weighting: has no effect on the mode pretrain"),
         ({"pretrain": {"part": "text", "kl": 1.0}}, "pretrain.kl: has no effect on the part text; it is for vae"),
         ({"pretrain": {"adversarial_start": 5}}, "pretrain.adversarial_start: has no effect without"),
+        ({"pretrain": {"part": "text"}, "train": {"batch": 1}}, "train.batch: is 1: a text encoder learns which"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(
@@ -122,6 +125,19 @@ def test_impossible_settings_are_refused_in_one_line(
     with pytest.raises(GouacheError, match=message) as caught:
         run(part("vae", pictures, tmp_path / "a.safetensors", **tables), tmp_path / "run", settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("texts", ["none", "equal", "one picture"])
+def test_a_text_encoder_needs_captions_to_tell_apart(texts: str, pictures: Path, settings: Settings, tmp_path: Path):
+    """Without them the loss is 0, and no weight changes."""
+    for path in pictures.glob("*.txt"):
+        path.unlink() if texts == "none" else path.write_text("a cat") if texts == "equal" else None
+    for path in sorted(pictures.glob("*.png"))[1:] if texts == "one picture" else ():
+        path.unlink()
+    chosen = part("text", pictures, tmp_path / "a.safetensors", validation={"pictures": 0})
+    with pytest.raises(GouacheError, match=r"data\.folder: has no pictures with different captions"):
+        run(chosen, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_text_encoder_of_another_family_is_refused(narrow, pictures: Path, settings: Settings, tmp_path: Path):

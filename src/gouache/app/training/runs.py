@@ -58,11 +58,14 @@ class Finished:
     rank: int = 0
 
 
-def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
-    """The folder for a new run, named like its output. Raises RequestError if it, or the output, exists already."""
+def new_folder(settings: RunSettings, user: Settings, *, overwrite: bool = False) -> RunFolder:
+    """The folder for a new run, named like its output. Raises RequestError if it, or the output, exists already.
+
+    The folder of a run that has not begun to train may be used again, by one of the same mode, model and data.
+    """
     output = Path(settings.output)
     folder = RunFolder(RUNS / output.stem)
-    if folder.is_started:
+    if folder.is_started or (is_run(folder.path) and not _is_same(absolute_paths(settings, user), folder.settings())):
         shown = printable(str(folder.path))
         raise RequestError(
             "output",
@@ -70,6 +73,15 @@ def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
         )
     _check_output(settings, overwrite)
     return folder
+
+
+def _is_same(one: RunSettings, two: RunSettings) -> bool:
+    """Whether these are of the same mode, model and data; other values may have been corrected between two tries."""
+    mine = [
+        (each.mode, each.model.name, each.data.folder, each.data.trigger, each.pretrain.part, each.slider)
+        for each in (one, two)
+    ]
+    return mine[0] == mine[1]
 
 
 def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:

@@ -50,7 +50,7 @@ def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data
             settings = with_existing_model(stage, user)
             prepare.check_model(settings, user)
             if _has_pictures(stage, without_data):
-                read_data(settings, user)
+                pretraining.check_pairs(settings, read_data(settings, user).records)
                 if settings.data.resolution:
                     buckets_of(settings, (0, 0))
 
