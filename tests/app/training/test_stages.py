@@ -24,6 +24,7 @@ from gouache.app.settings import Settings
 from gouache.app.training import estimate, lineage, runs, stages
 from gouache.app.training.estimate import Estimate
 from gouache.app.training.folder import RunFolder
+from gouache.app.training.stage_checks import check
 from gouache.app.training.stage_file import read, to_do
 from gouache.app.training.stage_status import all_status, estimate_all, estimate_lines, fits, lines
 from gouache.errors import GouacheError
@@ -447,6 +448,43 @@ def test_another_setting_of_a_finished_stage_is_refused(copied: Path, settings: 
         go(copied, settings)
 
 
+@pytest.fixture
+def done(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a training of which all stages are done."""
+    shutil.copytree(whole, folder := tmp_path / "copied")
+    monkeypatch.chdir(folder)
+    return folder / "two.toml"
+
+
+def test_only_the_last_stage_can_be_given_more_steps(done: Path, settings: Settings):
+    """What has begun from the results of others would not be of the file any more."""
+    text = done.read_text()
+    done.write_text(text.replace("steps = 2\n", "steps = 4\n"))
+    with pytest.raises(GouacheError, match=r"stage strict.* train\.steps: is 4, but this stage is done"):
+        go(done, settings)
+    for more in ("steps = 4", "steps = 3, patience = 5"):
+        done.write_text(text.replace("steps = 3", more))
+        stages_now = read(done)[1]
+        check(stages_now, settings, False)
+        assert [each.name for each in to_do(stages_now)] == ["mild"]
+    done.write_text(text.replace("learning_rate = 1e-3", "learning_rate = 1e-4"))
+    with pytest.raises(GouacheError, match=r"stage mild.* train\.learning_rate: is 0\.0001, but this stage is done"):
+        go(done, settings)
+
+
+@pytest.mark.full
+def test_a_stage_that_is_done_goes_on_as_its_note_says(done: Path, settings: Settings):
+    file, folder, notes = done, done.parent, list[str]()
+    go(file, settings, on_note=notes.append)
+    assert "all 3 steps are done; to train more: set train.steps = 6 of stage mild in" in notes[-1]
+    assert not any("--set" in note for note in notes)
+    file.write_text(file.read_text().replace("steps = 3", "steps = 4"))
+    assert [each.to_json()["run"]["state"] for each in all_status(file)] == ["finished", "finished"]
+    finished = go(file, settings)
+    assert (finished.step, finished.path) == (4, Path("last.safetensors"))
+    assert json.loads(stored(folder / "last.safetensors")["gouache.stages"])[1]["steps"] == 4
+
+
 def test_another_model_under_a_finished_stage_is_refused(copied: Path, narrow: Narrows, settings: Settings):
     other = copied.with_name("other.safetensors")
     weights = load_file(model := narrow("sd1").file)
@@ -457,13 +495,9 @@ def test_another_model_under_a_finished_stage_is_refused(copied: Path, narrow: N
         go(copied, settings)
 
 
-def test_a_stage_trained_from_an_earlier_result_is_refused(
-    whole: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stage_trained_from_an_earlier_result_is_refused(done: Path, whole: Path, settings: Settings):
     """Also if all are done: the last result would not be that of the file."""
-    folder = tmp_path / "copied"
-    shutil.copytree(whole, folder)
-    monkeypatch.chdir(folder)
+    folder = done.parent
     shutil.copy(whole / "last.safetensors", folder / "runs/two/strict.safetensors")
     with pytest.raises(
         GouacheError, match=r"stage mild: has begun with another file than .*strict\.safetensors is now"

@@ -119,6 +119,7 @@ def run(
     overwrite: bool = False,
     preparation: Preparation | None = None,
     world: World | None = None,
+    stages: Path | None = None,
 ) -> Finished:
     """Train until the last step, or until Ctrl-C, `should_stop` or `seconds`; then the result is exported.
 
@@ -127,12 +128,13 @@ def run(
 
     Of several processes that `torchrun` started, which must share the folder, each calls this; the first one reports,
     writes and paints. `preparation` replaces that from the pictures of the settings, for data and objectives of a
-    recipe's own. `world` is that of processes that are connected already.
+    recipe's own. `world` is that of processes that are connected already. `stages` is the file of which this run is a
+    stage.
     """
     connecting = processes(settings.device or user.device or "") if world is None else nullcontext(world)
     with connecting as world:
         report = (on_note, on_progress, on_work or _ignore) if world.is_main else (_ignore, None, _ignore)
-        return _run(world, settings, folder, user, *report, should_stop, seconds, overwrite, preparation)
+        return _run(world, settings, folder, user, *report, should_stop, seconds, overwrite, preparation, stages)
 
 
 def _run(
@@ -147,6 +149,7 @@ def _run(
     seconds: float,
     overwrite: bool,
     preparation: Preparation | None,
+    stages: Path | None,
 ) -> Finished:
     is_new = not folder.is_started
     if world.is_main and state.is_locked(folder.path):
@@ -191,7 +194,7 @@ def _run(
                 if changed:
                     samples.forget(position.step)
                 if position.step:
-                    on_note(_resumed(settings, folder, position))
+                    on_note(_resumed(settings, folder, position, stages))
 
             def paint(step: int, ending: str) -> None:
                 if settings.memory.shard and world.size > 1:
@@ -297,14 +300,19 @@ def _near(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _resumed(settings: RunSettings, folder: RunFolder, position: Position) -> str:
+def _resumed(settings: RunSettings, folder: RunFolder, position: Position, stages: Path | None) -> str:
     """One line on what a run that was called again does."""
-    shown, train, step = printable(str(folder.path)), settings.train, position.step
-    again = f"gouache train run {shlex.quote(shown)}"
+    train, step = settings.train, position.step
+
+    def again(key: str, value: int) -> str:
+        if stages is not None:
+            return f"set {key} = {value} of stage {folder.path.name} in {printable(str(stages))}"
+        return f"gouache train run {shlex.quote(printable(str(folder.path)))} --set {key}={value}"
+
     if step >= train.steps:
-        return f"all {train.steps} steps are done; to train more: {again} --set train.steps={step + train.steps}"
+        return f"all {train.steps} steps are done; to train more: {again('train.steps', step + train.steps)}"
     if position.without_patience(train):
-        return f"patience ended this run at step {step}; to train more: {again} --set train.patience=0"
+        return f"patience ended this run at step {step}; to train more: {again('train.patience', 0)}"
     return f"goes on after step {step} of {train.steps}"
 
 

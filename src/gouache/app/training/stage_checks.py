@@ -24,7 +24,8 @@ _FREE = ("output", "device", "tensorboard", "lineage_name", "memory", "samples",
 def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data: Container[str] = ()) -> None:
     """Raises GouacheError, which names the stage, if one cannot be trained or was trained otherwise.
 
-    Of stages that are done only the settings and the start are compared: their pictures may be gone. The data of the
+    Of stages that are done only the settings and the start are compared: their pictures may be gone. One may be given
+    more steps while none that starts from it has begun. The data of the
     stages `without_data` are not those of their settings.
     """
     _check_outputs(stages)
@@ -32,7 +33,8 @@ def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data
         with _naming(stage):
             if stage.folder.is_started:
                 _check_start(stage, user)
-            if stage.is_finished:
+            followed = any(each.start is stage and each.folder.is_started for each in stages)
+            if stage.is_finished or (stage.has_ended and followed):
                 _check_unchanged(stage, user)
     due = to_do(stages)
     for stage in due:  # first what takes no time

@@ -51,7 +51,15 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps are done; the result may be missing."""
+        """Whether all of its steps are done, which may have become more; the result may be missing."""
+        if not self.has_ended:
+            return False
+        before, now = self.folder.settings().train, self.settings.train
+        return now.steps <= before.steps and now.patience == before.patience
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the steps that it was trained with are done."""
         return is_run(self.folder.path) and status(self.folder).finished
 
     @property

@@ -56,7 +56,7 @@ def run(
                 if on_stage is not None and world.is_main:
                     on_stage(stage.name, number, len(stages))
                 finished = runs.run(
-                    stage.settings, stage.folder, user, on_note=on_note, world=world,
+                    stage.settings, stage.folder, user, on_note=on_note, world=world, stages=file_of(path),
                     preparation=preparations.get(stage.name),
                     overwrite=overwrite or not stage.has_own_output, **options,
                 )  # fmt: skip
