@@ -93,7 +93,7 @@ def test_a_lora_and_its_word_are_one_file(narrow: Narrows, pictures: Path, setti
     assert {"embedding.text_encoder", "embedding.text_encoder_2"} < set(trained)
     with pytest.raises(GouacheError, match="cannot hold an embedding"):
         export.export(RunFolder(tmp_path / "run"), tmp_path / "m.safetensors", settings, form="full")
-    with pytest.raises(GouacheError, match="names: peft is for LoRAs"):
+    with pytest.raises(GouacheError, match="names: peft has no embeddings, and this LoRA has one; use kohya"):
         export.export(RunFolder(tmp_path / "run"), tmp_path / "m", settings, names="peft")
 
 

@@ -190,7 +190,7 @@ def _run(
 
             def begin(position: Position) -> None:
                 _write_settings(settings, folder, user)  # only now: a change may have been refused
-                export.write_metadata(ready, folder)
+                export.write_metadata(ready, folder, world.size)
                 if changed:
                     samples.forget(position.step)
                 if position.step:
@@ -231,7 +231,7 @@ def _run(
             if result.finished:
                 output = _near(Path(settings.output))
             if result.finished and world.is_main:
-                exported = _export(ready, folder, result, on_note)
+                exported = _export(ready, folder, result, on_note, world.size)
     command = _command(settings, ready, output)
     return Finished(
         folder.path, result.step, output, command, settings.train.steps, exported, result.signal, world.rank
@@ -316,7 +316,7 @@ def _resumed(settings: RunSettings, folder: RunFolder, position: Position, stage
     return f"goes on after step {step} of {train.steps}"
 
 
-def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote) -> int:
+def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote, processes: int) -> int:
     """Write the result: the last checkpoint or, if patience ended the run, the best one. Returns its step."""
     settings, number = ready.settings, result.step
     best = result.best[0] if result.best else 0
@@ -336,11 +336,9 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
     if settings.result == "embedding" and output.stem.casefold() != settings.data.trigger.casefold():
         on_note(f"programs know an embedding by the name of its file: prompts say {printable(output.stem)}")
     checkpoint = export.read_checkpoint(folder, number, newest=number == result.step, on_note=on_note)
-    choice = export.choose(settings, "ema" in checkpoint.tensors, output)
+    choice, about = export.choose(settings, "ema" in checkpoint.tensors, output), export.metadata(ready, processes)
     try:
-        export.write(
-            ready.target, settings, checkpoint, choice, output, metadata=export.metadata(ready), overwrite=True
-        )
+        export.write(ready.target, settings, checkpoint, choice, output, metadata=about, overwrite=True)
     except GouacheError as error:
         shown = printable(str(folder.path))
         raise TrainingError(f"{error}; the run is complete, export it with: gouache train export {shown} OUT") from None

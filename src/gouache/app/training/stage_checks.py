@@ -86,7 +86,7 @@ def _naming(stage: Stage) -> Iterator[None]:
         yield
     except RequestError as error:
         text = str(error).removeprefix(f"{error.setting}: ")
-        raise RequestError(f"stage {stage.name}: {error.setting}", text) from None
+        raise RequestError(f"{stage.where(error.setting)} {error.setting}", text) from None
     except GouacheError as error:
         raise TrainingError(f"stage {stage.name}: {error}") from None
 
