@@ -47,6 +47,9 @@ def test_a_model_that_paints_is_trained_from_nothing(pictures: Path, settings: S
     run(part("text", pictures, text, vae), tmp_path / "b", settings)
     finished = run(part("unet", pictures, whole, text), tmp_path / "c", settings)
 
+    rates = [[export.read_metadata(RunFolder(tmp_path / each))[f"ss_{network}_lr"] for each in "abc"]
+             for network in ("unet", "text_encoder")]  # fmt: skip
+    assert rates == [["0.0", "0.0", "0.001"], ["0.0", "0.001", "0.0"]]
     start = settings.data / "initial models" / "tiny-0.safetensors"
     assert changed(start, vae) == {VAE} and changed(vae, text) == {TEXT}
     assert changed(text, whole) == {"model."} and finished.path == whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,10 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gouache
+from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training import estimate, lineage, runs, stages
+from gouache.app.training import estimate, lineage, report, runs, stages
 from gouache.app.training.estimate import Estimate
-from gouache.app.training.folder import RunFolder
+from gouache.app.training.folder import RunFolder, opened
 from gouache.app.training.stage_checks import check
 from gouache.app.training.stage_file import read, to_do
 from gouache.app.training.stage_status import all_status, estimate_all, estimate_lines, fits, lines
@@ -335,7 +337,11 @@ def test_all_stages_together_must_fit_on_the_disk(
     monkeypatch.setattr(estimate, "estimate", measured)
     found = estimate_all(write(), settings, on_note=[].append)
     *_, total = [line for line in estimate_lines(found) if line.startswith("in all")]
-    assert total == "in all  5 steps, 5 min, 130 bytes of disk" and fits(found) == is_enough
+    assert total == "in all  5 steps, 5 min, 130 bytes of disk"
+    short = [(stage, dataclasses.replace(each, step_seconds=0.1)) for stage, each in found]
+    assert "time    0.2 s, 0.10 s per step" in "\n".join(estimate_lines(short))
+    assert any(line.startswith("in all  5 steps, 0.5 s, ") for line in estimate_lines(short))
+    assert fits(found) == is_enough
     assert any(line.startswith("advice") for line in estimate_lines(found)) != is_enough
     assert models == [str(narrow("sd1").file)] * 2
 
@@ -379,6 +385,53 @@ def test_impossible_files_are_refused_before_anything_begins(
     with pytest.raises(GouacheError, match=message) as caught:
         go(file, settings)
     assert "\n" not in str(caught.value) and not (tmp_path / "b/runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("steps = 2\n", "steps = -3\n", r"two\.toml \(shared\) train\.steps: "),
+        ('mode = "finetune"', 'mode = "fine"', r"two\.toml \(shared\) mode: "),
+        ("[samples]", "[sampless]", r"two\.toml \(shared\) sampless: is not a setting; "),
+        ("learning_rate = 1e-2", "learning_rate = nan", r"two\.toml \(shared\) train\.learning_rate: "),
+        ("bucket_step = 8", "bucket_step = 0", r"two\.toml \(shared\) data\.bucket_step: "),
+        ('folder = "', 'folder = "gone', r"stage strict \(shared\): data\.folder: 'gone.*' does not exist"),
+        ("steps = 3", "steps = -3", r"two\.toml stage mild: train\.steps: "),
+        ("batch = 2\n", "", r"two\.toml stage strict: train\.batch: is missing"),
+        (
+            'name = "strict"',
+            'name = "strict"\n[[stage]]',
+            r"two\.toml \(shared\) stage: .* did you mean \[\[stages\]\]",
+        ),
+    ],
+)
+def test_a_fault_is_named_where_it_is_written(before: str, after: str, message: str, write: Any, settings: Settings):
+    file = write()
+    file.write_text(file.read_text().replace(before, after))
+    with pytest.raises(GouacheError, match=message):
+        go(file, settings)
+
+
+def test_a_misspelt_table_of_stages_is_recognised(write: Any):
+    file = write()
+    file.write_text(file.read_text().replace("[[stages]]", "[[stage]]"))
+    with pytest.raises(GouacheError, match=r"stage: is not a setting; did you mean \[\[stages\]\]\?"):
+        runs.opened(file, [])
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_where_one_run_is_meant_one_of_the_stages_has_to_be_named(begun: bool, tmp_path: Path, settings: Settings):
+    """For `export`, `compare` and `paint -m`."""
+    folder = tmp_path / "three"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "stages.toml").touch()
+    if begun:
+        (folder / "vae" / "settings.toml").touch()
+    ending = f"such as {folder / 'vae'}" if begun else "none has begun"
+    for use in (opened, lambda path: report.entry(f"{path}"), lambda path: report.entry(f"{path}@last"),
+                lambda path: names.resolve(str(path), settings)):  # fmt: skip
+        with pytest.raises(GouacheError, match=f"three is a training in stages; name one of them.*{ending}"):
+            use(folder)
 
 
 def test_a_result_of_a_middle_stage_does_not_replace_a_file_of_the_user(write: Any, settings: Settings):
