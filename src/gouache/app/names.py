@@ -36,6 +36,10 @@ def resolve(name: str, settings: Settings, kind: str = "", setting: str = "", pa
         from gouache.app.training.newest import newest_file  # which reads names itself
 
         return newest_file(path, settings)
+    if path is not None and path.is_dir():
+        from gouache.app.training.folder import check_single
+
+        check_single(path)
     if path is not None and _is_explicit(name, path):
         return path
     if (inside := embedded(name) if kind in ("", "checkpoint") else None) is not None:

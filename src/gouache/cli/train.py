@@ -284,10 +284,11 @@ def _start(
     dry_run: bool,
     overwrite: bool,
 ) -> None:
+    from gouache.app.settings import read
     from gouache.app.training import runs
 
     chosen = _chosen(mode, data, model, output, trigger, class_word, steps, overrides)
-    folder = runs.new_folder(chosen, overwrite=overwrite)
+    folder = runs.new_folder(chosen, read(), overwrite=overwrite)
     _train(chosen, folder, dry_run, overwrite)
 
 

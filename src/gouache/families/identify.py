@@ -24,6 +24,7 @@ from gouache.files.record import ModelFile
 from gouache.layouts.adapters import AdapterNames, EmbeddingNames, read_adapter, read_embedding, read_hypernetwork
 from gouache.layouts.rules import plan
 from gouache.nn.spec import UNetSpec, VaeSpec
+from gouache.wording import plural
 
 
 def identify(file: ModelFile, *, prediction: str | None = None, family: str | None = None) -> Found:
@@ -203,7 +204,8 @@ def _adapter(file: ModelFile, names: AdapterNames, override: Fact[Family | None]
     if names.block_names is not None:
         where += f", U-Net blocks in {names.block_names} numbering"
     if names.embeddings:
-        where += f", with {len(names.embeddings)} bundled embedding{'s' if len(names.embeddings) > 1 else ''}"
+        words = ", ".join(printable(word, 60) for word in names.embeddings)
+        where += f", with {plural(len(names.embeddings), 'bundled embedding')}: {words}"
     kind = Fact(names.kind, f"the suffixes are those of {names.kind}; it changes modules: {where}", "certain")
     family = _by_width(file, names.context_dim or 0, _context_width(names.context_dim), override)
     if family.value is None and "text_encoder_2" in names.modules:

@@ -110,6 +110,7 @@ class Attached:
         parts = [f"{self.kind}, {self.matched} {unit}", *([self.how] if self.how else [])]
         if self.kind != "embedding":
             parts.append(f"strength {_strength(self.strength)}")
+            parts += [f"with the word {printable(name, 60)}" for name in self.embeddings]
         text = ", ".join(parts)
         unused = []
         if self.unmatched:

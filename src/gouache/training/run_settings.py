@@ -67,6 +67,11 @@ class RunSettings(Table):
     memory: MemorySettings = MemorySettings()
 
     @property
+    def title(self) -> str:
+        """What is trained, in words: the mode, and the part of a pretraining."""
+        return f"pretrain {self.pretrain.part}" if self.mode == "pretrain" else self.mode
+
+    @property
     def result(self) -> Result:
         """What kind of file the run writes; the weights of the model are trained for a "model" alone."""
         if self.mode in ("embedding", "hypernetwork"):
@@ -102,8 +107,10 @@ def checked(values: Mapping[str, Any], where: str = "") -> RunSettings:
         fault = error.errors()[0]
         key = ".".join(map(str, fault["loc"]))
         if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(key, list(keys()), n=1)
-            message = "is not a setting" + (f"; did you mean {near[0]}?" if near else "; see `gouache train new`")
+            near = difflib.get_close_matches(key, [*keys(), "stages"], n=1)
+            message = "is not a setting" + (
+                f"; did you mean {near[0].replace('stages', '[[stages]]')}?" if near else "; see `gouache train new`"
+            )
         elif fault["type"] == "missing":
             message = "is missing and has no default"
         else:

@@ -17,6 +17,12 @@ from gouache.app.settings import Settings
 from gouache.app.training import defaults, export, prepare
 from gouache.app.training.folder import RunFolder
 from gouache.errors import GouacheError
+from gouache.families.identify import identify
+from gouache.files.open import open_model
+from gouache.generate.adapters import UsedFile
+from gouache.generate.notes import adapter_notes
+from gouache.generate.request import Request
+from gouache.training import loop
 from gouache.training.run_settings import RunSettings
 from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
@@ -33,20 +39,30 @@ def merged(*tables: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def networks(model: gouache.Model) -> list[tuple[str, dict[str, torch.Tensor]]]:
+    parts = {"unet": model.unet, **model.text_encoders}  # the autoencoder is unloaded
+    return [(name, part.state_dict()) for name, part in parts.items()]
+
+
 def test_a_run_trains_nothing_but_the_vectors(narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path):
     chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "zorb.safetensors", **WORD, train={"steps": 2})
     with prepare.prepared(
         chosen, RunFolder(tmp_path / "run"), settings, on_note=[].append, on_work=lambda *_: None
     ) as ready:
         table = ready.model.text_encoders["text_encoder"].text_model.embeddings.token_embedding.weight
-        before = table.detach().clone()
+        start = ready.target.networks["embedding"].state_dict()["text_encoder"].clone()
         trained = [name for group in ready.objective.parameter_groups() for name in group.parameters]
         ready.objective.losses(ready.batches(0), 0)["loss"].backward()
         assert trained == ["embedding.text_encoder"] and table.grad is None
         assert all(each.grad is None for each in ready.model.unet.parameters())
-    run(chosen, tmp_path / "run", settings)
-    assert torch.equal(table.detach(), before)
-    assert "zorb" not in ready.model.embeddings  # as the model was
+        used = ready.model
+        weights = {f"{name}.{key}": each.clone() for name, network in networks(used) for key, each in network.items()}
+        loop.train(ready.objective, ready.batches, chosen.train, tmp_path / "run")
+        now = {f"{name}.{key}": each for name, network in networks(used) for key, each in network.items()}
+        vectors = ready.target.networks["embedding"].state_dict()["text_encoder"]
+        assert not torch.equal(vectors, start)
+    assert weights.keys() == now.keys() and all(torch.equal(weights[name], now[name]) for name in now)
+    assert "zorb" not in used.embeddings  # as the model was
 
 
 def test_diffusers_gives_the_exported_word_the_same_conditioning(
@@ -59,6 +75,11 @@ def test_diffusers_gives_the_exported_word_the_same_conditioning(
     vectors = load_file(output)["emb_params"]
     stored = torch.load(tmp_path / "zorb.pt", weights_only=True)
     assert torch.equal(stored["string_to_param"]["*"], vectors) and stored["step"] == 4
+
+    found = identify(open_model(output))
+    assert found.family.value is not None and found.family.value.name == "sd1"  # which no width shows
+    assert found.kind.value == "embedding"
+    assert {open_model(output).metadata[f"ss_{part}_lr"] for part in ("unet", "text_encoder")} == {"0.0"}
 
     loaded = gouache.load(model, device="cpu", dtype="fp32", settings=settings)
     pipe = copy.deepcopy(narrow("sd1").pipeline)  # which is changed
@@ -83,17 +104,25 @@ def test_a_lora_and_its_word_are_one_file(narrow: Narrows, pictures: Path, setti
     run(both, tmp_path / "run", settings)
     stored = load_file(output)
     widths = {name: tuple(each.shape) for name, each in stored.items() if name.startswith("bundle_emb.")}
-    encoders = gouache.load(model, device="cpu", dtype="fp32", settings=settings).text_encoders
+    loaded = gouache.load(model, device="cpu", dtype="fp32", settings=settings)
+    encoders = loaded.text_encoders
     assert widths == {
         f"bundle_emb.zorb.{key}": (2, encoder.spec.width)
         for key, encoder in zip(("clip_l", "clip_g"), encoders.values())
     }
     assert any(name.startswith("lora_unet_") for name in stored)
+    assert "with 1 bundled embedding: zorb" in identify(open_model(output)).kind.evidence
+    attached = loaded.attach(output)
+    used = UsedFile("lora", output, "", "", attached)
+    assert str(attached).endswith("with the word zorb")
+    said = "\n".join(adapter_notes(Request(prompt="red"), [used]))
+    assert "no prompt contains zorb" in said
+    assert not list(adapter_notes(Request(prompt="a zorb"), [used]))
     trained = load_file(tmp_path / "run" / "step-00000002" / "weights.safetensors")
     assert {"embedding.text_encoder", "embedding.text_encoder_2"} < set(trained)
     with pytest.raises(GouacheError, match="cannot hold an embedding"):
         export.export(RunFolder(tmp_path / "run"), tmp_path / "m.safetensors", settings, form="full")
-    with pytest.raises(GouacheError, match="names: peft is for LoRAs"):
+    with pytest.raises(GouacheError, match="names: peft has no embeddings, and this LoRA has one; use kohya"):
         export.export(RunFolder(tmp_path / "run"), tmp_path / "m", settings, names="peft")
 
 

@@ -47,6 +47,9 @@ def test_a_model_that_paints_is_trained_from_nothing(pictures: Path, settings: S
     run(part("text", pictures, text, vae), tmp_path / "b", settings)
     finished = run(part("unet", pictures, whole, text), tmp_path / "c", settings)
 
+    rates = [[export.read_metadata(RunFolder(tmp_path / each))[f"ss_{network}_lr"] for each in "abc"]
+             for network in ("unet", "text_encoder")]  # fmt: skip
+    assert rates == [["0.0", "0.0", "0.001"], ["0.0", "0.001", "0.0"]]
     start = settings.data / "initial models" / "tiny-0.safetensors"
     assert changed(start, vae) == {VAE} and changed(vae, text) == {TEXT}
     assert changed(text, whole) == {"model."} and finished.path == whole
@@ -99,6 +102,8 @@ def test_chosen_settings(pictures: Path, settings: Settings):
 
     chosen = choose("pretrain.part=vae", "initial_size=tiny")
     assert chosen.data.resolution == [64] and not chosen.data.cache and chosen.train.ema_decay == 0.999
+    assert chosen.train.batch == 2
+    assert choose("pretrain.part=text", "initial_size=tiny").train.batch == 5  # all pictures at once
     chosen = choose("pretrain.part=unet", model="mini")
     assert chosen.data.cache and chosen.data.caption_dropout == 0.1 and chosen.model.name == "mini"
     with pytest.raises(GouacheError, match="size: is missing: name one of random weights, tiny, small, sd1, or"):
@@ -115,6 +120,7 @@ def test_chosen_settings(pictures: Path, settings: Settings):
         ({"loss": {"weighting": "min-snr"}}, "loss.weighting: has no effect on the mode pretrain"),
         ({"pretrain": {"part": "text", "kl": 1.0}}, "pretrain.kl: has no effect on the part text; it is for vae"),
         ({"pretrain": {"adversarial_start": 5}}, "pretrain.adversarial_start: has no effect without"),
+        ({"pretrain": {"part": "text"}, "train": {"batch": 1}}, "train.batch: is 1: a text encoder learns which"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(
@@ -123,6 +129,19 @@ def test_impossible_settings_are_refused_in_one_line(
     with pytest.raises(GouacheError, match=message) as caught:
         run(part("vae", pictures, tmp_path / "a.safetensors", **tables), tmp_path / "run", settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("texts", ["none", "equal", "one picture"])
+def test_a_text_encoder_needs_captions_to_tell_apart(texts: str, pictures: Path, settings: Settings, tmp_path: Path):
+    """Without them the loss is 0, and no weight changes."""
+    for path in pictures.glob("*.txt"):
+        path.unlink() if texts == "none" else path.write_text("a cat") if texts == "equal" else None
+    for path in sorted(pictures.glob("*.png"))[1:] if texts == "one picture" else ():
+        path.unlink()
+    chosen = part("text", pictures, tmp_path / "a.safetensors", validation={"pictures": 0})
+    with pytest.raises(GouacheError, match=r"data\.folder: has no pictures with different captions"):
+        run(chosen, tmp_path / "run", settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_text_encoder_of_another_family_is_refused(narrow, pictures: Path, settings: Settings, tmp_path: Path):

@@ -75,9 +75,9 @@ def test_a_run_exports_what_changes_the_picture_and_a_stopped_one_ends_alike(
     assert not torch.equal(painted(model, settings), trained_picture(chosen, model, output, settings))
 
 
-def painted(model: Path, user: Settings, **options: Any) -> torch.Tensor:
+def painted(model: Path, user: Settings, prompt: str = "zorb, red", **options: Any) -> torch.Tensor:
     loaded = gouache.load(model, device="cpu", dtype="fp32", settings=user)
-    return next(loaded.paint("zorb, red", steps=2, seed=1, size=(64, 64), **options)).latent
+    return next(loaded.paint(prompt, steps=2, seed=1, size=(64, 64), **options)).latent
 
 
 def trained_picture(chosen: RunSettings, model: Path, output: Path, user: Settings) -> torch.Tensor:

@@ -41,6 +41,10 @@ def test_the_same_pictures_serve_every_technique(
             found[mode] = painted(finished.path, settings)
         else:
             found[mode] = painted(model, settings, **{OPTIONS[mode]: [str(finished.path)]})
+        if mode == "embedding":  # of which only prompts with the word know
+            other = {"prompt": "a cat, red"}
+            without = painted(model, settings, **other, embedding=[str(finished.path)])
+            assert torch.equal(without, painted(model, settings, **other))
     assert digest(pictures) == before
     assert len({picture.numpy().tobytes() for picture in [plain, *found.values()]}) == 5
     assert all(torch.isfinite(picture).all() for picture in found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -20,10 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import gouache
+from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training import estimate, lineage, runs, stages
+from gouache.app.training import estimate, lineage, report, runs, stages
 from gouache.app.training.estimate import Estimate
-from gouache.app.training.folder import RunFolder
+from gouache.app.training.folder import RunFolder, opened
+from gouache.app.training.stage_checks import check
 from gouache.app.training.stage_file import read, to_do
 from gouache.app.training.stage_status import all_status, estimate_all, estimate_lines, fits, lines
 from gouache.errors import GouacheError
@@ -334,7 +337,11 @@ def test_all_stages_together_must_fit_on_the_disk(
     monkeypatch.setattr(estimate, "estimate", measured)
     found = estimate_all(write(), settings, on_note=[].append)
     *_, total = [line for line in estimate_lines(found) if line.startswith("in all")]
-    assert total == "in all  5 steps, 5 min, 130 bytes of disk" and fits(found) == is_enough
+    assert total == "in all  5 steps, 5 min, 130 bytes of disk"
+    short = [(stage, dataclasses.replace(each, step_seconds=0.1)) for stage, each in found]
+    assert "time    0.2 s, 0.10 s per step" in "\n".join(estimate_lines(short))
+    assert any(line.startswith("in all  5 steps, 0.5 s, ") for line in estimate_lines(short))
+    assert fits(found) == is_enough
     assert any(line.startswith("advice") for line in estimate_lines(found)) != is_enough
     assert models == [str(narrow("sd1").file)] * 2
 
@@ -378,6 +385,53 @@ def test_impossible_files_are_refused_before_anything_begins(
     with pytest.raises(GouacheError, match=message) as caught:
         go(file, settings)
     assert "\n" not in str(caught.value) and not (tmp_path / "b/runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("steps = 2\n", "steps = -3\n", r"two\.toml \(shared\) train\.steps: "),
+        ('mode = "finetune"', 'mode = "fine"', r"two\.toml \(shared\) mode: "),
+        ("[samples]", "[sampless]", r"two\.toml \(shared\) sampless: is not a setting; "),
+        ("learning_rate = 1e-2", "learning_rate = nan", r"two\.toml \(shared\) train\.learning_rate: "),
+        ("bucket_step = 8", "bucket_step = 0", r"two\.toml \(shared\) data\.bucket_step: "),
+        ('folder = "', 'folder = "gone', r"stage strict \(shared\): data\.folder: 'gone.*' does not exist"),
+        ("steps = 3", "steps = -3", r"two\.toml stage mild: train\.steps: "),
+        ("batch = 2\n", "", r"two\.toml stage strict: train\.batch: is missing"),
+        (
+            'name = "strict"',
+            'name = "strict"\n[[stage]]',
+            r"two\.toml \(shared\) stage: .* did you mean \[\[stages\]\]",
+        ),
+    ],
+)
+def test_a_fault_is_named_where_it_is_written(before: str, after: str, message: str, write: Any, settings: Settings):
+    file = write()
+    file.write_text(file.read_text().replace(before, after))
+    with pytest.raises(GouacheError, match=message):
+        go(file, settings)
+
+
+def test_a_misspelt_table_of_stages_is_recognised(write: Any):
+    file = write()
+    file.write_text(file.read_text().replace("[[stages]]", "[[stage]]"))
+    with pytest.raises(GouacheError, match=r"stage: is not a setting; did you mean \[\[stages\]\]\?"):
+        runs.opened(file, [])
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_where_one_run_is_meant_one_of_the_stages_has_to_be_named(begun: bool, tmp_path: Path, settings: Settings):
+    """For `export`, `compare` and `paint -m`."""
+    folder = tmp_path / "three"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "stages.toml").touch()
+    if begun:
+        (folder / "vae" / "settings.toml").touch()
+    ending = f"such as {folder / 'vae'}" if begun else "none has begun"
+    for use in (opened, lambda path: report.entry(f"{path}"), lambda path: report.entry(f"{path}@last"),
+                lambda path: names.resolve(str(path), settings)):  # fmt: skip
+        with pytest.raises(GouacheError, match=f"three is a training in stages; name one of them.*{ending}"):
+            use(folder)
 
 
 def test_a_result_of_a_middle_stage_does_not_replace_a_file_of_the_user(write: Any, settings: Settings):
@@ -447,6 +501,43 @@ def test_another_setting_of_a_finished_stage_is_refused(copied: Path, settings: 
         go(copied, settings)
 
 
+@pytest.fixture
+def done(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a training of which all stages are done."""
+    shutil.copytree(whole, folder := tmp_path / "copied")
+    monkeypatch.chdir(folder)
+    return folder / "two.toml"
+
+
+def test_only_the_last_stage_can_be_given_more_steps(done: Path, settings: Settings):
+    """What has begun from the results of others would not be of the file any more."""
+    text = done.read_text()
+    done.write_text(text.replace("steps = 2\n", "steps = 4\n"))
+    with pytest.raises(GouacheError, match=r"stage strict.* train\.steps: is 4, but this stage is done"):
+        go(done, settings)
+    for more in ("steps = 4", "steps = 3, patience = 5"):
+        done.write_text(text.replace("steps = 3", more))
+        stages_now = read(done)[1]
+        check(stages_now, settings, False)
+        assert [each.name for each in to_do(stages_now)] == ["mild"]
+    done.write_text(text.replace("learning_rate = 1e-3", "learning_rate = 1e-4"))
+    with pytest.raises(GouacheError, match=r"stage mild.* train\.learning_rate: is 0\.0001, but this stage is done"):
+        go(done, settings)
+
+
+@pytest.mark.full
+def test_a_stage_that_is_done_goes_on_as_its_note_says(done: Path, settings: Settings):
+    file, folder, notes = done, done.parent, list[str]()
+    go(file, settings, on_note=notes.append)
+    assert "all 3 steps are done; to train more: set train.steps = 6 of stage mild in" in notes[-1]
+    assert not any("--set" in note for note in notes)
+    file.write_text(file.read_text().replace("steps = 3", "steps = 4"))
+    assert [each.to_json()["run"]["state"] for each in all_status(file)] == ["finished", "finished"]
+    finished = go(file, settings)
+    assert (finished.step, finished.path) == (4, Path("last.safetensors"))
+    assert json.loads(stored(folder / "last.safetensors")["gouache.stages"])[1]["steps"] == 4
+
+
 def test_another_model_under_a_finished_stage_is_refused(copied: Path, narrow: Narrows, settings: Settings):
     other = copied.with_name("other.safetensors")
     weights = load_file(model := narrow("sd1").file)
@@ -457,13 +548,9 @@ def test_another_model_under_a_finished_stage_is_refused(copied: Path, narrow: N
         go(copied, settings)
 
 
-def test_a_stage_trained_from_an_earlier_result_is_refused(
-    whole: Path, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_stage_trained_from_an_earlier_result_is_refused(done: Path, whole: Path, settings: Settings):
     """Also if all are done: the last result would not be that of the file."""
-    folder = tmp_path / "copied"
-    shutil.copytree(whole, folder)
-    monkeypatch.chdir(folder)
+    folder = done.parent
     shutil.copy(whole / "last.safetensors", folder / "runs/two/strict.safetensors")
     with pytest.raises(
         GouacheError, match=r"stage mild: has begun with another file than .*strict\.safetensors is now"

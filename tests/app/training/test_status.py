@@ -36,6 +36,12 @@ def test_a_run_that_has_not_begun(run: RunFolder):
     assert list(found.lines()) == ["lora, not started: step 0 of 100 (0%)", "no checkpoint yet"]
 
 
+def test_a_pretraining_is_named_with_its_part(run: RunFolder):
+    values = {"mode": "pretrain", "pretrain": {"part": "vae"}, "train": {"steps": 9, "batch": 1, "learning_rate": 1}}
+    run.settings_file.write_text(template(checked(values)))
+    assert next(iter(status(run).lines())).startswith("pretrain vae, not started")
+
+
 def test_a_killed_run_has_half_a_line_and_goes_on_from_its_checkpoint(run: RunFolder):
     log(
         run, {"step": 39, "rate": 1e-3, "loss": 0.5, "norm": 1.0}, {"step": 40, "rate": 5e-4, "loss": 0.25, "norm": 2.0}

@@ -21,6 +21,7 @@ import gouache
 from gouache.app.settings import Settings
 from gouache.app.training.batch_changes import batch_changes, changed_processes
 from gouache.app.training.folder import RunFolder
+from gouache.files.open import open_model
 from gouache.files.write import write_atomic
 from gouache.training import state
 from gouache.training.run_settings import RunSettings, checked, template
@@ -86,6 +87,9 @@ MODES: dict[str, dict[str, Any]] = {
         "mode": "finetune", "adapter": {"form": "none"}, "parts": {"text_encoder": True},
         "samples": {"prompts": ["zorb"], "every": 2}, "memory": {"shard": True, "checkpointing": True},
     },
+    "embedding": {"mode": "embedding", "embedding": {"vectors": 2}, "data": {"trigger": "zorb"}},
+    "hypernetwork": {"mode": "hypernetwork"},
+    "pivotal": {"embedding": {"vectors": 2, "rate": 10.0}, "data": {"trigger": "zorb"}, "adapter": {"rank": 2}},
 }  # fmt: skip
 
 
@@ -94,12 +98,13 @@ def results(
     request: pytest.FixtureRequest, narrow: Narrows, tmp_path_factory: pytest.TempPathFactory, settings: Settings
 ) -> tuple[Path, Path]:
     """(folder of a run of one process, folder of the same in two); each run is `run` in it, its result `run.*`."""
+    name = "run.pt" if request.param == "hypernetwork" else "run.safetensors"
     folder = tmp_path_factory.mktemp("torchrun")
     pictures = make_pictures(folder / "pictures", ((64, 64), (96, 64), (64, 96), (64, 64), (80, 64)))
     (pictures / "0.txt").write_text("zorb, " + "a long caption, " * 30)  # two chunks
     one, two = folder / "one", folder / "two"
     two.mkdir()
-    values = [chosen(narrow("sd1").file, pictures, where / "run.safetensors", **MODES[request.param])
+    values = [chosen(narrow("sd1").file, pictures, where / name, **MODES[request.param])
               for where in (one, two)]  # fmt: skip
     one.mkdir()
     run(values[0], one / "run", settings)
@@ -109,11 +114,34 @@ def results(
 
 
 def test_two_processes_write_what_one_does(results: tuple[Path, Path]):
-    assert all((folder / "run.safetensors").exists() for folder in results)
+    assert all(list(folder.glob("run.*")) for folder in results)
     files = [state.read(folder / "run" / "step-00000004").tensors["weights"] for folder in results]
     assert files[0].keys() == files[1].keys()
     for key, tensor in files[0].items():
         torch.testing.assert_close(files[1][key], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_short_run_of_two_processes_is_that_of_one(
+    narrow: Narrows, pictures: Path, settings: Settings, tmp_path: Path
+):
+    """The short form of the tests with `results`."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    values = [
+        chosen(narrow("sd1").file, pictures, tmp_path / name / "run.safetensors", adapter={"rank": 2, "alpha": 2},
+               train={"steps": 2, "save_steps": 0, "validate_steps": 1000})
+        for name in ("one", "two")
+    ]  # fmt: skip
+    run(values[0], tmp_path / "one" / "run", settings)
+    codes = in_processes(go, tmp_path / "two", [template(of_two(values[1]))], settings)
+    assert codes == [0, 0], (tmp_path / "two" / "errors").read_text()
+    one, two = (state.read(tmp_path / name / "run" / "step-00000002").tensors["weights"] for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-6)
+    assert json.loads((tmp_path / "two" / "run 1.json").read_text()) == []
+    sizes = [open_model(tmp_path / name / "run.safetensors").metadata["ss_total_batch_size"] for name in ("one", "two")]
+    assert sizes == ["4", "4"]
 
 
 def test_only_the_first_process_writes_and_reports(results: tuple[Path, Path]):

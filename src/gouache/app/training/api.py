@@ -61,7 +61,7 @@ def train(
             mode, str(data), str(model), output=None if output is None else Path(output), trigger=trigger,
             class_word=class_word, steps=steps, overrides=overrides, settings=user, on_work=on_work,
         )  # fmt: skip
-        run = run or runs.new_folder(chosen, overwrite=overwrite)
+        run = run or runs.new_folder(chosen, user, overwrite=overwrite)
     return runs.run(
         chosen, run, user, on_note=on_note or (lambda line: None), on_progress=on_progress, on_work=on_work,
         should_stop=should_stop, overwrite=overwrite,

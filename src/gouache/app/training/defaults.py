@@ -122,7 +122,8 @@ def choose(
 
     def checked(steps: int | None, fixed: Mapping[str, Any]) -> RunSettings:
         """The settings with the values that depend on `steps`; `fixed` come before everything else."""
-        train = _training(mode, form, count, steps, small, spec.channels, device.type, optimizer)
+        batch = _batch(mode, str(given.get("pretrain", {}).get("part", "")), count, small, device.type)
+        train = _training(mode, form, count, batch, steps, small, spec.channels, optimizer)
         complete = {**chosen, "train": train | (_resume(train["steps"], file) if resume else {})}
         values = with_overrides(_merged(complete, own), overrides)
         values["train"].pop(_EPOCHS, None)
@@ -152,7 +153,7 @@ def _slider(
     optimizer = str(given["train"].get("optimizer", ""))
     if _EPOCHS in given["train"]:
         raise RequestError("epochs", "is for runs with pictures; set train.steps")
-    train = _training("lora", form, 1, steps or 500, channels < _FULL_WIDTH, channels, device.type, optimizer)
+    train = _training("lora", form, 1, 1, steps or 500, channels < _FULL_WIDTH, channels, optimizer)
     named = next(filter(None, (given.get("slider", {}).get(key) for key in ("erase", "positive", "opposite"))), "")
     name = Path(prompts).stem or re.sub(r"\W+", "-", str(named)).strip("-")
     has_rank = form in FORMS and FORMS[form].parts in RANKED
@@ -162,7 +163,7 @@ def _slider(
         "model": {"name": model},
         "slider": {"file": prompts} if prompts else {},
         "adapter": {"rank": 8} if has_rank else {},
-        "train": {**train, "batch": 1},
+        "train": train,
         "memory": {"checkpointing": _needs_checkpointing(found, device)},
     }
     settings = run_settings.checked(with_overrides(chosen, overrides))
@@ -194,10 +195,16 @@ def _needs_checkpointing(found: Found, device: torch.device) -> bool:
     return device.type == "cuda" and found.family.value is not None and found.family.value.name == "sdxl"
 
 
+def _batch(mode: str, part: str, pictures: int, small: bool, device: str) -> int:
+    is_slow = device == "cpu" and not small
+    if mode == "pretrain" and part == "text":  # which tells the pictures of a batch apart
+        return max(2, min(16 if is_slow else 64, pictures))
+    return 1 if is_slow else 4 if pictures >= 16 else 2 if pictures >= 4 else 1
+
+
 def _training(
-    mode: str, form: str, pictures: int, steps: int | None, small: bool, channels: int, device: str, optimizer: str
+    mode: str, form: str, pictures: int, batch: int, steps: int | None, small: bool, channels: int, optimizer: str
 ) -> dict[str, Any]:
-    batch = 1 if device == "cpu" and not small else 4 if pictures >= 16 else 2 if pictures >= 4 else 1
     # Adapters train some 100 passes over a small set and ever fewer over larger ones.
     passes = _PASSES[mode]
     usual = pictures * passes / batch / max(1.0, math.log2(max(2, pictures) / 8))

@@ -41,7 +41,7 @@ from gouache.training.run_settings import RunSettings
 from gouache.training.settings import Settings as LoopSettings
 from gouache.training.step import accumulate_gradients, clip_gradients, update
 from gouache.training.target import Target
-from gouache.wording import plural
+from gouache.wording import duration, plural
 
 _KINDS = 3  # of steps that are timed: the most frequent ones, by the sizes of their batches
 _TIMED = 2  # steps of each kind, after one that is not timed
@@ -90,7 +90,7 @@ class Estimate:
             yield "time    not measured, because the memory is not enough"
         else:
             yield (
-                f"time    {_duration(self.steps * self.step_seconds)}, {self.step_seconds:.2f} s per step, without "
+                f"time    {duration(self.steps * self.step_seconds)}, {self.step_seconds:.2f} s per step, without "
                 "samples and validation"
             )
         yield (
@@ -231,10 +231,6 @@ def _kinds(ready: Prepared) -> list[tuple[int, int]]:
         first.setdefault(kind, numbers[0])
         counts[kind] += 1
     return [(first[kind], count) for kind, count in counts.most_common(_KINDS)]
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min" if seconds > 90 else "1 min"
 
 
 def _advice(settings: RunSettings, disk: int, disk_free: int, used: MemoryUse, free: int) -> Iterator[str]:

@@ -138,7 +138,9 @@ def choose(
         raise RequestError(
             "form", "adapter: this run trained the weights themselves; `gouache lora extract` makes a LoRA of its file"
         )
-    if names != "kohya" and (form != "adapter" or result != "adapter" or settings.embedding.vectors):
+    if names != "kohya" and form == "adapter" and result == "adapter" and settings.embedding.vectors:
+        raise RequestError("names", f"{names} has no embeddings, and this LoRA has one; use kohya, which bundles it")
+    if names != "kohya" and (form != "adapter" or result != "adapter"):
         raise RequestError("names", f"{names} is for LoRAs and other adapters alone; leave it out")
     if result == "model":
         usual = {"full": "both", "pruned": "both" if form else "ema"}
@@ -225,9 +227,9 @@ def _epoch(metadata: Mapping[str, str], checkpoint: State) -> dict[str, str]:
     return {"ss_epoch": str(number // int(batches))} if known and isinstance(number, int) else {}
 
 
-def write_metadata(ready: Prepared, run: RunFolder) -> None:
+def write_metadata(ready: Prepared, run: RunFolder, processes: int = 1) -> None:
     """Keep `metadata` in the run's folder: exports need no pictures then. Raises FileError."""
-    write_atomic(run.metadata, json.dumps(metadata(ready), indent=1).encode())
+    write_atomic(run.metadata, json.dumps(metadata(ready, processes), indent=1).encode())
 
 
 def read_metadata(run: RunFolder) -> dict[str, str]:
@@ -239,18 +241,21 @@ def read_metadata(run: RunFolder) -> dict[str, str]:
     return {name: value for name, value in values.items() if isinstance(value, str)} if isinstance(values, dict) else {}
 
 
-def metadata(ready: Prepared) -> dict[str, str]:
-    """Facts of the run under the names of kohya's scripts; of the data as much as `lineage` says."""
+def metadata(ready: Prepared, processes: int = 1) -> dict[str, str]:
+    """Facts of the run, which so many processes train, under the names of kohya's scripts; of the data as much as
+    `lineage` says.
+    """
     settings, records = ready.settings, ready.pictures.training
     train, loss, epoch = settings.train, settings.loss, max(1, len(ready.batches))
+    unet_rate, text_rate = _rates(settings)
     described = {
         "ss_training_comment": "",
         "ss_learning_rate": repr(train.learning_rate),
-        "ss_unet_lr": repr(train.learning_rate if settings.parts.unet else 0.0),
-        "ss_text_encoder_lr": repr(train.learning_rate * settings.parts.text_rate * settings.parts.text_encoder),
+        "ss_unet_lr": repr(unet_rate),
+        "ss_text_encoder_lr": repr(text_rate),
         "ss_max_train_steps": str(train.steps),
         "ss_batch_size_per_device": str(train.batch),
-        "ss_total_batch_size": str(train.batch * train.accumulate),
+        "ss_total_batch_size": str(train.batch * train.accumulate * processes),
         "ss_gradient_accumulation_steps": str(train.accumulate),
         "ss_gradient_checkpointing": str(settings.memory.checkpointing),
         "ss_lr_scheduler": train.schedule,
@@ -298,3 +303,13 @@ def metadata(ready: Prepared) -> dict[str, str]:
         )  # fmt: skip
         described["ss_tag_frequency"] = json.dumps({Path(settings.data.folder).name: dict(tags)})
     return described
+
+
+def _rates(settings: RunSettings) -> tuple[float, float]:
+    """The learning rates of the U-Net's and of the first text encoder's weights; 0 where they are not trained."""
+    rate, parts = settings.train.learning_rate, settings.parts
+    if settings.result in ("embedding", "hypernetwork"):
+        return 0.0, 0.0
+    if settings.mode == "pretrain":
+        return rate * (settings.pretrain.part == "unet"), rate * (settings.pretrain.part == "text")
+    return rate * parts.unet, rate * parts.text_rate * parts.text_encoder

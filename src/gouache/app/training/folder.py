@@ -14,6 +14,7 @@ from gouache.training import run_settings, state
 from gouache.training.run_settings import RunSettings
 
 SETTINGS = "settings.toml"
+STAGES = "stages.toml"  # in the folder of a training in stages, which has a run for each
 _MOST = 1 << 30  # bytes of a log
 
 
@@ -126,7 +127,20 @@ def opened(path: Path) -> RunFolder:
         return RunFolder(path.parent)
     if not path.exists():
         raise FileError(path, "does not exist")
+    check_single(path)
     raise RequestError("run", f"{printable(str(path))} is not the folder of a training run: it has no {SETTINGS}")
+
+
+def check_single(path: Path) -> None:
+    """Raises RequestError for the folder of a training in stages, of which one has to be named."""
+    if not (path / STAGES).is_file():
+        return
+    begun = sorted(
+        (each for each in path.iterdir() if is_run(each)),
+        key=lambda each: RunFolder(each).settings_file.stat().st_mtime,
+    )
+    such = f", such as {printable(str(begun[-1]))}" if begun else "; none has begun"
+    raise RequestError("run", f"{printable(str(path))} is a training in stages; name one of them{such}")
 
 
 def curve(lines: list[Mapping[str, float]], name: str) -> tuple[list[int], list[float]]:

@@ -18,6 +18,7 @@ import torch
 
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
+from gouache.app.training import pretraining
 from gouache.app.training.folder import RunFolder
 from gouache.data import contents, folders, pictures, scores, split, templates
 from gouache.data.buckets import Buckets, Size, crops
@@ -110,6 +111,7 @@ def read_pictures(settings: RunSettings, folder: RunFolder, on_note: OnNote, use
         on_note(f"{len(held_out)} of {plural(len(records), 'picture')} held out for validation")
     if not any(not record.regularization for record in training):
         raise RequestError("data.folder", f"{printable(data.folder)}: no picture is left to train on")
+    pretraining.check_pairs(settings, training)
     if settings.loss.prior == "model" and not any(record.regularization for record in training):
         training = [*training, *_of_the_class(training, data.class_word)]
         on_note(f'prior: for "{printable(data.class_word)}" the model keeps to what it predicts now')

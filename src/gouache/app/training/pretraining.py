@@ -6,7 +6,7 @@ The U-Net is trained as in any other run; the two other parts have objectives an
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from gouache.app.model import Model
 from gouache.app.settings import Settings
 from gouache.app.training.objective import autocast_of, base_of
 from gouache.app.training.samples import forget
+from gouache.data.record import Record
 from gouache.errors import RequestError
 from gouache.files.record import ModelFile
 from gouache.files.write import describe, write_atomic
@@ -116,6 +117,24 @@ def vision_spec(model: Model) -> VisionSpec:
         width=width, layers=text.layers, heads=heads, mlp_width=4 * width, image_size=128, patch_size=16,
         projection=width,
     )  # fmt: skip
+
+
+def check_pairs(settings: RunSettings, records: Iterable[Record]) -> None:
+    """Raises RequestError if a text encoder has nothing to tell apart: its loss would be 0, whatever it says."""
+    if settings.mode != "pretrain" or settings.pretrain.part != "text":
+        return
+    if settings.train.batch < 2:
+        raise RequestError(
+            "train.batch", "is 1: a text encoder learns which caption of a batch is that of a picture; use 2 or more"
+        )
+    captions = iter(each.captions for each in records)
+    first = next(captions, ())
+    if all(each == first for each in captions):
+        raise RequestError(
+            "data.folder",
+            "has no pictures with different captions: a text encoder learns which caption is that of a picture; write "
+            "a caption for each",
+        )
 
 
 def make_objective(settings: RunSettings, model: Model, batches: Batches, user: Settings) -> Objective:

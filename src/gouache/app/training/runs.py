@@ -58,11 +58,14 @@ class Finished:
     rank: int = 0
 
 
-def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
-    """The folder for a new run, named like its output. Raises RequestError if it, or the output, exists already."""
+def new_folder(settings: RunSettings, user: Settings, *, overwrite: bool = False) -> RunFolder:
+    """The folder for a new run, named like its output. Raises RequestError if it, or the output, exists already.
+
+    The folder of a run that has not begun to train may be used again, by one of the same mode, model and data.
+    """
     output = Path(settings.output)
     folder = RunFolder(RUNS / output.stem)
-    if folder.is_started:
+    if folder.is_started or (is_run(folder.path) and not _is_same(absolute_paths(settings, user), folder.settings())):
         shown = printable(str(folder.path))
         raise RequestError(
             "output",
@@ -70,6 +73,15 @@ def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
         )
     _check_output(settings, overwrite)
     return folder
+
+
+def _is_same(one: RunSettings, two: RunSettings) -> bool:
+    """Whether these are of the same mode, model and data; other values may have been corrected between two tries."""
+    mine = [
+        (each.mode, each.model.name, each.data.folder, each.data.trigger, each.pretrain.part, each.slider)
+        for each in (one, two)
+    ]
+    return mine[0] == mine[1]
 
 
 def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
@@ -107,6 +119,7 @@ def run(
     overwrite: bool = False,
     preparation: Preparation | None = None,
     world: World | None = None,
+    stages: Path | None = None,
 ) -> Finished:
     """Train until the last step, or until Ctrl-C, `should_stop` or `seconds`; then the result is exported.
 
@@ -115,12 +128,13 @@ def run(
 
     Of several processes that `torchrun` started, which must share the folder, each calls this; the first one reports,
     writes and paints. `preparation` replaces that from the pictures of the settings, for data and objectives of a
-    recipe's own. `world` is that of processes that are connected already.
+    recipe's own. `world` is that of processes that are connected already. `stages` is the file of which this run is a
+    stage.
     """
     connecting = processes(settings.device or user.device or "") if world is None else nullcontext(world)
     with connecting as world:
         report = (on_note, on_progress, on_work or _ignore) if world.is_main else (_ignore, None, _ignore)
-        return _run(world, settings, folder, user, *report, should_stop, seconds, overwrite, preparation)
+        return _run(world, settings, folder, user, *report, should_stop, seconds, overwrite, preparation, stages)
 
 
 def _run(
@@ -135,6 +149,7 @@ def _run(
     seconds: float,
     overwrite: bool,
     preparation: Preparation | None,
+    stages: Path | None,
 ) -> Finished:
     is_new = not folder.is_started
     if world.is_main and state.is_locked(folder.path):
@@ -175,11 +190,11 @@ def _run(
 
             def begin(position: Position) -> None:
                 _write_settings(settings, folder, user)  # only now: a change may have been refused
-                export.write_metadata(ready, folder)
+                export.write_metadata(ready, folder, world.size)
                 if changed:
                     samples.forget(position.step)
                 if position.step:
-                    on_note(_resumed(settings, folder, position))
+                    on_note(_resumed(settings, folder, position, stages))
 
             def paint(step: int, ending: str) -> None:
                 if settings.memory.shard and world.size > 1:
@@ -216,7 +231,7 @@ def _run(
             if result.finished:
                 output = _near(Path(settings.output))
             if result.finished and world.is_main:
-                exported = _export(ready, folder, result, on_note)
+                exported = _export(ready, folder, result, on_note, world.size)
     command = _command(settings, ready, output)
     return Finished(
         folder.path, result.step, output, command, settings.train.steps, exported, result.signal, world.rank
@@ -285,18 +300,23 @@ def _near(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _resumed(settings: RunSettings, folder: RunFolder, position: Position) -> str:
+def _resumed(settings: RunSettings, folder: RunFolder, position: Position, stages: Path | None) -> str:
     """One line on what a run that was called again does."""
-    shown, train, step = printable(str(folder.path)), settings.train, position.step
-    again = f"gouache train run {shlex.quote(shown)}"
+    train, step = settings.train, position.step
+
+    def again(key: str, value: int) -> str:
+        if stages is not None:
+            return f"set {key} = {value} of stage {folder.path.name} in {printable(str(stages))}"
+        return f"gouache train run {shlex.quote(printable(str(folder.path)))} --set {key}={value}"
+
     if step >= train.steps:
-        return f"all {train.steps} steps are done; to train more: {again} --set train.steps={step + train.steps}"
+        return f"all {train.steps} steps are done; to train more: {again('train.steps', step + train.steps)}"
     if position.without_patience(train):
-        return f"patience ended this run at step {step}; to train more: {again} --set train.patience=0"
+        return f"patience ended this run at step {step}; to train more: {again('train.patience', 0)}"
     return f"goes on after step {step} of {train.steps}"
 
 
-def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote) -> int:
+def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote, processes: int) -> int:
     """Write the result: the last checkpoint or, if patience ended the run, the best one. Returns its step."""
     settings, number = ready.settings, result.step
     best = result.best[0] if result.best else 0
@@ -316,11 +336,9 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
     if settings.result == "embedding" and output.stem.casefold() != settings.data.trigger.casefold():
         on_note(f"programs know an embedding by the name of its file: prompts say {printable(output.stem)}")
     checkpoint = export.read_checkpoint(folder, number, newest=number == result.step, on_note=on_note)
-    choice = export.choose(settings, "ema" in checkpoint.tensors, output)
+    choice, about = export.choose(settings, "ema" in checkpoint.tensors, output), export.metadata(ready, processes)
     try:
-        export.write(
-            ready.target, settings, checkpoint, choice, output, metadata=export.metadata(ready), overwrite=True
-        )
+        export.write(ready.target, settings, checkpoint, choice, output, metadata=about, overwrite=True)
     except GouacheError as error:
         shown = printable(str(folder.path))
         raise TrainingError(f"{error}; the run is complete, export it with: gouache train export {shown} OUT") from None

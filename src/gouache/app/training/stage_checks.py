@@ -24,7 +24,8 @@ _FREE = ("output", "device", "tensorboard", "lineage_name", "memory", "samples",
 def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data: Container[str] = ()) -> None:
     """Raises GouacheError, which names the stage, if one cannot be trained or was trained otherwise.
 
-    Of stages that are done only the settings and the start are compared: their pictures may be gone. The data of the
+    Of stages that are done only the settings and the start are compared: their pictures may be gone. One may be given
+    more steps while none that starts from it has begun. The data of the
     stages `without_data` are not those of their settings.
     """
     _check_outputs(stages)
@@ -32,7 +33,8 @@ def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data
         with _naming(stage):
             if stage.folder.is_started:
                 _check_start(stage, user)
-            if stage.is_finished:
+            followed = any(each.start is stage and each.folder.is_started for each in stages)
+            if stage.is_finished or (stage.has_ended and followed):
                 _check_unchanged(stage, user)
     due = to_do(stages)
     for stage in due:  # first what takes no time
@@ -50,7 +52,7 @@ def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data
             settings = with_existing_model(stage, user)
             prepare.check_model(settings, user)
             if _has_pictures(stage, without_data):
-                read_data(settings, user)
+                pretraining.check_pairs(settings, read_data(settings, user).records)
                 if settings.data.resolution:
                     buckets_of(settings, (0, 0))
 
@@ -84,7 +86,7 @@ def _naming(stage: Stage) -> Iterator[None]:
         yield
     except RequestError as error:
         text = str(error).removeprefix(f"{error.setting}: ")
-        raise RequestError(f"stage {stage.name}: {error.setting}", text) from None
+        raise RequestError(f"{stage.where(error.setting)} {error.setting}", text) from None
     except GouacheError as error:
         raise TrainingError(f"stage {stage.name}: {error}") from None
 

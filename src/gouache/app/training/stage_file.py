@@ -6,14 +6,14 @@ RUN/stages.toml, RUN/NAME/ (the run of a stage), RUN/NAME.safetensors (its resul
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gouache.app.settings import Settings
 from gouache.app.training import runs
-from gouache.app.training.folder import RunFolder, is_run
+from gouache.app.training.folder import STAGES, RunFolder, is_run
 from gouache.app.training.newest import is_of
 from gouache.app.training.status import status
 from gouache.errors import FileError, RequestError, printable
@@ -21,7 +21,6 @@ from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.training import run_settings
 from gouache.training.run_settings import TABLES, RunSettings, toml
 
-FILE = "stages.toml"
 LOCK = "lock"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,60}")
 _FILES = (".toml", ".safetensors", ".pt")  # a stage's folder must not have the name of a file
@@ -32,6 +31,7 @@ class Stage:
     """`settings` of the run in `folder`; `start` is the stage whose result it trains, None if it has its own model.
 
     `has_own_output`: the file says where its result is written; otherwise that is in the folder of the training.
+    `shared` are the settings at the top of the file that the stage does not replace, as `table.key`.
     """
 
     name: str
@@ -39,11 +39,15 @@ class Stage:
     folder: RunFolder
     start: Stage | None = None
     has_own_output: bool = False
+    shared: frozenset[str] = frozenset()
+
+    def where(self, setting: str) -> str:
+        """What a message about a setting begins with."""
+        return f"stage {self.name}{' (shared)' if setting in self.shared else ''}:"
 
     @property
     def mode(self) -> str:
-        settings = self.settings
-        return f"pretrain {settings.pretrain.part}" if settings.mode == "pretrain" else settings.mode
+        return self.settings.title
 
     @property
     def result(self) -> Path:
@@ -51,7 +55,15 @@ class Stage:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps are done; the result may be missing."""
+        """Whether all of its steps are done, which may have become more; the result may be missing."""
+        if not self.has_ended:
+            return False
+        before, now = self.folder.settings().train, self.settings.train
+        return now.steps <= before.steps and now.patience == before.patience
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the steps that it was trained with are done."""
         return is_run(self.folder.path) and status(self.folder).finished
 
     @property
@@ -80,7 +92,7 @@ def to_do(stages: Sequence[Stage]) -> list[Stage]:
 def has_stages(path: Path) -> bool:
     """Whether `path` is a file of stages, or the folder of such a training. Raises FileError."""
     if path.is_dir():
-        return (path / FILE).is_file()
+        return (path / STAGES).is_file()
     return path.suffix.lower() == ".toml" and path.is_file() and "stages" in parsed(path)
 
 
@@ -88,7 +100,7 @@ def read(path: Path) -> tuple[Path, list[Stage]]:
     """The folder of the training and its stages, in order. Raises FileError or RequestError, naming stage and key."""
     file = file_of(path)
     values = parsed(file)
-    is_of_training = path.is_dir() or (file.name == FILE and (file.parent / LOCK).exists())
+    is_of_training = path.is_dir() or (file.name == STAGES and (file.parent / LOCK).exists())
     root = file.parent if is_of_training else runs.RUNS / file.stem
     if is_run(root):
         raise RequestError(
@@ -105,7 +117,7 @@ def read(path: Path) -> tuple[Path, list[Stage]]:
 
 
 def file_of(path: Path) -> Path:
-    return path / FILE if path.is_dir() else path
+    return path / STAGES if path.is_dir() else path
 
 
 def parsed(file: Path) -> dict[str, Any]:
@@ -126,8 +138,8 @@ def _stage(
         raise RequestError(f"{where} name", f"{name} is the name of a file; expected one such as large-set")
     if name.casefold() in (stage.name.casefold() for stage in before):  # some disks do not distinguish them
         raise RequestError(f"{where} name", f"{name} is that of two stages; each needs its own")
-    where = f"{printable(file.name)} stage {name}:"
     own = {key: value for key, value in table.items() if key not in ("name", "start")}
+    where = f"{printable(file.name)} stage {name}:"
     _check_tables(own, where)
     start = _start(table, own, where, before)
     merged = _merged(shared, own)
@@ -139,11 +151,26 @@ def _stage(
     if not is_last or own.get("output"):
         suffix = ".pt" if merged.get("mode") == "hypernetwork" else ".safetensors"
         merged["output"] = own.get("output") or str(root / f"{name}{suffix}")
+    only_shared = frozenset({*_keys(shared)} - {*_keys(own)})
     try:
-        settings = run_settings.checked({**merged, "lineage_name": name}, where)
+        settings = run_settings.checked({**merged, "lineage_name": name})
     except RequestError as error:
-        raise RequestError(error.setting, str(error).removeprefix(f"{error.setting}: ")) from None
-    return Stage(name, settings, RunFolder(root / name), start, has_own_output)
+        key, text = error.setting, str(error).removeprefix(f"{error.setting}: ")
+        whose = f"{printable(file.name)} (shared)" if _of_table(key) in only_shared else where
+        raise RequestError(f"{whose} {key}", text) from None
+    return Stage(name, settings, RunFolder(root / name), start, has_own_output, only_shared)
+
+
+def _keys(values: Mapping[str, Any]) -> Iterator[str]:
+    """The settings in these tables, as `table.key`, and the tables."""
+    for key, value in values.items():
+        yield key
+        yield from (f"{key}.{name}" for name in value) if isinstance(value, Mapping) else ()
+
+
+def _of_table(key: str) -> str:
+    """`table.key` without what follows for an item of a list."""
+    return ".".join(key.split(".")[:2])
 
 
 def _start(

@@ -17,6 +17,7 @@ from gouache.app.training.stage_file import Stage, read, to_do
 from gouache.app.training.status import Status, status
 from gouache.errors import printable
 from gouache.files.source import size_text
+from gouache.wording import duration
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def estimate_lines(found: Sequence[tuple[Stage, Estimate]]) -> Iterator[str]:
         yield f"stage {stage.name}"
         yield from (f"  {line}" for line in each.lines())
     seconds, disk = sum(each.steps * each.step_seconds for _, each in found), _disk(found)
-    time = "time not measured" if math.isnan(seconds) else f"{seconds / 60:.0f} min"
+    time = "time not measured" if math.isnan(seconds) else duration(seconds)
     yield f"in all  {sum(each.steps for _, each in found)} steps, {time}, {size_text(disk)} of disk"
     if all(each.fits for _, each in found) and not fits(found):
         yield "advice  all of them need more disk than is free: keep fewer checkpoints (train.keep), or free some space"

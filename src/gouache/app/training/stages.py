@@ -12,9 +12,10 @@ from typing import Any
 
 from gouache.app.settings import Settings
 from gouache.app.training import runs
+from gouache.app.training.folder import STAGES
 from gouache.app.training.prepare import Preparation
 from gouache.app.training.stage_checks import check
-from gouache.app.training.stage_file import FILE, file_of, parsed, read, text, to_do
+from gouache.app.training.stage_file import file_of, parsed, read, text, to_do
 from gouache.files.write import write_atomic
 from gouache.training import state
 from gouache.training.distributed import processes
@@ -47,7 +48,7 @@ def run(
         world.barrier()
         with state.locked(root) if world.is_main else nullcontext():
             if world.is_main:
-                write_atomic(root / FILE, text(values, user).encode())
+                write_atomic(root / STAGES, text(values, user).encode())
             # Decided once: the main process writes what it depends on. A training that is done reports its end.
             due = world.of_main([stage.name for stage in to_do(stages) or stages[-1:]])
             for number, stage in enumerate(stages, 1):
@@ -56,7 +57,7 @@ def run(
                 if on_stage is not None and world.is_main:
                     on_stage(stage.name, number, len(stages))
                 finished = runs.run(
-                    stage.settings, stage.folder, user, on_note=on_note, world=world,
+                    stage.settings, stage.folder, user, on_note=on_note, world=world, stages=file_of(path),
                     preparation=preparations.get(stage.name),
                     overwrite=overwrite or not stage.has_own_output, **options,
                 )  # fmt: skip

@@ -13,7 +13,7 @@ from gouache.training import state
 from gouache.training.changes import Change
 from gouache.training.log import TIMES, read_lines
 from gouache.training.stability import WINDOW, Stability, read_stability, stability
-from gouache.wording import plural
+from gouache.wording import duration, plural
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Status:
     def lines(self) -> Iterator[str]:
         """For a terminal or a page, one fact each."""
         share = f"{self.step / self.steps:.0%}" if self.steps else "0%"
-        left = f", {_duration(self.left)} left" if self.running and self.left is not None else ""
+        left = f", {duration(self.left)} left" if self.running and self.left is not None else ""
         yield f"{self.mode}, {self.state}: step {self.step} of {self.steps} ({share}){left}"
         if self.loss is not None:
             rate = f", learning rate {self.rate:.3g}" if self.rate is not None else ""
@@ -115,7 +115,7 @@ def status(run: RunFolder) -> Status:
     objective = values.get("objective")
     return Status(
         path=run.path,
-        mode=settings.mode,
+        mode=settings.title,
         running=state.is_locked(run.path),
         step=step,
         steps=steps,
@@ -154,16 +154,6 @@ def _size(checkpoint: Path) -> int:
         return sum(path.stat().st_size for path in checkpoint.iterdir() if path.is_file())
     except OSError:
         return 0
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds / 3600:.1f} h"
-        if seconds > 5400
-        else f"{seconds / 60:.0f} min"
-        if seconds > 90
-        else f"{seconds:.0f} s"
-    )
 
 
 def _described(change: Change) -> str:

@@ -17,7 +17,7 @@ from gouache.nn import products
 from gouache.nn.clip_text import ClipText
 from gouache.prompts.chunks import chunk
 from gouache.training.objective import Group, Json
-from gouache.training.targets.export import Averages
+from gouache.training.targets.export import Averages, model_metadata
 from gouache.training.targets.export_embedding import export_embedding
 
 NETWORK = "embedding"  # precedes the names of vectors in checkpoints
@@ -148,7 +148,8 @@ class EmbeddingTarget:
             raise RequestError("form", f"{printable(form, 40)!r} is for trained weights; this run trained an embedding")
         if names != "kohya":
             raise RequestError("names", f"{printable(names, 40)!r} is for LoRAs; all programs read the same embeddings")
-        export_embedding(self.vectors(weights), path, self.options.word, metadata, overwrite=overwrite)
+        about = {**model_metadata(self.model, "textual-inversion", path.stem), **metadata}
+        export_embedding(self.vectors(weights), path, self.options.word, about, overwrite=overwrite)
 
     @torch.no_grad()
     def vectors(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

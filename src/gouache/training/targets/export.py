@@ -210,9 +210,6 @@ def _rank(parts: Mapping[str, Tensor]) -> int:
 
 def adapter_metadata(model: Model, options: AdapterOptions, parts: AdapterParts, title: str) -> dict[str, str]:
     """What kohya's scripts and ModelSpec state of an adapter in its header, without the facts of the run."""
-    family, v2 = model.family.name, model.family.name == "sd2"
-    v_prediction = model.prediction == "v"
-    version = "sdxl_base_v1-0" if family.startswith("sdxl") else f"sd_v{2 if v2 else 1}{'_v' * v_prediction}"
     ranks = [len(each["lora_down.weight"]) for each in parts.values() if "lora_down.weight" in each]
     plain = options.base_form == "lora" and not options.trains_magnitudes and not options.norms
     arguments: dict[str, str] = {}
@@ -223,19 +220,29 @@ def adapter_metadata(model: Model, options: AdapterOptions, parts: AdapterParts,
     if options.conv_rank is not None or FORMS[options.form].modules == "conv":
         rank, alpha = _convolutions(options)
         arguments |= {"conv_dim": str(rank), "conv_alpha": f"{alpha:g}"}
+    return {
+        **model_metadata(model, "lora", title),
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_dim": str(max(ranks, default=options.rank)),
+        "ss_network_alpha": f"{options.rank if options.alpha is None else options.alpha:g}",
+        "ss_network_args": json.dumps(arguments),
+    }
+
+
+def model_metadata(model: Model, kind: str, title: str) -> dict[str, str]:
+    """What they state of the model that a file of this `kind` is for: lora, or textual-inversion."""
+    family, v2 = model.family.name, model.family.name == "sd2"
+    v_prediction = model.prediction == "v"
+    version = "sdxl_base_v1-0" if family.startswith("sdxl") else f"sd_v{2 if v2 else 1}{'_v' * v_prediction}"
     described = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.title": title,
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
         "ss_v2": str(v2),
         "ss_base_model_version": version,
-        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
-        "ss_network_dim": str(max(ranks, default=options.rank)),
-        "ss_network_alpha": f"{options.rank if options.alpha is None else options.alpha:g}",
-        "ss_network_args": json.dumps(arguments),
     }
     if family in ARCHITECTURES:
-        described["modelspec.architecture"] = f"{ARCHITECTURES[family]}/lora"
+        described["modelspec.architecture"] = f"{ARCHITECTURES[family]}/{kind}"
     if v_prediction:
         described["ss_v_parameterization"] = "True"
     if has_zero_terminal_snr(model.schedule):
