@@ -238,7 +238,7 @@ def _output(mode: str, trigger: str, folder: Path) -> Path:
     stem = (
         re.sub(r'[/\\:*?"<>|]', "-", trigger) if mode == "embedding" else re.sub(r"[-_.]*\{.*", "", folder.stem)
     )  # without the braces of a pattern
-    return Path(f"{stem or 'run'}{'.pt' if mode == 'hypernetwork' else '.safetensors'}")
+    return Path(f"{stem.strip('. ') or 'run'}{'.pt' if mode == 'hypernetwork' else '.safetensors'}")
 
 
 def _embedding(chosen: dict[str, Any], dataset: DataSet) -> None:

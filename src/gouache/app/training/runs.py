@@ -60,8 +60,7 @@ class Finished:
 
 def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
     """The folder for a new run, named like its output. Raises RequestError if it, or the output, exists already."""
-    output = Path(settings.output)
-    folder = RunFolder(RUNS / output.stem)
+    folder = RunFolder(_named_like(Path(settings.output), "output"))
     if folder.is_started:
         shown = printable(str(folder.path))
         raise RequestError(
@@ -70,6 +69,15 @@ def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
         )
     _check_output(settings, overwrite)
     return folder
+
+
+def _named_like(file: Path, setting: str) -> Path:
+    """The folder of a run whose output or settings file this is. Raises RequestError for a name that is none."""
+    if not file.stem.strip("."):  # the present folder, or the one above
+        raise RequestError(
+            setting, f"{printable(str(file))} names no folder for the run; expected a name such as zorb{file.suffix}"
+        )
+    return RUNS / file.stem
 
 
 def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
@@ -90,7 +98,7 @@ def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
     settings = run_settings.checked(values, printable(file.name))
     if folder is None:
         is_of_run = file.name == "settings.toml" and (file.parent / "lock").exists()
-        folder = RunFolder(file.parent if is_of_run else RUNS / file.stem)
+        folder = RunFolder(file.parent if is_of_run else _named_like(file, "run"))
     return settings, folder
 
 
