@@ -100,8 +100,16 @@ def test_chosen_settings(pictures: Path, settings: Settings):
     assert chosen.data.resolution == [64] and not chosen.data.cache and chosen.train.ema_decay == 0.999
     chosen = choose("pretrain.part=unet", model="mini")
     assert chosen.data.cache and chosen.data.caption_dropout == 0.1 and chosen.model.name == "mini"
-    with pytest.raises(GouacheError, match="size: is missing: name one of random weights, tiny, small, sd1, or"):
+    with pytest.raises(GouacheError, match=r"pretrain\.initial_size: is missing; expected tiny, small, sd1, for"):
         choose("pretrain.part=vae")
+    with pytest.raises(GouacheError, match=r"pretrain\.part: is missing; expected vae, text, unet"):
+        choose("initial_size=tiny")
+    with pytest.raises(GouacheError, match=r"pretrain\.initial_size: is tiny, but a model has its size; leave out one"):
+        choose("pretrain.part=vae", "initial_size=tiny", model="mini")
+    with pytest.raises(GouacheError, match=r"pretrain\.part: is missing"):  # as from Python
+        gouache.train("pretrain", pictures, settings=settings)
+    with pytest.raises(GouacheError, match=r"pretrain\.initial_size: is missing"):
+        gouache.train("pretrain", pictures, settings=settings, part="vae")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ A run can be stopped at any moment; the same call goes on with it.
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,6 +27,8 @@ from gouache.errors import FileError, GouacheError, RequestError, TrainingError,
 from gouache.files.open import open_model
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
+from gouache.prompts import embedding_names
+from gouache.prompts.grammar import escape
 from gouache.training import loop, memory, run_settings, state
 from gouache.training.aliases import EPOCHS
 from gouache.training.distributed import ALONE, World, processes
@@ -67,7 +68,7 @@ def new_folder(settings: RunSettings, *, overwrite: bool = False) -> RunFolder:
             "output",
             f"{shown} is a run already; go on with it: gouache train run {shown}, or name another output with -o",
         )
-    _check_output(settings, overwrite)
+    check_output(settings, folder, overwrite)
     return folder
 
 
@@ -147,8 +148,7 @@ def _run(
     is_new = not folder.is_started
     if world.is_main and state.is_locked(folder.path):
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
-    if is_new:
-        _check_output(settings, overwrite)
+    check_output(settings, folder, overwrite)
     if world.is_main:  # which writes the file that the others read
         settings = pretraining.with_initial_model(settings, user)
     world.barrier()
@@ -235,8 +235,10 @@ def _ignore(*_: object) -> None:
     """What processes other than the main one have to report."""
 
 
-def _check_output(settings: RunSettings, overwrite: bool) -> None:
-    """Before hours of training: raises GouacheError if the result cannot be written."""
+def check_output(settings: RunSettings, folder: RunFolder, overwrite: bool) -> None:
+    """Before hours of training: raises GouacheError if the result of a new run in `folder` cannot be written."""
+    if folder.is_started:
+        return
     if not settings.output:
         raise RequestError("output", "is empty; name the file to write")
     output = Path(settings.output)
@@ -386,7 +388,7 @@ def _command(settings: RunSettings, ready: Prepared, path: Path | None) -> str:
             strength = f":{settings.slider.strengths[-1]:g}" if settings.mode == "slider" else ""
             command += ["--lora", f"{path}{strength}"]
         case "embedding":  # prompts know it by the file's name
-            command[2] = re.sub(re.escape(settings.data.trigger), lambda _: path.stem, command[2], flags=re.IGNORECASE)
+            command[2] = embedding_names.renamed(command[2], settings.data.trigger, escape(path.stem))
             command += ["--embedding", str(path)]
         case "hypernetwork":
             command += ["--hypernet", str(path)]
