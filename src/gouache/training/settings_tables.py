@@ -129,8 +129,8 @@ class AdapterSettings(Table):
 
 
 class EmbeddingSettings(Table):
-    vectors: int = setting(
-        0, "Vectors trained for data.trigger, each as long as a token in prompts; 0: none (mode embedding: 1).", ge=0
+    vectors: int | None = setting(
+        None, "Vectors trained for data.trigger, as tokens in prompts; without it none (mode embedding: 1).", ge=0
     )
     init_word: str = setting("", "Words whose vectors they start as; empty: data.class_word, or *.")
     rate: float = setting(1.0, "Their rate, relative to the learning rate, beside a LoRA.", gt=0)

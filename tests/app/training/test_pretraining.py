@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import gouache
 from gouache.app.settings import Settings
-from gouache.app.training import defaults, export
+from gouache.app.training import defaults, effects, export
 from gouache.app.training.folder import RunFolder
 from gouache.errors import GouacheError
 from gouache.images import pixels
@@ -121,6 +121,8 @@ def test_chosen_settings(pictures: Path, settings: Settings):
         ({"parts": {"text_encoder": True}}, "parts.text_encoder: has no effect on the mode pretrain"),
         ({"loss": {"weighting": "min-snr"}}, "loss.weighting: has no effect on the mode pretrain"),
         ({"pretrain": {"part": "text", "kl": 1.0}}, "pretrain.kl: has no effect on the part text; it is for vae"),
+        ({"adapter": {"start": "a.pt"}}, "adapter.start: has no effect on the mode pretrain"),
+        ({"data": {"cache": True}}, "data.cache: has no effect on the part vae; leave it out"),
         ({"pretrain": {"adversarial_start": 5}}, "pretrain.adversarial_start: has no effect without"),
     ],
 )
@@ -130,6 +132,18 @@ def test_impossible_settings_are_refused_in_one_line(
     with pytest.raises(GouacheError, match=message) as caught:
         run(part("vae", pictures, tmp_path / "a.safetensors", **tables), tmp_path / "run", settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vae", "text"])
+@pytest.mark.parametrize(("key", "value"), [("prediction", "v"), ("clip_skip", 2), ("inpainting", True)])
+def test_settings_of_denoising_have_no_effect_on_pictures(name: str, key: str, value: Any, tmp_path: Path):
+    chosen = settings_of(
+        Path(), tmp_path, tmp_path / "a.safetensors", mode="pretrain", pretrain={"part": name}, model={key: value}
+    )
+    with pytest.raises(
+        GouacheError, match=rf"model\.{key}: has no effect on the mode pretrain of the part {name}; leave"
+    ):
+        effects.check(chosen)
 
 
 def test_a_text_encoder_of_another_family_is_refused(narrow, pictures: Path, settings: Settings, tmp_path: Path):

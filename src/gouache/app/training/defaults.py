@@ -116,7 +116,7 @@ def choose(
     if mode == "pretrain":
         _pretrain(chosen, given)
     if mode == "embedding":
-        _embedding(chosen, dataset)
+        _embedding(chosen, given, dataset)
     elif given.get("embedding", {}).get("vectors"):
         chosen["embedding"] = {"rate": 10.0}  # vectors learn at higher rates than the factors of a LoRA
     if mode == "finetune":
@@ -136,7 +136,7 @@ def choose(
     if epochs is None:
         return checked(steps, {})
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-        raise RequestError("epochs", f"is {printable(str(epochs), 40)}; expected a whole number from 1")
+        raise RequestError("train.epochs", f"is {printable(str(epochs), 40)}; expected a whole number from 1")
     found_steps = pictures.steps_of(checked(steps, {}), epochs, settings, (side, side))
     return checked(found_steps, {"steps": found_steps})
 
@@ -155,7 +155,7 @@ def _slider(
     channels, form = trainable(found).channels, str(given.get("adapter", {}).get("form") or "lora")
     optimizer = str(given["train"].get("optimizer", ""))
     if _EPOCHS in given["train"]:
-        raise RequestError("epochs", "is for runs with pictures; set train.steps")
+        raise RequestError("train.epochs", "is for runs with pictures; set train.steps")
     train = _training("lora", form, 1, steps or 500, channels < _FULL_WIDTH, channels, device.type, optimizer)
     named = next(filter(None, (given.get("slider", {}).get(key) for key in ("erase", "positive", "opposite"))), "")
     name = Path(prompts).stem or re.sub(r"\W+", "-", str(named)).strip("-")
@@ -229,7 +229,7 @@ def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int)
     data = chosen["data"]
     if not data["trigger"]:
         raise RequestError(
-            "trigger", "is missing: DreamBooth needs a rare word for the subject, such as --trigger zorb"
+            "data.trigger", "is missing: DreamBooth needs a rare word for the subject, such as --trigger zorb"
         )
     prior = given.get("loss", {}).get("prior") or ("pictures" if data["class_word"] else "none")
     chosen["loss"] = {"prior": prior}
@@ -249,17 +249,18 @@ def _output(mode: str, trigger: str, folder: Path, settings_file: Path | None) -
     return Path(name) if settings_file is None else settings_file.with_name(name)
 
 
-def _embedding(chosen: dict[str, Any], dataset: DataSet) -> None:
-    """One vector; sentences with the word are captions where the pictures have none."""
+def _embedding(chosen: dict[str, Any], given: Mapping[str, Any], dataset: DataSet) -> None:
+    """One vector, or those of the file to start from; pictures without captions have sentences with the word."""
     data = chosen["data"]
     if not data["trigger"]:
         raise RequestError(
-            "trigger", "is missing: it is the word that prompts will say for the pictures, such as --trigger zorb"
+            "data.trigger", "is missing: it is the word that prompts will say for the pictures, such as --trigger zorb"
         )
     plain = " ".join(filter(None, (data["trigger"], data["class_word"])))
     if all(record.captions == (plain,) for record in dataset.records):
         data["template"] = "subject"
-    chosen["embedding"] = {"vectors": 1}
+    if not given.get("adapter", {}).get("start"):
+        chosen["embedding"] = {"vectors": 1}
 
 
 def _pretrained(model: str, given: Mapping[str, Any], settings: Settings) -> str:

@@ -95,7 +95,7 @@ def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
         raise FileError(file, str(error)) from None
     values = with_overrides(values, overrides)
     if isinstance(train := values.get("train"), dict) and EPOCHS.partition(".")[2] in train:
-        raise RequestError("epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
+        raise RequestError("train.epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
     settings = run_settings.checked(values, printable(file.name))
     if folder is None:
         is_of_run = file.name == "settings.toml" and (file.parent / "lock").exists()

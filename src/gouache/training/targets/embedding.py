@@ -43,12 +43,16 @@ class EmbeddingOptions:
 
     def __post_init__(self) -> None:
         if not self.word.strip():
-            raise RequestError("trigger", "is missing: name the word that prompts will say, such as --trigger zorb")
+            raise RequestError(
+                "data.trigger", "is missing: name the word that prompts will say, such as --trigger zorb"
+            )
         if found := [each for each in _SYNTAX if each in self.word]:
             word = printable(self.word, 40)
             raise RequestError("data.trigger", f"is {word!r}; expected a word without {found[0]}, which prompts read")
         if not 1 <= self.vectors <= MOST:
-            raise RequestError("vectors", f"is {self.vectors}; expected 1 to {MOST}, the tokens of a prompt's chunk")
+            raise RequestError(
+                "embedding.vectors", f"is {self.vectors}; expected 1 to {MOST}, the tokens of a prompt's chunk"
+            )
 
 
 class EmbeddingVectors(nn.Module):
@@ -190,7 +194,7 @@ def start_vectors(model: Model, encoder: ClipText, options: EmbeddingOptions) ->
     """(vectors, width) float32: those of the tokens of `start`, repeated if there are fewer, thinned out if more."""
     tokens = [token.id for part in chunk(options.start, model.tokenizer, plain=True) for token in part]
     if not tokens:
-        raise RequestError("init_word", "has no tokens; name a word that describes the subject, such as dog")
+        raise RequestError("embedding.init_word", "has no tokens; name a word that describes the subject, such as dog")
     found = [tokens[number * len(tokens) // options.vectors] for number in range(options.vectors)]
     return encoder.embed(torch.tensor([found], device=model.device))[0].float().clone()
 
