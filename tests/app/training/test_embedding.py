@@ -56,6 +56,9 @@ def test_diffusers_gives_the_exported_word_the_same_conditioning(
     model, output = narrow("sd1").file, tmp_path / "zorb.safetensors"
     run(settings_of(model, pictures, output, **merged(WORD, {"embedding": {"vectors": 3}})), tmp_path / "r", settings)
     export.export(RunFolder(tmp_path / "r"), tmp_path / "zorb.pt", settings)
+    notes: list[str] = []
+    export.export(RunFolder(tmp_path / "r"), tmp_path / "zorbx.pt", settings, on_note=notes.append)
+    assert notes[-1] == "programs know an embedding by the name of its file: prompts say zorbx"
     vectors = load_file(output)["emb_params"]
     stored = torch.load(tmp_path / "zorb.pt", weights_only=True)
     assert torch.equal(stored["string_to_param"]["*"], vectors) and stored["step"] == 4

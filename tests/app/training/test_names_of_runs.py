@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gouache.app.settings import Settings
-from gouache.app.training import defaults, runs
+from gouache.app.training import defaults, export, runs
 from gouache.errors import GouacheError, RequestError
 from gouache.training.run_settings import MODES, checked, template
 from tests.app.training.short_runs import make_pictures
@@ -53,3 +53,18 @@ def test_a_result_that_cannot_be_written_is_refused_first(tmp_path: Path, monkey
         with pytest.raises(GouacheError, match="cannot be written: its folder does not exist"):
             runs.new_folder(checked({**BASE, "mode": mode, "output": f"no/such/h{suffix}"}))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mode", "output", "said"),
+    [
+        ("embedding", "zorbx.pt", "zorbx"),
+        ("embedding", "zorb (v2).pt", r"zorb \(v2\)"),
+        ("embedding", "Zorb.safetensors", ""),
+        ("lora", "zorbx.safetensors", ""),
+    ],
+)
+def test_the_word_of_an_embedding_of_another_name_is_said(mode: str, output: str, said: str):
+    settings = checked({**BASE, "mode": mode, "data": {"trigger": "zorb"}})
+    note = export.note_on_name(settings, Path("runs") / output)
+    assert note.endswith(f"prompts say {said}") if said else not note

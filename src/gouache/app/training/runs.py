@@ -323,8 +323,8 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote)
             f"{shlex.quote(printable(str(folder.path)))} OUT --step best"
         )
     output = Path(settings.output)
-    if settings.result == "embedding" and output.stem.casefold() != settings.data.trigger.casefold():
-        on_note(f"programs know an embedding by the name of its file: prompts say {printable(output.stem)}")
+    if said := export.note_on_name(settings, output):
+        on_note(said)
     checkpoint = export.read_checkpoint(folder, number, newest=number == result.step, on_note=on_note)
     choice = export.choose(settings, "ema" in checkpoint.tensors, output)
     try:
