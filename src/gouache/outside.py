@@ -147,7 +147,8 @@ def parse_yaml(text: str) -> Any:
     except MalformedText:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as error:
-        raise MalformedText(f"is not YAML: {printable(' '.join(str(error).split()))}") from None
+        said = str(error).replace(' in "<unicode string>",', " at")  # PyYAML's name for a text
+        raise MalformedText(f"is not YAML: {printable(' '.join(said.split()))}") from None
 
 
 def json_line(value: Any, indent: int | None = None) -> str:

@@ -18,6 +18,7 @@ from PIL import Image
 
 import gouache as package
 from gouache.app.settings import Settings
+from gouache.app.training import prepare, runs
 from gouache.app.training.folder import RunFolder
 from gouache.cli.training_progress import TrainingProgress
 from gouache.errors import RequestError
@@ -120,6 +121,34 @@ def test_new_writes_a_commented_file_that_run_takes_as_it_is(gouache: Command, d
     assert run_settings.read(tmp_path / "runs/my/settings.toml").data.folder == str(tmp_path / "pics")
 
 
+NEW = {
+    "lora": ["pics"],
+    "dreambooth": ["pics", "--trigger", "zorb"],
+    "finetune": ["pics"],
+    "embedding": ["pics", "--trigger", "zorb", "--init-word", "a cat", "--vectors", 2],
+    "hypernetwork": ["pics"],
+    "slider": ["--target", "a cat", "--positive", "a red cat", "--opposite", "a blue cat"],
+    "pretrain": ["pics", "--part", "unet"],
+}
+
+
+@pytest.mark.parametrize("mode", run_settings.MODES)
+def test_new_writes_a_file_that_can_be_run_in_every_mode(
+    mode: str, gouache: Command, data: Path, model: Path, settings: Settings, tmp_path: Path
+):
+    (tmp_path / "my").mkdir()
+    ended = gouache("train", "new", mode, *NEW[mode], "-m", model, "-o", "my/own.toml", "--set", "probe=1")
+    assert ended.code == 0, ended.err
+    written = run_settings.read(tmp_path / "my/own.toml")
+    name = {"embedding": "zorb.safetensors", "hypernetwork": "own.pt"}.get(mode, "own.safetensors")
+    assert written.output == f"my/{name}"
+    assert mode != "embedding" or (written.embedding.vectors, written.embedding.init_word) == (2, "a cat")
+    chosen, folder = runs.opened(Path("my/own.toml"), [])  # what a run refuses before it reads a weight
+    assert folder.path == Path("runs/own")
+    runs.check_output(chosen, folder, overwrite=False)
+    prepare.check_model(chosen, settings)
+
+
 @pytest.mark.parametrize(
     ("mode", "options"),
     [
@@ -200,6 +229,11 @@ def test_a_second_run_in_the_folder_is_refused_in_one_line(gouache: Command, dat
         (["dreambooth", "pics"], "--trigger zorb"),
         (["new", "paint", "pics", "-o", "x.toml"], "use lora, dreambooth, finetune"),
         (["new", "lora", "pics", "-o", "x.safetensors"], "does not end in .toml"),
+        (["hypernetwork", "pics", "-o", "no/such/h.pt"], "its folder does not exist"),
+        (["lora", "pics", "-o", "no/such/x.safetensors", "--dry-run"], "its folder does not exist"),
+        (["hypernetwork", "pics", "-o", "h.safetensors", "--dry-run"], "does not end in .pt"),
+        (["new", "pretrain", "pics", "-o", "x.toml"], "pretrain.part: is missing; expected vae, text, unet"),
+        (["new", "lora", "-o", "x.toml"], "data.folder: is missing"),
         (["run", "nothing.toml"], "does not exist"),
         (["run", "pics"], "is not the folder of a training run"),
         (["status", "pics"], "is not the folder of a training run"),
@@ -214,7 +248,7 @@ def test_what_cannot_work_is_one_line(
 ):
     (tmp_path / "there.safetensors").write_bytes(b"")
     before = sorted(tmp_path.rglob("*"))
-    with_model = arguments[0] in ("lora", "dreambooth", "finetune", "new")
+    with_model = arguments[0] in ("lora", "dreambooth", "finetune", "hypernetwork", "new")
     ended = gouache("train", *arguments, *(["-m", model] if with_model else []))
     assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1 and ended.out == ""
     assert sorted(tmp_path.rglob("*")) == before

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gouache.prompts.chunks import chunk
-from gouache.prompts.embedding_names import split, used
+from gouache.prompts.embedding_names import renamed, split, used
 from gouache.prompts.grammar import escape
 from gouache.prompts.tokenizer import Tokenizer
 
@@ -104,3 +104,24 @@ def test_hostile_prompts_are_searched_quickly(text: str):
     split(text, ["foo", "a b", "foo (v2)"])
 
     assert time.process_time() - start < 5
+
+
+@given(WORDS.map(" ".join))
+@settings(max_examples=50, deadline=None)
+def test_a_name_is_replaced_where_a_prompt_means_it(text: str):
+    """And nowhere else, as in longer words."""
+    meant = [words for words, name in split(text, ["foo"]) if name is not None]
+    assert renamed(text, "foo", "new (v2)").lower().replace("new (v2)", "foo") == text.lower()
+    assert renamed(text, "foo", "new (v2)").count("new (v2)") == len(meant)
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "expected"),
+    [
+        ("a emt on red, emtly, Emt, an emt's", "emt", r"a\b", r"a a\b on red, emtly, a\b, an a\b's"),
+        ("a cat on a mat", "a", "zorb", "zorb cat on zorb mat"),
+        ("a big  cat, bigcat", "big cat", "c", "a c, bigcat"),
+    ],
+)
+def test_a_name_is_not_replaced_in_longer_words(text: str, old: str, new: str, expected: str):
+    assert renamed(text, old, new) == expected

@@ -6,6 +6,7 @@ import json
 import shlex
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -43,6 +44,19 @@ Steps = Annotated[int | None, Option(help="Training steps.", show_default="chose
 Trigger = Annotated[str, Option(help="A word put in front of every caption that does not have it.", show_default=False)]
 ClassWord = Annotated[str, Option("--class", help="What the subject is, in one or two words.", show_default=False)]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace the file given with -o if it exists.")]
+InitWord = Annotated[
+    str, Option(help="Words whose vectors it starts as, such as what the subject is.", show_default="*")
+]
+Vectors = Annotated[int | None, Option(help="How many vectors are trained, each as long as a token.", show_default="1")]
+Target = Annotated[str, Option(help="What is changed, such as person.", show_default=False)]
+Positive = Annotated[str, Option(help="What positive strengths make of it, such as an old person.", show_default=False)]
+Opposite = Annotated[
+    str, Option(help="What negative strengths make of it, such as a young person.", show_default=False)
+]
+Erase = Annotated[str, Option(help="Instead of these: a concept to erase.", show_default=False)]
+Size = Annotated[
+    str, Option(help="Begin with random weights: tiny, small or sd1 (the released size).", show_default=False)
+]
 Run = Annotated[Path, Argument(help="The folder of a run.", show_default=False)]
 _SIGNALLED = 128  # a shell's exit code of a process that a signal ended, less its number
 
@@ -81,16 +95,11 @@ def embedding(
                             show_default="named like the word")
     ] = None,
     trigger: Annotated[str, Option(help="The word that prompts will say for the pictures.", show_default=False)] = "",
-    init_word: Annotated[
-        str, Option(help="Words whose vectors it starts as, such as what the subject is.", show_default="*")
-    ] = "",
-    vectors: Annotated[int | None, Option(help="How many vectors are trained, each as long as a token.",
-                                          show_default="1")] = None,
-    steps: Steps = None, settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+    init_word: InitWord = "", vectors: Vectors = None, steps: Steps = None, settings: Set = None,
+    dry_run: DryRun = False, overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Train an embedding (textual inversion): a new word for what the pictures show."""
-    given = ["embedding.init_word=" + json.dumps(init_word, ensure_ascii=False)] if init_word else []
-    given += [f"embedding.vectors={vectors}"] if vectors is not None else []
+    given = _given({"embedding.init_word": init_word, "embedding.vectors": vectors})
     _start("embedding", data, model, output, trigger, "", steps, [*given, *(settings or [])], dry_run, overwrite)
 
 
@@ -115,17 +124,13 @@ def slider(
     model: Model = "mini", output: Annotated[
         Path | None, Option("--output", "-o", help="The file to write.", show_default="named like PROMPTS")
     ] = None,
-    target: Annotated[str, Option(help="What is changed, such as person.", show_default=False)] = "",
-    positive: Annotated[str, Option(help="What positive strengths make of it, such as an old person.",
-                                    show_default=False)] = "",
-    opposite: Annotated[str, Option(help="What negative strengths make of it, such as a young person.",
-                                    show_default=False)] = "",
-    erase: Annotated[str, Option(help="Instead of these: a concept to erase.", show_default=False)] = "",
-    steps: Steps = None, settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
+    target: Target = "", positive: Positive = "", opposite: Opposite = "", erase: Erase = "", steps: Steps = None,
+    settings: Set = None, dry_run: DryRun = False, overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Train a LoRA from prompts alone: a slider between two descriptions, or the erasure of a concept."""
-    texts = {"target": target, "positive": positive, "opposite": opposite, "erase": erase}
-    given = [f"slider.{name}={json.dumps(text, ensure_ascii=False)}" for name, text in texts.items() if text]
+    given = _given({
+        "slider.target": target, "slider.positive": positive, "slider.opposite": opposite, "slider.erase": erase,
+    })  # fmt: skip
     _start("slider", prompts, model, output, "", "", steps, [*given, *(settings or [])], dry_run, overwrite)
 
 
@@ -136,27 +141,27 @@ def pretrain(
     model: Annotated[
         str, Option("--model", "-m", help="The model to go on with; without it --size.", show_default=False)
     ] = "",
-    size: Annotated[
-        str, Option(help="Begin with random weights: tiny, small or sd1 (the released size).", show_default=False)
-    ] = "",
-    output: Out = None, steps: Steps = None, settings: Set = None, dry_run: DryRun = False,
-    overwrite: Overwrite = False,
+    size: Size = "", output: Out = None, steps: Steps = None, settings: Set = None,
+    dry_run: DryRun = False, overwrite: Overwrite = False,
 ) -> None:  # fmt: skip
     """Train a model from nothing, part by part: autoencoder, text encoder, U-Net. Each result is a whole model."""
-    given = [f"pretrain.part={json.dumps(part)}"]
-    if size and model:
-        raise RequestError("size", "and --model exclude each other: a model has its size; leave out one of them")
-    given += [f"pretrain.initial_size={json.dumps(size)}"] if size else []
+    given = _given({"pretrain.part": part, "pretrain.initial_size": size})
     _start("pretrain", data, model, output, "", "", steps, [*given, *(settings or [])], dry_run, overwrite)
 
 
 @app.command()
 def new(
     mode: Annotated[str, Argument(help="What to train, such as lora or embedding.", show_default=False)],
-    data: Data,
     output: Annotated[Path, Option("--output", "-o", help="The settings file to write.", show_default=False)],
-    model: Model = "mini", trigger: Trigger = "", class_word: ClassWord = "", steps: Steps = None,
-    settings: Set = None, overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
+    data: Annotated[str, Argument(help="As for `gouache train MODE`; of a slider, a file of prompts.",
+                                  show_default=False)] = "",
+    model: Annotated[str, Option("--model", "-m", help="The model to start from: a file, a folder, or a name.",
+                                 show_default="mini")] = "",
+    trigger: Trigger = "", class_word: ClassWord = "", init_word: InitWord = "", vectors: Vectors = None,
+    target: Target = "", positive: Positive = "", opposite: Opposite = "", erase: Erase = "",
+    part: Annotated[str, Option(help="The part to pretrain: vae, text or unet.", show_default=False)] = "",
+    size: Size = "", steps: Steps = None, settings: Set = None,
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:  # fmt: skip
     """Write a commented settings file, with values chosen for this model, data and device."""
     from gouache.files.write import write_atomic, write_new
@@ -165,8 +170,13 @@ def new(
 
     if output.suffix.lower() != ".toml":
         raise RequestError("output", f"{shown(output)} does not end in .toml; this command writes a settings file")
-    result = output.with_suffix(".safetensors")
-    chosen = _chosen(mode, data, model, result, trigger, class_word, steps, settings)
+    given = _given({
+        "embedding.init_word": init_word, "embedding.vectors": vectors, "slider.target": target,
+        "slider.positive": positive, "slider.opposite": opposite, "slider.erase": erase, "pretrain.part": part,
+        "pretrain.initial_size": size,
+    })  # fmt: skip
+    given += settings or []
+    chosen = _chosen(mode, data, model, None, trigger, class_word, steps, given, settings_file=output)
     text = template(chosen).encode()
     with writing(output, overwrite):
         (write_atomic if overwrite else write_new)(output, text)
@@ -272,6 +282,12 @@ def export(
     print(f"weights of step {used}", file=sys.stderr)
 
 
+def _given(options: Mapping[str, str | int | None]) -> list[str]:
+    """The options that are given, as `key=value`."""
+    found = {key: value for key, value in options.items() if value not in ("", None)}
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in found.items()]
+
+
 def _start(
     mode: str,
     data: str,
@@ -301,6 +317,7 @@ def _chosen(
     class_word: str,
     steps: int | None,
     overrides: list[str] | None,
+    settings_file: Path | None = None,
 ) -> RunSettings:
     from gouache.app.settings import read
     from gouache.app.training import defaults
@@ -309,7 +326,7 @@ def _chosen(
     with Bar() as bar:
         return defaults.choose(
             mode, data, model, output=output, trigger=trigger, class_word=class_word, steps=steps,
-            overrides=overrides or [], settings=read(), on_work=bar.show,
+            overrides=overrides or [], settings=read(), settings_file=settings_file, on_work=bar.show,
         )  # fmt: skip
 
 
@@ -319,6 +336,7 @@ def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: boo
     from gouache.cli.training_progress import TrainingProgress
 
     if dry_run:
+        runs.check_output(chosen, folder, overwrite)
         found = estimate.estimate(chosen, folder, read(), on_note=_note)
         for line in found.lines():
             print(line)

@@ -52,6 +52,13 @@ def used(texts: Iterable[str], names: Iterable[str]) -> list[str]:
     return [name for name in possible if name in found]
 
 
+def renamed(text: str, old: str, new: str) -> str:
+    """`text` with `new` wherever it names the embedding `old`."""
+    words = _WORDS.findall(_folded(old))
+    text = unicodedata.normalize("NFC", text)
+    return re.sub(_of_words(words), lambda _: new, text, flags=re.IGNORECASE) if words else text
+
+
 @lru_cache(maxsize=64)
 def _pattern(names: tuple[str, ...]) -> re.Pattern[str] | None:
     words = {index: each for index, name in enumerate(names) if (each := _WORDS.findall(_folded(name)))}

@@ -1,4 +1,4 @@
-"""Settings under the names of kohya's scripts, LyCORIS and diffusers' examples, with the effect that they have there.
+"""Settings under the names of kohya's scripts, LyCORIS, diffusers' examples and A1111, with their effect there.
 
 What they mean is applied by `overrides.with_overrides`. A name without a counterpart is in `INSTEAD`, with what to
 use.
@@ -78,6 +78,13 @@ SAME: Mapping[str, str] = {
     "lora_dropout": "adapter.dropout",  # between the factors here, of their input in PEFT
     "network_weights": "adapter.start",
     "loraplus_lr_ratio": "adapter.plus_ratio",
+    "layer_structure": "hypernetwork.structure",
+    "activation_func": "hypernetwork.activation",
+    "weight_init": "hypernetwork.initialisation",
+    "weight_initialization": "hypernetwork.initialisation",
+    "add_layer_norm": "hypernetwork.layer_norm",
+    "is_layer_norm": "hypernetwork.layer_norm",
+    "dropout_structure": "hypernetwork.dropouts",
     "prompts_file": "slider.file",
     "max_denoising_steps": "slider.denoising_steps",
     "leco_denoise_guidance_scale": "slider.denoising_guidance",

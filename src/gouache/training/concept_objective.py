@@ -84,7 +84,7 @@ class ConceptObjective:
     def __post_init__(self) -> None:
         levels = len(self._any_denoiser.schedule.sigmas)
         if not 2 <= self.steps <= levels:
-            raise RequestError("denoising_steps", f"is {self.steps}; expected 2 to {levels}")
+            raise RequestError("slider.denoising_steps", f"is {self.steps}; expected 2 to {levels}")
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

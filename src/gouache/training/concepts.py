@@ -130,6 +130,9 @@ class _Reader:
         if isinstance(values, list):
             return [each for number, item in enumerate(values, 1) for each in self._item(item, {}, f"prompts {number}")]
         top = self._table({} if values is None else values, "the file")
+        if "prompts_file" in top:
+            file = _shown(top["prompts_file"])
+            raise self._error("prompts_file", f"is {file}: this is LECO's configuration; expected that file of prompts")
         if "prompts" not in top and "slider" in top:
             self._check(top, ("slider",), "the file")
             top = self._table(top["slider"], "slider")

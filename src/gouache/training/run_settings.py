@@ -115,7 +115,8 @@ def checked(values: Mapping[str, Any], where: str = "") -> RunSettings:
             message = "is missing and has no default"
         else:
             given = "" if isinstance(fault["input"], Mapping) else f", received {fault['input']!r}"
-            message = printable(fault["msg"].removeprefix("Value error, ").lower() + given, 200)
+            said = fault["msg"].removeprefix("Value error, ")  # names of values in it keep their case
+            message = printable(said[:1].lower() + said[1:] + given, 200)
         raise RequestError(f"{where + ' ' if where else ''}{printable(key)}", message) from None
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from gouache.training.settings import setting
 
+Initialisation = Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"]
 Share = Annotated[float, Field(ge=0, le=1)]
 Resolution = Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=r"^\d{1,5}x\d{1,5}$")]
 
@@ -18,6 +19,13 @@ class Table(BaseModel):
 
     # Defaults are validated so that a float is one before it was written to a file and read from it.
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _alone(cls, value: Any, about: ValidationInfo) -> Any:
+        """A text or number alone is a list of one."""
+        is_list = get_origin(cls.model_fields[about.field_name or ""].annotation) is list
+        return [value] if is_list and isinstance(value, str | int | float) and not isinstance(value, bool) else value
 
 
 class ModelSettings(Table):
@@ -94,9 +102,7 @@ class DataSettings(Table):
     @classmethod
     def _of_kohya(cls, value: Any) -> Any:
         """512, or kohya's "512,768" (width, height), instead of a list."""
-        if isinstance(value, str):
-            value = [re.sub(r"\s*,\s*", "x", value.strip())]
-        return [value] if isinstance(value, int) else value
+        return re.sub(r"\s*,\s*", "x", value.strip()) if isinstance(value, str) else value
 
 
 class AdapterSettings(Table):
@@ -123,8 +129,8 @@ class AdapterSettings(Table):
 
 
 class EmbeddingSettings(Table):
-    vectors: int = setting(
-        0, "Vectors trained for data.trigger, each as long as a token in prompts; 0: none (mode embedding: 1).", ge=0
+    vectors: int | None = setting(
+        None, "Vectors trained for data.trigger, as tokens in prompts; without it none (mode embedding: 1).", ge=0
     )
     init_word: str = setting("", "Words whose vectors they start as; empty: data.class_word, or *.")
     rate: float = setting(1.0, "Their rate, relative to the learning rate, beside a LoRA.", gt=0)
@@ -138,21 +144,30 @@ class HypernetworkSettings(Table):
     use_dropout: bool = setting(False, "Drop 0.3 after all layers but the last two.")
     last_layer_dropout: bool = setting(False, "And after the last but one.")
     dropouts: list[Share] = setting([], "Or a share for each number of `structure`; the first is 0.")
-    initialisation: Literal["Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal"] = setting(
+    initialisation: Initialisation = setting(
         "Normal", "How weights begin: Normal, XavierUniform, XavierNormal, KaimingUniform, KaimingNormal."
     )
     widths: list[int] = setting([], "Widths of the inputs that are changed, such as 320; empty: all of the model.")
 
     @field_validator("structure", "dropouts", "widths", mode="before")
     @classmethod
-    def _of_a1111(cls, value: Any) -> Any:
+    def _of_a1111(cls, value: Any, about: ValidationInfo) -> Any:
         """A1111's "1, 2, 1" instead of a list."""
         if not isinstance(value, str):
             return value
         try:
             return [float(each) for each in value.split(",")]
         except ValueError:
-            return value
+            example = {"structure": "1, 2, 1", "dropouts": "0, 0.3, 0"}.get(about.field_name or "", "320, 640")
+            raise ValueError(f"expected numbers, such as {example}") from None
+
+    @field_validator("activation", "initialisation", mode="before")
+    @classmethod
+    def _in_any_case(cls, value: Any, about: ValidationInfo) -> Any:
+        """A1111's names as they are written here."""
+        if about.field_name == "activation" or not isinstance(value, str):
+            return value.lower() if isinstance(value, str) else value
+        return next((name for name in get_args(Initialisation) if name.lower() == value.lower()), value)
 
 
 class SliderSettings(Table):

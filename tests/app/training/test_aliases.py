@@ -6,7 +6,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_origin
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from gouache.training import optimizers
 from gouache.training.objective import Group
 from gouache.training.overrides import with_overrides
 from gouache.training.rates import rate
-from gouache.training.run_settings import RunSettings, checked
+from gouache.training.run_settings import TABLES, RunSettings, checked
 from tests.app.training.short_runs import settings_of
 from tests.pipelines import Narrow
 
@@ -164,6 +164,16 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
     ("output_name=style", {"output": "style.safetensors"}),
     ("no_metadata=true", {"lineage": "none"}),
     ("resume=true", {"model.resume": True}),
+    ("layer_structure=1, 2, 2, 1", {"hypernetwork.structure": [1, 2, 2, 1]}),
+    ("activation_func=Swish", {"hypernetwork.activation": "swish"}),
+    ("weight_init=xavieruniform", {"hypernetwork.initialisation": "XavierUniform"}),
+    ("add_layer_norm=true", {"hypernetwork.layer_norm": True}),
+    ("dropout_structure=0, 0.3, 0", {"hypernetwork.dropouts": [0, 0.3, 0]}),
+    ("initialisation=KAIMINGNORMAL", {"hypernetwork.initialisation": "KaimingNormal"}),
+    ("widths=320", {"hypernetwork.widths": [320]}),
+    ("widths=320, 640", {"hypernetwork.widths": [320, 640]}),
+    ("resolution=512", {"data.resolution": [512]}),
+    ("resolution=512,768", {"data.resolution": ["512x768"]}),
 ]  # fmt: skip
 
 
@@ -171,6 +181,36 @@ EFFECTS: list[tuple[str, dict[str, Any]]] = [
 def test_a_name_of_another_trainer_sets_what_it_means(override: str, expected: dict[str, Any]):
     settings = chosen(override)
     assert {key: value(settings, key) for key in expected} == expected
+
+
+def test_a_value_alone_is_a_list_of_one():
+    """Of every setting that is a list."""
+    lists = [(table, key) for table, kind in TABLES.items() for key, each in getattr(kind, "model_fields", {}).items()
+             if get_origin(each.annotation) is list]  # fmt: skip
+    assert len(lists) > 8
+    for table, key in lists:
+        alone, several = (checked({**BASE, table: {key: each}}) for each in ("1", ["1"]))
+        assert alone == several and len(getattr(getattr(alone, table), key)) == 1, f"{table}.{key}"
+
+
+@pytest.mark.parametrize("key", ["structure", "dropouts", "widths"])
+def test_numbers_that_are_none_are_refused_with_an_example(key: str):
+    with pytest.raises(RequestError, match=rf"hypernetwork\.{key}: expected numbers, such as \d.*, received 'a'"):
+        chosen(f"{key}=a")
+
+
+def test_values_in_messages_are_ones_that_are_accepted():
+    """Each value that a message lists for a setting of some, as it is written there."""
+    choices = [(table, key) for table, kind in TABLES.items() for key, each in getattr(kind, "model_fields", {}).items()
+               if get_origin(each.annotation) is Literal]  # fmt: skip
+    assert len(choices) > 8
+    for table, key in choices:
+        with pytest.raises(RequestError) as caught:
+            checked({**BASE, table: {**BASE.get(table, {}), key: "no such"}})
+        listed = re.findall(r"'([^']*)'", str(caught.value).partition(", received")[0])
+        assert listed, f"{table}.{key}"
+        for each in listed:
+            assert value(checked({**BASE, table: {**BASE.get(table, {}), key: each}}), f"{table}.{key}") == each
 
 
 TOGETHER: list[tuple[set[str], dict[str, Any]]] = [

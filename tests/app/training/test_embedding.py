@@ -72,6 +72,9 @@ def test_diffusers_gives_the_exported_word_the_same_conditioning(
     model, output = narrow("sd1").file, tmp_path / "zorb.safetensors"
     run(settings_of(model, pictures, output, **merged(WORD, {"embedding": {"vectors": 3}})), tmp_path / "r", settings)
     export.export(RunFolder(tmp_path / "r"), tmp_path / "zorb.pt", settings)
+    notes: list[str] = []
+    export.export(RunFolder(tmp_path / "r"), tmp_path / "zorbx.pt", settings, on_note=notes.append)
+    assert notes[-1] == "programs know an embedding by the name of its file: prompts say zorbx"
     vectors = load_file(output)["emb_params"]
     stored = torch.load(tmp_path / "zorb.pt", weights_only=True)
     assert torch.equal(stored["string_to_param"]["*"], vectors) and stored["step"] == 4
@@ -135,7 +138,16 @@ def test_a_run_goes_on_from_the_vectors_of_a_file(
     usual |= {"mode": "lora", "adapter": {"rank": 2}} if both else {}
     first = tmp_path / "first.safetensors"
     run(settings_of(narrow("sd1").file, pictures, first, **usual), tmp_path / "a", settings)
-    again = merged(usual, {"adapter": {"start": str(first)}, "embedding": {"vectors": 1}})
+    again = merged(usual, {"adapter": {"start": str(first)}, "embedding": {"vectors": 2 if both else None}})
+    for own, message in (
+        ({"vectors": 1}, r"embedding\.vectors: is 1; expected 2, as the file of adapter\.start has it"),
+        ({"init_word": "ball"}, r"embedding\.init_word: has no effect on vectors of a file"),
+    ):
+        other = settings_of(
+            narrow("sd1").file, pictures, tmp_path / "c.safetensors", **merged(again, {"embedding": own})
+        )
+        with pytest.raises(GouacheError, match=message):
+            prepare.check_model(other, settings)
     chosen = settings_of(narrow("sd1").file, pictures, tmp_path / "b.safetensors", **again)
     with prepare.prepared(
         chosen, RunFolder(tmp_path / "b"), settings, on_note=[].append, on_work=lambda *_: None
@@ -185,6 +197,7 @@ def test_chosen_settings(pictures: Path, settings: Settings):
     assert (chosen.output, chosen.embedding.vectors, chosen.data.template) == ("zorb.safetensors", 1, "")
     assert chosen.train.learning_rate == 2.5e-2 and chosen.train.ema_decay == 0
     assert choose(pictures, settings=settings, trigger="a/b").output == "a-b.safetensors"
+    assert choose(pictures, "start=zorb.pt", settings=settings).embedding.vectors is None
     assert choose(pictures, "vectors=4", mode="lora", settings=settings).embedding.rate == 10
     kohya = choose(pictures, "token_string=glim", "num_vectors_per_token=3", "use_style_template", settings=settings)
     assert (kohya.data.trigger, kohya.embedding.vectors, kohya.data.template) == ("glim", 3, "style")
@@ -203,6 +216,14 @@ def test_chosen_settings(pictures: Path, settings: Settings):
         ({"data": {"template": "object"}}, "data.template: 'object' is not known; use subject, style"),
         ({"output": "zorb.bin"}, "does not end in .safetensors or .pt"),
         ({"mode": "finetune", "adapter": {"form": "none"}, "embedding": {"vectors": 1}}, "embedding.vectors: has no"),
+        ({"embedding": {"vectors": 0}}, "embedding.vectors: is 0; expected 1 to 75"),
+        ({"mode": "lora", "embedding": {"init_word": "a"}}, "init_word: has no effect without embedding.vectors"),
+        ({"mode": "lora", "embedding": {"rate": 2}}, "embedding.rate: has no effect without embedding.vectors"),
+        ({"data": {"trigger": "(zorb:1.2)"}}, r"data\.trigger: is '\(zorb:1\.2\)'; expected a word without"),
+        (
+            {"mode": "lora", "data": {"trigger": "(z"}, "embedding": {"vectors": 1}},
+            r"data\.trigger: is '\(z'; expected",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(

@@ -29,6 +29,27 @@ def test_a_run_goes_on_from_the_weights_of_a_file(narrow: Narrows, pictures: Pat
     assert stored["layer_structure"] == [1, 2, 2, 1] and stored["activation_func"] == "relu"
     assert stored["is_layer_norm"] is True and stored["step"] == 4
 
+    for own, message in (
+        (
+            {"structure": [1, 3, 1]},
+            r"hypernetwork\.structure: is \[1\.0, 3\.0, 1\.0\]; expected \[1.*, 2.*, 2.*, 1.*\], as",
+        ),
+        ({"activation": "swish"}, 'hypernetwork.activation: is "swish"; expected "relu", as the file of adapter.start'),
+        (
+            {"use_dropout": True, "last_layer_dropout": True},
+            "hypernetwork.use_dropout: is true; expected false, as the file of",
+        ),
+        ({"initialisation": "XavierNormal"}, 'hypernetwork.initialisation: is "XavierNormal"; expected "Normal", as'),
+    ):
+        other = settings_of(
+            narrow("sd1").file, pictures, tmp_path / "c.pt", **MODE, adapter={"start": str(first)}, hypernetwork=own
+        )
+        with pytest.raises(GouacheError, match=message):
+            prepare.check_model(other, settings)
+    same = settings_of(
+        narrow("sd1").file, pictures, tmp_path / "c.pt", **MODE, adapter={"start": str(first)}, hypernetwork=layers
+    )
+    prepare.check_model(same, settings)
     again = settings_of(narrow("sd1").file, pictures, tmp_path / "b.pt", **MODE, adapter={"start": str(first)})
     with prepare.prepared(
         again, RunFolder(tmp_path / "b"), settings, on_note=[].append, on_work=lambda *_: None

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import gouache
 from gouache.app.settings import Settings
-from gouache.app.training import defaults, export
+from gouache.app.training import defaults, effects, export
 from gouache.app.training.folder import RunFolder
 from gouache.errors import GouacheError
 from gouache.images import pixels
@@ -106,8 +106,16 @@ def test_chosen_settings(pictures: Path, settings: Settings):
     assert choose("pretrain.part=text", "initial_size=tiny").train.batch == 5  # all pictures at once
     chosen = choose("pretrain.part=unet", model="mini")
     assert chosen.data.cache and chosen.data.caption_dropout == 0.1 and chosen.model.name == "mini"
-    with pytest.raises(GouacheError, match="size: is missing: name one of random weights, tiny, small, sd1, or"):
+    with pytest.raises(GouacheError, match=r"pretrain\.initial_size: is missing; expected tiny, small, sd1, for"):
         choose("pretrain.part=vae")
+    with pytest.raises(GouacheError, match=r"pretrain\.part: is missing; expected vae, text, unet"):
+        choose("initial_size=tiny")
+    with pytest.raises(GouacheError, match=r"pretrain\.initial_size: is tiny, but a model has its size; leave out one"):
+        choose("pretrain.part=vae", "initial_size=tiny", model="mini")
+    with pytest.raises(GouacheError, match=r"pretrain\.part: is missing"):  # as from Python
+        gouache.train("pretrain", pictures, settings=settings)
+    with pytest.raises(GouacheError, match=r"pretrain\.initial_size: is missing"):
+        gouache.train("pretrain", pictures, settings=settings, part="vae")
 
 
 @pytest.mark.parametrize(
@@ -119,6 +127,8 @@ def test_chosen_settings(pictures: Path, settings: Settings):
         ({"parts": {"text_encoder": True}}, "parts.text_encoder: has no effect on the mode pretrain"),
         ({"loss": {"weighting": "min-snr"}}, "loss.weighting: has no effect on the mode pretrain"),
         ({"pretrain": {"part": "text", "kl": 1.0}}, "pretrain.kl: has no effect on the part text; it is for vae"),
+        ({"adapter": {"start": "a.pt"}}, "adapter.start: has no effect on the mode pretrain"),
+        ({"data": {"cache": True}}, "data.cache: has no effect on the part vae; leave it out"),
         ({"pretrain": {"adversarial_start": 5}}, "pretrain.adversarial_start: has no effect without"),
         ({"pretrain": {"part": "text"}, "train": {"batch": 1}}, "train.batch: is 1: a text encoder learns which"),
     ],
@@ -142,6 +152,18 @@ def test_a_text_encoder_needs_captions_to_tell_apart(texts: str, pictures: Path,
     with pytest.raises(GouacheError, match=r"data\.folder: has no pictures with different captions"):
         run(chosen, tmp_path / "run", settings)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["vae", "text"])
+@pytest.mark.parametrize(("key", "value"), [("prediction", "v"), ("clip_skip", 2), ("inpainting", True)])
+def test_settings_of_denoising_have_no_effect_on_pictures(name: str, key: str, value: Any, tmp_path: Path):
+    chosen = settings_of(
+        Path(), tmp_path, tmp_path / "a.safetensors", mode="pretrain", pretrain={"part": name}, model={key: value}
+    )
+    with pytest.raises(
+        GouacheError, match=rf"model\.{key}: has no effect on the mode pretrain of the part {name}; leave"
+    ):
+        effects.check(chosen)
 
 
 def test_a_text_encoder_of_another_family_is_refused(narrow, pictures: Path, settings: Settings, tmp_path: Path):

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 import gouache
@@ -13,6 +14,7 @@ from gouache.app.settings import Settings
 from gouache.app.training.samples import default_prompt, most_common
 from gouache.data.record import Record
 from gouache.generate.picture import read_recipe
+from gouache.prompts.grammar import parse
 from gouache.training.run_settings import checked
 from tests.app.training.short_runs import run, settings_of
 from tests.pipelines import Narrow
@@ -87,6 +89,15 @@ def test_the_default_prompt_is_the_first_caption_of_the_subject():
     cat = Record(Path("c"), "c", ("a cat",), regularization=True)
     assert default_prompt(settings, [cat, Record(Path("a"), "a", ("zorb, red",))]) == "photo of zorb, red"
     assert default_prompt(settings, [cat, Record(Path("a"), "a", (" ",))]) == "photo of zorb a cat"
+
+
+@pytest.mark.parametrize(
+    "caption", ["zorb (blue:1.3), [red]", r"a \(tag\) of \ zorb", "a BREAK (", "a ((zorb))", "[a|b]"]
+)
+def test_the_default_prompt_means_the_caption_as_it_is(caption: str):
+    settings = checked({"train": {"steps": 1, "batch": 1, "learning_rate": 1}})
+    prompt = default_prompt(settings, [Record(Path("a"), "a", (caption,))])
+    assert parse(prompt) == [(caption, 1.0)]
 
 
 def test_samples_have_the_size_of_most_pictures():

@@ -211,18 +211,18 @@ def test_the_command_line_refuses_in_one_line(
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ({"slider": {}}, "prompts: are missing"),
+        ({"slider": {}}, "slider.file: is missing; expected a file of prompts, or use"),
         ({"slider": {"file": "none.yaml"}}, "none.yaml: does not exist"),
         ({"slider": {"file": "x.yaml", "target": "a cat"}}, "slider.target: has no effect beside a file"),
         ({"slider": {"erase": "a", "positive": "b"}}, "slider.positive: is part of a slider"),
         ({"slider": SLIDER | {"size": 65}}, "slider.size: input should be a multiple of 8"),
         ({"slider": SLIDER | {"denoising_steps": 2000}}, "denoising_steps: is 2000; expected 2 to 1000"),
         ({"adapter": {"form": "none", "rank": 16}}, "adapter.form: is none: a slider is an adapter"),
-        ({"data": {"trigger": "zorb"}}, "data.trigger: has no effect on a slider"),
-        ({"parts": {"text_encoder": True}}, "parts.text_encoder: has no effect on a slider"),
-        ({"loss": {"noise_offset": 0.1}}, "loss.noise_offset: has no effect on a slider"),
-        ({"embedding": {"vectors": 2}}, "embedding.vectors: has no effect on a slider"),
-        ({"mode": "lora"}, "slider.target: has no effect on mode lora"),
+        ({"data": {"trigger": "zorb"}}, "data.trigger: has no effect on the mode slider"),
+        ({"parts": {"text_encoder": True}}, "parts.text_encoder: has no effect on the mode slider"),
+        ({"loss": {"noise_offset": 0.1}}, "loss.noise_offset: has no effect on the mode slider"),
+        ({"embedding": {"vectors": 2}}, "embedding.vectors: has no effect on the mode slider"),
+        ({"mode": "lora"}, "slider.target: has no effect on the mode lora"),
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(

@@ -138,6 +138,10 @@ def test_files_are_read_by_us_and_by_diffusers(
     ("values", "message"),
     [
         ({"word": " "}, "trigger: is missing"),
+        *(
+            ({"word": f"zo{each}rb"}, r"data\.trigger: is 'zo.*rb'; expected a word without .*, which prompts read")
+            for each in r"()[]{}|\<>:#"
+        ),
         ({"vectors": 0}, "vectors: is 0; expected 1 to 75"),
         ({"vectors": 76}, "vectors: is 76; expected 1 to 75"),
         ({"start": ""}, "init_word: has no tokens"),

@@ -21,7 +21,7 @@ def train(
     mode: str,
     data: str | Path,
     *,
-    model: str | Path = "mini",
+    model: str | Path = "",
     output: str | Path | None = None,
     trigger: str = "",
     class_word: str = "",
@@ -36,16 +36,17 @@ def train(
     **changes: Any,
 ) -> Finished:
     """Train a "lora", "dreambooth", "finetune", "embedding" or "hypernetwork" on a folder of pictures, or a
-    "slider" on a file of prompts.
+    "slider" on a file of prompts; or "pretrain" a part of a model: `pretrain={"part": "vae", "initial_size": "tiny"}`.
 
-    `output` is the file to write, replaced only with `overwrite`; `folder` that of the run (default: `runs/` and the
-    name of the output). The same call with the same `folder` goes on with a run that was stopped; other `data` or
-    another `model` are refused then. `trigger` is put in front of captions without it, and is the word of an embedding;
-    `class_word` says what the subject is. `changes` are settings by name, as in the settings file: `rank=8`,
-    `learning_rate=1e-4`, `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and time left, `on_work`
-    (what, done, total) of the preparation, `on_note` one line each. `should_stop` is polled between steps; if it
-    returns True, or on Ctrl-C, the run is saved and the result has no path. Raises GouacheError, before any weight is
-    read for what can be known then.
+    `model` is the one to start from, by default `mini`, in pretraining none. `output` is the file to write,
+    replaced only with `overwrite`; `folder` that of the run (default: `runs/` and the name of the output). The same
+    call with the same `folder` goes on with a run that was stopped; other `data` or another `model` are refused
+    then. `trigger` is put in front of captions without it, and is the word of an embedding; `class_word` says what
+    the subject is. `changes` are settings by name, as in the settings file: `rank=8`, `learning_rate=1e-4`,
+    `adapter={"form": "loha"}`. `on_progress` receives the loss, rate and time left, `on_work` (what, done, total)
+    of the preparation, `on_note` one line each. `should_stop` is polled between steps; if it returns True, or on
+    Ctrl-C, the run is saved and the result has no path. Raises GouacheError, before any weight is read for what can
+    be known then.
     """
     user = settings or read()
     overrides = [text for name, value in changes.items() for text in _overrides(name, value)]
@@ -78,7 +79,7 @@ def _check_same(run: RunFolder, chosen: RunSettings, data: str, model: str, user
             Path(chosen.data.folder or chosen.slider.file).expanduser().absolute(),
         )
     ]
-    if model != names.DEFAULT:  # which is also what a call has that names none
+    if model:
         pairs.append(("model", model, names.resolve(model, user), names.resolve(chosen.model.name, user)))
     for name, given, path, present in pairs:
         if path.resolve() != present.resolve():

@@ -54,12 +54,14 @@ def choose(
     steps: int | None,
     overrides: list[str],
     settings: Settings,
+    settings_file: Path | None = None,
     on_work: OnIndexed | None = None,
 ) -> RunSettings:
     """The settings of a new run: `overrides` ("key=value"), else those that the data set has, else chosen ones.
 
-    The pictures are listed and the model's header is read, no weight. `on_work` receives the progress of the index of
-    tar shards. Raises GouacheError.
+    The pictures are listed and the model's header is read, no weight. A `model` of "" is none given: most modes begin
+    with the default one. Without an `output` the result is beside `settings_file`, to which the settings will be
+    written, and usually has its name. `on_work` receives the progress of the index of tar shards. Raises GouacheError.
     """
     if mode not in MODES:
         raise RequestError("mode", f"{printable(mode, 40)!r} is not known; use {', '.join(MODES)}")
@@ -69,15 +71,17 @@ def choose(
     given_data = given.get("data", {})
     folder = str(given_data.get("folder") or Path(data))
     trigger, class_word = given_data.get("trigger") or trigger, given_data.get("class_word") or class_word
-    if size := given.get("pretrain", {}).get("initial_size"):
-        model = str(pretraining.initial_model(str(size), int(given["train"].get("seed", 0)), settings))
-    elif mode == "pretrain" and not model:
-        raise RequestError("size", f"is missing: name one of random weights, {', '.join(SIZES)}, or a model with -m")
+    if mode == "pretrain":
+        model = _pretrained(model, given, settings)
+    elif mode != "slider" and not data and not given_data.get("folder"):
+        raise RequestError("data.folder", "is missing; expected a folder of pictures or tar shards")
+    model = model or names.DEFAULT
     file = open_model(names.resolve(str(given.get("model", {}).get("name") or model), settings))
     found = identify(file)
     spec = trainable(found)
     column = str(given_data.get("caption_column") or "")
     if mode == "slider":
+        output = output or (settings_file and settings_file.with_suffix(".safetensors"))
         return _slider(data, model, output, steps, overrides, given, found, device=residency.device(
             given.get("device") or settings.device))  # fmt: skip
     suffixes = (extension,) if (extension := given_data.get("caption_extension")) else CAPTIONS
@@ -93,7 +97,7 @@ def choose(
     optimizer = str(given["train"].get("optimizer", ""))
     chosen: dict[str, Any] = {
         "mode": mode,
-        "output": str(output or _output(mode, trigger, Path(folder))),
+        "output": str(output or _output(mode, trigger, Path(folder), settings_file)),
         "model": {"name": model},
         "data": {
             "folder": folder,
@@ -112,7 +116,7 @@ def choose(
     if mode == "pretrain":
         _pretrain(chosen, given)
     if mode == "embedding":
-        _embedding(chosen, dataset)
+        _embedding(chosen, given, dataset)
     elif given.get("embedding", {}).get("vectors"):
         chosen["embedding"] = {"rate": 10.0}  # vectors learn at higher rates than the factors of a LoRA
     if mode == "finetune":
@@ -133,7 +137,7 @@ def choose(
     if epochs is None:
         return checked(steps, {})
     if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
-        raise RequestError("epochs", f"is {printable(str(epochs), 40)}; expected a whole number from 1")
+        raise RequestError("train.epochs", f"is {printable(str(epochs), 40)}; expected a whole number from 1")
     found_steps = pictures.steps_of(checked(steps, {}), epochs, settings, (side, side))
     return checked(found_steps, {"steps": found_steps})
 
@@ -152,7 +156,7 @@ def _slider(
     channels, form = trainable(found).channels, str(given.get("adapter", {}).get("form") or "lora")
     optimizer = str(given["train"].get("optimizer", ""))
     if _EPOCHS in given["train"]:
-        raise RequestError("epochs", "is for runs with pictures; set train.steps")
+        raise RequestError("train.epochs", "is for runs with pictures; set train.steps")
     train = _training("lora", form, 1, 1, steps or 500, channels < _FULL_WIDTH, channels, optimizer)
     named = next(filter(None, (given.get("slider", {}).get(key) for key in ("erase", "positive", "opposite"))), "")
     name = Path(prompts).stem or re.sub(r"\W+", "-", str(named)).strip("-")
@@ -232,7 +236,7 @@ def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int)
     data = chosen["data"]
     if not data["trigger"]:
         raise RequestError(
-            "trigger", "is missing: DreamBooth needs a rare word for the subject, such as --trigger zorb"
+            "data.trigger", "is missing: DreamBooth needs a rare word for the subject, such as --trigger zorb"
         )
     prior = given.get("loss", {}).get("prior") or ("pictures" if data["class_word"] else "none")
     chosen["loss"] = {"prior": prior}
@@ -240,25 +244,48 @@ def _dreambooth(chosen: dict[str, Any], given: Mapping[str, Any], pictures: int)
         data["class_pictures"] = max(50, 10 * pictures)
 
 
-def _output(mode: str, trigger: str, folder: Path) -> Path:
-    """The result's file: an embedding is named like its word, by which programs know it; others like the data."""
-    stem = (
-        re.sub(r'[/\\:*?"<>|]', "-", trigger) if mode == "embedding" else re.sub(r"[-_.]*\{.*", "", folder.stem)
-    )  # without the braces of a pattern
-    return Path(f"{stem or 'run'}{'.pt' if mode == 'hypernetwork' else '.safetensors'}")
+def _output(mode: str, trigger: str, folder: Path, settings_file: Path | None) -> Path:
+    """The result's file: an embedding is named like its word, by which programs know it; others like the data, or the
+    settings file, beside which it is.
+    """
+    if mode == "embedding":
+        stem = re.sub(r'[/\\:*?"<>|]', "-", trigger)
+    else:  # without the braces of a pattern
+        stem = re.sub(r"[-_.]*\{.*", "", folder.stem) if settings_file is None else settings_file.stem
+    name = f"{stem.strip('. ') or 'run'}{'.pt' if mode == 'hypernetwork' else '.safetensors'}"
+    return Path(name) if settings_file is None else settings_file.with_name(name)
 
 
-def _embedding(chosen: dict[str, Any], dataset: DataSet) -> None:
-    """One vector; sentences with the word are captions where the pictures have none."""
+def _embedding(chosen: dict[str, Any], given: Mapping[str, Any], dataset: DataSet) -> None:
+    """One vector, or those of the file to start from; pictures without captions have sentences with the word."""
     data = chosen["data"]
     if not data["trigger"]:
         raise RequestError(
-            "trigger", "is missing: it is the word that prompts will say for the pictures, such as --trigger zorb"
+            "data.trigger", "is missing: it is the word that prompts will say for the pictures, such as --trigger zorb"
         )
     plain = " ".join(filter(None, (data["trigger"], data["class_word"])))
     if all(record.captions == (plain,) for record in dataset.records):
         data["template"] = "subject"
-    chosen["embedding"] = {"vectors": 1}
+    if not given.get("adapter", {}).get("start"):
+        chosen["embedding"] = {"vectors": 1}
+
+
+def _pretrained(model: str, given: Mapping[str, Any], settings: Settings) -> str:
+    """The model of which a part is trained: `model`, or one of random weights, written unless it is there."""
+    chosen, model = given.get("pretrain", {}), str(given.get("model", {}).get("name") or model)
+    if not chosen.get("part"):
+        raise RequestError("pretrain.part", f"is missing; expected {', '.join(pretraining.PARTS)}")
+    size = chosen.get("initial_size")
+    if not size and not model:
+        raise RequestError(
+            "pretrain.initial_size", f"is missing; expected {', '.join(SIZES)}, for random weights, or a model with -m"
+        )
+    if not size:
+        return model
+    if model:
+        raise RequestError("pretrain.initial_size", f"is {printable(str(size), 40)}, but a model has its size; leave "
+                           "out one of them")  # fmt: skip
+    return str(pretraining.initial_model(str(size), int(given["train"].get("seed", 0)), settings))
 
 
 def _pretrain(chosen: dict[str, Any], given: Mapping[str, Any]) -> None:

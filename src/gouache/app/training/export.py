@@ -18,6 +18,7 @@ from gouache.errors import FileError, RequestError, TrainingError, printable
 from gouache.families.found import Found
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_json, read_text
+from gouache.prompts.grammar import escape
 from gouache.training import state
 from gouache.training.concept_objective import ConceptObjective
 from gouache.training.pretraining.target import AutoencoderTarget
@@ -80,7 +81,16 @@ def export(
         write(target, settings, checkpoint, choice, output, metadata=read_metadata(run), overwrite=overwrite)
     finally:
         target.detach()
+    if said := note_on_name(settings, output):
+        note(said)
     return checkpoint.step
+
+
+def note_on_name(settings: RunSettings, output: Path) -> str:
+    """What prompts say for an embedding whose file is not named like its word, "" otherwise."""
+    if settings.result != "embedding" or output.stem.casefold() == settings.data.trigger.casefold():
+        return ""
+    return f"programs know an embedding by the name of its file: prompts say {printable(escape(output.stem))}"
 
 
 def _on_cpu(settings: RunSettings, user: Settings, bakes: bool) -> RunSettings:

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gouache.adapters.embedding import Vectors, bundled_vectors, check_widths, vectors_of
 from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training import pretraining, sliders
-from gouache.errors import RequestError
+from gouache.app.training import effects, pretraining, sliders
+from gouache.errors import RequestError, printable
 from gouache.files.open import open_model
 from gouache.files.record import ModelFile
 from gouache.layouts.adapters import bundled
 from gouache.model.inpainting import CHANNELS
 from gouache.model.model import Model
 from gouache.training.pretraining.target import AutoencoderTarget, PartTarget
-from gouache.training.run_settings import RunSettings
-from gouache.training.settings_tables import AdapterSettings, HypernetworkSettings, PretrainSettings, Table
+from gouache.training.run_settings import RunSettings, toml
+from gouache.training.settings_tables import HypernetworkSettings, Table
 from gouache.training.target import Target
+from gouache.training.targets import hypernetwork
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.dropout import Rates
 from gouache.training.targets.embedding import EmbeddingOptions, EmbeddingTarget
 from gouache.training.targets.hypernetwork import HypernetworkTarget
 from gouache.training.targets.hypernetwork_layers import HypernetworkOptions
-from gouache.training.targets.options import FORMS, RANKED, SCALED, AdapterOptions
+from gouache.training.targets.options import AdapterOptions
 from gouache.training.targets.pivotal import PivotalOptions, PivotalTarget
 from gouache.training.targets.weights import WeightsOptions, WeightsTarget
 
@@ -68,16 +70,50 @@ def start_file(settings: RunSettings, user: Settings) -> Path | None:
     return names.resolve(settings.adapter.start, user, kind, "adapter.start")
 
 
+def check_start(settings: RunSettings, user: Settings) -> None:
+    """Raises GouacheError for settings that differ from what the file that training starts from has."""
+    start = start_file(settings, user)
+    if start is None:
+        return
+    if settings.result == "hypernetwork":
+        found = hypernetwork.options_of(open_model(start), HypernetworkOptions())
+        values = {
+            **vars(found),
+            "structure": list(found.structure),
+            "dropouts": list(found.dropouts),
+            "use_dropout": any(found.dropouts),
+            "last_layer_dropout": found.dropouts[-2] != 0,
+        }
+        _check_equal("hypernetwork", settings.hypernetwork, {**values, "widths": settings.hypernetwork.widths})
+    elif settings.result == "embedding" or settings.embedding.vectors:
+        file = open_model(start)
+        bundle = bundled(file).get(settings.data.trigger) if settings.result == "adapter" else None
+        if settings.result == "embedding" or bundle:
+            vectors = vectors_of(file) if bundle is None else bundled_vectors(file, bundle)
+            count = len(next(iter(vectors.values())))
+            _check_equal("embedding", settings.embedding, {"vectors": count, "rate": settings.embedding.rate})
+
+
+def _check_equal(name: str, table: Table, values: Mapping[str, Any]) -> None:
+    for key in effects.changed(table):
+        if key not in values:
+            raise RequestError(f"{name}.{key}", "has no effect on vectors of a file (adapter.start); leave it out")
+        if (given := getattr(table, key)) != values[key]:
+            found, expected = printable(str(toml(given)), 60), printable(str(toml(values[key])), 60)
+            raise RequestError(f"{name}.{key}", f"is {found}; expected {expected}, as the file of adapter.start has it")
+
+
 def options_of(settings: RunSettings, encoders: Sequence[str]) -> Options:
     """The options of the target; `encoders` are the names of the model's text encoders.
 
     Raises RequestError for settings that do not go together.
     """
-    _check_effects(settings)
+    sliders.check(settings)
+    effects.check(settings)
     if settings.mode == "pretrain":
         return WeightsOptions((pretraining.PARTS[settings.pretrain.part],), start=settings.model.weights)
     if settings.result == "embedding":
-        return _embedding(settings, max(1, settings.embedding.vectors))
+        return _embedding(settings, 1 if settings.embedding.vectors is None else settings.embedding.vectors)
     if settings.result == "hypernetwork":
         return _hypernetwork(settings.hypernetwork)
     trained = _networks(settings, encoders)
@@ -137,66 +173,3 @@ def _networks(settings: RunSettings, encoders: Sequence[str]) -> AdapterOptions 
         stop_after=stops,
         clip_skip=settings.model.clip_skip,
     )
-
-
-_FORMS_OF = {"alpha": SCALED, "conv_alpha": SCALED, "alphas": SCALED, "rank": RANKED, "conv_rank": RANKED}
-"""Settings of [adapter] and the forms that have them; those that `AdapterOptions` itself checks are not listed."""
-
-
-_WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
-    "model": ("embedding", "hypernetwork", "pretrain"),
-    "adapter": ("hypernetwork", "pretrain"),
-    "embedding": ("adapter", "parts", "hypernetwork", "pretrain"),
-    "hypernetwork": ("adapter", "parts", "embedding", "pretrain"),
-    "pretrain": ("adapter", "parts", "embedding", "hypernetwork"),
-}
-"""Tables of settings that do not concern a kind of result, or the mode pretrain."""
-
-
-def _check_effects(settings: RunSettings) -> None:
-    """Raises RequestError for a setting that would have no effect, or a wrong one, on what is trained."""
-    sliders.check(settings)
-    adapter, result = settings.adapter, settings.result
-    pretrains = settings.mode == "pretrain"
-    on_pictures = pretraining.trains_on_pictures(settings)
-    for table in (*_WITHOUT_EFFECT["pretrain" if pretrains else result], *(["loss"] if on_pictures else [])):
-        usual = RunSettings.model_fields[table].default
-        if changed := [name for name in _changed(getattr(settings, table), usual) if name != "start"]:
-            what = "trained weights" if result == "model" and not pretrains else f"the mode {settings.mode}"
-            raise RequestError(f"{table}.{changed[0]}", f"has no effect on {what}; leave it out")
-    if pretrains:
-        _check_pretraining(settings.pretrain)
-    if pretrains or result in ("embedding", "hypernetwork"):
-        return
-    for name in _changed(adapter, AdapterSettings()):
-        if adapter.form == "none" and name != "form":
-            raise RequestError(
-                f"adapter.{name}", "has no effect on trained weights (adapter.form = none); leave it out, or set a form"
-            )
-        forms = _FORMS_OF.get(name)
-        if forms is not None and FORMS[adapter.form].parts not in forms:
-            raise RequestError(
-                f"adapter.{name}", f"has no effect on {adapter.form}; it applies to {', '.join(forms)}; leave it out"
-            )
-    if result != "model" and settings.model.weights != "last":
-        raise RequestError(
-            "model.weights",
-            f"{settings.model.weights} is for trained weights (adapter.form = none); of a model with averages (EMA) "
-            "write a file of them alone with `gouache prune`, and train the adapter on that",
-        )
-
-
-_OF_AUTOENCODERS = ("kl", "ssim", "perceptual", "adversarial", "adversarial_start")
-
-
-def _check_pretraining(chosen: PretrainSettings) -> None:
-    changed = [name for name in _changed(chosen, PretrainSettings()) if name in _OF_AUTOENCODERS]
-    if chosen.part != "vae" and changed:
-        raise RequestError(f"pretrain.{changed[0]}", f"has no effect on the part {chosen.part}; it is for vae")
-    if chosen.adversarial_start and not chosen.adversarial:
-        raise RequestError("pretrain.adversarial_start", "has no effect without pretrain.adversarial; set that too")
-
-
-def _changed(table: Table, usual: Table) -> list[str]:
-    """The keys of a table that differ from the usual values."""
-    return [name for name in type(table).model_fields if getattr(table, name) != getattr(usual, name)]

@@ -27,7 +27,7 @@ from gouache.app.training.objective import (
     make_objective,
     timesteps_of,
 )
-from gouache.app.training.parts import make_target, options_of, start_file
+from gouache.app.training.parts import check_start, make_target, options_of
 from gouache.app.training.pictures import (
     OnNote,
     Pictures,
@@ -148,7 +148,7 @@ def check_model(settings: RunSettings, user: Settings) -> tuple[Path, Found]:
             f"needs a model that predicts v: {printable(settings.model.name)} predicts the noise, which says "
             "nothing of the picture at a level without signal; leave it out, or train towards model.prediction = v",
         )
-    start_file(settings, user)
+    check_start(settings, user)
     timesteps_of(settings, (found.levels.value if found.levels is not None else NoiseLevels()).steps)
     settings.train.rate(0)
     optimizers.build(

@@ -60,6 +60,8 @@ def with_initial_model(settings: RunSettings, user: Settings) -> RunSettings:
     if settings.mode != "pretrain":
         return settings
     if trains_on_pictures(settings):  # nothing is encoded
+        if settings.data.cache and "cache" in settings.data.model_fields_set:
+            raise RequestError("data.cache", f"has no effect on the part {settings.pretrain.part}; leave it out")
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"cache": False})})
     if not settings.pretrain.initial_size:
         return settings

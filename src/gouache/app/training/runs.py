@@ -8,7 +8,6 @@ A run can be stopped at any moment; the same call goes on with it.
 from __future__ import annotations
 
 import math
-import re
 import shlex
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -28,6 +27,8 @@ from gouache.errors import FileError, GouacheError, RequestError, TrainingError,
 from gouache.files.open import open_model
 from gouache.files.write import write_atomic
 from gouache.outside import MalformedText, parse_toml, read_text
+from gouache.prompts import embedding_names
+from gouache.prompts.grammar import escape
 from gouache.training import loop, memory, run_settings, state
 from gouache.training.aliases import EPOCHS
 from gouache.training.distributed import ALONE, World, processes
@@ -64,14 +65,14 @@ def new_folder(settings: RunSettings, user: Settings, *, overwrite: bool = False
     The folder of a run that has not begun to train may be used again, by one of the same mode, model and data.
     """
     output = Path(settings.output)
-    folder = RunFolder(RUNS / output.stem)
+    folder = RunFolder(_named_like(output, "output"))
     if folder.is_started or (is_run(folder.path) and not _is_same(absolute_paths(settings, user), folder.settings())):
         shown = printable(str(folder.path))
         raise RequestError(
             "output",
             f"{shown} is a run already; go on with it: gouache train run {shown}, or name another output with -o",
         )
-    _check_output(settings, overwrite)
+    check_output(settings, folder, overwrite)
     return folder
 
 
@@ -82,6 +83,15 @@ def _is_same(one: RunSettings, two: RunSettings) -> bool:
         for each in (one, two)
     ]
     return mine[0] == mine[1]
+
+
+def _named_like(file: Path, setting: str) -> Path:
+    """The folder of a run whose output or settings file this is. Raises RequestError for a name that is none."""
+    if not file.stem.strip("."):  # the present folder, or the one above
+        raise RequestError(
+            setting, f"{printable(str(file))} names no folder for the run; expected a name such as zorb{file.suffix}"
+        )
+    return RUNS / file.stem
 
 
 def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
@@ -98,11 +108,11 @@ def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
         raise FileError(file, str(error)) from None
     values = with_overrides(values, overrides)
     if isinstance(train := values.get("train"), dict) and EPOCHS.partition(".")[2] in train:
-        raise RequestError("epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
+        raise RequestError("train.epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
     settings = run_settings.checked(values, printable(file.name))
     if folder is None:
         is_of_run = file.name == "settings.toml" and (file.parent / "lock").exists()
-        folder = RunFolder(file.parent if is_of_run else RUNS / file.stem)
+        folder = RunFolder(file.parent if is_of_run else _named_like(file, "run"))
     return settings, folder
 
 
@@ -154,8 +164,7 @@ def _run(
     is_new = not folder.is_started
     if world.is_main and state.is_locked(folder.path):
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
-    if is_new:
-        _check_output(settings, overwrite)
+    check_output(settings, folder, overwrite)
     if world.is_main:  # which writes the file that the others read
         settings = pretraining.with_initial_model(settings, user)
     world.barrier()
@@ -242,8 +251,10 @@ def _ignore(*_: object) -> None:
     """What processes other than the main one have to report."""
 
 
-def _check_output(settings: RunSettings, overwrite: bool) -> None:
-    """Before hours of training: raises GouacheError if the result cannot be written."""
+def check_output(settings: RunSettings, folder: RunFolder, overwrite: bool) -> None:
+    """Before hours of training: raises GouacheError if the result of a new run in `folder` cannot be written."""
+    if folder.is_started:
+        return
     if not settings.output:
         raise RequestError("output", "is empty; name the file to write")
     output = Path(settings.output)
@@ -333,8 +344,8 @@ def _export(ready: Prepared, folder: RunFolder, result: Result, on_note: OnNote,
             f"{shlex.quote(printable(str(folder.path)))} OUT --step best"
         )
     output = Path(settings.output)
-    if settings.result == "embedding" and output.stem.casefold() != settings.data.trigger.casefold():
-        on_note(f"programs know an embedding by the name of its file: prompts say {printable(output.stem)}")
+    if said := export.note_on_name(settings, output):
+        on_note(said)
     checkpoint = export.read_checkpoint(folder, number, newest=number == result.step, on_note=on_note)
     choice, about = export.choose(settings, "ema" in checkpoint.tensors, output), export.metadata(ready, processes)
     try:
@@ -396,7 +407,7 @@ def _command(settings: RunSettings, ready: Prepared, path: Path | None) -> str:
             strength = f":{settings.slider.strengths[-1]:g}" if settings.mode == "slider" else ""
             command += ["--lora", f"{path}{strength}"]
         case "embedding":  # prompts know it by the file's name
-            command[2] = re.sub(re.escape(settings.data.trigger), lambda _: path.stem, command[2], flags=re.IGNORECASE)
+            command[2] = embedding_names.renamed(command[2], settings.data.trigger, escape(path.stem))
             command += ["--embedding", str(path)]
         case "hypernetwork":
             command += ["--hypernet", str(path)]

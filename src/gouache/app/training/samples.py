@@ -20,6 +20,7 @@ from gouache.generate.picture import read_recipe
 from gouache.generate.request import Request
 from gouache.images.sheet import sheet
 from gouache.model.model import Model
+from gouache.prompts.grammar import escape
 from gouache.training.distributed import ALONE, World
 from gouache.training.run_settings import RunSettings
 
@@ -120,15 +121,18 @@ def requests_of(settings: RunSettings, training: Sequence[Record], size: tuple[i
 
 
 def default_prompt(settings: RunSettings, training: Sequence[Record]) -> str:
-    """The first caption, or template of one, which has the trigger word: what the run learns to paint."""
+    """The first caption, or template of one, which has the trigger word: what the run learns to paint.
+
+    It is a prompt that means just this text, as captions do.
+    """
     if settings.mode == "slider":
-        return concepts_of(settings)[0].target or "a picture"
+        return escape(concepts_of(settings)[0].target or "a picture")
     subject = [record for record in training if not record.regularization]
     captions = (line for record in subject for line in record.captions if line.strip())
     words = " ".join(filter(None, (settings.data.trigger, settings.data.class_word)))
     templates = next((record.caption_options.templates for record in subject), ())
     caption = fill(templates[0], next(captions, "")) if templates else next(captions, "") or words or "a picture"
-    return " ".join(filter(None, (settings.data.prefix, caption, settings.data.suffix)))
+    return escape(" ".join(filter(None, (settings.data.prefix, caption, settings.data.suffix))))
 
 
 def most_common(sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from gouache.app.training.effects import changed
 from gouache.errors import RequestError, printable
 from gouache.nn.spec import UNetSpec
 from gouache.training import concepts
@@ -16,14 +17,6 @@ from gouache.training.concepts import Concept, Size
 from gouache.training.run_settings import RunSettings
 
 _INLINE = ("target", "positive", "opposite", "erase", "neutrals", "guidance")  # settings that replace a file
-# Tables, and the settings in them that have an effect on a slider; of other tables all have.
-_EFFECTS: Mapping[str, tuple[str, ...]] = {
-    "data": ("cache", "fixed"),
-    "embedding": (),
-    "parts": (),
-    "loss": ("weighting", "gamma"),
-    "validation": ("timesteps", "probe"),
-}
 _MOST_SHOWN = 16  # concepts in a file's metadata, as kohya's scripts write them
 
 
@@ -53,16 +46,11 @@ class ConceptBatches:
 
 
 def check(settings: RunSettings) -> None:
-    """Raises RequestError for settings that would have no effect on what is trained, or that a slider lacks."""
+    """Raises RequestError for settings that a slider lacks."""
     if settings.mode != "slider":
-        if names := _changed(settings, "slider"):
-            raise RequestError(f"slider.{names[0]}", f"has no effect on mode {settings.mode}; use mode slider")
         return
     if settings.adapter.form == "none":
         raise RequestError("adapter.form", "is none: a slider is an adapter, whose strength varies; use lora")
-    for table, known in _EFFECTS.items():
-        if names := [name for name in _changed(settings, table) if name not in known]:
-            raise RequestError(f"{table}.{names[0]}", "has no effect on a slider, which has no pictures; leave it out")
     concepts_of(settings)
 
 
@@ -79,7 +67,7 @@ def check_model(settings: RunSettings, spec: UNetSpec) -> None:
 def concepts_of(settings: RunSettings) -> list[Concept]:
     """The concepts of the file, or of the settings. Raises FileError or RequestError."""
     chosen = settings.slider
-    inline = [name for name in _changed(settings, "slider") if name in _INLINE]
+    inline = [name for name in changed(chosen) if name in _INLINE]
     if chosen.file:
         if inline:
             raise RequestError(f"slider.{inline[0]}", "has no effect beside a file of prompts; write it there")
@@ -99,7 +87,7 @@ def concepts_of(settings: RunSettings) -> list[Concept]:
         ]
     else:
         raise RequestError(
-            "prompts", "are missing: name a file of prompts, or use --positive and --opposite, or --erase"
+            "slider.file", "is missing; expected a file of prompts, or use --positive and --opposite, or --erase"
         )
     size = (chosen.size, chosen.size)
     return [replace(each, size=size) for each in found] if chosen.size else found
@@ -129,9 +117,3 @@ def metadata(settings: RunSettings, found: Sequence[Concept]) -> dict[str, str]:
         if settings.slider.file:
             described["ss_leco_prompts_file"] = Path(settings.slider.file).name
     return described
-
-
-def _changed(settings: RunSettings, table: str) -> list[str]:
-    """The keys of a table that differ from the usual values."""
-    values = getattr(settings, table)
-    return [name for name in type(values).model_fields if getattr(values, name) != getattr(type(values)(), name)]

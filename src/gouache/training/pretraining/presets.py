@@ -62,7 +62,7 @@ def preset(name: str) -> Preset:
     """Raises RequestError, which lists all presets, for an unknown name."""
     known = presets()
     if name not in known:
-        raise RequestError("size", f"{printable(name, 40)!r} is not known; use {', '.join(known)}")
+        raise RequestError("pretrain.initial_size", f"{printable(name, 40)!r} is not known; use {', '.join(known)}")
     return known[name]
 
 

@@ -21,13 +21,14 @@ from gouache.training.targets.export import Averages, model_metadata
 from gouache.training.targets.export_embedding import export_embedding
 
 NETWORK = "embedding"  # precedes the names of vectors in checkpoints
+_SYNTAX = r"()[]{}|\<>:#"  # what prompts, or programs that fill them in, do not read as text
 
 
 @dataclass(frozen=True)
 class EmbeddingOptions:
     """`word` is what prompts say, `vectors` how many tokens it takes there, `start` the words whose vectors it begins
-    with, `rate` the factor of its learning rate. Raises RequestError for an empty word or an impossible number of
-    vectors.
+    with, `rate` the factor of its learning rate. Raises RequestError for a word that prompts cannot say, or an
+    impossible number of vectors.
     """
 
     word: str
@@ -42,9 +43,16 @@ class EmbeddingOptions:
 
     def __post_init__(self) -> None:
         if not self.word.strip():
-            raise RequestError("trigger", "is missing: name the word that prompts will say, such as --trigger zorb")
+            raise RequestError(
+                "data.trigger", "is missing: name the word that prompts will say, such as --trigger zorb"
+            )
+        if found := [each for each in _SYNTAX if each in self.word]:
+            word = printable(self.word, 40)
+            raise RequestError("data.trigger", f"is {word!r}; expected a word without {found[0]}, which prompts read")
         if not 1 <= self.vectors <= MOST:
-            raise RequestError("vectors", f"is {self.vectors}; expected 1 to {MOST}, the tokens of a prompt's chunk")
+            raise RequestError(
+                "embedding.vectors", f"is {self.vectors}; expected 1 to {MOST}, the tokens of a prompt's chunk"
+            )
 
 
 class EmbeddingVectors(nn.Module):
@@ -187,7 +195,7 @@ def start_vectors(model: Model, encoder: ClipText, options: EmbeddingOptions) ->
     """(vectors, width) float32: those of the tokens of `start`, repeated if there are fewer, thinned out if more."""
     tokens = [token.id for part in chunk(options.start, model.tokenizer, plain=True) for token in part]
     if not tokens:
-        raise RequestError("init_word", "has no tokens; name a word that describes the subject, such as dog")
+        raise RequestError("embedding.init_word", "has no tokens; name a word that describes the subject, such as dog")
     found = [tokens[number * len(tokens) // options.vectors] for number in range(options.vectors)]
     return encoder.embed(torch.tensor([found], device=model.device))[0].float().clone()
 

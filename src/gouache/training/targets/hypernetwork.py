@@ -165,7 +165,9 @@ class HypernetworkTarget:
         of_model = widths_of(self.model)
         chosen, listed = set(self.options.widths) or set(of_model), ", ".join(map(str, of_model))
         if missing := sorted(chosen - set(of_model)):
-            raise RequestError("widths", f"{missing[0]} is not a width of this model's attention; it has {listed}")
+            raise RequestError(
+                "hypernetwork.widths", f"{missing[0]} is not a width of this model's attention; it has {listed}"
+            )
         if start is None:
             return sorted(chosen)
         of_file = set(_widths_of_file(start))

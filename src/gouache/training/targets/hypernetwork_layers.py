@@ -62,46 +62,52 @@ class HypernetworkOptions:
         structure, shown = self.structure, _listed(self.structure)
         if not 2 <= len(structure) <= MOST_NUMBERS:
             raise RequestError(
-                "structure", f"has {len(structure)} numbers; expected 2 to {MOST_NUMBERS}, as in 1, 2, 1"
+                "hypernetwork.structure", f"has {len(structure)} numbers; expected 2 to {MOST_NUMBERS}, as in 1, 2, 1"
             )
         if not all(math.isfinite(each) and each > 0 for each in structure):
-            raise RequestError("structure", f"is {shown}; expected numbers above 0, as in 1, 2, 1")
+            raise RequestError("hypernetwork.structure", f"is {shown}; expected numbers above 0, as in 1, 2, 1")
         if structure[0] != 1 or structure[-1] != 1:
-            raise RequestError("structure", f"is {shown}; it must begin and end with 1, as in 1, 2, 1")
+            raise RequestError("hypernetwork.structure", f"is {shown}; it must begin and end with 1, as in 1, 2, 1")
         self._check_activation()
         if self.initialisation not in INITIALISATIONS:
             name = printable(self.initialisation, 40)
-            raise RequestError("initialisation", f"{name!r} is not known; use {', '.join(INITIALISATIONS)}")
+            raise RequestError(
+                "hypernetwork.initialisation", f"{name!r} is not known; use {', '.join(INITIALISATIONS)}"
+            )
         self._check_dropout()
 
     def _check_activation(self) -> None:
         name, known = self.activation, sorted({NO_ACTIVATION, "prelu", *ACTIVATIONS} - set(_IMPOSSIBLE))
         if why := _IMPOSSIBLE.get(name):
-            raise RequestError("activation", f"{name} {why}; use {', '.join(known)}")
+            raise RequestError("hypernetwork.activation", f"{name} {why}; use {', '.join(known)}")
         if name not in known:
             near = nearest(name.lower(), known)
             hint = f"; the nearest is {near}" if near else f"; use {', '.join(known)}"
-            raise RequestError("activation", f"{printable(name, 40)!r} is not known{hint}")
+            raise RequestError("hypernetwork.activation", f"{printable(name, 40)!r} is not known{hint}")
 
     def _check_dropout(self) -> None:
         shown = _listed(self.dropout)
         if self.dropout and len(self.dropout) != len(self.structure):
             found, expected = len(self.dropout), len(self.structure)
-            raise RequestError("dropouts", f"has {found} numbers; expected {expected}, one for each of structure")
+            raise RequestError(
+                "hypernetwork.dropouts", f"has {found} numbers; expected {expected}, one for each of structure"
+            )
         if not all(0 <= each < 1 for each in self.dropout):
-            raise RequestError("dropouts", f"is {shown}; expected probabilities from 0 to below 1")
+            raise RequestError("hypernetwork.dropouts", f"is {shown}; expected probabilities from 0 to below 1")
         if self.dropout and self.dropout[0] != 0:
-            raise RequestError("dropouts", f"is {shown}; the first must be 0, since no layer precedes it")
+            raise RequestError("hypernetwork.dropouts", f"is {shown}; the first must be 0, since no layer precedes it")
         if self.dropout and self.use_dropout:
-            raise RequestError("use_dropout", f"and dropouts ({shown}) exclude each other; leave out one of them")
+            raise RequestError(
+                "hypernetwork.use_dropout", f"and dropouts ({shown}) exclude each other; leave out one of them"
+            )
         if self.last_layer_dropout and not self.use_dropout:
             raise RequestError(
-                "last_layer_dropout", "has no effect without use_dropout; set it too, or dropouts instead"
+                "hypernetwork.last_layer_dropout", "has no effect without use_dropout; set it too, or dropouts instead"
             )
         if self.use_dropout and not any(self.dropouts):
             structure = _listed(self.structure)
             raise RequestError(
-                "use_dropout", f"drops nothing of {structure}; set last_layer_dropout, or dropouts instead"
+                "hypernetwork.use_dropout", f"drops nothing of {structure}; set last_layer_dropout, or dropouts instead"
             )
 
     @property
@@ -120,7 +126,7 @@ class HypernetworkOptions:
         for size, each in zip(sizes, self.structure):
             if not 1 <= size <= MOST_WIDTH:
                 message = f"{each:g} makes a layer of width {size} of inputs of {width}; expected 1 to {MOST_WIDTH}"
-                raise RequestError("structure", message)
+                raise RequestError("hypernetwork.structure", message)
         return sizes
 
 
