@@ -403,8 +403,8 @@ def test_novelais_files_are_a_start_and_wrong_ones_are_refused(models: Callable[
         ({64: (state(),)}, "is missing; expected"),
         ({**good, "layer_structure": [1, 2, 2, 1]}, "linear.1.weight is 64 x 128; expected 128 x 128"),
         ({**good, "layer_structure": "1, 2, 1"}, "layer_structure is not a list of numbers"),
-        ({**good, "layer_structure": [1, 1e9, 1]}, "cannot be trained further: structure: 1e.09 makes"),
-        ({**good, "activation_func": "softmax"}, "cannot be trained further: activation: softmax works across"),
+        ({**good, "layer_structure": [1, 1e9, 1]}, "cannot be trained further: hypernetwork.structure: 1e.09 makes"),
+        ({**good, "activation_func": "softmax"}, "cannot be trained further: hypernetwork.activation: softmax works"),
         ({64: (state(), {**state(), "linear2.bias": torch.full((64,), torch.nan)})}, "NaN"),
         ({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, "is not a hypernetwork"),
     ):
