@@ -18,14 +18,16 @@ DOTS = (".", "..", "...", ".. ")
 
 @pytest.mark.parametrize("stem", DOTS[:3])
 @pytest.mark.parametrize("mode", MODES)
-def test_no_run_is_in_a_folder_of_dots(mode: str, stem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_run_is_in_a_folder_of_dots(
+    mode: str, stem: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """Which would be the user's own: neither by the name of the result nor by that of the settings file."""
     monkeypatch.chdir(tmp_path)
     suffix = ".pt" if mode == "hypernetwork" else ".safetensors"
-    settings = checked({**BASE, "mode": mode, "output": f"{stem}{suffix}"})
+    chosen = checked({**BASE, "mode": mode, "output": f"{stem}{suffix}"})
     with pytest.raises(RequestError, match=r"output: .* names no folder for the run; expected a name such as zorb"):
-        runs.new_folder(settings)
-    Path(f"{stem}.toml").write_text(template(settings))
+        runs.new_folder(chosen, settings)
+    Path(f"{stem}.toml").write_text(template(chosen))
     with pytest.raises(RequestError, match=r"run: .* names no folder for the run; expected a name such as zorb\.toml"):
         runs.opened(Path(f"{stem}.toml"), [])
 
@@ -44,14 +46,16 @@ def test_chosen_names_are_names_of_files(
         mode, data, "mini", output=None, trigger=name, class_word="", steps=1, overrides=[], settings=settings
     )
     assert Path(chosen.output).stem in ("run", "pictures")
-    assert runs.new_folder(chosen).path.name in ("run", "pictures")
+    assert runs.new_folder(chosen, settings).path.name in ("run", "pictures")
 
 
-def test_a_result_that_cannot_be_written_is_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_result_that_cannot_be_written_is_refused_first(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.chdir(tmp_path)
     for mode, suffix in (("hypernetwork", ".pt"), ("embedding", ".pt"), ("lora", ".safetensors")):
         with pytest.raises(GouacheError, match="cannot be written: its folder does not exist"):
-            runs.new_folder(checked({**BASE, "mode": mode, "output": f"no/such/h{suffix}"}))
+            runs.new_folder(checked({**BASE, "mode": mode, "output": f"no/such/h{suffix}"}), settings)
     assert not list(tmp_path.iterdir())
 
 
