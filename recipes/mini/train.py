@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gouache.app.settings import read
+from gouache.app.training import folder as run_folder
 from gouache.app.training import stages as training
 from gouache.errors import RequestError
 from gouache.files.open import open_model
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(options: argparse.Namespace) -> None:
     folder: Path = options.folder
     head = None if options.start is None else network_weights(open_model(options.layout), "layout")
-    if not (folder / training.FILE).exists():
+    if not (folder / run_folder.STAGES).exists():
         start = initial_weights() if options.start is None else start_weights(options.start)
         begin(folder, options.stages, start)
     data = SceneData(glyphs=Glyphs(options.font))
@@ -71,7 +72,7 @@ def begin(folder: Path, stages: Path, start: dict[str, Tensor]) -> None:
     write_safetensors(model, start, {"modelspec.resolution": resolution, "modelspec.title": "start"})
     text = f"output = {str(output)!r}\n{stages.read_text()}\n"
     text = text.replace("[samples]", f"[model]\nname = {str(model)!r}\n\n[samples]", 1)
-    write_atomic(folder / training.FILE, text.encode())
+    write_atomic(folder / run_folder.STAGES, text.encode())
 
 
 def initial_weights() -> dict[str, Tensor]:

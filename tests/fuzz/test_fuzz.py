@@ -27,7 +27,7 @@ def run_fuzzer(seconds: int, folder: Path) -> None:
 
 @pytest.mark.timeout(120)
 def test_fuzzing_for_seconds_finds_no_crash_and_no_side_effect(tmp_path: Path):
-    run_fuzzer(5, tmp_path)
+    run_fuzzer(3, tmp_path)
 
 
 @pytest.mark.full

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import gouache
 from gouache import Model, Picture
 from gouache.app.settings import Settings
 from gouache.diffusion.noise import Noise
+from tests.marks import usual
 from tests.pipelines import SPACINGS, Narrow, scheduler
 from tests.prompt_definition import context, plain, pooled
 
@@ -24,6 +26,8 @@ LATENT = (4, 8, 12)
 PROMPT, NEGATIVE = "a red apple on a blue table", "dog, lowres"
 OPTIONS: dict[str, Any] = {"negative": NEGATIVE, "steps": 20, "cfg": 7.0, "seed": SEED, "size": SIZE}
 
+# Each family, and each sampler.
+PAIRS = usual(itertools.product(("sd1", "sd2", "sdxl"), SPACINGS), list(zip(("sd1", "sd2", "sdxl"), SPACINGS)))
 Narrows = Callable[[str], Narrow]
 Models = Callable[[str], Model]
 
@@ -99,8 +103,7 @@ def mask(pattern: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("sampler", SPACINGS)
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(("family", "sampler"), PAIRS)
 def test_text_to_image(family: str, sampler: str, narrow: Narrows, loaded: Models):
     pipeline, model = narrow(family).pipeline, loaded(family)
     pipeline.scheduler = scheduler(sampler, family)
@@ -113,8 +116,7 @@ def test_text_to_image(family: str, sampler: str, narrow: Narrows, loaded: Model
     assert_agrees(picture, model, *expected)
 
 
-@pytest.mark.parametrize("sampler", SPACINGS)
-@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+@pytest.mark.parametrize(("family", "sampler"), PAIRS)
 def test_image_to_image(
     family: str, sampler: str, pattern: Path, narrow: Narrows, loaded: Models, posterior_mean: None
 ):

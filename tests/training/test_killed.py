@@ -17,6 +17,7 @@ import torch
 
 from gouache.errors import TrainingError
 from gouache.training import interrupt, state
+from tests.marks import usual
 
 from . import runs
 from .toys import train_small_autoencoder
@@ -154,7 +155,7 @@ def test_a_run_killed_at_random_moments_ends_bit_equal_to_an_uninterrupted_one(f
     assert killed >= KILLS // 2
 
 
-@pytest.mark.parametrize("kind", ["embedding", "hypernetwork", pytest.param("pivotal", marks=pytest.mark.full)])
+@pytest.mark.parametrize("kind", usual(("embedding", "hypernetwork", "pivotal"), ("embedding",)))
 def test_what_is_trained_on_a_model_ends_bit_equal_after_kills(forked, tmp_path, narrow, kind):
     killed = check_kills(forked, tmp_path, f"{kind}:{narrow('sd1').file}", steps=10, kills=3, seed=5)
 

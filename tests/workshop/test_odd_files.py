@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from gouache.workshop.lora.bake import bake
 from gouache.workshop.merge import merge
 from gouache.workshop.prune import prune
 from gouache.workshop.recipe import Recipe, Source
+from tests.marks import usual
 from tests.pipelines import Narrow, altered
 
 Narrows = Callable[[str], Narrow]
@@ -140,7 +142,7 @@ HYBRIDS = {
 }
 
 
-@pytest.mark.parametrize("case", HYBRIDS)
+@pytest.mark.parametrize("case", usual(HYBRIDS, ("to_q", "query")))
 def test_a_vae_with_names_of_two_projects_is_converted(narrow: Narrows, tmp_path: Path, case: str):
     names, linear = HYBRIDS[case]
     base = narrow("sd1").file
@@ -188,8 +190,10 @@ NAMES: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", NAMES)
+SCALED = usual(itertools.product(NAMES, SCALES), [("scale_weight", "per tensor"), ("weight_scale", "per channel")])
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALED)
 def test_scaled_fp8_is_multiplied_by_its_scales_in_every_command(
     narrow: Narrows, tmp_path: Path, name: str, scale: str
 ):

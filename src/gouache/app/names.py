@@ -36,8 +36,8 @@ def resolve(name: str, settings: Settings, kind: str = "", setting: str = "", pa
         from gouache.app.training.newest import newest_file  # which reads names itself
 
         return newest_file(path, settings)
-    if path is not None and path.is_dir():
-        from gouache.app.training.folder import check_single
+    if path is not None and _is_in_stages(path):
+        from gouache.app.training.folder import check_single  # which imports torch
 
         check_single(path)
     if path is not None and _is_explicit(name, path):
@@ -87,6 +87,14 @@ def _is_run(path: Path) -> bool:
     """Whether `path` is the folder of a training run, whose newest weights are meant."""
     try:
         return (path / "settings.toml").is_file() and (path / "lock").is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_in_stages(path: Path) -> bool:
+    """Whether `path` is the folder of a training in stages, which is not itself a run."""
+    try:
+        return (path / "stages.toml").is_file()
     except (OSError, ValueError):
         return False
 

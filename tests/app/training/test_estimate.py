@@ -44,7 +44,7 @@ WORD: dict[str, Any] = {"mode": "embedding", "data": {"trigger": "zorb"}}
     "tables",
     [
         pytest.param({}, marks=pytest.mark.full),
-        WORD,
+        pytest.param(WORD, marks=pytest.mark.full),
         pytest.param({"mode": "hypernetwork"}, marks=pytest.mark.full),
         pytest.param({**WEIGHTS, **HELD_OUT}, marks=pytest.mark.full),
     ],

@@ -21,6 +21,7 @@ from gouache.diffusion.noise import Noise
 from gouache.errors import GouacheError
 from gouache.training.run_settings import RunSettings
 from tests.app.training.short_runs import run, settings_of
+from tests.marks import usual
 from tests.pipelines import Narrow, scheduler
 
 Narrows = Callable[[str], Narrow]
@@ -111,7 +112,7 @@ def test_ranks_alphas_and_rates_by_block_and_part(small: Small, settings: Settin
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["lora", "none"])
+@pytest.mark.parametrize("form", usual(("lora", "none"), ("lora",)))
 def test_the_rates_of_parts_may_change_when_a_run_is_resumed(
     form: str, small: Small, settings: Settings, tmp_path: Path
 ):
@@ -167,7 +168,7 @@ def log_of(folder: Path, name: str) -> list[float]:
     return [line[name] for line in RunFolder(folder).log() if name in line]
 
 
-@pytest.mark.parametrize("mode", ["lora", "weights"])
+@pytest.mark.parametrize("mode", usual(("lora", "weights"), ("lora",)))
 def test_the_prior_of_the_model_begins_with_no_loss_and_needs_no_pictures(
     mode: str, small: Small, settings: Settings, tmp_path: Path
 ):
@@ -220,7 +221,7 @@ def test_class_pictures_that_were_painted_serve_the_next_run(small: Small, setti
     assert painted.count("painting class pictures") == 2
 
 
-@pytest.mark.parametrize("mode", ["lora", "weights"])
+@pytest.mark.parametrize("mode", usual(("lora", "weights"), ("lora",)))
 def test_the_text_encoder_stops_after_its_steps(mode: str, small: Small, settings: Settings, tmp_path: Path):
     tables = {"adapter": {"form": "none"}} if mode == "weights" else {}
     chosen = small(

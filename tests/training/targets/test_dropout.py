@@ -15,6 +15,7 @@ from gouache.training import checkpointing
 from gouache.training.targets.adapter import AdapterTarget
 from gouache.training.targets.dropout import ModuleDropout, Rates
 from gouache.training.targets.options import AdapterOptions
+from tests.marks import usual
 from tests.training.targets.steps import loss, output, train, weights
 
 MODULE = ("unet", "middle_block.1.proj_in")
@@ -43,7 +44,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
 
 
-@pytest.mark.parametrize("case", RATES)
+@pytest.mark.parametrize("case", usual(RATES, ("rank", "value", "module")))
 def test_the_batch_number_alone_decides_also_under_gradient_checkpointing(case: str, models: Callable[[str], Model]):
     model = models("sd1")
     values, rates = RATES[case]

@@ -170,10 +170,7 @@ def test_diffusers_names_are_read_by_us_and_by_diffusers(
     [
         "locon",
         "dora",
-        "loha",
-        "lokr",
-        "ia3",
-        *(pytest.param(each, marks=pytest.mark.full) for each in ("lora", "lokr, full")),
+        *(pytest.param(each, marks=pytest.mark.full) for each in ("lora", "loha", "lokr", "lokr, full", "ia3")),
     ],
 )
 def test_pefts_folders_are_read_by_us_and_by_peft(

@@ -20,6 +20,7 @@ from gouache.training.targets.export import Averages, average_name
 from gouache.training.targets.weights import WeightsOptions, WeightsTarget
 from gouache.workshop.convert import convert
 from tests.layouts.manifests import shapes
+from tests.marks import usual
 from tests.pipelines import Narrow, altered
 from tests.training.targets.steps import FAMILIES, output, train, weights
 from tests.training.targets.test_export_adapters import close, of_diffusers, of_ours
@@ -40,8 +41,11 @@ def trained(model: Model, parts: tuple[str, ...] = ("unet",), **options: Any) ->
     return target, Averages(means, 0.999, 2)
 
 
-@pytest.mark.parametrize("form", ["full", "pruned", "pruned-emaonly"])
-@pytest.mark.parametrize("family", FAMILIES)
+FORMS = ("full", "pruned", "pruned-emaonly")
+CASES = [(family, form) for family in FAMILIES for form in FORMS]
+
+
+@pytest.mark.parametrize(("family", "form"), usual(CASES, [*CASES[: len(FORMS)], ("sdxl", "pruned")]))
 def test_each_form_has_the_names_of_released_files_and_the_trained_output(
     family: str, form: str, narrow: Callable[[str], Narrow], tmp_path: Path
 ):
