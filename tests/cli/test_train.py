@@ -18,7 +18,7 @@ from PIL import Image
 
 import gouache as package
 from gouache.app.settings import Settings
-from gouache.app.training import prepare, runs
+from gouache.app.training import opening, prepare
 from gouache.app.training.folder import RunFolder
 from gouache.cli.training_progress import TrainingProgress
 from gouache.errors import RequestError
@@ -143,9 +143,9 @@ def test_new_writes_a_file_that_can_be_run_in_every_mode(
     name = {"embedding": "zorb.safetensors", "hypernetwork": "own.pt"}.get(mode, "own.safetensors")
     assert written.output == f"my/{name}"
     assert mode != "embedding" or (written.embedding.vectors, written.embedding.init_word) == (2, "a cat")
-    chosen, folder = runs.opened(Path("my/own.toml"), [])  # what a run refuses before it reads a weight
+    chosen, folder = opening.opened(Path("my/own.toml"), [])  # what a run refuses before it reads a weight
     assert folder.path == Path("runs/own")
-    runs.check_output(chosen, folder, overwrite=False)
+    opening.check_output(chosen, folder, overwrite=False)
     prepare.check_model(chosen, settings)
 
 

@@ -34,7 +34,7 @@ from gouache.cli import (
     repaint,
     samplers,
     scan,
-    train,
+    train_results,
     vae,
 )
 from gouache.errors import GouacheError, is_out_of_memory
@@ -56,7 +56,7 @@ for command in (
     app.command()(command)
 app.command("hash")(files.hash_)
 for group, name in (
-    (train.app, "train"), (dataset.app, "dataset"), (vae.app, "vae"), (lora.app, "lora"),
+    (train_results.app, "train"), (dataset.app, "dataset"), (vae.app, "vae"), (lora.app, "lora"),
     (embedding.app, "embedding"), (models.app, "models"),
 ):  # fmt: skip
     app.add_typer(group, name=name)

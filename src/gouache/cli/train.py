@@ -1,4 +1,4 @@
-"""`gouache train`: runs from a folder of pictures, and what is in their folders."""
+"""`gouache train`: runs from a folder of pictures, prompts or a settings file. `train_results` shows what they did."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from typer import Argument, Option
 
 from gouache.cli.text import shown
 from gouache.errors import RequestError
-from gouache.outside import json_line
 
 if TYPE_CHECKING:
     from gouache.app.training.folder import RunFolder
@@ -57,7 +56,6 @@ Erase = Annotated[str, Option(help="Instead of these: a concept to erase.", show
 Size = Annotated[
     str, Option(help="Begin with random weights: tiny, small or sd1 (the released size).", show_default=False)
 ]
-Run = Annotated[Path, Argument(help="The folder of a run.", show_default=False)]
 _SIGNALLED = 128  # a shell's exit code of a process that a signal ended, less its number
 
 
@@ -194,7 +192,7 @@ def run(
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the file at the settings' output.")] = False,
 ) -> None:
     """Start the run of a settings file, or go on with it where it stopped; a file may have several stages."""
-    from gouache.app.training import runs
+    from gouache.app.training import opening
     from gouache.app.training.stage_file import has_stages
 
     if has_stages(settings_file):
@@ -202,84 +200,8 @@ def run(
             raise RequestError("set", "is for single runs; change the file of the stages")
         _train_stages(settings_file, dry_run, overwrite)
         return
-    chosen, folder = runs.opened(settings_file, settings or [])
+    chosen, folder = opening.opened(settings_file, settings or [])
     _train(chosen, folder, dry_run, overwrite)
-
-
-@app.command()
-def status(run: Run, as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
-    """Show what a run has done, how stable it is, and what needs a look."""
-    from gouache.app.training import stage_status
-    from gouache.app.training.folder import opened
-    from gouache.app.training.stage_file import has_stages
-    from gouache.app.training.status import status as service
-
-    if has_stages(run):
-        every = stage_status.all_status(run)
-        for text in [json_line([each.to_json() for each in every], indent=1)] if as_json else stage_status.lines(every):
-            print(text)
-        return
-    found = service(opened(run))
-    if as_json:
-        print(json_line(found.to_json(), indent=1))
-        return
-    for line in found.lines():
-        print(line)
-    for remark in found.remarks:
-        print(f"note  {remark}")
-    for change in found.changes:
-        print(f"changed  {change}")
-
-
-@app.command()
-def report(
-    run: Run,
-    output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("report.html"),
-) -> None:
-    """Write curves, samples, settings and changes as one HTML file that needs nothing else."""
-    from gouache.app.training.stage_file import has_stages
-    from gouache.app.training.stage_status import all_status
-
-    every = all_status(run) if has_stages(run) else []
-    _report([str(each.stage.folder.path) for each in every if each.status is not None] or [str(run)], output)
-
-
-@app.command()
-def compare(
-    runs: Annotated[
-        list[str],
-        Argument(metavar="RUN[@STEP]", help="Folders of runs; @STEP, @best or @last for a checkpoint.",
-                 show_default=False),
-    ],
-    output: Annotated[Path, Option("--output", "-o", help="The HTML file to write.")] = Path("comparison.html"),
-) -> None:  # fmt: skip
-    """Set runs or checkpoints side by side: settings that differ, curves, samples with equal seeds."""
-    if len(runs) < 2:
-        raise RequestError("runs", "expected at least two runs to compare, or two checkpoints as RUN@STEP")
-    _report(runs, output)
-
-
-@app.command()
-def export(
-    run: Run,
-    output: Annotated[Path, Argument(metavar="OUT", help="The file to write.", show_default=False)],
-    step: Annotated[str, Option(help="The step of a checkpoint, best or last.")] = "last",
-    weights: Annotated[str, Option(help="ema, last or both.", show_default="ema if kept")] = "",
-    form: Annotated[str, Option(help="adapter, full, pruned or pruned-emaonly.", show_default="adapter, or full")] = "",
-    names: Annotated[str, Option(help="Names in adapter files: kohya, peft or diffusers.")] = "kohya",
-    overwrite: Overwrite = False,
-) -> None:
-    """Write a run's weights as a file that other tools read."""
-    from gouache.app.settings import read
-    from gouache.app.training import export as service
-    from gouache.app.training.folder import opened
-
-    used = service.export(
-        opened(run), output, read(), step=step, weights=weights, form=form, names=names, overwrite=overwrite,
-        on_note=_note,
-    )  # fmt: skip
-    print(shown(output))
-    print(f"weights of step {used}", file=sys.stderr)
 
 
 def _given(options: Mapping[str, str | int | None]) -> list[str]:
@@ -301,10 +223,10 @@ def _start(
     overwrite: bool,
 ) -> None:
     from gouache.app.settings import read
-    from gouache.app.training import runs
+    from gouache.app.training import opening
 
     chosen = _chosen(mode, data, model, output, trigger, class_word, steps, overrides)
-    folder = runs.new_folder(chosen, read(), overwrite=overwrite)
+    folder = opening.new_folder(chosen, read(), overwrite=overwrite)
     _train(chosen, folder, dry_run, overwrite)
 
 
@@ -332,12 +254,12 @@ def _chosen(
 
 def _train(chosen: RunSettings, folder: RunFolder, dry_run: bool, overwrite: bool) -> None:
     from gouache.app.settings import read
-    from gouache.app.training import estimate, runs
+    from gouache.app.training import estimate, opening, runs
     from gouache.cli.training_progress import TrainingProgress
 
     if dry_run:
-        runs.check_output(chosen, folder, overwrite)
-        found = estimate.estimate(chosen, folder, read(), on_note=_note)
+        opening.check_output(chosen, folder, overwrite)
+        found = estimate.estimate(chosen, folder, read(), on_note=note)
         for line in found.lines():
             print(line)
         if not found.fits:
@@ -363,7 +285,7 @@ def _train_stages(path: Path, dry_run: bool, overwrite: bool) -> None:
     from gouache.cli.training_progress import TrainingProgress
 
     if dry_run:
-        found = stage_status.estimate_all(path, read(), on_note=_note)
+        found = stage_status.estimate_all(path, read(), on_note=note)
         for line in stage_status.estimate_lines(found):
             print(line)
         if not stage_status.fits(found):
@@ -400,24 +322,10 @@ def _finished(finished: Finished, again: Path | None = None) -> None:
     print(f"to {purpose}: {finished.command}", file=sys.stderr)
 
 
-def _report(runs: list[str], output: Path) -> None:
-    from gouache.app.training.report import entry
-    from gouache.app.training.report import report as service
-    from gouache.files.write import write_atomic
-    from gouache.workshop.save import writing
-
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise RequestError("output", f"{shown(output)} does not end in .html; this command writes a page")
-    page = service([entry(each) for each in runs])
-    with writing(output, True):
-        write_atomic(output, page.encode())
-    print(shown(output))
-
-
 def _quoted(path: Path) -> str:
     """`path` for a command line."""
     return shlex.quote(shown(path))
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)

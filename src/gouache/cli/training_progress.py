@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gouache.errors import printable
+from gouache.wording import duration
 
 if TYPE_CHECKING:
     from gouache.training.loop import Progress as Measured
@@ -59,8 +60,8 @@ class TrainingProgress:
         self._bar.update(
             self._task, description="training", completed=measured.step, total=measured.steps, numbers=numbers
         )
-        left = f"{measured.left / 60:.0f} min left" if measured.left >= 90 else f"{measured.left:.0f} s left"
-        self._print(f"step {measured.step}/{measured.steps}  {numbers}  {left}", last=measured.step == measured.steps)
+        done, steps = measured.step, measured.steps
+        self._print(f"step {done}/{steps}  {numbers}  {duration(round(measured.left))} left", last=done == steps)
 
     def _print(self, line: str, last: bool = False) -> None:
         now = time.monotonic()

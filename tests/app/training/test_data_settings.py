@@ -16,8 +16,8 @@ from gouache.app.settings import Settings
 from gouache.app.training import defaults, prepare
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.objective import text_encoder
+from gouache.app.training.opening import opened
 from gouache.app.training.prepare import Prepared
-from gouache.app.training.runs import opened
 from gouache.data.record import CaptionOptions, PictureOptions
 from gouache.errors import GouacheError, RequestError
 from gouache.training.run_settings import RunSettings, template

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from gouache.app.settings import Settings
-from gouache.app.training import defaults, runs
+from gouache.app.training import defaults, opening
 from gouache.app.training.folder import RunFolder, curve
 from gouache.app.training.status import status
 from tests.app.training.short_runs import run, settings_of
@@ -114,9 +114,9 @@ def test_a_refused_change_leaves_the_settings_of_the_run(
     run(chosen, tmp_path / "run", settings, stop_after=1)
     file = tmp_path / "run" / "settings.toml"
     before = file.read_text()
-    changed, folder = runs.opened(tmp_path / "run", ["rank=4"])
+    changed, folder = opening.opened(tmp_path / "run", ["rank=4"])
     with pytest.raises(Exception, match=r"was trained with .*rank 2 \(now 4\)"):
         run(changed, folder.path, settings)
     assert file.read_text() == before
-    again, folder = runs.opened(tmp_path / "run", [])
+    again, folder = opening.opened(tmp_path / "run", [])
     assert run(again, folder.path, settings).step == 4  # what was read from the file is what was begun with

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gouache.app.settings import Settings
-from gouache.app.training import defaults, export, runs
+from gouache.app.training import defaults, export, opening
 from gouache.errors import GouacheError, RequestError
 from gouache.training.run_settings import MODES, checked, template
 from tests.app.training.short_runs import make_pictures
@@ -26,10 +26,10 @@ def test_no_run_is_in_a_folder_of_dots(
     suffix = ".pt" if mode == "hypernetwork" else ".safetensors"
     chosen = checked({**BASE, "mode": mode, "output": f"{stem}{suffix}"})
     with pytest.raises(RequestError, match=r"output: .* names no folder for the run; expected a name such as zorb"):
-        runs.new_folder(chosen, settings)
+        opening.new_folder(chosen, settings)
     Path(f"{stem}.toml").write_text(template(chosen))
     with pytest.raises(RequestError, match=r"run: .* names no folder for the run; expected a name such as zorb\.toml"):
-        runs.opened(Path(f"{stem}.toml"), [])
+        opening.opened(Path(f"{stem}.toml"), [])
 
 
 @pytest.mark.parametrize("name", DOTS)
@@ -46,7 +46,7 @@ def test_chosen_names_are_names_of_files(
         mode, data, "mini", output=None, trigger=name, class_word="", steps=1, overrides=[], settings=settings
     )
     assert Path(chosen.output).stem in ("run", "pictures")
-    assert runs.new_folder(chosen, settings).path.name in ("run", "pictures")
+    assert opening.new_folder(chosen, settings).path.name in ("run", "pictures")
 
 
 def test_a_result_that_cannot_be_written_is_refused_first(
@@ -55,7 +55,7 @@ def test_a_result_that_cannot_be_written_is_refused_first(
     monkeypatch.chdir(tmp_path)
     for mode, suffix in (("hypernetwork", ".pt"), ("embedding", ".pt"), ("lora", ".safetensors")):
         with pytest.raises(GouacheError, match="cannot be written: its folder does not exist"):
-            runs.new_folder(checked({**BASE, "mode": mode, "output": f"no/such/h{suffix}"}), settings)
+            opening.new_folder(checked({**BASE, "mode": mode, "output": f"no/such/h{suffix}"}), settings)
     assert not list(tmp_path.iterdir())
 
 

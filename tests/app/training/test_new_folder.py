@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gouache.app.settings import Settings
-from gouache.app.training.runs import absolute_paths, new_folder
+from gouache.app.training.opening import absolute_paths, new_folder
 from gouache.errors import RequestError
 from gouache.training.run_settings import RunSettings, checked, template
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 import gouache
 from gouache.app import names
 from gouache.app.settings import Settings
-from gouache.app.training import estimate, lineage, report, runs, stages
+from gouache.app.training import estimate, lineage, opening, report, runs, stages
 from gouache.app.training.estimate import Estimate
 from gouache.app.training.folder import RunFolder, opened
 from gouache.app.training.stage_checks import check
@@ -416,7 +416,7 @@ def test_a_misspelt_table_of_stages_is_recognised(write: Any):
     file = write()
     file.write_text(file.read_text().replace("[[stages]]", "[[stage]]"))
     with pytest.raises(GouacheError, match=r"stage: is not a setting; did you mean \[\[stages\]\]\?"):
-        runs.opened(file, [])
+        opening.opened(file, [])
 
 
 @pytest.mark.parametrize("begun", [True, False])

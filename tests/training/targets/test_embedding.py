@@ -139,7 +139,10 @@ def test_files_are_read_by_us_and_by_diffusers(
     [
         ({"word": " "}, "trigger: is missing"),
         *(
-            ({"word": f"zo{each}rb"}, r"data\.trigger: is 'zo.*rb'; expected a word without .*, which prompts read")
+            (
+                {"word": f"zo{each}rb"},
+                r"data\.trigger: is 'zo.*rb'; expected a word without .*, which is syntax of prompts",
+            )
             for each in r"()[]{}|\<>:#"
         ),
         ({"vectors": 0}, "vectors: is 0; expected 1 to 75"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from gouache.app import names
 from gouache.app.settings import Settings, read
-from gouache.app.training import defaults, runs
+from gouache.app.training import defaults, opening, runs
 from gouache.app.training.folder import RunFolder
 from gouache.app.training.prepare import OnWork
 from gouache.app.training.runs import Finished
@@ -55,14 +55,14 @@ def train(
         given = {"mode": mode, "train.steps": steps, "data.trigger": trigger, "data.class_word": class_word,
                  "output": None if output is None else str(output)}  # fmt: skip
         texts = [f"{name}={toml(value)}" for name, value in given.items() if value not in (None, "")]
-        chosen, run = runs.opened(run.path, [*texts, *overrides])
+        chosen, run = opening.opened(run.path, [*texts, *overrides])
         _check_same(run, chosen, str(data), str(model), user)
     else:
         chosen = defaults.choose(
             mode, str(data), str(model), output=None if output is None else Path(output), trigger=trigger,
             class_word=class_word, steps=steps, overrides=overrides, settings=user, on_work=on_work,
         )  # fmt: skip
-        run = run or runs.new_folder(chosen, user, overwrite=overwrite)
+        run = run or opening.new_folder(chosen, user, overwrite=overwrite)
     return runs.run(
         chosen, run, user, on_note=on_note or (lambda line: None), on_progress=on_progress, on_work=on_work,
         should_stop=should_stop, overwrite=overwrite,

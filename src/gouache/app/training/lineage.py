@@ -28,11 +28,10 @@ def extended(metadata: Mapping[str, str], settings: RunSettings, data: str) -> s
     An entry has the name of the stage, the mode, the steps, and hashes of the data, of the file at the start and of
     the settings; with `lineage = plain` also the names of the data and of that file.
     """
-    mode = f"pretrain {settings.pretrain.part}" if settings.mode == "pretrain" else settings.mode
     dumped = json.dumps(settings.model_dump(mode="json", exclude=_LEFT_OUT), sort_keys=True)  # type: ignore[arg-type]
     entry = {
         "name": settings.lineage_name,
-        "mode": mode,
+        "mode": settings.title,
         "steps": settings.train.steps,
         "data": data,
         "start": settings.model.sha256,

@@ -15,30 +15,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from gouache.app import hashes, names
+from gouache.app import hashes
 from gouache.app.settings import Settings
-from gouache.app.training import export, foreign, out_of_memory, prepare, pretraining, tensorboard
+from gouache.app.training import export, foreign, opening, out_of_memory, prepare, pretraining, tensorboard
 from gouache.app.training.batch_changes import changed_processes
 from gouache.app.training.folder import RunFolder, is_run
 from gouache.app.training.prepare import OnNote, OnWork, Preparation, Prepared, SampleSource
 from gouache.app.training.samples import LAST, Samples, default_prompt, most_common, requests_of
 from gouache.app.training.tensorboard import Board
-from gouache.errors import FileError, GouacheError, RequestError, TrainingError, is_out_of_memory, printable
+from gouache.errors import FileError, GouacheError, TrainingError, is_out_of_memory, printable
 from gouache.files.open import open_model
 from gouache.files.write import write_atomic
-from gouache.outside import MalformedText, parse_toml, read_text
 from gouache.prompts import embedding_names
 from gouache.prompts.grammar import escape
-from gouache.training import loop, memory, run_settings, state
-from gouache.training.aliases import EPOCHS
+from gouache.training import loop, memory, state
 from gouache.training.distributed import ALONE, World, processes
 from gouache.training.loop import Progress, Result
-from gouache.training.overrides import with_overrides
 from gouache.training.position import Position
 from gouache.training.run_settings import RunSettings, template
 from gouache.training.targets.adapter import AdapterTarget
-
-RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
@@ -57,63 +52,6 @@ class Finished:
     exported: int = 0
     signal: int = 0
     rank: int = 0
-
-
-def new_folder(settings: RunSettings, user: Settings, *, overwrite: bool = False) -> RunFolder:
-    """The folder for a new run, named like its output. Raises RequestError if it, or the output, exists already.
-
-    The folder of a run that has not begun to train may be used again, by one of the same mode, model and data.
-    """
-    output = Path(settings.output)
-    folder = RunFolder(_named_like(output, "output"))
-    if folder.is_started or (is_run(folder.path) and not _is_same(absolute_paths(settings, user), folder.settings())):
-        shown = printable(str(folder.path))
-        raise RequestError(
-            "output",
-            f"{shown} is a run already; go on with it: gouache train run {shown}, or name another output with -o",
-        )
-    check_output(settings, folder, overwrite)
-    return folder
-
-
-def _is_same(one: RunSettings, two: RunSettings) -> bool:
-    """Whether these are of the same mode, model and data; other values may have been corrected between two tries."""
-    mine = [
-        (each.mode, each.model.name, each.data.folder, each.data.trigger, each.pretrain.part, each.slider)
-        for each in (one, two)
-    ]
-    return mine[0] == mine[1]
-
-
-def _named_like(file: Path, setting: str) -> Path:
-    """The folder of a run whose output or settings file this is. Raises RequestError for a name that is none."""
-    if not file.stem.strip("."):  # the present folder, or the one above
-        raise RequestError(
-            setting, f"{printable(str(file))} names no folder for the run; expected a name such as zorb{file.suffix}"
-        )
-    return RUNS / file.stem
-
-
-def opened(path: Path, overrides: list[str]) -> tuple[RunSettings, RunFolder]:
-    """The settings in a file, or of a run's folder, with `overrides`, and the folder that the run is or will be in."""
-    folder = RunFolder(path) if is_run(path) else None
-    if folder is None and path.is_dir():
-        raise RequestError(
-            "run", f"{printable(str(path))} is not the folder of a training run: it has no settings.toml"
-        )
-    file = folder.settings_file if folder is not None else path
-    try:
-        values = parse_toml(read_text(file))
-    except MalformedText as error:
-        raise FileError(file, str(error)) from None
-    values = with_overrides(values, overrides)
-    if isinstance(train := values.get("train"), dict) and EPOCHS.partition(".")[2] in train:
-        raise RequestError("train.epochs", "is for new runs, whose pictures are counted; of this one set train.steps")
-    settings = run_settings.checked(values, printable(file.name))
-    if folder is None:
-        is_of_run = file.name == "settings.toml" and (file.parent / "lock").exists()
-        folder = RunFolder(file.parent if is_of_run else _named_like(file, "run"))
-    return settings, folder
 
 
 def run(
@@ -164,7 +102,7 @@ def _run(
     is_new = not folder.is_started
     if world.is_main and state.is_locked(folder.path):
         raise TrainingError(f"{printable(str(folder.path))}: another run is training here; wait for it")
-    check_output(settings, folder, overwrite)
+    opening.check_output(settings, folder, overwrite)
     if world.is_main:  # which writes the file that the others read
         settings = pretraining.with_initial_model(settings, user)
     world.barrier()
@@ -179,7 +117,7 @@ def _run(
     if preparation is None:
         pictures = prepare.read_pictures(settings, folder, on_note, user)
         preparation = partial(prepare.prepared, pictures=pictures)
-    changed = is_run(folder.path) and absolute_paths(settings, user) != folder.settings()
+    changed = is_run(folder.path) and opening.absolute_paths(settings, user) != folder.settings()
     if not is_new and (note := changed_processes(folder, settings, world.size)):
         on_note(note)
     # Locked before anything long: a second run here is refused at once.
@@ -251,16 +189,6 @@ def _ignore(*_: object) -> None:
     """What processes other than the main one have to report."""
 
 
-def check_output(settings: RunSettings, folder: RunFolder, overwrite: bool) -> None:
-    """Before hours of training: raises GouacheError if the result of a new run in `folder` cannot be written."""
-    if folder.is_started:
-        return
-    if not settings.output:
-        raise RequestError("output", "is empty; name the file to write")
-    output = Path(settings.output)
-    export.check_output(export.choose(settings, False, output), output, overwrite)
-
-
 def _with_hash(settings: RunSettings, path: Path, user: Settings) -> RunSettings:
     """The settings with the hash of the model in `path`, which a resumed run compares."""
     if settings.model.sha256:
@@ -274,35 +202,7 @@ def _write_settings(settings: RunSettings, folder: RunFolder, user: Settings) ->
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FileError(folder.path, f"cannot be created: {error.strerror}") from None
-    write_atomic(folder.settings_file, template(absolute_paths(settings, user)).encode())
-
-
-def absolute_paths(settings: RunSettings, user: Settings) -> RunSettings:
-    """The settings with absolute paths, so that the run can be gone on with from any folder; names remain names."""
-    found = settings.model_copy(update={"output": absolute("output", settings.output, user)})
-    for key in (*_PATHS, *_MODELS):
-        table, _, name = key.partition(".")
-        if name:
-            values = getattr(found, table)
-            value = absolute(key, getattr(values, name), user)
-            found = found.model_copy(update={table: values.model_copy(update={name: value})})
-    return found
-
-
-_PATHS = ("output", "data.folder", "data.class_folder", "data.cache_folder", "slider.file")
-_MODELS = {"model.name": "", "model.vae": "vae", "adapter.start": "lora"}  # what is looked for in the library
-
-
-def absolute(key: str, text: str, user: Settings) -> str:
-    """The value `text` of a setting, such as `model.name`: as an absolute path if it is one, else as it is."""
-    if not text or (key == "model.vae" and text.lower() in ("automatic", "none")):
-        return text
-    path = Path(text).expanduser()
-    if key in _MODELS:
-        is_path = path.exists() and (is_run(path) or names.resolve(text, user, _MODELS[key]) == path)
-    else:
-        is_path = key in _PATHS
-    return str(path.absolute()) if is_path else text
+    write_atomic(folder.settings_file, template(opening.absolute_paths(settings, user)).encode())
 
 
 def _near(path: Path) -> Path:

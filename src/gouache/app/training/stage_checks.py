@@ -9,7 +9,7 @@ from typing import Any
 
 from gouache.app import hashes, names
 from gouache.app.settings import Settings
-from gouache.app.training import export, prepare, pretraining, runs
+from gouache.app.training import export, opening, prepare, pretraining
 from gouache.app.training.pictures import buckets_of, read_data
 from gouache.app.training.stage_file import Stage, to_do
 from gouache.errors import GouacheError, RequestError, TrainingError, printable
@@ -25,8 +25,8 @@ def check(stages: Sequence[Stage], user: Settings, overwrite: bool, without_data
     """Raises GouacheError, which names the stage, if one cannot be trained or was trained otherwise.
 
     Of stages that are done only the settings and the start are compared: their pictures may be gone. One may be given
-    more steps while none that starts from it has begun. The data of the
-    stages `without_data` are not those of their settings.
+    more steps while none that starts from it has begun. The data of the stages `without_data` are not those of their
+    settings.
     """
     _check_outputs(stages)
     for stage in stages:
@@ -127,7 +127,7 @@ def _check_start(stage: Stage, user: Settings) -> None:
 
 def _check_unchanged(stage: Stage, user: Settings) -> None:
     """Raises RequestError if a stage that is finished has other settings than it was trained with."""
-    before, now = _flat(stage.folder.settings()), _flat(runs.absolute_paths(stage.settings, user))
+    before, now = _flat(stage.folder.settings()), _flat(opening.absolute_paths(stage.settings, user))
     for key in before:
         if before[key] != now[key]:
             raise RequestError(

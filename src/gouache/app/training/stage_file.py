@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gouache.app.settings import Settings
-from gouache.app.training import runs
+from gouache.app.training import opening
 from gouache.app.training.folder import STAGES, RunFolder, is_run
 from gouache.app.training.newest import is_of
 from gouache.app.training.status import status
@@ -101,7 +101,7 @@ def read(path: Path) -> tuple[Path, list[Stage]]:
     file = file_of(path)
     values = parsed(file)
     is_of_training = path.is_dir() or (file.name == STAGES and (file.parent / LOCK).exists())
-    root = file.parent if is_of_training else runs.RUNS / file.stem
+    root = file.parent if is_of_training else opening.RUNS / file.stem
     if is_run(root):
         raise RequestError(
             "run", f"{printable(str(root))} is the folder of a single run; give {file.name} another name"
@@ -228,4 +228,4 @@ def text(values: Mapping[str, Any], user: Settings) -> str:
 def _absolute(key: str, value: Any, user: Settings) -> Any:
     if isinstance(value, Mapping):
         return {name: _absolute(f"{key}.{name}", each, user) for name, each in value.items()}
-    return runs.absolute(key, value, user) if isinstance(value, str) else value
+    return opening.absolute(key, value, user) if isinstance(value, str) else value

@@ -48,7 +48,9 @@ class EmbeddingOptions:
             )
         if found := [each for each in _SYNTAX if each in self.word]:
             word = printable(self.word, 40)
-            raise RequestError("data.trigger", f"is {word!r}; expected a word without {found[0]}, which prompts read")
+            raise RequestError(
+                "data.trigger", f"is {word!r}; expected a word without {found[0]}, which is syntax of prompts"
+            )
         if not 1 <= self.vectors <= MOST:
             raise RequestError(
                 "embedding.vectors", f"is {self.vectors}; expected 1 to {MOST}, the tokens of a prompt's chunk"
