@@ -159,9 +159,9 @@ def choose(
     if form != "adapter":
         save.single_form_of(output)
     elif names == "peft" and output.suffix:
-        raise RequestError("out", f"{save.shown(output)} has a suffix; PEFT's adapters are folders, name one")
+        raise RequestError("output", f"{save.shown(output)} has a suffix; PEFT's adapters are folders, name one")
     elif names != "peft" and output.suffix.lower() not in SUFFIXES[result]:
-        raise RequestError("out", f"{save.shown(output)} does not end in {' or '.join(SUFFIXES[result])}")
+        raise RequestError("output", f"{save.shown(output)} does not end in {' or '.join(SUFFIXES[result])}")
     return Choice(weights, form, names)
 
 
@@ -175,7 +175,7 @@ def check_output(choice: Choice, output: Path, overwrite: bool) -> None:
     if choice.names != "peft":
         save.check_target(output, overwrite)
     elif output.exists() and not (overwrite and output.is_dir()):
-        raise RequestError("out", f"{save.shown(output)} already exists; choose another name, or add --overwrite")
+        raise RequestError("output", f"{save.shown(output)} already exists; choose another name, or add --overwrite")
 
 
 def read_checkpoint(run: RunFolder, number: int, *, newest: bool, on_note: Callable[[str], None]) -> State:

@@ -62,7 +62,7 @@ def export_adapter(
         _write_peft(parts, model, path, metadata, dtype, overwrite)
         return
     if path.suffix.lower() != ".safetensors":
-        raise RequestError("out", f"{save.shown(path)} does not end in .safetensors, the format of adapters")
+        raise RequestError("output", f"{save.shown(path)} does not end in .safetensors, the format of adapters")
     tensors = _kohya(parts, model) if names == "kohya" else _diffusers(parts, model)
     if names == "diffusers":  # its loader takes network settings in kohya's metadata for kohya's names
         metadata = {key: text for key, text in metadata.items() if not key.startswith("ss_network_")}
@@ -124,7 +124,7 @@ def _write_peft(
     parts: AdapterParts, model: Model, path: Path, metadata: Mapping[str, str], dtype: str, overwrite: bool
 ) -> None:
     if path.suffix:
-        raise RequestError("out", f"{save.shown(path)} has a suffix; PEFT's adapters are folders, name one")
+        raise RequestError("output", f"{save.shown(path)} has a suffix; PEFT's adapters are folders, name one")
     stems = peft_names(model.specs)
     for component in dict.fromkeys(component for component, _ in parts):
         own = {

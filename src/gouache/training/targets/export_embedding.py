@@ -24,7 +24,9 @@ def export_embedding(
     """Write {encoder: (vectors, width)} in float32. Raises RequestError for another suffix."""
     suffix = path.suffix.lower()
     if suffix not in (".safetensors", ".pt"):
-        raise RequestError("out", f"{save.shown(path)} does not end in .safetensors or .pt, the formats of embeddings")
+        raise RequestError(
+            "output", f"{save.shown(path)} does not end in .safetensors or .pt, the formats of embeddings"
+        )
     named = tensors_of(vectors)
     if suffix == ".safetensors":
         save.write_tensors(path, named, {**metadata, "sshs_model_hash": ""}, overwrite=overwrite)

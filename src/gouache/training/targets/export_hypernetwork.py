@@ -26,7 +26,7 @@ def export_hypernetwork(
 ) -> None:
     """Write {width: (state dict for keys, for values)} in float32. Raises RequestError for another suffix."""
     if path.suffix.lower() != ".pt":
-        raise RequestError("out", f"{save.shown(path)} does not end in .pt, the format of hypernetworks")
+        raise RequestError("output", f"{save.shown(path)} does not end in .pt, the format of hypernetworks")
     steps = metadata.get("ss_steps", "")
     value: dict[Any, Any] = {
         width: tuple({name: each.detach().float().cpu().clone() for name, each in side.items()} for side in pair)
